@@ -1,0 +1,131 @@
+"""The corpus in memory: pack FLAC files once (this script), then batches of it on the training device."""
+
+import argparse
+import json
+import math
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import soundfile as sf
+import torch
+from pypinyin.contrib.tone_convert import to_finals_tone3, to_initials
+
+from tts_grpo.audio import ASR_HZ
+from tts_grpo.tiny_codec import SAMPLES_PER_TOKEN
+
+SHIFTS = (0, 160, 320, 480)  # samples that an utterance is begun late by, each giving other tokens
+
+
+def get_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work-dir", type=Path, required=True, help="folder with texts.jsonl and audio/")
+    return parser.parse_args(argv)
+
+
+def units(syllables: list[str]) -> list[str]:
+    """Initials and toned finals: ["ni3"] -> ["n", "i3"]. Small enough a set that CTC learns it without a plateau."""
+    parts = []
+    for syllable in syllables:
+        initial = to_initials(syllable, strict=False)
+        parts += [initial] if initial else []
+        parts.append(to_finals_tone3(syllable, strict=False, neutral_tone_with_five=True))
+    return parts
+
+
+def pack(work_dir: Path) -> None:
+    """Write audio.npy (all samples, int16, one after the other) and corpus.jsonl (texts with where each begins)."""
+    rows = [json.loads(line) for line in (work_dir / "texts.jsonl").read_text(encoding="utf-8").splitlines()]
+    missing = [row["id"] for row in rows if not (work_dir / "audio" / f"{row['id']}.flac").exists()]
+    if missing:
+        raise SystemExit(f"{len(missing)} recordings are missing, the first is {missing[0]}: run the corpus stage")
+    with ThreadPoolExecutor() as pool:
+        speech = list(pool.map(lambda row: sf.read(work_dir / "audio" / f"{row['id']}.flac", dtype="int16")[0], rows))
+    start = 0
+    for row, samples in zip(rows, speech, strict=True):
+        row |= {"start": start, "samples": len(samples), "units": units(row["syllables"])}
+        start += len(samples)
+    np.save(work_dir / "audio.npy", np.concatenate(speech))
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (work_dir / "corpus.jsonl").write_text(lines, encoding="utf-8")
+    print(f"{len(rows)} recordings, {start / ASR_HZ / 3600:.2f} hours packed")
+
+
+class Corpus:
+    """Recordings, texts and units of the corpus.
+
+    Attributes:
+        rows: the lines of corpus.jsonl.
+        audio: int16, every recording after the other, on the device.
+        samples: int64 (N,), each recording's length.
+        unit_ids: each recording's units as CTC targets, 1 and up.
+    """
+
+    def __init__(self, work_dir: Path, device: str, max_utterance_s: float = math.inf):
+        self.device = device
+        self.rows = [json.loads(line) for line in (work_dir / "corpus.jsonl").read_text(encoding="utf-8").splitlines()]
+        self.audio = torch.from_numpy(np.load(work_dir / "audio.npy")).to(device)
+        self.samples = np.array([row["samples"] for row in self.rows])
+        self.starts = np.array([row["start"] for row in self.rows])
+        self.splits = np.array([row["split"] for row in self.rows])
+        self.recognisers = np.array([row.get("recogniser", "") for row in self.rows])
+        self.short = self.samples <= max_utterance_s * ASR_HZ
+        self.unit_names = sorted({unit for row in self.rows for unit in row["units"]})
+        number = {unit: i + 1 for i, unit in enumerate(self.unit_names)}
+        self.unit_ids = [[number[unit] for unit in row["units"]] for row in self.rows]
+
+    def indices(self, split: str, recogniser: str | None = None) -> np.ndarray:
+        """Rows of a split, or of the half of it that one recogniser may be trained on."""
+        chosen = (self.splits == split) & self.short
+        return np.flatnonzero(chosen if recogniser is None else chosen & (self.recognisers == recogniser))
+
+    def speech(self, rows: np.ndarray, shifts, audio: torch.Tensor | None = None):
+        """Recordings from ``shifts`` samples on.
+
+        Args:
+            rows: (B,) row numbers.
+            shifts: (B,) or one number, samples left out at the start.
+            audio: another packed recording of the same lengths than the original.
+
+        Returns:
+            float32 (B, T), zero-padded to whole tokens, and int64 (B,) lengths in samples.
+        """
+        shifts = np.broadcast_to(np.asarray(shifts), rows.shape)
+        lens = self.samples[rows] - shifts
+        size = math.ceil(lens.max() / SAMPLES_PER_TOKEN) * SAMPLES_PER_TOKEN
+        first = torch.as_tensor(self.starts[rows] + shifts, device=self.device)
+        lens = torch.as_tensor(lens, device=self.device)
+        position = torch.arange(size, device=self.device)
+        source = self.audio if audio is None else audio
+        index = (first[:, None] + position).clamp(max=len(source) - 1)
+        return source[index].float() / 32768 * (position < lens[:, None]), lens
+
+    def targets(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """CTC targets of rows, concatenated, and their lengths."""
+        sequences = [self.unit_ids[row] for row in rows]
+        return torch.tensor([u for s in sequences for u in s]), torch.tensor([len(s) for s in sequences])
+
+    def batches(self, rows: np.ndarray, batch_s: float, rng: np.random.Generator):
+        """Endless batches of row numbers of like lengths, each at most ``batch_s`` seconds when padded."""
+        while True:
+            order = rng.permutation(rows)
+            # Sorted by length with some disorder, so that batches differ from epoch to epoch.
+            order = order[np.argsort(self.samples[order] * rng.uniform(0.9, 1.1, len(order)), kind="stable")]
+            batches, batch, longest = [], [], 0
+            for row in order:
+                longest = max(longest, self.samples[row])
+                if batch and longest * (len(batch) + 1) > batch_s * ASR_HZ:
+                    batches.append(np.array(batch))
+                    batch, longest = [], self.samples[row]
+                batch.append(row)
+            batches.append(np.array(batch))
+            for i in rng.permutation(len(batches)):
+                yield batches[i]
+
+
+def main(argv=None):
+    pack(get_args(argv).work_dir)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""Choose the language model's checkpoint and write the stack to its folder (assets/tiny), texts included.
+
+The checkpoint with the least pinyin error of sampled speech on the dev sentences is taken, judged by the reward
+recogniser: the evaluation recogniser stays out of every choice.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import soundfile as sf
+import torch
+from safetensors.torch import save_file
+
+from scripts.tiny.settings import PRESETS, add_common_args
+from scripts.tiny.stack import load_lm, overall_error, read_jsonl, speak
+from tts_grpo.asr import SenseVoice
+from tts_grpo.audio import ASR_HZ, load_audio
+from tts_grpo.token2wav import load_token2wav
+from tts_grpo.tokens import NUM_SPEECH_TOKENS
+
+NUM_PROMPTS = 3
+PROMPT_S = (2.5, 4.0)
+NUM_RECORDINGS = 120  # of test sentences, for check.sh
+SELECTION_SEEDS = (1000, 2000, 3000)
+DATA_KEYS = ("id", "text")
+
+
+def get_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common_args(parser)
+    parser.add_argument("--output-dir", type=Path, required=True, help="folder to write, such as assets/tiny")
+    return parser.parse_args(argv)
+
+
+def save_half(state: dict[str, torch.Tensor], path: Path) -> None:
+    """Weights as safetensors in half precision."""
+    half = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
+    save_file({k: v.cpu().contiguous() for k, v in half.items()}, path)
+
+
+def export_codec(work_dir: Path, settings, folder: Path) -> None:
+    """Speech tokenizer, token decoder, and how often the corpus uses each token."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_half(torch.load(work_dir / "tokenizer.pt", map_location="cpu")["tokenizer"], folder / "speech_tokenizer.safetensors")
+    save_half(torch.load(work_dir / "token2wav.pt", map_location="cpu"), folder / "token_decoder.safetensors")
+    config = {"speech_tokenizer": settings.speech_tokenizer, "token_decoder": settings.token_decoder}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tokens = np.load(work_dir / "tokens.npz")
+    lens = tokens["lens"][0]
+    valid = np.arange(tokens["tokens"].shape[2]) < lens[:, None]
+    counts = np.bincount(tokens["tokens"][0][valid], minlength=NUM_SPEECH_TOKENS)
+    (folder / "corpus_token_counts.json").write_text(json.dumps(counts.tolist(), separators=(",", ":")) + "\n")
+
+
+def export_data(work_dir: Path, folder: Path) -> None:
+    """train, dev and test JSONL (everyday sentences only); dev and test with the teacher's speech tokens."""
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    tokens = np.load(work_dir / "tokens.npz")
+    ids, lens = tokens["tokens"][0], tokens["lens"][0]
+    for split in ("train", "dev", "test"):
+        lines = []
+        for i, row in enumerate(read_jsonl(work_dir / "corpus.jsonl")):
+            if row["split"] == split and row["source"] == "hsk":
+                line = {key: row[key] for key in DATA_KEYS}
+                line |= {} if split == "train" else {"speech_tokens": ids[i, : lens[i]].tolist()}
+                lines.append(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n")
+        (folder / "data" / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def export_recordings(work_dir: Path, folder: Path) -> None:
+    """The teacher's recordings of test sentences (Ogg Opus) and of the prompts (FLAC, dev sentences)."""
+    rows = read_jsonl(work_dir / "corpus.jsonl")
+    (folder / "recordings").mkdir(parents=True, exist_ok=True)
+    for row in [row for row in rows if row["split"] == "test"][:NUM_RECORDINGS]:
+        speech = load_audio(work_dir / "audio" / f"{row['id']}.flac")
+        sf.write(folder / "recordings" / f"{row['id']}.ogg", speech, ASR_HZ, format="OGG", subtype="OPUS")
+    (folder / "prompts").mkdir(parents=True, exist_ok=True)
+    fitting = [r for r in rows if r["split"] == "dev" and PROMPT_S[0] <= r["samples"] / ASR_HZ <= PROMPT_S[1]]
+    lines = []
+    for row in fitting[:NUM_PROMPTS]:
+        shutil.copy(work_dir / "audio" / f"{row['id']}.flac", folder / "prompts")
+        line = {"id": row["id"], "prompt_text": row["text"], "prompt_audio": f"{row['id']}.flac"}
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    (folder / "prompts" / "prompts.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def choose_lm(work_dir: Path, output_dir: Path, device: str) -> Path:
+    """The checkpoint whose sampled dev sentences have the least error."""
+    token2wav = load_token2wav(output_dir / "token2wav", device)
+    asr = SenseVoice(output_dir / "asr_reward", device)
+    texts = [row["text"] for row in read_jsonl(output_dir / "data" / "dev.jsonl")]
+    errors = {}
+    for folder in sorted(work_dir.glob("lm_*")):
+        lm = load_lm(folder, device)
+        spoken = [s for seed in SELECTION_SEEDS for s in speak(lm, token2wav, asr, texts, 1.0, seed, batch=128)]
+        errors[folder] = overall_error(spoken)
+        print(f"{folder.name}: error of sampled dev sentences {errors[folder]:.4f}")
+    return min(errors, key=errors.get)
+
+
+def export_lm(chosen: Path, folder: Path) -> None:
+    """Copy the checkpoint, its tokenizer file without white space (a third of its size)."""
+    shutil.copytree(chosen, folder, dirs_exist_ok=True)
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()), ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
+
+
+def main(argv=None):
+    args = get_args(argv)
+    export_codec(args.work_dir, PRESETS[args.preset], args.output_dir / "token2wav")
+    for name in ("asr_reward", "asr_eval"):
+        shutil.copytree(args.work_dir / name, args.output_dir / name, dirs_exist_ok=True)
+    export_data(args.work_dir, args.output_dir)
+    export_recordings(args.work_dir, args.output_dir)
+    chosen = choose_lm(args.work_dir, args.output_dir, args.device)
+    export_lm(chosen, args.output_dir / "llm")
+    print(f"{chosen.name} taken; the stack is in {args.output_dir}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""Measure what GRPO can gain on the tiny stack: several samples a prompt, their mean error and the best one's.
+
+Prints one JSON object: ``mean_per`` and ``best_per`` (toneless pinyin error rate by the reward recogniser, over all
+samples and over each prompt's best), and ``spread_share``, the share of prompts whose samples differ in error: only
+these give GRPO a gradient.
+"""
+
+import argparse
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+
+from scripts.tiny.stack import load_lm, overall_error, read_jsonl, speak
+from tts_grpo.asr import SenseVoice
+from tts_grpo.token2wav import load_token2wav
+
+
+def get_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--assets-dir", type=Path, default=Path("assets/tiny"), help="the stack's folder")
+    parser.add_argument("--llm", type=Path, default=None, help="another language model, such as a trained one")
+    parser.add_argument("--split", default="train", help="sentences of data/SPLIT.jsonl")
+    parser.add_argument("--num-prompts", type=int, default=100, help="how many of them, drawn by the seed")
+    parser.add_argument("--num-samples", type=int, default=8, help="samples a prompt")
+    parser.add_argument("--temperature", type=float, default=1.0, help="sampling temperature")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw and the samples")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = get_args(argv)
+    logging.disable(logging.INFO)  # funasr's
+    token2wav, asr = load_token2wav(args.assets_dir / "token2wav"), SenseVoice(args.assets_dir / "asr_reward")
+    texts = [row["text"] for row in read_jsonl(args.assets_dir / "data" / f"{args.split}.jsonl")]
+    texts = np.random.default_rng(args.seed).permutation(texts)[: args.num_prompts].tolist()
+    lm = load_lm(args.llm or args.assets_dir / "llm", "cpu")
+    repeated = [text for text in texts for _ in range(args.num_samples)]
+    spoken = speak(lm, token2wav, asr, repeated, args.temperature, args.seed * len(repeated))
+    groups = [spoken[i : i + args.num_samples] for i in range(0, len(spoken), args.num_samples)]
+    best = [min(group, key=lambda s: s.error_rate) for group in groups]
+    spread = [len({s.error_rate for s in group}) > 1 for group in groups]
+    figures = {
+        "mean_per": overall_error(spoken), "best_per": overall_error(best), "spread_share": float(np.mean(spread)),
+        "num_prompts": len(texts), "num_samples": args.num_samples, "temperature": args.temperature, "split": args.split,
+    }  # fmt: skip
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Every setting of the tiny stack's training, for the full run and for the smoke run of CI."""
+
+import dataclasses
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Sizes of the networks are what is shipped; steps, batches and rates are how they are trained."""
+
+    seed: int = 0
+    batch_s: float = 160.0  # padded seconds of speech a batch (tokenizer, recognisers)
+    max_utterance_s: float = 8.0  # longer ones (none in the full corpus) are left out of training
+
+    speech_tokenizer: dict = dataclasses.field(default_factory=lambda: {"dim": 160, "num_blocks": 4})
+    token_decoder: dict = dataclasses.field(
+        default_factory=lambda: {"dim": 256, "num_blocks": 4, "wave_dim": 256, "num_wave_blocks": 5}
+    )
+    tokenizer_steps: int = 8000
+    tokenizer_lr: float = 1.5e-3
+
+    token2wav_warmup_steps: int = 1500  # spectral losses only, then also the discriminators'
+    token2wav_steps: int = 14000
+    token2wav_segments: int = 32
+    token2wav_segment_tokens: int = 40
+    token2wav_lr: float = 6e-4
+    discriminator_lr: float = 3e-4
+
+    asr_steps: int = 9000
+    asr_lr: float = 2e-3
+    asr_dims: dict = dataclasses.field(
+        default_factory=lambda: {
+            "reward": {"output_size": 96, "attention_heads": 4, "linear_units": 384, "num_blocks": 4, "tp_blocks": 1},
+            "eval": {"output_size": 128, "attention_heads": 4, "linear_units": 384, "num_blocks": 4, "tp_blocks": 1},
+        }
+    )
+
+    lm_hidden: int = 192
+    lm_intermediate: int = 576
+    lm_layers: int = 5
+    lm_steps: int = 14000
+    lm_batch: int = 64
+    lm_lr: float = 2.5e-3
+    lm_checkpoints: int = 3
+
+
+FULL = Settings()
+# Two minutes on two cores: every part runs, none learns.
+SMOKE = dataclasses.replace(
+    FULL,
+    batch_s=12.0,
+    tokenizer_steps=4,
+    token2wav_warmup_steps=1,
+    token2wav_steps=2,
+    token2wav_segments=2,
+    asr_steps=4,
+    lm_steps=4,
+    lm_batch=4,
+    lm_checkpoints=2,
+)
+PRESETS = {"full": FULL, "smoke": SMOKE}
+
+
+def add_common_args(parser) -> None:
+    """The flags that every training script of the tiny stack has."""
+    parser.add_argument("--work-dir", type=Path, required=True, help="folder of the corpus and everything trained")
+    parser.add_argument("--preset", choices=PRESETS, default="full", help="settings of this name in settings.py")
+    parser.add_argument("--device", default="cuda", help="torch device")
+
+
+def summary_writer(work_dir: Path, name: str) -> SummaryWriter:
+    """TensorBoard log of one part."""
+    return SummaryWriter(str(work_dir / "tensorboard" / name))

@@ -1,0 +1,82 @@
+"""The tiny stack as a whole: sentences to speech to transcripts, for its check, its headroom and its export."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tts_grpo.asr import SenseVoice
+from tts_grpo.generate import Sampling, generate_speech_tokens
+from tts_grpo.metrics import pinyin_errors
+from tts_grpo.prompts import render_prompt
+from tts_grpo.token2wav import Token2Wav
+
+MAX_NEW_TOKENS = 300
+DECODE_BATCH = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Spoken:
+    """One sentence as the language model said it and a recogniser heard it."""
+
+    text: str
+    speech_tokens: list[int]
+    finish_reason: str
+    transcript: str
+
+    @property
+    def error_rate(self) -> float:
+        """Toneless pinyin error rate."""
+        return pinyin_errors(self.text, self.transcript, tones=False).rate
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """The objects of a JSONL file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def load_lm(folder: Path, device: str):
+    """``(model, tokenizer)`` of a Hugging Face folder, in full precision."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def decode(token2wav: Token2Wav, speech_tokens: Sequence[list[int]]) -> list[np.ndarray]:
+    """Waveforms of token sequences, each float32 (T,); an empty sequence gives an empty waveform."""
+    waveforms = [np.zeros(0, np.float32)] * len(speech_tokens)
+    order = sorted((i for i, tokens in enumerate(speech_tokens) if tokens), key=lambda i: len(speech_tokens[i]))
+    for first in range(0, len(order), DECODE_BATCH):
+        batch = order[first : first + DECODE_BATCH]
+        waves, lens = token2wav([speech_tokens[i] for i in batch])
+        for i, wave, length in zip(batch, waves, lens, strict=True):
+            waveforms[i] = wave[:length].numpy()
+    return waveforms
+
+
+def speak(
+    lm, token2wav: Token2Wav, asr: SenseVoice, texts: Sequence[str], temperature: float, first_seed: int, batch: int = 64
+) -> list[Spoken]:
+    """Say each text with a seed of its own (``first_seed`` and up) and write down what is heard."""
+    model, tokenizer = lm
+    prompts = [render_prompt(tokenizer, text) for text in texts]
+    seeds = range(first_seed, first_seed + len(texts))
+    sampling = Sampling(temperature=temperature, max_new_tokens=MAX_NEW_TOKENS)
+    said = generate_speech_tokens(model, tokenizer, prompts, seeds, sampling, batch)
+    heard = asr.transcribe(decode(token2wav, [utterance.speech_tokens for utterance in said]))
+    return [Spoken(t, u.speech_tokens, u.finish_reason, h) for t, u, h in zip(texts, said, heard, strict=True)]
+
+
+def overall_error(spoken: Sequence[Spoken]) -> float:
+    """Total toneless syllable errors over total syllables."""
+    counts = [pinyin_errors(s.text, s.transcript, tones=False) for s in spoken]
+    return sum(c.errors for c in counts) / sum(c.length for c in counts)
+
+
+def num_characters(text: str) -> int:
+    """Chinese characters in ``text``."""
+    return len(re.findall("[\u4e00-\u9fff]", text))

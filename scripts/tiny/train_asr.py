@@ -1,0 +1,295 @@
+"""Train one recogniser of the tiny stack: funasr's SenseVoiceSmall in small, written as a folder that funasr loads.
+
+Half of the audio it hears is original, half decoded from speech tokens, both with changes of speed, gain and noise.
+It is trained on its own half of the sentences only, and never on dev or test. Characters too rare to learn are
+written as a homophone that is not.
+"""
+
+import argparse
+import collections
+import json
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import torch
+import torch.nn.functional as F
+import yaml
+from funasr.models.sense_voice.model import SenseVoiceSmall
+from torch import nn
+from torchaudio.compliance.kaldi import get_mel_banks
+
+from scripts.tiny.data import Corpus
+from scripts.tiny.pronunciation import SoundSum, reading, sound_features
+from scripts.tiny.settings import PRESETS, add_common_args, summary_writer
+from scripts.tiny.train import Log, autocast, cosine, ctc_loss, greedy_ctc, label_error_rate, set_lr
+from tts_grpo.audio import ASR_HZ
+
+TAGS = ("<|zh|>", "<|NEUTRAL|>", "<|Speech|>", "<|woitn|>")  # what SenseVoice writes before the text
+QUERIES = (3, 1, 2, 15)  # rows of its query embedding: Chinese, event, emotion, without inverse text normalisation
+LFR_M, LFR_N = 7, 6  # frames stacked and skipped
+NUM_MELS = 80
+BPE_NAME = "chn_jpn_yue_eng_ko_spectok.bpe.model"
+SEEDS = {"reward": 2, "eval": 12}
+AUGMENT = {  # (speed range, gain range in dB, noise range in dB relative to full scale, masked bands and spans)
+    "reward": ((0.9, 1.12), (-8.0, 6.0), (-90.0, -40.0), 2),
+    "eval": ((0.87, 1.15), (-10.0, 6.0), (-80.0, -36.0), 3),
+}
+
+
+def get_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common_args(parser)
+    parser.add_argument("--recogniser", choices=SEEDS, required=True, help="which of the two")
+    return parser.parse_args(argv)
+
+
+class Fbank(nn.Module):
+    """Kaldi's log-mel filter banks, batched: what funasr's WavFrontend computes one by one (without dither)."""
+
+    def __init__(self):
+        super().__init__()
+        self.length, self.shift, self.n_fft = ASR_HZ * 25 // 1000, ASR_HZ * 10 // 1000, 512
+        filters, _ = get_mel_banks(NUM_MELS, self.n_fft, ASR_HZ, 20.0, 0.0, 100.0, -500.0, 1.0)
+        self.register_buffer("filters", F.pad(filters, (0, 1)).T.contiguous(), persistent=False)
+        self.register_buffer("window", torch.hamming_window(self.length, periodic=False), persistent=False)
+
+    def forward(self, speech: torch.Tensor, lens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, T) samples in [-1, 1] -> stacked frames (B, L, 560) and their numbers (B,)."""
+        frames = (speech.float() * 32768).unfold(1, self.length, self.shift)
+        frames = frames - frames.mean(-1, keepdim=True)
+        frames = frames - 0.97 * torch.cat([frames[..., :1], frames[..., :-1]], dim=-1)
+        power = torch.fft.rfft(frames * self.window, self.n_fft).abs() ** 2
+        mel = torch.log(torch.clamp(power @ self.filters, min=torch.finfo(torch.float32).eps))
+        return self.stack(mel, (lens - self.length) // self.shift + 1)
+
+    @staticmethod
+    def stack(mel: torch.Tensor, lens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Low frame rate: 7 frames every 6, the first and the last repeated at the ends."""
+        out_lens = (lens + LFR_N - 1) // LFR_N
+        start = torch.arange(int(out_lens.max()), device=mel.device) * LFR_N - (LFR_M - 1) // 2
+        index = start[:, None] + torch.arange(LFR_M, device=mel.device)
+        index = torch.minimum(index.clamp(min=0)[None], (lens - 1)[:, None, None])
+        stacked = mel.gather(1, index.flatten(1)[..., None].expand(-1, -1, mel.shape[2]))
+        return stacked.reshape(len(mel), len(start), -1), out_lens
+
+
+def recogniser_characters(corpus: Corpus) -> list[str]:
+    """Characters that a recogniser writes: those of the everyday sentences, and one for every other syllable."""
+    rows = [row for row in corpus.rows if row["split"] == "train"]
+    counts = collections.Counter(c for row in rows for c in row["text"] if reading(c))
+    chosen = {c for row in rows if row["source"] == "hsk" for c in row["text"] if reading(c)}
+    covered = {reading(c) for c in chosen}
+    for character, _ in counts.most_common():
+        if reading(character) not in covered:
+            covered.add(reading(character))
+            chosen.add(character)
+    return sorted(chosen, key=lambda c: (-counts[c], c))
+
+
+class Vocabulary:
+    """A character-level SentencePiece model with SenseVoice's tags, and texts as its ids."""
+
+    def __init__(self, corpus: Corpus, folder: Path):
+        self.characters = recogniser_characters(corpus)
+        source = folder / "characters.txt"
+        source.write_text("\n".join(self.characters), encoding="utf-8")
+        sentencepiece.SentencePieceTrainer.train(
+            input=str(source), model_prefix=str(folder / "sp"), model_type="char", character_coverage=1.0,
+            vocab_size=len(self.characters) + len(TAGS) + 3, hard_vocab_limit=False, user_defined_symbols=list(TAGS),
+            add_dummy_prefix=False, normalization_rule_name="identity", unk_id=0, bos_id=1, eos_id=2, minloglevel=2,
+        )  # fmt: skip
+        (folder / "sp.model").rename(folder / BPE_NAME)
+        (folder / "sp.vocab").unlink()
+        source.unlink()
+        self.model = sentencepiece.SentencePieceProcessor(model_file=str(folder / BPE_NAME))
+        self.tags = [self.model.piece_to_id(tag) for tag in TAGS]
+        self.size = self.model.vocab_size()
+        self.homophones = {}
+        for character in self.characters:
+            self.homophones.setdefault(reading(character), character)
+
+    def encode(self, row: dict) -> list[int]:
+        """A corpus row's characters as ids; a character without one is replaced by a homophone with."""
+        known = set(self.characters)
+        spoken = [c for c in row["text"] if "\u4e00" <= c <= "\u9fff"]
+        written = (
+            c if c in known else self.homophones.get(syllable) or self.homophones.get(reading(c))
+            for c, syllable in zip(spoken, row["syllables"], strict=True)
+        )
+        return [self.model.piece_to_id(c) for c in written if c]
+
+    def row_features(self) -> list[list[str]]:
+        """Sound features of each id."""
+        pieces = (self.model.id_to_piece(i) for i in range(self.size))
+        return [sound_features(reading(p)) if len(p) == 1 and reading(p) else [] for p in pieces]
+
+
+class Recogniser(nn.Module):
+    """SenseVoiceSmall with a sound-based output layer and, for training only, a head of initials and finals."""
+
+    def __init__(self, name: str, settings, vocabulary: Vocabulary, num_units: int):
+        super().__init__()
+        self.encoder_conf = {
+            **settings.asr_dims[name], "dropout_rate": 0.1, "positional_dropout_rate": 0.1,
+            "attention_dropout_rate": 0.1, "input_layer": "pe", "pos_enc_class": "SinusoidalPositionEncoder",
+            "normalize_before": True, "kernel_size": 11, "sanm_shfit": 0, "selfattention_layer_type": "sanm",
+        }  # fmt: skip
+        self.model_conf = {"length_normalized_loss": True, "sos": 1, "eos": 2, "ignore_id": -1}
+        self.sense_voice = SenseVoiceSmall(
+            encoder="SenseVoiceEncoderSmall", encoder_conf=self.encoder_conf, input_size=NUM_MELS * LFR_M,
+            vocab_size=vocabulary.size, **self.model_conf,
+        )  # fmt: skip
+        dim = self.encoder_conf["output_size"]
+        self.output = SoundSum(vocabulary.row_features(), dim, torch.full((vocabulary.size,), 0.02))
+        self.output_bias = nn.Parameter(torch.zeros(vocabulary.size))
+        self.unit_head = nn.Linear(dim, num_units + 1)
+        self.register_buffer("mean", torch.zeros(NUM_MELS * LFR_M))
+        self.register_buffer("inverse_std", torch.ones(NUM_MELS * LFR_M))
+
+    def forward(self, features: torch.Tensor, lens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stacked frames (B, L, 560) -> logits of ids and of units, both with the four tag frames first."""
+        features = (features - self.mean) * self.inverse_std
+        queries = self.sense_voice.embed(torch.tensor(QUERIES, device=features.device))
+        features = torch.cat([queries[None].expand(len(features), -1, -1), features], dim=1)
+        encoded = self.sense_voice.encoder(features, lens + len(QUERIES))[0]
+        return F.linear(encoded, self.output(), self.output_bias), self.unit_head(encoded)
+
+    def save(self, folder: Path) -> None:
+        """Write the folder as ``funasr.AutoModel`` loads it."""
+        self.sense_voice.ctc.ctc_lo.weight.data.copy_(self.output())
+        self.sense_voice.ctc.ctc_lo.bias.data.copy_(self.output_bias)
+        state = {key: value.half() for key, value in self.sense_voice.cpu().state_dict().items()}
+        torch.save(state, folder / "model.pt")
+        config = {
+            "encoder": "SenseVoiceEncoderSmall", "encoder_conf": self.encoder_conf, "model": "SenseVoiceSmall",
+            "model_conf": self.model_conf, "tokenizer": "SentencepiecesTokenizer",
+            "tokenizer_conf": {"bpemodel": None, "unk_symbol": "<unk>", "split_with_space": True},
+            "frontend": "WavFrontend",
+            "frontend_conf": {"fs": ASR_HZ, "window": "hamming", "n_mels": NUM_MELS, "frame_length": 25,
+                              "frame_shift": 10, "lfr_m": LFR_M, "lfr_n": LFR_N, "dither": 0.0, "cmvn_file": None},
+        }  # fmt: skip
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        paths = {"init_param": "model.pt", "config": "config.yaml", "tokenizer_conf": {"bpemodel": BPE_NAME},
+                 "frontend_conf": {"cmvn_file": "am.mvn"}}  # fmt: skip
+        configuration = {
+            "framework": "pytorch", "task": "auto-speech-recognition", "model": {"type": "funasr"}, "file_path_metas": paths,
+        }  # fmt: skip
+        (folder / "configuration.json").write_text(json.dumps(configuration, indent=2) + "\n")
+        (folder / "am.mvn").write_text(self.cmvn_text())
+
+    def cmvn_text(self) -> str:
+        """Mean and deviation in Kaldi's nnet form, which funasr reads."""
+        size = NUM_MELS * LFR_M
+        shift, scale = (" ".join(f"{v:.6g}" for v in values.tolist()) for values in (-self.mean, self.inverse_std))
+        return (
+            f"<Nnet>\n<Splice> {size} {size}\n[ 0 ]\n<AddShift> {size} {size}\n<LearnRateCoef> 0 [ {shift} ]\n"
+            f"<Rescale> {size} {size}\n<LearnRateCoef> 0 [ {scale} ]\n</Nnet>\n"
+        )
+
+
+class Trainer:
+    """Trains one recogniser on its half of the corpus."""
+
+    def __init__(self, name: str, corpus: Corpus, decoded: torch.Tensor, folder: Path, settings, device: str):
+        self.name, self.corpus, self.decoded, self.settings, self.device = name, corpus, decoded, settings, device
+        self.rng = np.random.default_rng(settings.seed + SEEDS[name])
+        self.vocabulary = Vocabulary(corpus, folder)
+        self.texts = [self.vocabulary.encode(row) for row in corpus.rows]
+        self.fbank = Fbank().to(device)
+        self.model = Recogniser(name, settings, self.vocabulary, len(corpus.unit_names)).to(device)
+        self.train_rows = corpus.indices("train", name)
+        self.fit_cmvn()
+
+    @torch.no_grad()
+    def fit_cmvn(self) -> None:
+        rows = self.rng.choice(self.train_rows, min(400, len(self.train_rows)), replace=False)
+        features, lens = self.fbank(*self.corpus.speech(rows, 0))
+        valid = features[torch.arange(features.shape[1], device=self.device)[None] < lens[:, None]]
+        self.model.mean.copy_(valid.mean(0))
+        self.model.inverse_std.copy_(1 / valid.std(0).clamp(min=1e-3))
+
+    def augment(self, speech: torch.Tensor, lens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Change speed (and with it pitch) of the batch, and gain and noise of each recording."""
+        speeds, gains, noises, _ = AUGMENT[self.name]
+        size = int(speech.shape[1] / self.rng.uniform(*speeds))
+        lens = lens * size // speech.shape[1]
+        speech = F.interpolate(speech[:, None], size=size, mode="linear")[:, 0]
+        level = lambda bounds: 10 ** (torch.empty(len(speech), 1, device=self.device).uniform_(*bounds) / 20)  # noqa: E731
+        return speech * level(gains) + torch.randn_like(speech) * level(noises), lens
+
+    def mask(self, features: torch.Tensor) -> torch.Tensor:
+        """SpecAugment (Park et al. 2019): mel bands and time spans set to the mean."""
+        features = features.reshape(*features.shape[:2], LFR_M, NUM_MELS).clone()
+        mean = self.model.mean.reshape(LFR_M, NUM_MELS)
+        for _ in range(AUGMENT[self.name][3]):
+            band, span = self.rng.integers(0, 12), self.rng.integers(0, 3)
+            low, first = self.rng.integers(0, NUM_MELS - band), self.rng.integers(0, max(1, features.shape[1] - span))
+            features[..., low : low + band] = mean[:, low : low + band]
+            features[:, first : first + span] = mean
+        return features.flatten(2)
+
+    def loss(self, rows: np.ndarray, step: int) -> dict[str, torch.Tensor]:
+        audio = self.decoded if step % 2 else None
+        with torch.no_grad():
+            features, lens = self.fbank(*self.augment(*self.corpus.speech(rows, self.rng.integers(0, 640), audio)))
+            features = self.mask(features)
+        with autocast(self.device):
+            logits, unit_logits = self.model(features, lens)
+        skip = len(TAGS)
+        texts = [self.texts[row] for row in rows]
+        targets = torch.tensor([t for text in texts for t in text]), torch.tensor([len(text) for text in texts])
+        tags = torch.tensor(self.vocabulary.tags, device=self.device).repeat(len(rows))
+        return {
+            "ctc": ctc_loss(logits[:, skip:], lens, *targets),
+            "units": ctc_loss(unit_logits[:, skip:], lens, *self.corpus.targets(rows)),
+            "tags": F.cross_entropy(logits[:, :skip].float().flatten(0, 1), tags),
+        }
+
+    def train(self, writer) -> None:
+        steps = self.settings.asr_steps
+        own = {id(self.model.output.own)}
+        groups = [
+            {"params": [p for p in self.model.parameters() if id(p) not in own], "weight_decay": 0.02},
+            {"params": [self.model.output.own], "weight_decay": 0.5},
+        ]
+        optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=self.device == "cuda")
+        batches = self.corpus.batches(self.train_rows, self.settings.batch_s, self.rng)
+        log = Log(writer, f"asr-{self.name}", steps)
+        for step in range(1, steps + 1):
+            losses = self.loss(next(batches), step)
+            (losses["ctc"] + 0.5 * losses["units"] + 0.1 * losses["tags"]).backward()
+            nn.utils.clip_grad_norm_(self.model.parameters(), 2.0)
+            set_lr(optimiser, self.settings.asr_lr * cosine(step, steps, warmup=400))
+            optimiser.step()
+            optimiser.zero_grad()
+            if log.due(step):
+                log.write(step, losses | {"dev_error": torch.tensor(self.dev_error())})
+
+    @torch.no_grad()
+    def dev_error(self, audio: torch.Tensor | None = None) -> float:
+        """Character error on the dev sentences."""
+        self.model.eval()
+        rows = self.corpus.indices("dev")
+        features, lens = self.fbank(*self.corpus.speech(rows, 0, audio))
+        hypotheses = greedy_ctc(self.model(features, lens)[0][:, len(TAGS) :], lens)
+        self.model.train()
+        return label_error_rate(hypotheses, [self.texts[row] for row in rows])
+
+
+def main(argv=None):
+    args = get_args(argv)
+    settings = PRESETS[args.preset]
+    torch.manual_seed(settings.seed + SEEDS[args.recogniser])
+    corpus = Corpus(args.work_dir, args.device, settings.max_utterance_s)
+    decoded = torch.from_numpy(np.load(args.work_dir / "decoded.npy")).to(args.device)
+    folder = args.work_dir / f"asr_{args.recogniser}"
+    folder.mkdir(exist_ok=True)
+    trainer = Trainer(args.recogniser, corpus, decoded, folder, settings, args.device)
+    trainer.train(summary_writer(args.work_dir, f"asr-{args.recogniser}"))
+    print(f"asr-{args.recogniser}: character error on dev {trainer.dev_error():.4f}, decoded {trainer.dev_error(decoded):.4f}")
+    trainer.model.save(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,260 @@
+"""Train the tiny language model, a Qwen2, on text -> speech tokens; writes lm_1, lm_2, ... as Hugging Face folders.
+
+Characters enter by their sound and speech tokens by their digits (pronunciation.SoundSum), so that what it learns of
+one carries over to its like. A training-only head predicts the sound that each position belongs to. The history it
+is trained on has wrong tokens in it, as its own will have. Which checkpoint is shipped is chosen by export.py, by the
+error of sampled speech: the best cross-entropy is no guide to it.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models
+from torch import nn
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from scripts.tiny.data import SHIFTS, Corpus
+from scripts.tiny.pronunciation import SoundSum, reading, sound_features
+from scripts.tiny.settings import PRESETS, add_common_args, summary_writer
+from scripts.tiny.train import Log, autocast, cosine, set_lr
+from tts_grpo.prompts import GENERATION_END, GENERATION_START, IM_END, IM_START, INSTRUCTION, LLASA_CHAT_TEMPLATE
+from tts_grpo.prompts import render_prompt
+from tts_grpo.tiny_codec import DIMENSIONS, LEVELS
+from tts_grpo.tokens import NUM_SPEECH_TOKENS, speech_token_str
+
+PAD = "<|endoftext|>"
+PUNCTUATION = "，。！？、；：“”‘’（）《》…—,.!?;:'\"()-~%+/&@#*= \n"
+ALPHANUMERIC = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+DIGIT_CHARACTERS = dict(zip("0123456789", "零一二三四五六七八九", strict=True))
+NUM_JOINED, NUM_JOINED_SHARES = (1, 2, 3), (0.6, 0.25, 0.15)  # utterances said one after the other
+MAX_TOKENS = 400
+CORRUPTED_SHARES = (0.0, 0.1, 0.25)  # of the history's tokens
+DROPOUT = 0.1
+FIRST_CHECKPOINT = 0.6  # share of the steps
+AVERAGE_DECAY = 0.998
+
+
+def get_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common_args(parser)
+    return parser.parse_args(argv)
+
+
+def common_characters() -> list[str]:
+    """The 3,755 characters of GB 2312's first level, the commonest of simplified Chinese."""
+    codes = (bytes([high, low]) for high in range(0xB0, 0xD8) for low in range(0xA1, 0xFF))
+    return [c for c in (code.decode("gb2312", errors="ignore") for code in codes) if c]
+
+
+def build_tokenizer(corpus: Corpus) -> PreTrainedTokenizerFast:
+    """Characters with a byte fallback, the chat tokens, and ``<|s_0|>``..``<|s_6560|>`` at the end."""
+    han = sorted({c for row in corpus.rows if row["split"] == "train" for c in row["text"] if reading(c)}
+                 | set(common_characters()))  # fmt: skip
+    pieces = [f"<0x{byte:02X}>" for byte in range(256)] + list(PUNCTUATION + ALPHANUMERIC) + han
+    model = models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], byte_fallback=True)
+    backend = Tokenizer(model)
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token=GENERATION_END, pad_token=PAD, padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+    tokenizer.add_special_tokens({"additional_special_tokens": [IM_START, IM_END, GENERATION_START]})
+    tokenizer.add_tokens(["user", "assistant", INSTRUCTION.strip()])
+    tokenizer.add_tokens([speech_token_str(i) for i in range(NUM_SPEECH_TOKENS)])
+    tokenizer.chat_template = LLASA_CHAT_TEMPLATE
+    return tokenizer
+
+
+def row_features(tokenizer) -> tuple[list[list[str]], torch.Tensor]:
+    """For each id what its vector is made of, and the spread of its own part at the start."""
+    features = [[] for _ in range(len(tokenizer))]
+    own_std = torch.full((len(tokenizer),), 0.05)
+    for token, i in tokenizer.get_vocab().items():
+        syllable = reading(DIGIT_CHARACTERS.get(token, token)) if len(token) == 1 else None
+        if syllable:
+            features[i], own_std[i] = sound_features(syllable), 0.0
+    first = tokenizer.convert_tokens_to_ids(speech_token_str(0))
+    for token in range(NUM_SPEECH_TOKENS):
+        digits = [(token // LEVELS**d) % LEVELS for d in range(DIMENSIONS)]
+        features[first + token] = [f"digit {d}={digit}" for d, digit in enumerate(digits)]
+        own_std[first + token] = 0.005
+    return features, own_std
+
+
+class Examples:
+    """Training sequences: a prompt, then the speech tokens of one to three sentences, then the end."""
+
+    def __init__(self, corpus: Corpus, tokens: dict[str, np.ndarray], tokenizer, seed: int):
+        self.corpus, self.tokenizer = corpus, tokenizer
+        self.tokens, self.lens = tokens["tokens"].astype(np.int64), tokens["lens"]
+        self.alignment = tokens["alignment"].astype(np.int64)
+        self.rng = np.random.default_rng(seed)
+        self.rows = corpus.indices("train")
+        self.first_speech_id = tokenizer.convert_tokens_to_ids(speech_token_str(0))
+        self.powers = LEVELS ** np.arange(DIMENSIONS)
+
+    def joined_text(self, rows: list[int]) -> str:
+        """Texts of rows one after the other, with or without a mark at their ends."""
+        parts = []
+        for row in rows:
+            text = self.corpus.rows[row]["text"]
+            if self.rng.random() < 0.3:
+                text = text.rstrip("。")
+            elif text[-1] not in "。！？" and self.rng.random() < 0.4:
+                text += "，" if len(parts) < len(rows) - 1 else "。"
+            parts.append(text)
+        return "".join(parts)
+
+    def corrupt(self, tokens: np.ndarray) -> np.ndarray:
+        """Some tokens with some of their digits drawn anew."""
+        hit = self.rng.random(len(tokens)) < self.rng.choice(CORRUPTED_SHARES)
+        digits = (tokens[:, None] // self.powers) % LEVELS
+        redrawn = hit[:, None] & (self.rng.random(digits.shape) < 0.4)
+        return (np.where(redrawn, self.rng.integers(0, LEVELS, digits.shape), digits) * self.powers).sum(1)
+
+    def one(self, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Input ids, next ids (-100 before the speech) and units of the sequence that begins with ``row``."""
+        count = self.rng.choice(NUM_JOINED, p=NUM_JOINED_SHARES)
+        rows, shift = [row, *self.rng.choice(self.rows, count - 1)], self.rng.integers(0, len(SHIFTS))
+        while len(rows) > 1 and sum(self.lens[shift, r] for r in rows) > MAX_TOKENS:
+            rows.pop()
+        speech = np.concatenate([self.tokens[shift, r, : self.lens[shift, r]] for r in rows])
+        units = np.concatenate([self.alignment[r, : self.lens[shift, r]] for r in rows])
+        prompt = self.tokenizer(render_prompt(self.tokenizer, self.joined_text(rows)), add_special_tokens=False).input_ids
+        ignored = np.full(len(prompt) - 1, -100)
+        inputs = np.concatenate([prompt, self.corrupt(speech) + self.first_speech_id])
+        following = np.concatenate([ignored, speech + self.first_speech_id, [self.tokenizer.eos_token_id]])
+        return inputs, following, np.concatenate([ignored, units, [-100]])
+
+    def batch(self, size: int) -> tuple[torch.Tensor, ...]:
+        """Input ids, next ids and units (B, T), padded on the right."""
+        sequences = [self.one(row) for row in self.rng.choice(self.rows, size)]
+        longest = -(-max(len(s[0]) for s in sequences) // 16) * 16
+        padded = (np.full((3, size, longest), -100)).astype(np.int64)
+        padded[0] = self.tokenizer.pad_token_id
+        for i, sequence in enumerate(sequences):
+            for part, values in zip(padded, sequence, strict=True):
+                part[i, : len(values)] = values
+        return tuple(torch.from_numpy(part) for part in padded)
+
+
+class BatchStream(torch.utils.data.IterableDataset):
+    """Endless batches, made in worker processes so that the GPU does not wait for them."""
+
+    def __init__(self, examples: Examples, size: int, seed: int):
+        self.examples, self.size, self.seed = examples, size, seed
+
+    def __iter__(self):
+        worker = torch.utils.data.get_worker_info()
+        self.examples.rng = np.random.default_rng([self.seed, worker.id if worker else 0])
+        while True:
+            yield self.examples.batch(self.size)
+
+
+class Trainer:
+    """The model, with its embedding as a sum of sounds and digits and tied to its output."""
+
+    def __init__(self, tokenizer, num_units: int, settings, device: str):
+        self.tokenizer, self.settings, self.device = tokenizer, settings, device
+        self.config = Qwen2Config(
+            vocab_size=len(tokenizer), hidden_size=settings.lm_hidden, intermediate_size=settings.lm_intermediate,
+            num_hidden_layers=settings.lm_layers, num_attention_heads=settings.lm_hidden // 64, num_key_value_heads=1,
+            max_position_embeddings=2048, tie_word_embeddings=True, attention_dropout=0.0, bos_token_id=None,
+            pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+        )  # fmt: skip
+        self.model = Qwen2ForCausalLM(self.config).to(device)
+        self.model.generation_config = GenerationConfig(
+            do_sample=True, temperature=1.0, top_p=1.0, top_k=0, pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=[tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(IM_END)],
+        )  # fmt: skip
+        self.embedding = SoundSum(*self._features()).to(device)
+        self.unit_head = nn.Linear(settings.lm_hidden, num_units + 1).to(device)
+        for layer in self.model.model.layers:
+            layer.mlp.register_forward_hook(self._drop)
+            layer.self_attn.register_forward_hook(self._drop)
+
+    def _features(self):
+        features, own_std = row_features(self.tokenizer)
+        return features, self.settings.lm_hidden, own_std
+
+    @staticmethod
+    def _drop(module, inputs, output):
+        if isinstance(output, tuple):
+            return (F.dropout(output[0], DROPOUT, module.training), *output[1:])
+        return F.dropout(output, DROPOUT, module.training)
+
+    def losses(self, batch: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
+        inputs, following, units = (part.to(self.device, non_blocking=True) for part in batch)
+        matrix = self.embedding()
+        with autocast(self.device):
+            embedded = F.dropout(F.embedding(inputs, matrix), DROPOUT, self.model.training)
+            hidden = self.model.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
+            spoken = following != -100
+            hidden = hidden[spoken]
+            logits, unit_logits = hidden @ matrix.T, self.unit_head(hidden)
+        return {
+            "token": F.cross_entropy(logits.float(), following[spoken]),
+            "unit": F.cross_entropy(unit_logits.float(), units[spoken]),
+        }
+
+    def train(self, examples: Examples, writer, work_dir: Path) -> None:
+        settings, steps = self.settings, self.settings.lm_steps
+        body = [p for name, p in self.model.named_parameters() if "embed_tokens" not in name]
+        body += [self.embedding.features, *self.unit_head.parameters()]
+        groups = [{"params": body, "weight_decay": 0.05}, {"params": [self.embedding.own], "weight_decay": 0.5}]
+        parameters = [p for group in groups for p in group["params"]]
+        average = [p.detach().clone() for p in parameters]
+        optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=self.device == "cuda")
+        workers = 4 if self.device == "cuda" else 0
+        stream = BatchStream(examples, settings.lm_batch, settings.seed + 3)
+        batches = iter(torch.utils.data.DataLoader(stream, batch_size=None, num_workers=workers, pin_memory=workers > 0))
+        checkpoints = np.linspace(FIRST_CHECKPOINT * steps, steps, settings.lm_checkpoints).round().astype(int).tolist()
+        log = Log(writer, "lm", steps)
+        for step in range(1, steps + 1):
+            losses = self.losses(next(batches))
+            (losses["token"] + 0.5 * losses["unit"]).backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            set_lr(optimiser, settings.lm_lr * cosine(step, steps, warmup=400))
+            optimiser.step()
+            optimiser.zero_grad()
+            decay = min(AVERAGE_DECAY, step / (step + 10))
+            torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
+            if log.due(step):
+                log.write(step, losses)
+            if step in checkpoints:
+                self.save(work_dir / f"lm_{checkpoints.index(step) + 1}", parameters, average)
+
+    def save(self, folder: Path, parameters, average) -> None:
+        """Write the averaged weights in half precision, with tokenizer and generation config."""
+        kept = [p.detach().clone() for p in parameters]
+        for parameter, value in zip(parameters, average, strict=True):
+            parameter.data.copy_(value)
+        model = Qwen2ForCausalLM(self.config)
+        state = self.model.state_dict() | {"model.embed_tokens.weight": self.embedding().detach()}
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+        model.load_state_dict(state)
+        model.generation_config = self.model.generation_config
+        model.half().save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        for parameter, value in zip(parameters, kept, strict=True):
+            parameter.data.copy_(value)
+
+
+def main(argv=None):
+    args = get_args(argv)
+    settings = PRESETS[args.preset]
+    torch.manual_seed(settings.seed + 3)
+    corpus = Corpus(args.work_dir, "cpu", settings.max_utterance_s)
+    tokenizer = build_tokenizer(corpus)
+    examples = Examples(corpus, dict(np.load(args.work_dir / "tokens.npz")), tokenizer, settings.seed + 3)
+    trainer = Trainer(tokenizer, len(corpus.unit_names), settings, args.device)
+    size = sum(p.numel() for p in trainer.model.parameters()) / 1e6
+    print(f"lm: {size:.2f} M parameters, vocabulary {len(tokenizer)}")
+    trainer.train(examples, summary_writer(args.work_dir, "lm"), args.work_dir)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""Audio files and the sample rates of the recipe."""
+
+from pathlib import Path
+
+import numpy as np
+import soundfile as sf
+from scipy.signal import resample_poly
+
+ASR_HZ = 16_000  # every recogniser and the speech tokenizer
+
+
+def resample(speech: np.ndarray, from_hz: int, to_hz: int) -> np.ndarray:
+    """``speech`` (..., T) at another sample rate, float32."""
+    if from_hz == to_hz:
+        return speech.astype(np.float32, copy=False)
+    divisor = np.gcd(from_hz, to_hz)
+    return resample_poly(speech, to_hz // divisor, from_hz // divisor, axis=-1).astype(np.float32)
+
+
+def load_audio(path: str | Path, sample_rate_hz: int = ASR_HZ) -> np.ndarray:
+    """One recording as mono float32 (T,) in [-1, 1]; channels are averaged.
+
+    Raises:
+        ValueError: the file is missing, cannot be decoded, or has no samples.
+    """
+    try:
+        speech, rate = sf.read(path, dtype="float32", always_2d=True)
+    except (sf.LibsndfileError, OSError) as error:
+        raise ValueError(f"{path}: cannot be read as audio: {error}") from error
+    if len(speech) == 0:
+        raise ValueError(f"{path}: has no samples")
+    return resample(speech.mean(axis=1), rate, sample_rate_hz)
+
+
+def save_audio(path: str | Path, speech: np.ndarray, sample_rate_hz: int) -> None:
+    """Write mono float32 (T,) as 16-bit WAV; the file appears under its name only when whole."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(path.name + ".part")
+    sf.write(tmp, np.clip(speech, -1.0, 1.0), sample_rate_hz, format="WAV", subtype="PCM_16")
+    tmp.replace(path)

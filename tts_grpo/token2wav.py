@@ -1,0 +1,127 @@
+"""token2wav: speech tokens -> waveform. One interface for the tiny stack and for CosyVoice2.
+
+A decoder is made by :func:`load_token2wav` and called with a batch of token sequences of different lengths and the
+voice to speak in. Its result is deterministic for a seed and does not depend on what else is in the batch.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from tts_grpo.audio import ASR_HZ, load_audio
+from tts_grpo.tiny_codec import SAMPLES_PER_TOKEN, FiniteScalarQuantiser, SpeechTokenizer, TokenDecoder
+from tts_grpo.tokens import NUM_SPEECH_TOKENS
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptVoice:
+    """A recording whose voice is continued.
+
+    Attributes:
+        prompt_text: its transcript.
+        prompt_speech_16k: float32 (T,), 16 kHz.
+        prompt_speech_tokens: its speech tokens.
+    """
+
+    prompt_text: str
+    prompt_speech_16k: np.ndarray
+    prompt_speech_tokens: tuple[int, ...]
+
+
+class Token2Wav(Protocol):
+    """What every decoder offers."""
+
+    sample_rate_hz: int
+
+    def encode(self, recordings: Sequence[np.ndarray]) -> list[list[int]]:
+        """Speech tokens of recordings, each float32 (T,) at 16 kHz."""
+
+    def __call__(
+        self, speech_tokens: Sequence[Sequence[int]], prompt_voice: PromptVoice | None = None, seed: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Decode a batch.
+
+        Args:
+            speech_tokens: B sequences of ids in [0, 6561), none empty, lengths may differ.
+            prompt_voice: the voice to speak in; None is the decoder's own default.
+            seed: of whatever is random in the decoder; the same for each sequence, wherever it stands in the batch.
+
+        Returns:
+            waveforms, float32 (B, T) on the CPU, zero beyond each length, and their lengths in samples, int64 (B,).
+
+        Raises:
+            ValueError: a sequence is empty or has an id out of range; the message names the item.
+        """
+
+
+def check_speech_tokens(speech_tokens: Sequence[Sequence[int]]) -> None:
+    """Raise a ValueError that names the first sequence a decoder cannot take."""
+    for i, tokens in enumerate(speech_tokens):
+        if len(tokens) == 0:
+            raise ValueError(f"item {i}: no speech tokens")
+        if not (0 <= min(tokens) and max(tokens) < NUM_SPEECH_TOKENS):
+            raise ValueError(f"item {i}: a speech token is not in [0, {NUM_SPEECH_TOKENS})")
+
+
+class TinyToken2Wav:
+    """The tiny stack's decoder: feed-forward, of one speaker, at 16 kHz.
+
+    Nothing in it is random, and its training data has one voice, which every prompt of the stack shares: ``seed``
+    and ``prompt_voice`` do not change its result.
+    """
+
+    sample_rate_hz = ASR_HZ
+
+    def __init__(self, model_dir: str | Path, device: str = "cpu"):
+        self.device = torch.device(device)
+        config = json.loads((Path(model_dir) / "config.json").read_text())
+        self.tokenizer = SpeechTokenizer(**config["speech_tokenizer"])
+        self.decoder = TokenDecoder(**config["token_decoder"])
+        for name, module in (("speech_tokenizer", self.tokenizer), ("token_decoder", self.decoder)):
+            module.load_state_dict(load_file(Path(model_dir) / f"{name}.safetensors"))
+            module.float().eval().to(self.device)
+
+    @torch.inference_mode()
+    def encode(self, recordings: Sequence[np.ndarray]) -> list[list[int]]:
+        lens = torch.tensor([len(recording) for recording in recordings])
+        speech = torch.zeros(len(recordings), int(lens.max()))
+        for row, recording in zip(speech, recordings, strict=True):
+            row[: len(recording)] = torch.as_tensor(recording)
+        with torch.backends.cudnn.flags(allow_tf32=False):
+            tokens, token_lens = self.tokenizer.encode(speech.to(self.device), lens.to(self.device))
+        return [row[:n].tolist() for row, n in zip(tokens, token_lens, strict=True)]
+
+    @torch.inference_mode()
+    def __call__(self, speech_tokens, prompt_voice=None, seed=0):
+        check_speech_tokens(speech_tokens)
+        lens = torch.tensor([len(tokens) for tokens in speech_tokens])
+        tokens = torch.zeros(len(lens), int(lens.max()), dtype=torch.int64)
+        for row, sequence in zip(tokens, speech_tokens, strict=True):
+            row[: len(sequence)] = torch.as_tensor(sequence)
+        with torch.backends.cudnn.flags(allow_tf32=False):
+            digits = FiniteScalarQuantiser.to_digits(tokens.to(self.device))
+            waveforms = self.decoder(digits, lens.to(self.device))
+        return waveforms.cpu(), lens * SAMPLES_PER_TOKEN
+
+
+def load_token2wav(model_dir: str | Path, device: str = "cpu") -> Token2Wav:
+    """The decoder that a folder holds.
+
+    Raises:
+        ValueError: the folder holds none that is known.
+    """
+    if (Path(model_dir) / "token_decoder.safetensors").exists():
+        return TinyToken2Wav(model_dir, device)
+    raise ValueError(f"{model_dir}: no token2wav here (expected token_decoder.safetensors)")
+
+
+def load_prompt_voice(token2wav: Token2Wav, audio_path: str | Path, prompt_text: str) -> PromptVoice:
+    """The voice of a recording, with its speech tokens."""
+    speech = load_audio(audio_path)
+    return PromptVoice(prompt_text, speech, tuple(token2wav.encode([speech])[0]))

@@ -1,0 +1,37 @@
+"""Speech tokens as the language model writes them: ids in ``[0, 6561)`` <-> ``<|s_N|>``."""
+
+import re
+
+NUM_SPEECH_TOKENS = 6561  # CosyVoice2's codebook: finite scalar quantisation, 8 dimensions of 3 levels
+TOKEN_HZ = 25
+
+_SPEECH_TOKEN = re.compile(r"<\|s_(\d+)\|>")
+
+
+def speech_token_str(token: int) -> str:
+    """The text form of one id.
+
+    Raises:
+        ValueError: the id is not in ``[0, 6561)``.
+    """
+    if not 0 <= token < NUM_SPEECH_TOKENS:
+        raise ValueError(f"speech token {token} is not in [0, {NUM_SPEECH_TOKENS})")
+    return f"<|s_{token}|>"
+
+
+def format_speech_tokens(tokens) -> str:
+    """The text form of a sequence of ids, as it stands in a prompt or a response."""
+    return "".join(speech_token_str(int(token)) for token in tokens)
+
+
+def parse_speech_tokens(text: str) -> list[int]:
+    """All ids written in ``text``, in order; other text is passed over.
+
+    Raises:
+        ValueError: an id is not in ``[0, 6561)``.
+    """
+    tokens = [int(number) for number in _SPEECH_TOKEN.findall(text)]
+    for token in tokens:
+        if token >= NUM_SPEECH_TOKENS:
+            raise ValueError(f"speech token {token} is not in [0, {NUM_SPEECH_TOKENS})")
+    return tokens
