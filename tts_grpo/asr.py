@@ -40,7 +40,9 @@ class SenseVoice:
         saved = saved.get("state_dict", saved)
         for name, value in self._model.model.state_dict().items():
             if name not in saved or saved[name].shape != value.shape:
-                raise ValueError(f"{folder}/model.pt: weight {name} {tuple(value.shape)} is missing or of another shape")
+                raise ValueError(
+                    f"{folder}/model.pt: weight {name} {tuple(value.shape)} is missing or of another shape"
+                )
             if not torch.equal(saved[name].float(), value.cpu().float()):
                 raise ValueError(f"{folder}/model.pt: weight {name} was not loaded")
 

@@ -65,7 +65,7 @@ def check_speech_tokens(speech_tokens: Sequence[Sequence[int]]) -> None:
     for i, tokens in enumerate(speech_tokens):
         if len(tokens) == 0:
             raise ValueError(f"item {i}: no speech tokens")
-        if not (0 <= min(tokens) and max(tokens) < NUM_SPEECH_TOKENS):
+        if min(tokens) < 0 or max(tokens) >= NUM_SPEECH_TOKENS:
             raise ValueError(f"item {i}: a speech token is not in [0, {NUM_SPEECH_TOKENS})")
 
 

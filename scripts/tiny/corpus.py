@@ -91,11 +91,10 @@ def main(argv=None):
     make = functools.partial(make_one, output_dir=args.output_dir, voice=args.voice)
     seconds = 0.0
     with multiprocessing.get_context("spawn").Pool(args.num_procs) as pool:
-        with tqdm(total=len(rows), unit="sentence", mininterval=5) as progress:
-            for duration in pool.imap(make, rows, chunksize=4):
-                seconds += duration
-                progress.set_postfix_str(f"{seconds / 3600:.2f} h", refresh=False)
-                progress.update()
+        progress = tqdm(pool.imap(make, rows, chunksize=4), total=len(rows), unit="sentence", mininterval=5)
+        for duration in progress:
+            seconds += duration
+            progress.set_postfix_str(f"{seconds / 3600:.2f} h", refresh=False)
     print(f"{len(rows)} sentences, {seconds / 3600:.2f} hours of speech in {args.output_dir}")
 
 

@@ -44,7 +44,8 @@ def save_half(state: dict[str, torch.Tensor], path: Path) -> None:
 def export_codec(work_dir: Path, settings, folder: Path) -> None:
     """Speech tokenizer, token decoder, and how often the corpus uses each token."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_half(torch.load(work_dir / "tokenizer.pt", map_location="cpu")["tokenizer"], folder / "speech_tokenizer.safetensors")
+    tokenizer = torch.load(work_dir / "tokenizer.pt", map_location="cpu")["tokenizer"]
+    save_half(tokenizer, folder / "speech_tokenizer.safetensors")
     save_half(torch.load(work_dir / "token2wav.pt", map_location="cpu"), folder / "token_decoder.safetensors")
     config = {"speech_tokenizer": settings.speech_tokenizer, "token_decoder": settings.token_decoder}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -105,7 +106,8 @@ def export_lm(chosen: Path, folder: Path) -> None:
     """Copy the checkpoint, its tokenizer file without white space (a third of its size)."""
     shutil.copytree(chosen, folder, dirs_exist_ok=True)
     path = folder / "tokenizer.json"
-    path.write_text(json.dumps(json.loads(path.read_text()), ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
+    compact = json.dumps(json.loads(path.read_text(encoding="utf-8")), ensure_ascii=False, separators=(",", ":"))
+    path.write_text(compact + "\n", encoding="utf-8")
 
 
 def main(argv=None):

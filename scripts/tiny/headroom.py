@@ -43,7 +43,8 @@ def main(argv=None):
     spread = [len({s.error_rate for s in group}) > 1 for group in groups]
     figures = {
         "mean_per": overall_error(spoken), "best_per": overall_error(best), "spread_share": float(np.mean(spread)),
-        "num_prompts": len(texts), "num_samples": args.num_samples, "temperature": args.temperature, "split": args.split,
+        "num_prompts": len(texts), "num_samples": args.num_samples, "temperature": args.temperature,
+        "split": args.split,
     }  # fmt: skip
     print(json.dumps(figures))
 

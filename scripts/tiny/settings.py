@@ -18,17 +18,17 @@ class Settings:
     token_decoder: dict = dataclasses.field(
         default_factory=lambda: {"dim": 256, "num_blocks": 4, "wave_dim": 256, "num_wave_blocks": 5}
     )
-    tokenizer_steps: int = 8000
+    tokenizer_steps: int = 6000
     tokenizer_lr: float = 1.5e-3
 
-    token2wav_warmup_steps: int = 1500  # spectral losses only, then also the discriminators'
-    token2wav_steps: int = 14000
+    token2wav_warmup_steps: int = 1000  # spectral losses only, then also the discriminators'
+    token2wav_steps: int = 8500
     token2wav_segments: int = 32
     token2wav_segment_tokens: int = 40
     token2wav_lr: float = 6e-4
     discriminator_lr: float = 3e-4
 
-    asr_steps: int = 9000
+    asr_steps: int = 6000
     asr_lr: float = 2e-3
     asr_dims: dict = dataclasses.field(
         default_factory=lambda: {
@@ -40,7 +40,7 @@ class Settings:
     lm_hidden: int = 192
     lm_intermediate: int = 576
     lm_layers: int = 5
-    lm_steps: int = 14000
+    lm_steps: int = 12000
     lm_batch: int = 64
     lm_lr: float = 2.5e-3
     lm_checkpoints: int = 3

@@ -59,7 +59,13 @@ def decode(token2wav: Token2Wav, speech_tokens: Sequence[list[int]]) -> list[np.
 
 
 def speak(
-    lm, token2wav: Token2Wav, asr: SenseVoice, texts: Sequence[str], temperature: float, first_seed: int, batch: int = 64
+    lm,
+    token2wav: Token2Wav,
+    asr: SenseVoice,
+    texts: Sequence[str],
+    temperature: float,
+    first_seed: int,
+    batch: int = 64,
 ) -> list[Spoken]:
     """Say each text with a seed of its own (``first_seed`` and up) and write down what is heard."""
     model, tokenizer = lm

@@ -22,12 +22,13 @@ from torchaudio.compliance.kaldi import get_mel_banks
 from scripts.tiny.data import Corpus
 from scripts.tiny.pronunciation import SoundSum, reading, sound_features
 from scripts.tiny.settings import PRESETS, add_common_args, summary_writer
-from scripts.tiny.train import Log, autocast, cosine, ctc_loss, greedy_ctc, label_error_rate, set_lr
+from scripts.tiny.train import Log, autocast, cosine, ctc_loss, greedy_ctc, set_lr
 from tts_grpo.audio import ASR_HZ
+from tts_grpo.metrics import pinyin_error_rate
 
 TAGS = ("<|zh|>", "<|NEUTRAL|>", "<|Speech|>", "<|woitn|>")  # what SenseVoice writes before the text
 QUERIES = (3, 1, 2, 15)  # rows of its query embedding: Chinese, event, emotion, without inverse text normalisation
-LFR_M, LFR_N = 7, 6  # frames stacked and skipped
+LFR_M, LFR_N = 5, 3  # frames stacked and skipped: 33 a second (SenseVoiceSmall: 7, 6), so that CTC has room for units
 NUM_MELS = 80
 BPE_NAME = "chn_jpn_yue_eng_ko_spectok.bpe.model"
 SEEDS = {"reward": 2, "eval": 12}
@@ -55,7 +56,7 @@ class Fbank(nn.Module):
         self.register_buffer("window", torch.hamming_window(self.length, periodic=False), persistent=False)
 
     def forward(self, speech: torch.Tensor, lens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, T) samples in [-1, 1] -> stacked frames (B, L, 560) and their numbers (B,)."""
+        """(B, T) samples in [-1, 1] -> stacked frames (B, L, 400) and their numbers (B,)."""
         frames = (speech.float() * 32768).unfold(1, self.length, self.shift)
         frames = frames - frames.mean(-1, keepdim=True)
         frames = frames - 0.97 * torch.cat([frames[..., :1], frames[..., :-1]], dim=-1)
@@ -65,7 +66,7 @@ class Fbank(nn.Module):
 
     @staticmethod
     def stack(mel: torch.Tensor, lens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Low frame rate: 7 frames every 6, the first and the last repeated at the ends."""
+        """Low frame rate: 5 frames every 3, the first and the last repeated at the ends."""
         out_lens = (lens + LFR_N - 1) // LFR_N
         start = torch.arange(int(out_lens.max()), device=mel.device) * LFR_N - (LFR_M - 1) // 2
         index = start[:, None] + torch.arange(LFR_M, device=mel.device)
@@ -148,7 +149,7 @@ class Recogniser(nn.Module):
         self.register_buffer("inverse_std", torch.ones(NUM_MELS * LFR_M))
 
     def forward(self, features: torch.Tensor, lens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stacked frames (B, L, 560) -> logits of ids and of units, both with the four tag frames first."""
+        """Stacked frames (B, L, 400) -> logits of ids and of units, both with the four tag frames first."""
         features = (features - self.mean) * self.inverse_std
         queries = self.sense_voice.embed(torch.tensor(QUERIES, device=features.device))
         features = torch.cat([queries[None].expand(len(features), -1, -1), features], dim=1)
@@ -173,7 +174,8 @@ class Recogniser(nn.Module):
         paths = {"init_param": "model.pt", "config": "config.yaml", "tokenizer_conf": {"bpemodel": BPE_NAME},
                  "frontend_conf": {"cmvn_file": "am.mvn"}}  # fmt: skip
         configuration = {
-            "framework": "pytorch", "task": "auto-speech-recognition", "model": {"type": "funasr"}, "file_path_metas": paths,
+            "framework": "pytorch", "task": "auto-speech-recognition", "model": {"type": "funasr"},
+            "file_path_metas": paths,
         }  # fmt: skip
         (folder / "configuration.json").write_text(json.dumps(configuration, indent=2) + "\n")
         (folder / "am.mvn").write_text(self.cmvn_text())
@@ -268,13 +270,14 @@ class Trainer:
 
     @torch.no_grad()
     def dev_error(self, audio: torch.Tensor | None = None) -> float:
-        """Character error on the dev sentences."""
+        """Toneless pinyin error on the dev sentences."""
         self.model.eval()
         rows = self.corpus.indices("dev")
         features, lens = self.fbank(*self.corpus.speech(rows, 0, audio))
-        hypotheses = greedy_ctc(self.model(features, lens)[0][:, len(TAGS) :], lens)
+        ids = greedy_ctc(self.model(features, lens)[0][:, len(TAGS) :], lens)
         self.model.train()
-        return label_error_rate(hypotheses, [self.texts[row] for row in rows])
+        texts = [self.corpus.rows[row]["text"] for row in rows]
+        return pinyin_error_rate(texts, [self.vocabulary.model.decode(sequence) for sequence in ids], tones=False)
 
 
 def main(argv=None):
@@ -287,7 +290,8 @@ def main(argv=None):
     folder.mkdir(exist_ok=True)
     trainer = Trainer(args.recogniser, corpus, decoded, folder, settings, args.device)
     trainer.train(summary_writer(args.work_dir, f"asr-{args.recogniser}"))
-    print(f"asr-{args.recogniser}: character error on dev {trainer.dev_error():.4f}, decoded {trainer.dev_error(decoded):.4f}")
+    errors = trainer.dev_error(), trainer.dev_error(decoded)
+    print("asr-{}: pinyin error on dev {:.4f}, on decoded dev {:.4f}".format(args.recogniser, *errors))
     trainer.model.save(folder)
 
 

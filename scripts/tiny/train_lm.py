@@ -20,8 +20,15 @@ from scripts.tiny.data import SHIFTS, Corpus
 from scripts.tiny.pronunciation import SoundSum, reading, sound_features
 from scripts.tiny.settings import PRESETS, add_common_args, summary_writer
 from scripts.tiny.train import Log, autocast, cosine, set_lr
-from tts_grpo.prompts import GENERATION_END, GENERATION_START, IM_END, IM_START, INSTRUCTION, LLASA_CHAT_TEMPLATE
-from tts_grpo.prompts import render_prompt
+from tts_grpo.prompts import (
+    GENERATION_END,
+    GENERATION_START,
+    IM_END,
+    IM_START,
+    INSTRUCTION,
+    LLASA_CHAT_TEMPLATE,
+    render_prompt,
+)
 from tts_grpo.tiny_codec import DIMENSIONS, LEVELS
 from tts_grpo.tokens import NUM_SPEECH_TOKENS, speech_token_str
 
@@ -123,7 +130,8 @@ class Examples:
             rows.pop()
         speech = np.concatenate([self.tokens[shift, r, : self.lens[shift, r]] for r in rows])
         units = np.concatenate([self.alignment[r, : self.lens[shift, r]] for r in rows])
-        prompt = self.tokenizer(render_prompt(self.tokenizer, self.joined_text(rows)), add_special_tokens=False).input_ids
+        prompt = render_prompt(self.tokenizer, self.joined_text(rows))
+        prompt = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
         ignored = np.full(len(prompt) - 1, -100)
         inputs = np.concatenate([prompt, self.corrupt(speech) + self.first_speech_id])
         following = np.concatenate([ignored, speech + self.first_speech_id, [self.tokenizer.eos_token_id]])
@@ -210,7 +218,8 @@ class Trainer:
         optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=self.device == "cuda")
         workers = 4 if self.device == "cuda" else 0
         stream = BatchStream(examples, settings.lm_batch, settings.seed + 3)
-        batches = iter(torch.utils.data.DataLoader(stream, batch_size=None, num_workers=workers, pin_memory=workers > 0))
+        loader = torch.utils.data.DataLoader(stream, batch_size=None, num_workers=workers, pin_memory=workers > 0)
+        batches = iter(loader)
         checkpoints = np.linspace(FIRST_CHECKPOINT * steps, steps, settings.lm_checkpoints).round().astype(int).tolist()
         log = Log(writer, "lm", steps)
         for step in range(1, steps + 1):

@@ -9,6 +9,7 @@ laid out as audio.npy.
 """
 
 import argparse
+import itertools
 
 import numpy as np
 import torch
@@ -64,7 +65,7 @@ class PeriodDiscriminator(nn.Module):
         self.period = period
         self.layers = nn.ModuleList(
             weight_norm(nn.Conv2d(size, out, (5, 1), (3 if i < 3 else 1, 1), (2, 0)))
-            for i, (size, out) in enumerate(zip(channels, channels[1:]))
+            for i, (size, out) in enumerate(itertools.pairwise(channels))
         )
         self.output = weight_norm(nn.Conv2d(channels[-1], 1, (3, 1), padding=(1, 0)))
 
@@ -214,7 +215,8 @@ class Trainer:
                     wanted = discriminator(real)[1]
                 scores, features = discriminator(fake)
                 adversarial = adversarial + ((1 - scores.float()) ** 2).mean()
-                matching = matching + sum((a.float() - b.float()).abs().mean() for a, b in zip(features, wanted, strict=True))
+                for feature, aim in zip(features, wanted, strict=True):
+                    matching = matching + (feature.float() - aim.float()).abs().mean()
         self.losses["adversarial"].copy_(adversarial.detach())
         self.losses["features"].copy_(matching.detach())
         return adversarial, matching
@@ -231,8 +233,8 @@ class Trainer:
             set_lr(self.optimiser_d, settings.discriminator_lr * cosine(step, steps, 200, floor=0.1))
             (warm if step <= warmup else full)()
             if step % AVERAGE_EVERY == 0:
-                done = step // AVERAGE_EVERY
-                torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - min(0.99, done / (done + 10)))
+                decay = min(0.99, step / (step + 10 * AVERAGE_EVERY))
+                torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
             if log.due(step):
                 log.write(step, self.losses)
         for parameter, average in zip(self.parameters, self.average, strict=True):

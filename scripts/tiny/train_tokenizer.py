@@ -8,7 +8,6 @@ Writes tokenizer.pt (both networks) and tokens.npz: ``tokens`` int16 (4, N, L), 
 """
 
 import argparse
-import os
 
 import numpy as np
 import torch
@@ -77,7 +76,8 @@ class Trainer:
             predicted = self.mel_head(self.decoder.features(digits, token_lens))
             logits = self.unit_head(digits, mask)
         error = (predicted.float() - mel.reshape(predicted.shape)).abs().mean(-1, keepdim=True)
-        return {"mel": 4 * (error * mask).sum() / mask.sum(), "ctc": ctc_loss(logits, token_lens, *self.corpus.targets(rows))}
+        ctc = ctc_loss(logits, token_lens, *self.corpus.targets(rows))
+        return {"mel": 4 * (error * mask).sum() / mask.sum(), "ctc": ctc}
 
     def train(self, writer) -> None:
         steps = self.settings.tokenizer_steps
@@ -203,7 +203,7 @@ def main(argv=None):
     used = len(np.unique(result["tokens"][0][valid]))
     print(f"tokenizer: {used} of {NUM_SPEECH_TOKENS} tokens used in {valid.sum()}")
     np.savez(args.work_dir / "tokens.part.npz", **result)
-    os.replace(args.work_dir / "tokens.part.npz", args.work_dir / "tokens.npz")
+    (args.work_dir / "tokens.part.npz").replace(args.work_dir / "tokens.npz")
     state = {"tokenizer": trainer.tokenizer.state_dict(), "decoder": trainer.decoder.state_dict()}
     torch.save(state, args.work_dir / "tokenizer.pt")
 

@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# Make one of the recipe's virtual environments, or bring it up to date; does nothing when it is.
+#
+#   bash scripts/make_env.sh NAME REQUIREMENTS...
+#
+#   NAME          folder under .venv, such as speech
+#   REQUIREMENTS  files with exact pins, installed together
+#
+# Variables: base_python (interpreter to build on, 3.11 or 3.12), venv_root (folder of the environments).
+set -euo pipefail
+
+root=$(cd "$(dirname "$0")/.." && pwd)
+base_python=${base_python:-python3}
+venv_root=${venv_root:-$root/.venv}
+min_free_gib=8
+
+die() {
+  echo "make_env.sh: $*" >&2
+  exit 1
+}
+
+check_machine() {
+  "$base_python" -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' ||
+    die "needs Python 3.11 or 3.12, but '$base_python' is $("$base_python" --version 2>&1): set base_python=/path/to/python3.11"
+  "$base_python" -c 'import ensurepip, venv' 2>/dev/null ||
+    die "'$base_python' cannot make virtual environments: install its venv package (Debian: apt-get install python3-venv)"
+  local free_gib
+  free_gib=$(df -BG --output=avail "$venv_root" | tail -n 1 | tr -dc '0-9')
+  ((free_gib >= min_free_gib)) || die "$venv_root has $free_gib GiB free, $min_free_gib are needed: set venv_root"
+}
+
+# torchaudio's compiled part does not load beside every build of torch (not beside the CPU build). funasr needs only
+# the part in Python, which works without it.
+mend_torchaudio() {
+  "$1" -c 'import torchaudio' 2>/dev/null && return
+  local lib
+  lib=$("$1" -c 'import importlib.util as u; print(u.find_spec("torchaudio").submodule_search_locations[0])')/lib
+  rm -f "$lib"/*.so
+  "$1" -c 'import torchaudio' || die "torchaudio does not import beside this torch"
+}
+
+main() {
+  (($# >= 2)) || {
+    sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
+    exit 2
+  }
+  local name=$1 dir=$venv_root/$1 key
+  shift
+  mkdir -p "$venv_root"
+  key=$({ "$base_python" --version && cat "$@" "$0"; } | sha256sum | cut -d ' ' -f 1)
+  [[ -f $dir/.done && $(cat "$dir/.done") == "$key" ]] && return
+  check_machine
+  echo "environment $name: installing into $dir (about 2 minutes)" >&2
+  rm -rf "$dir"
+  "$base_python" -m venv "$dir"
+  local file args=()
+  for file; do args+=(-r "$file"); done
+  "$dir/bin/python" -m pip install --quiet --disable-pip-version-check "${args[@]}"
+  mend_torchaudio "$dir/bin/python"
+  echo "$key" >"$dir/.done"
+}
+
+main "$@"

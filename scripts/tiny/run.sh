@@ -1,0 +1,111 @@
+#!/usr/bin/env bash
+# Make the tiny Mandarin speech stack from nothing: assets/tiny, which the repository carries ready-made.
+#
+#   bash scripts/tiny/run.sh [START [STOP]]      stages START to STOP; no arguments: 0 to 6
+#   preset=smoke bash scripts/tiny/run.sh        two minutes on a CPU: every part runs, none learns
+#
+#   0  environment: requirements-cosyvoice.txt and the teacher's packages
+#   1  texts and corpus: the teacher says every sentence (an hour on 2 cores; resumes where it was stopped)
+#   2  speech tokenizer, and the corpus as speech tokens
+#   3  token2wav and, beside it, the language model
+#   4  the two recognisers, side by side
+#   5  choice of the language model's checkpoint; everything into $output_dir
+#   6  check: figures on held-out sentences
+#
+# Stages 2 to 5 want a GPU (17 minutes of one H200). Variables, each with its default:
+set -euo pipefail
+
+root=$(cd "$(dirname "$0")/../.." && pwd)
+preset=${preset:-full}                       # settings of this name in scripts/tiny/settings.py
+work_dir=${work_dir:-$root/exp/tiny-$preset} # corpus, checkpoints, logs
+if [[ $preset == full ]]; then
+  device=${device:-cuda}                      # torch device of stages 2 to 5
+  output_dir=${output_dir:-$root/assets/tiny} # the stack
+  num_breadth=${num_breadth:-3300}            # clauses beside the 4,349 everyday sentences
+  text_args=(--num-breadth "$num_breadth" --num-test 400 --num-dev 120)
+else
+  device=${device:-cpu}
+  output_dir=${output_dir:-$work_dir/assets}
+  text_args=(--num-breadth 40 --num-test 8 --num-dev 8 --limit 24)
+fi
+num_procs=${num_procs:-$(nproc)} # processes of the teacher
+python=${python:-}               # interpreter that has all packages; empty: stage 0 makes one
+
+cd "$root"
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+[[ -n $python ]] || python=$root/.venv/tiny/bin/python
+jobs=()
+trap 'for job in "${jobs[@]}"; do kill "$job" 2>/dev/null || true; done' EXIT
+
+usage() {
+  sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//p}' "$0" >&2
+  exit 2
+}
+
+log_dir() { echo "$work_dir/log"; }
+
+# Become a training script of scripts.tiny, with its output also in a log file: call it in a subshell.
+train() {
+  local name=$1
+  shift
+  mkdir -p "$(log_dir)"
+  exec "$python" -m "scripts.tiny.$name" --work-dir "$work_dir" --preset "$preset" --device "$device" "$@" \
+    > >(tee "$(log_dir)/$name${2:+-$2}.log") 2>&1
+}
+
+# Wait for the background jobs; fail if one did.
+wait_jobs() {
+  local job failed=0
+  for job in "${jobs[@]}"; do wait "$job" || failed=1; done
+  jobs=()
+  ((failed == 0)) || { echo "run.sh: a job of this stage failed, see $(log_dir)" >&2 && return 1; }
+}
+
+stage_0() {
+  [[ $python == "$root/.venv/tiny/bin/python" ]] || return 0
+  bash scripts/make_env.sh tiny requirements-cosyvoice.txt scripts/tiny/requirements-corpus.txt
+}
+
+stage_1() {
+  "$python" -m scripts.tiny.texts --output "$work_dir/texts.jsonl" "${text_args[@]}"
+  "$python" -m scripts.tiny.corpus --texts "$work_dir/texts.jsonl" --output-dir "$work_dir/audio" \
+    --num-procs "$num_procs"
+}
+
+stage_2() {
+  "$python" -m scripts.tiny.data --work-dir "$work_dir"
+  (train train_tokenizer)
+}
+
+stage_3() {
+  train train_token2wav &
+  jobs+=($!)
+  train train_lm &
+  jobs+=($!)
+  wait_jobs
+}
+
+stage_4() {
+  local recogniser
+  for recogniser in reward eval; do
+    train train_asr --recogniser "$recogniser" &
+    jobs+=($!)
+  done
+  wait_jobs
+}
+
+stage_5() { (train export --output-dir "$output_dir"); }
+
+stage_6() { assets_dir=$output_dir python=$python bash scripts/tiny/check.sh; }
+
+main() {
+  local start=${1:-0} stop=${2:-${1:-6}} stage
+  [[ $# -le 2 && $start =~ ^[0-6]$ && $stop =~ ^[0-6]$ && $start -le $stop ]] || usage
+  [[ $preset == full || $preset == smoke ]] || usage
+  for ((stage = start; stage <= stop; stage++)); do
+    echo "== tiny stack, stage $stage ($(date +%T))"
+    "stage_$stage"
+  done
+}
+
+main "$@"

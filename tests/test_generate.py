@@ -1,0 +1,50 @@
+import pytest
+
+from tts_grpo.generate import Sampling, generate_speech_tokens
+from tts_grpo.prompts import render_prompt
+from tts_grpo.token2wav import load_prompt_voice
+
+SAMPLING = Sampling(max_new_tokens=200)
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer, test_rows):
+    return [render_prompt(tokenizer, row["text"]) for row in test_rows[:10]]
+
+
+def test_sampling_does_not_depend_on_the_batch(lm, tokenizer, prompts):
+    seeds = list(range(10))
+    together = generate_speech_tokens(lm, tokenizer, prompts, seeds, SAMPLING)
+    in_threes = generate_speech_tokens(lm, tokenizer, prompts, seeds, SAMPLING, batch_size=3)
+    backwards = generate_speech_tokens(lm, tokenizer, prompts[::-1], seeds[::-1], SAMPLING)
+    assert together == in_threes == backwards[::-1]
+    assert all(utterance.finish_reason == "eos" and utterance.speech_tokens for utterance in together)
+
+
+def test_seeds_and_temperature(lm, tokenizer, prompts):
+    same = [prompts[0]] * 4
+    sampled = generate_speech_tokens(lm, tokenizer, same, [1, 1, 2, 3], SAMPLING)
+    assert sampled[0] == sampled[1]
+    assert len({tuple(u.speech_tokens) for u in sampled}) == 3
+    greedy = Sampling(temperature=0, max_new_tokens=200)
+    likeliest = generate_speech_tokens(lm, tokenizer, same[:2], [1, 2], greedy)
+    assert likeliest[0] == likeliest[1]
+    assert generate_speech_tokens(lm, tokenizer, same[:1], [5], Sampling(top_k=1, max_new_tokens=200)) == likeliest[:1]
+
+
+def test_an_utterance_that_is_cut_says_so(lm, tokenizer, prompts):
+    (cut,) = generate_speech_tokens(lm, tokenizer, prompts[:1], [0], Sampling(max_new_tokens=5))
+    assert (cut.finish_reason, len(cut.speech_tokens)) == ("length", 5)
+
+
+def test_zero_shot_prompting_speaks_the_text_only(lm, tokenizer, token2wav, asr, assets, test_rows):
+    from scripts.tiny.stack import decode, read_jsonl
+    from tts_grpo.metrics import pinyin_error_rate
+
+    row = read_jsonl(assets / "prompts" / "prompts.jsonl")[0]
+    voice = load_prompt_voice(token2wav, assets / "prompts" / row["prompt_audio"], row["prompt_text"])
+    texts = [r["text"] for r in test_rows[:24]]
+    prompts = [render_prompt(tokenizer, text, voice.prompt_text, voice.prompt_speech_tokens) for text in texts]
+    said = generate_speech_tokens(lm, tokenizer, prompts, range(24), Sampling(temperature=0, max_new_tokens=200))
+    heard = asr.transcribe(decode(token2wav, [utterance.speech_tokens for utterance in said]))
+    assert pinyin_error_rate(texts, heard, tones=False) < 0.25

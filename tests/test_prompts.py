@@ -1,0 +1,55 @@
+import pytest
+from transformers import AutoTokenizer
+
+from tts_grpo.prompts import chat_messages, render_prompt
+from tts_grpo.tokens import speech_token_str
+
+EXPECTED = (
+    "<|im_start|>user\nConvert the text to speech: 你好。<|im_end|>\n<|im_start|>assistant\n<|SPEECH_GENERATION_START|>"
+)
+
+
+def test_prompt(tokenizer):
+    assert render_prompt(tokenizer, "你好。") == EXPECTED
+
+
+def test_zero_shot_prompt(tokenizer):
+    prompt = render_prompt(tokenizer, "你好。", "早。", [7, 8])
+    assert prompt == EXPECTED.replace("你好", "早。你好") + "<|s_7|><|s_8|>"
+
+
+@pytest.mark.parametrize("prompt", [("早。", ()), ("", (1,))])
+def test_half_a_zero_shot_prompt_is_an_error(tokenizer, prompt):
+    with pytest.raises(ValueError, match="both"):
+        render_prompt(tokenizer, "你好。", *prompt)
+
+
+def test_foreign_template_is_an_error(assets):
+    tokenizer = AutoTokenizer.from_pretrained(assets / "llm")
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    with pytest.raises(ValueError, match="SPEECH_GENERATION_START"):
+        render_prompt(tokenizer, "你好。")
+
+
+def test_nothing_is_unknown(tokenizer):
+    text = "你好 Hello 123 \n饕餮 é 😀 ＡＢ"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(ids) == text
+
+
+def test_ids(tokenizer, lm):
+    assert len(tokenizer("\n", add_special_tokens=False)["input_ids"]) == 1
+    speech = tokenizer.convert_tokens_to_ids([speech_token_str(i) for i in range(6561)])
+    assert speech == list(range(speech[0], speech[0] + 6561))
+    assert max(speech) < lm.config.vocab_size
+    assert tokenizer.decode([*speech[:2], tokenizer.eos_token_id], skip_special_tokens=True) == "<|s_0|><|s_1|>"
+    ends = tokenizer.convert_tokens_to_ids(["<|SPEECH_GENERATION_END|>", "<|im_end|>"])
+    assert lm.generation_config.eos_token_id == ends
+    assert tokenizer.eos_token_id == ends[0] == lm.config.eos_token_id
+
+
+def test_template_takes_what_verl_asks(tokenizer):
+    # veRL renders an empty message to find a template's system prompt.
+    assert tokenizer.apply_chat_template([{}], tokenize=False, add_generation_prompt=False) == ""
+    whole = tokenizer.apply_chat_template(chat_messages("你好。"), tokenize=False, add_generation_prompt=True)
+    assert whole == EXPECTED

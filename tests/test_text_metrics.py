@@ -1,0 +1,46 @@
+import random
+
+import jiwer
+import pytest
+
+from tts_grpo.metrics import ErrorCounts, pinyin_error_rate, pinyin_errors
+from tts_grpo.text import normalise, pinyin
+
+
+def test_normalise():
+    assert normalise("  你好，Ｗｏｒｌｄ！It's　３ 次…") == "你好 world it s 3 次"
+    assert normalise("。，！") == ""
+
+
+def test_pinyin():
+    assert pinyin("你好，World 3次", tones=True) == ["ni3", "hao3", "world", "3", "ci4"]
+    assert pinyin("绿色的女儿", tones=False) == ["lv", "se", "de", "nv", "er"]
+    assert pinyin("行长在银行", tones=True) == ["hang2", "zhang3", "zai4", "yin2", "hang2"]
+    assert pinyin("！", tones=True) == []
+
+
+def test_homophones_are_no_errors_but_tones_may_be():
+    assert pinyin_errors("他买东西", "她买东西", tones=True).errors == 0
+    assert pinyin_errors("他买", "他卖", tones=True).errors == 1
+    assert pinyin_errors("他买", "他卖", tones=False).errors == 0
+
+
+def test_rates_equal_jiwer():
+    rng = random.Random(0)
+    characters = "我你他是不在有大小上下来去好天地人中国"
+    truths = ["".join(rng.choices(characters, k=rng.randint(1, 12))) for _ in range(300)]
+    hypotheses = ["".join(rng.choices(characters, k=rng.randint(0, 12))) for _ in truths]
+    ours = pinyin_error_rate(truths, hypotheses, tones=True)
+    spaced = lambda texts: [" ".join(pinyin(text, tones=True)) for text in texts]  # noqa: E731
+    assert ours == pytest.approx(jiwer.wer(spaced(truths), spaced(hypotheses)), abs=1e-12)
+
+
+def test_missing_speech_is_all_deletions():
+    assert pinyin_error_rate(["你好吗", "好"], ["", "好"], tones=True) == 3 / 4
+
+
+def test_no_rate_without_reference():
+    with pytest.raises(ValueError, match="empty reference"):
+        _ = ErrorCounts(1, 0).rate
+    with pytest.raises(ValueError):
+        pinyin_error_rate(["你", "好"], ["你"], tones=True)
