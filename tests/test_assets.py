@@ -2,12 +2,18 @@
 
 import json
 import logging
+import subprocess
 
 import pytest
 import torch
 
 from scripts.tiny.stack import read_jsonl
 from scripts.tiny.texts import han_only
+
+
+def test_checksums(assets):
+    run = subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=assets, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
 
 
 def test_size(assets):

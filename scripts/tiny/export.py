@@ -5,6 +5,7 @@ recogniser: the evaluation recogniser stays out of every choice.
 """
 
 import argparse
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -110,6 +111,13 @@ def export_lm(chosen: Path, folder: Path) -> None:
     path.write_text(compact + "\n", encoding="utf-8")
 
 
+def write_checksums(folder: Path) -> None:
+    """SHA256SUMS of every file that this script wrote, as ``sha256sum --check`` reads it."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in ("SHA256SUMS", "PROVENANCE.md"))
+    lines = [f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.relative_to(folder)}\n" for p in files]
+    (folder / "SHA256SUMS").write_text("".join(lines))
+
+
 def main(argv=None):
     args = get_args(argv)
     export_codec(args.work_dir, PRESETS[args.preset], args.output_dir / "token2wav")
@@ -119,6 +127,7 @@ def main(argv=None):
     export_recordings(args.work_dir, args.output_dir)
     chosen = choose_lm(args.work_dir, args.output_dir, args.device)
     export_lm(chosen, args.output_dir / "llm")
+    write_checksums(args.output_dir)
     print(f"{chosen.name} taken; the stack is in {args.output_dir}")
 
 
