@@ -28,7 +28,7 @@ class Settings:
     token2wav_lr: float = 6e-4
     discriminator_lr: float = 3e-4
 
-    asr_steps: int = 6000
+    asr_steps: int = 7000
     asr_lr: float = 2e-3
     asr_dims: dict = dataclasses.field(
         default_factory=lambda: {
