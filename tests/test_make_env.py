@@ -1,0 +1,64 @@
+"""scripts/make_env.sh with a stand-in for Python."""
+
+import os
+import subprocess
+
+import pytest
+
+# Answers as Python would; "-m venv DIR" puts the stand-in itself there. Calls of pip are written to a file.
+STAND_IN = """#!/usr/bin/env bash
+case "$*" in
+  --version) echo "Python $VERSION" ;;
+  *sys.version_info*) [[ $VERSION == 3.11.* || $VERSION == 3.12.* ]] ;;
+  "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+  "-m pip "*) echo "$*" >>"$PIP_CALLS" && exit "${PIP_STATUS:-0}" ;;
+esac
+"""
+
+
+@pytest.fixture
+def make_env(tmp_path):
+    python = tmp_path / "python"
+    python.write_text(STAND_IN)
+    python.chmod(0o755)
+    requirements = tmp_path / "req uirements.txt"
+    requirements.write_text("a==1\n")
+    calls = tmp_path / "calls"
+    calls.touch()
+
+    def run(version="3.11.7", pip_status=0):
+        environment = os.environ | {
+            "base_python": str(python), "venv_root": str(tmp_path / "environments"), "VERSION": version,
+            "PIP_CALLS": str(calls), "PIP_STATUS": str(pip_status),
+        }  # fmt: skip
+        command = ["bash", "scripts/make_env.sh", "speech", str(requirements)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        return done, len(calls.read_text().splitlines())
+
+    run.requirements = requirements
+    return run
+
+
+def test_made_once_and_again_when_pins_change(make_env):
+    assert make_env()[1] == 1
+    assert make_env()[1] == 1
+    make_env.requirements.write_text("a==2\n")
+    done, calls = make_env()
+    assert (done.returncode, calls) == (0, 2)
+
+
+def test_a_failed_installation_is_not_taken_for_done(make_env):
+    assert make_env(pip_status=1)[0].returncode != 0
+    done, calls = make_env()
+    assert (done.returncode, calls) == (0, 2)
+
+
+def test_another_python_is_refused_in_words(make_env):
+    done, calls = make_env(version="3.13.0")
+    assert (done.returncode, calls) == (1, 0)
+    assert "needs Python 3.11 or 3.12" in done.stderr and "base_python=" in done.stderr
+
+
+def test_usage():
+    done = subprocess.run(["bash", "scripts/make_env.sh"], capture_output=True, text=True)
+    assert done.returncode == 2 and "NAME" in done.stderr
