@@ -11,24 +11,25 @@ class Settings:
     """Sizes of the networks are what is shipped; steps, batches and rates are how they are trained."""
 
     seed: int = 0
-    batch_s: float = 160.0  # padded seconds of speech a batch (tokenizer, recognisers)
     max_utterance_s: float = 8.0  # longer ones (none in the full corpus) are left out of training
 
     speech_tokenizer: dict = dataclasses.field(default_factory=lambda: {"dim": 160, "num_blocks": 4})
     token_decoder: dict = dataclasses.field(
         default_factory=lambda: {"dim": 256, "num_blocks": 4, "wave_dim": 256, "num_wave_blocks": 5}
     )
-    tokenizer_steps: int = 6000
+    tokenizer_batch_s: float = 240.0  # padded seconds of speech a batch
+    tokenizer_steps: int = 3500
     tokenizer_lr: float = 1.5e-3
 
-    token2wav_warmup_steps: int = 1000  # spectral losses only, then also the discriminators'
-    token2wav_steps: int = 8500
-    token2wav_segments: int = 32
+    token2wav_warmup_steps: int = 800  # spectral losses only, then also the discriminators'
+    token2wav_steps: int = 7000
+    token2wav_segments: int = 16
     token2wav_segment_tokens: int = 32
     token2wav_lr: float = 6e-4
     discriminator_lr: float = 3e-4
 
-    asr_steps: int = 7000
+    asr_batch_s: float = 360.0
+    asr_steps: int = 2800
     asr_lr: float = 2e-3
     asr_dims: dict = dataclasses.field(
         default_factory=lambda: {
@@ -40,7 +41,7 @@ class Settings:
     lm_hidden: int = 192
     lm_intermediate: int = 576
     lm_layers: int = 5
-    lm_steps: int = 12000
+    lm_steps: int = 6000
     lm_batch: int = 64
     lm_lr: float = 2.5e-3
     lm_checkpoints: int = 3
@@ -50,7 +51,8 @@ FULL = Settings()
 # Two minutes on two cores: every part runs, none learns.
 SMOKE = dataclasses.replace(
     FULL,
-    batch_s=12.0,
+    tokenizer_batch_s=12.0,
+    asr_batch_s=12.0,
     tokenizer_steps=4,
     token2wav_warmup_steps=1,
     token2wav_steps=2,

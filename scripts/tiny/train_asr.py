@@ -256,7 +256,7 @@ class Trainer:
             {"params": [self.model.output.own], "weight_decay": 0.5},
         ]
         optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=self.device == "cuda")
-        batches = self.corpus.batches(self.train_rows, self.settings.batch_s, self.rng)
+        batches = self.corpus.batches(self.train_rows, self.settings.asr_batch_s, self.rng)
         log = Log(writer, f"asr-{self.name}", steps)
         for step in range(1, steps + 1):
             losses = self.loss(next(batches), step)

@@ -84,7 +84,7 @@ class Trainer:
         rng = np.random.default_rng(self.settings.seed)
         parameters = list(self.modules.parameters())
         optimiser = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.02, fused=self.device == "cuda")
-        batches = self.corpus.batches(self.corpus.indices("train"), self.settings.batch_s, rng)
+        batches = self.corpus.batches(self.corpus.indices("train"), self.settings.tokenizer_batch_s, rng)
         log = Log(writer, "tokenizer", steps)
         for step in range(1, steps + 1):
             rows = next(batches)
