@@ -266,12 +266,12 @@ class Trainer:
         ]
         optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=self.device == "cuda")
         batches = self.corpus.batches(self.train_rows, batch_s, self.rng)
-        log = Log(writer, name, steps)
+        log = Log(writer, name, steps, every_s=60.0)  # each time, dev is transcribed
         for step in range(1, steps + 1):
             losses = self.loss(next(batches), step)
             (losses["ctc"] + units_weight * losses["units"] + 0.1 * losses["tags"]).backward()
             nn.utils.clip_grad_norm_(self.model.parameters(), 2.0)
-            set_lr(optimiser, peak_lr * cosine(step, steps, warmup=400))
+            set_lr(optimiser, peak_lr * cosine(step, steps, warmup=steps // 10 + 1))
             optimiser.step()
             optimiser.zero_grad()
             if log.due(step):
