@@ -51,11 +51,12 @@ def test_encoding_does_not_depend_on_the_batch(token2wav, assets):
 
 
 def test_shipped_tokens_are_what_the_tokenizer_says(token2wav, assets, test_rows):
-    # Those were made from the lossless recordings on a GPU; these files are lossy.
+    """Up to the loss of the shipped recordings: the tokens were made from lossless ones. Chance is a third."""
     rows = [row for row in test_rows if (assets / "recordings" / f"{row['id']}.ogg").exists()][:20]
     encoded = token2wav.encode([load_audio(assets / "recordings" / f"{row['id']}.ogg") for row in rows])
-    pairs = [(a, b) for row, tokens in zip(rows, encoded) for a, b in zip(row["speech_tokens"], tokens)]
-    assert np.mean([a == b for a, b in pairs]) > 0.5
+    for row, tokens in zip(rows, encoded, strict=True):
+        ours, shipped = (FiniteScalarQuantiser.to_digits(torch.tensor(t)) for t in (tokens, row["speech_tokens"]))
+        assert (ours == shipped).float().mean() > 0.8, row["id"]
 
 
 def test_resynthesis_sounds_like_the_recording(token2wav, assets):

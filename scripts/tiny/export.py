@@ -24,7 +24,8 @@ from tts_grpo.tokens import NUM_SPEECH_TOKENS
 
 NUM_PROMPTS = 3
 PROMPT_S = (2.5, 4.0)
-NUM_RECORDINGS = 120  # of test sentences, for check.sh
+NUM_RECORDINGS = 90  # of test sentences, for check.sh
+OPUS_COMPRESSION = 0.95  # on libsndfile's scale: about 21 kbit/s
 SELECTION_SEEDS = (1000, 2000, 3000)
 DATA_KEYS = ("id", "text")
 
@@ -73,20 +74,26 @@ def export_data(work_dir: Path, folder: Path) -> None:
 
 
 def export_recordings(work_dir: Path, folder: Path) -> None:
-    """The teacher's recordings of test sentences (Ogg Opus) and of the prompts (FLAC, dev sentences)."""
+    """The teacher's recordings of test sentences and, to prompt with, of dev sentences, as Ogg Opus."""
     rows = read_jsonl(work_dir / "corpus.jsonl")
     (folder / "recordings").mkdir(parents=True, exist_ok=True)
     for row in [row for row in rows if row["split"] == "test"][:NUM_RECORDINGS]:
-        speech = load_audio(work_dir / "audio" / f"{row['id']}.flac")
-        sf.write(folder / "recordings" / f"{row['id']}.ogg", speech, ASR_HZ, format="OGG", subtype="OPUS")
+        write_opus(work_dir, row, folder / "recordings")
     (folder / "prompts").mkdir(parents=True, exist_ok=True)
     fitting = [r for r in rows if r["split"] == "dev" and PROMPT_S[0] <= r["samples"] / ASR_HZ <= PROMPT_S[1]]
     lines = []
     for row in fitting[:NUM_PROMPTS]:
-        shutil.copy(work_dir / "audio" / f"{row['id']}.flac", folder / "prompts")
-        line = {"id": row["id"], "prompt_text": row["text"], "prompt_audio": f"{row['id']}.flac"}
+        write_opus(work_dir, row, folder / "prompts")
+        line = {"id": row["id"], "prompt_text": row["text"], "prompt_audio": f"{row['id']}.ogg"}
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     (folder / "prompts" / "prompts.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def write_opus(work_dir: Path, row: dict, folder: Path) -> None:
+    """Compress one recording of the corpus into ``folder``."""
+    speech = load_audio(work_dir / "audio" / f"{row['id']}.flac")
+    path = folder / f"{row['id']}.ogg"
+    sf.write(path, speech, ASR_HZ, format="OGG", subtype="OPUS", compression_level=OPUS_COMPRESSION)
 
 
 def choose_lm(work_dir: Path, output_dir: Path, device: str) -> Path:

@@ -32,8 +32,8 @@ class Settings:
     asr_steps: int = 2800
     asr_lr: float = 2e-3
     asr_continue_batch_s: float = 120.0  # then, with small batches at a low rate
-    asr_continue_steps: int = 1100
-    asr_continue_lr: float = 6e-4
+    asr_continue_steps: int = 900
+    asr_continue_lr: float = 4e-4
     asr_dims: dict = dataclasses.field(
         default_factory=lambda: {
             "reward": {"output_size": 96, "attention_heads": 4, "linear_units": 384, "num_blocks": 4, "tp_blocks": 1},

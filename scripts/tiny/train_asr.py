@@ -160,9 +160,8 @@ class Recogniser(nn.Module):
     def load(self, folder: Path) -> None:
         """Take the weights of a saved folder; the head of units is not among them."""
         self.sense_voice.load_state_dict(torch.load(folder / "model.pt", map_location="cpu"))
+        self.output.split(self.sense_voice.ctc.ctc_lo.weight.detach())
         with torch.no_grad():
-            self.output.own.copy_(self.sense_voice.ctc.ctc_lo.weight)
-            self.output.features.zero_()
             self.output_bias.copy_(self.sense_voice.ctc.ctc_lo.bias)
 
     def save(self, folder: Path) -> None:
@@ -262,7 +261,7 @@ class Trainer:
         own = {id(self.model.output.own)}
         groups = [
             {"params": [p for p in self.model.parameters() if id(p) not in own], "weight_decay": 0.02},
-            {"params": [self.model.output.own], "weight_decay": 0.5 if units_weight else 0.02},
+            {"params": [self.model.output.own], "weight_decay": 0.5},
         ]
         optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=self.device == "cuda")
         batches = self.corpus.batches(self.train_rows, batch_s, self.rng)

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import pre_tokenizers
 from torch import nn
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from scripts.tiny.data import SHIFTS, Corpus
 from scripts.tiny.pronunciation import SoundSum, reading, sound_features
@@ -33,8 +33,7 @@ from tts_grpo.tiny_codec import DIMENSIONS, LEVELS
 from tts_grpo.tokens import NUM_SPEECH_TOKENS, speech_token_str
 
 PAD = "<|endoftext|>"
-PUNCTUATION = "，。！？、；：“”‘’（）《》…—,.!?;:'\"()-~%+/&@#*= \n"
-ALPHANUMERIC = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+PUNCTUATION = "，。！？、；：“”‘’（）《》…—"
 DIGIT_CHARACTERS = dict(zip("0123456789", "零一二三四五六七八九", strict=True))
 NUM_JOINED, NUM_JOINED_SHARES = (1, 2, 3), (0.6, 0.25, 0.15)  # utterances said one after the other
 MAX_TOKENS = 400
@@ -56,19 +55,23 @@ def common_characters() -> list[str]:
     return [c for c in (code.decode("gb2312", errors="ignore") for code in codes) if c]
 
 
-def build_tokenizer(corpus: Corpus) -> PreTrainedTokenizerFast:
-    """Characters with a byte fallback, the chat tokens, and ``<|s_0|>``..``<|s_6560|>`` at the end."""
-    han = sorted({c for row in corpus.rows if row["split"] == "train" for c in row["text"] if reading(c)}
-                 | set(common_characters()))  # fmt: skip
-    pieces = [f"<0x{byte:02X}>" for byte in range(256)] + list(PUNCTUATION + ALPHANUMERIC) + han
-    model = models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], byte_fallback=True)
-    backend = Tokenizer(model)
-    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token=GENERATION_END, pad_token=PAD, padding_side="left",
-        clean_up_tokenization_spaces=False,
+def build_tokenizer(corpus: Corpus) -> Qwen2Tokenizer:
+    """Bytes merged into characters, the chat tokens, and ``<|s_0|>``..``<|s_6560|>`` at the end.
+
+    It is a Qwen2 tokenizer, since ``AutoTokenizer`` makes one for every Qwen2 model, whatever the folder says. Its
+    merges build one character each, so that a character is one token and what has none falls back to its bytes.
+    """
+    han = {c for row in corpus.rows if row["split"] == "train" for c in row["text"] if reading(c)}
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    spelled = [to_bytes.pre_tokenize_str(c)[0][0] for c in sorted(han | set(common_characters()) | set(PUNCTUATION))]
+    pieces = {text[:length] for text in spelled for length in range(2, len(text) + 1)}
+    pieces = sorted(pieces, key=lambda piece: (len(piece), piece))
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Qwen2Tokenizer(
+        vocab={piece: i for i, piece in enumerate([*alphabet, *pieces])},
+        merges=[(piece[:-1], piece[-1]) for piece in pieces], unk_token=PAD, pad_token=PAD, eos_token=GENERATION_END,
+        padding_side="left", additional_special_tokens=[IM_START, IM_END, GENERATION_START],
     )  # fmt: skip
-    tokenizer.add_special_tokens({"additional_special_tokens": [IM_START, IM_END, GENERATION_START]})
     tokenizer.add_tokens(["user", "assistant", INSTRUCTION.strip()])
     tokenizer.add_tokens([speech_token_str(i) for i in range(NUM_SPEECH_TOKENS)])
     tokenizer.chat_template = LLASA_CHAT_TEMPLATE
@@ -79,8 +82,9 @@ def row_features(tokenizer) -> tuple[list[list[str]], torch.Tensor]:
     """For each id what its vector is made of, and the spread of its own part at the start."""
     features = [[] for _ in range(len(tokenizer))]
     own_std = torch.full((len(tokenizer),), 0.05)
-    for token, i in tokenizer.get_vocab().items():
-        syllable = reading(DIGIT_CHARACTERS.get(token, token)) if len(token) == 1 else None
+    for i in range(len(tokenizer)):
+        text = tokenizer.decode([i])
+        syllable = reading(DIGIT_CHARACTERS.get(text, text)) if len(text) == 1 else None
         if syllable:
             features[i], own_std[i] = sound_features(syllable), 0.0
     first = tokenizer.convert_tokens_to_ids(speech_token_str(0))
