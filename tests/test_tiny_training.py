@@ -66,7 +66,7 @@ def test_sound_sum_shares_what_characters_share():
 
 
 def test_sound_sum_takes_a_finished_matrix_apart():
-    whole = SoundSum([sound_features(s) for s in ("ni3", "ni3", "hao4", "ha1")] + [[]], 8, torch.full((5,), 0.1))
+    whole = SoundSum([sound_features(s) for s in ("ni3", "ni3", "hao4", "ha1")] + [[]], 8, torch.full((5,), 0.01))
     matrix = whole().detach()
     again = SoundSum([sound_features(s) for s in ("ni3", "ni3", "hao4", "ha1")] + [[]], 8, torch.zeros(5))
     again.split(matrix)
