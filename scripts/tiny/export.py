@@ -77,7 +77,8 @@ def export_recordings(work_dir: Path, folder: Path) -> None:
     """The teacher's recordings of test sentences and, to prompt with, of dev sentences, as Ogg Opus."""
     rows = read_jsonl(work_dir / "corpus.jsonl")
     (folder / "recordings").mkdir(parents=True, exist_ok=True)
-    for row in [row for row in rows if row["split"] == "test"][:NUM_RECORDINGS]:
+    test = [row for row in rows if row["split"] == "test"]  # in the source's order: by difficulty
+    for row in test[:: max(1, len(test) // NUM_RECORDINGS)][:NUM_RECORDINGS]:
         write_opus(work_dir, row, folder / "recordings")
     (folder / "prompts").mkdir(parents=True, exist_ok=True)
     fitting = [r for r in rows if r["split"] == "dev" and PROMPT_S[0] <= r["samples"] / ASR_HZ <= PROMPT_S[1]]

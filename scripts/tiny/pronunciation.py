@@ -44,12 +44,6 @@ class SoundSum(nn.Module):
         self.own = nn.Parameter(torch.randn(len(row_features), dim) * own_std[:, None])
         self.features = nn.Parameter(torch.randn(len(names), dim) * 0.03)
 
-    @torch.no_grad()
-    def split(self, matrix: torch.Tensor) -> None:
-        """Take over a finished (rows, dim) matrix: features by least squares, the rest the rows' own."""
-        self.features.copy_(torch.linalg.pinv(self.membership.cpu()) @ matrix.cpu())
-        self.own.copy_(matrix.to(self.own.device) - self.membership @ self.features)
-
     def forward(self) -> torch.Tensor:
         """(rows, dim)."""
         return self.own + self.membership @ self.features

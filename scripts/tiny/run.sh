@@ -12,7 +12,7 @@
 #   5  choice of the language model's checkpoint; everything into $output_dir
 #   6  check: figures on held-out sentences
 #
-# Stages 2 to 5 want a GPU (17 minutes of one H200). Variables, each with its default:
+# Stages 2 to 5 want a GPU (10 minutes of one H200). Variables, each with its default:
 set -euo pipefail
 
 root=$(cd "$(dirname "$0")/../.." && pwd)
@@ -50,7 +50,7 @@ train() {
   shift
   mkdir -p "$(log_dir)"
   exec "$python" -m "scripts.tiny.$name" --work-dir "$work_dir" --preset "$preset" --device "$device" "$@" \
-    > >(tee "$(log_dir)/$name${2:+-$2}${3:+-continued}.log") 2>&1
+    > >(tee "$(log_dir)/$name${2:+-$2}.log") 2>&1
 }
 
 # Wait for the background jobs; fail if one did.
@@ -89,11 +89,6 @@ stage_4() {
   local recogniser
   for recogniser in reward eval; do
     train train_asr --recogniser "$recogniser" &
-    jobs+=($!)
-  done
-  wait_jobs
-  for recogniser in reward eval; do
-    train train_asr --recogniser "$recogniser" --continue &
     jobs+=($!)
   done
   wait_jobs

@@ -31,9 +31,6 @@ class Settings:
     asr_batch_s: float = 360.0
     asr_steps: int = 2800
     asr_lr: float = 2e-3
-    asr_continue_batch_s: float = 120.0  # then, with small batches at a low rate
-    asr_continue_steps: int = 900
-    asr_continue_lr: float = 4e-4
     asr_dims: dict = dataclasses.field(
         default_factory=lambda: {
             "reward": {"output_size": 96, "attention_heads": 4, "linear_units": 384, "num_blocks": 4, "tp_blocks": 1},
@@ -61,8 +58,6 @@ SMOKE = dataclasses.replace(
     token2wav_steps=2,
     token2wav_segments=2,
     asr_steps=4,
-    asr_continue_batch_s=12.0,
-    asr_continue_steps=2,
     lm_steps=4,
     lm_batch=4,
     lm_checkpoints=2,

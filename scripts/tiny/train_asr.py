@@ -42,7 +42,6 @@ def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_args(parser)
     parser.add_argument("--recogniser", choices=SEEDS, required=True, help="which of the two")
-    parser.add_argument("--continue", action="store_true", dest="go_on", help="go on from the one that is there")
     return parser.parse_args(argv)
 
 
@@ -157,13 +156,6 @@ class Recogniser(nn.Module):
         encoded = self.sense_voice.encoder(features, lens + len(QUERIES))[0]
         return F.linear(encoded, self.output(), self.output_bias), self.unit_head(encoded)
 
-    def load(self, folder: Path) -> None:
-        """Take the weights of a saved folder; the head of units is not among them."""
-        self.sense_voice.load_state_dict(torch.load(folder / "model.pt", map_location="cpu"))
-        self.output.split(self.sense_voice.ctc.ctc_lo.weight.detach())
-        with torch.no_grad():
-            self.output_bias.copy_(self.sense_voice.ctc.ctc_lo.bias)
-
     def save(self, folder: Path) -> None:
         """Write the folder as ``funasr.AutoModel`` loads it."""
         self.sense_voice.ctc.ctc_lo.weight.data.copy_(self.output())
@@ -256,21 +248,21 @@ class Trainer:
             "tags": F.cross_entropy(logits[:, :skip].float().flatten(0, 1), tags),
         }
 
-    def train(self, writer, name: str, steps: int, batch_s: float, peak_lr: float, units_weight: float) -> None:
-        """``steps`` steps, the error on dev in the log. ``units_weight`` is that of the training-only head's loss."""
+    def train(self, writer) -> None:
+        steps = self.settings.asr_steps
         own = {id(self.model.output.own)}
         groups = [
             {"params": [p for p in self.model.parameters() if id(p) not in own], "weight_decay": 0.02},
             {"params": [self.model.output.own], "weight_decay": 0.5},
         ]
         optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=self.device == "cuda")
-        batches = self.corpus.batches(self.train_rows, batch_s, self.rng)
-        log = Log(writer, name, steps, every_s=60.0)  # each time, dev is transcribed
+        batches = self.corpus.batches(self.train_rows, self.settings.asr_batch_s, self.rng)
+        log = Log(writer, f"asr-{self.name}", steps, every_s=60.0)  # each time, dev is transcribed
         for step in range(1, steps + 1):
             losses = self.loss(next(batches), step)
-            (losses["ctc"] + units_weight * losses["units"] + 0.1 * losses["tags"]).backward()
+            (losses["ctc"] + 0.5 * losses["units"] + 0.1 * losses["tags"]).backward()
             nn.utils.clip_grad_norm_(self.model.parameters(), 2.0)
-            set_lr(optimiser, peak_lr * cosine(step, steps, warmup=steps // 10 + 1))
+            set_lr(optimiser, self.settings.asr_lr * cosine(step, steps, warmup=400))
             optimiser.step()
             optimiser.zero_grad()
             if log.due(step):
@@ -297,14 +289,7 @@ def main(argv=None):
     folder = args.work_dir / f"asr_{args.recogniser}"
     folder.mkdir(exist_ok=True)
     trainer = Trainer(args.recogniser, corpus, decoded, folder, settings, args.device)
-    writer = summary_writer(args.work_dir, f"asr-{args.recogniser}")
-    if args.go_on:
-        trainer.model.load(folder)
-        name, sizes = "asr-{}-continued", (settings.asr_continue_steps, settings.asr_continue_batch_s)
-        trainer.train(writer, name.format(args.recogniser), *sizes, settings.asr_continue_lr, units_weight=0.0)
-    else:
-        sizes = settings.asr_steps, settings.asr_batch_s
-        trainer.train(writer, f"asr-{args.recogniser}", *sizes, settings.asr_lr, units_weight=0.5)
+    trainer.train(summary_writer(args.work_dir, f"asr-{args.recogniser}"))
     errors = trainer.dev_error(), trainer.dev_error(decoded)
     print("asr-{}: pinyin error on dev {:.4f}, on decoded dev {:.4f}".format(args.recogniser, *errors))
     trainer.model.save(folder)
