@@ -14,7 +14,7 @@ import torch
 from scripts.tiny import texts as texts_module
 from scripts.tiny.data import Corpus, units
 from scripts.tiny.pronunciation import SoundSum, reading, sound_features
-from scripts.tiny.train import greedy_ctc, label_error_rate
+from scripts.tiny.train import WeightAverage, greedy_ctc, label_error_rate
 from scripts.tiny.train_tokenizer import align, nearest_unit
 
 
@@ -55,6 +55,19 @@ def test_greedy_ctc():
     logits = torch.nn.functional.one_hot(labels, 4).float()
     assert greedy_ctc(logits, [7, 5]) == [[1, 1, 2], [3]]
     assert label_error_rate([[1, 2], []], [[1, 3], [4, 5]]) == 3 / 4
+
+
+def test_weight_average():
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    average = WeightAverage([parameter], decay=0.9)
+    for _ in range(200):
+        parameter.data.fill_(5.0)
+        average.update()
+    parameter.data.fill_(7.0)
+    average.update()
+    with average.applied():
+        assert torch.allclose(parameter, torch.tensor(5.2), atol=1e-3)
+    assert torch.equal(parameter.data, torch.full((3,), 7.0))
 
 
 def test_sound_sum_shares_what_characters_share():

@@ -1,5 +1,6 @@
 """What the training scripts of the tiny stack share: schedule, losses, losses' logs, greedy CTC, CUDA graphs."""
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -55,6 +56,34 @@ def round_to_half(module: torch.nn.Module) -> None:
         for tensor in module.state_dict().values():
             if tensor.is_floating_point():
                 tensor.copy_(tensor.half().float())
+
+
+class WeightAverage:
+    """Exponential moving average of parameters: steadier than the last step's, and what is shipped."""
+
+    def __init__(self, parameters, decay: float = 0.998):
+        self.parameters, self.decay, self.steps = list(parameters), decay, 0
+        self.average = [p.detach().clone() for p in self.parameters]
+
+    def update(self) -> None:
+        """Take in the parameters after a step; at the start old ones are forgotten sooner."""
+        self.steps += 1
+        decay = min(self.decay, self.steps / (self.steps + 10))
+        torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
+
+    @contextlib.contextmanager
+    def applied(self):
+        """The average in place of the parameters, for evaluation and for saving."""
+        kept = [p.detach().clone() for p in self.parameters]
+        self._put(self.average)
+        try:
+            yield
+        finally:
+            self._put(kept)
+
+    def _put(self, values: list[torch.Tensor]) -> None:
+        with torch.no_grad():
+            torch._foreach_copy_(self.parameters, values)
 
 
 class Log:

@@ -22,7 +22,7 @@ from torchaudio.compliance.kaldi import get_mel_banks
 from scripts.tiny.data import Corpus
 from scripts.tiny.pronunciation import SoundSum, reading, sound_features
 from scripts.tiny.settings import PRESETS, add_common_args, summary_writer
-from scripts.tiny.train import Log, autocast, cosine, ctc_loss, greedy_ctc, set_lr
+from scripts.tiny.train import Log, WeightAverage, autocast, cosine, ctc_loss, greedy_ctc, set_lr
 from tts_grpo.audio import ASR_HZ
 from tts_grpo.metrics import pinyin_error_rate
 
@@ -160,7 +160,7 @@ class Recogniser(nn.Module):
         """Write the folder as ``funasr.AutoModel`` loads it."""
         self.sense_voice.ctc.ctc_lo.weight.data.copy_(self.output())
         self.sense_voice.ctc.ctc_lo.bias.data.copy_(self.output_bias)
-        state = {key: value.half() for key, value in self.sense_voice.cpu().state_dict().items()}
+        state = {key: value.half().cpu() for key, value in self.sense_voice.state_dict().items()}
         torch.save(state, folder / "model.pt")
         config = {
             "encoder": "SenseVoiceEncoderSmall", "encoder_conf": self.encoder_conf, "model": "SenseVoiceSmall",
@@ -202,6 +202,7 @@ class Trainer:
         self.model = Recogniser(name, settings, self.vocabulary, len(corpus.unit_names)).to(device)
         self.train_rows = corpus.indices("train", name)
         self.fit_cmvn()
+        self.average = WeightAverage(self.model.parameters())
 
     @torch.no_grad()
     def fit_cmvn(self) -> None:
@@ -265,8 +266,10 @@ class Trainer:
             set_lr(optimiser, self.settings.asr_lr * cosine(step, steps, warmup=400))
             optimiser.step()
             optimiser.zero_grad()
+            self.average.update()
             if log.due(step):
-                log.write(step, losses | {"dev_error": torch.tensor(self.dev_error())})
+                with self.average.applied():
+                    log.write(step, losses | {"dev_error": torch.tensor(self.dev_error())})
 
     @torch.no_grad()
     def dev_error(self, audio: torch.Tensor | None = None) -> float:
@@ -290,9 +293,10 @@ def main(argv=None):
     folder.mkdir(exist_ok=True)
     trainer = Trainer(args.recogniser, corpus, decoded, folder, settings, args.device)
     trainer.train(summary_writer(args.work_dir, f"asr-{args.recogniser}"))
-    errors = trainer.dev_error(), trainer.dev_error(decoded)
-    print("asr-{}: pinyin error on dev {:.4f}, on decoded dev {:.4f}".format(args.recogniser, *errors))
-    trainer.model.save(folder)
+    with trainer.average.applied():
+        errors = trainer.dev_error(), trainer.dev_error(decoded)
+        print("asr-{}: pinyin error on dev {:.4f}, on decoded dev {:.4f}".format(args.recogniser, *errors))
+        trainer.model.save(folder)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2T
 from scripts.tiny.data import SHIFTS, Corpus
 from scripts.tiny.pronunciation import SoundSum, reading, sound_features
 from scripts.tiny.settings import PRESETS, add_common_args, summary_writer
-from scripts.tiny.train import Log, autocast, cosine, set_lr
+from scripts.tiny.train import Log, WeightAverage, autocast, cosine, set_lr
 from tts_grpo.prompts import (
     GENERATION_END,
     GENERATION_START,
@@ -40,7 +40,6 @@ MAX_TOKENS = 400
 CORRUPTED_SHARES = (0.0, 0.1, 0.25)  # of the history's tokens
 DROPOUT = 0.1
 FIRST_CHECKPOINT = 0.6  # share of the steps
-AVERAGE_DECAY = 0.998
 
 
 def get_args(argv=None):
@@ -218,7 +217,7 @@ class Trainer:
         body += [self.embedding.features, *self.unit_head.parameters()]
         groups = [{"params": body, "weight_decay": 0.05}, {"params": [self.embedding.own], "weight_decay": 0.5}]
         parameters = [p for group in groups for p in group["params"]]
-        average = [p.detach().clone() for p in parameters]
+        average = WeightAverage(parameters)
         optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=self.device == "cuda")
         workers = 4 if self.device == "cuda" else 0
         stream = BatchStream(examples, settings.lm_batch, settings.seed + 3)
@@ -233,18 +232,15 @@ class Trainer:
             set_lr(optimiser, settings.lm_lr * cosine(step, steps, warmup=400))
             optimiser.step()
             optimiser.zero_grad()
-            decay = min(AVERAGE_DECAY, step / (step + 10))
-            torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
+            average.update()
             if log.due(step):
                 log.write(step, losses)
             if step in checkpoints:
-                self.save(work_dir / f"lm_{checkpoints.index(step) + 1}", parameters, average)
+                with average.applied():
+                    self.save(work_dir / f"lm_{checkpoints.index(step) + 1}")
 
-    def save(self, folder: Path, parameters, average) -> None:
-        """Write the averaged weights in half precision, with tokenizer and generation config."""
-        kept = [p.detach().clone() for p in parameters]
-        for parameter, value in zip(parameters, average, strict=True):
-            parameter.data.copy_(value)
+    def save(self, folder: Path) -> None:
+        """Write the weights in half precision, with tokenizer and generation config."""
         model = Qwen2ForCausalLM(self.config)
         state = self.model.state_dict() | {"model.embed_tokens.weight": self.embedding().detach()}
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
@@ -252,8 +248,6 @@ class Trainer:
         model.generation_config = self.model.generation_config
         model.half().save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        for parameter, value in zip(parameters, kept, strict=True):
-            parameter.data.copy_(value)
 
 
 def main(argv=None):

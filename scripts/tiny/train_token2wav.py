@@ -19,11 +19,10 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from scripts.tiny.data import SHIFTS, Corpus
 from scripts.tiny.settings import PRESETS, add_common_args, summary_writer
-from scripts.tiny.train import GraphedStep, Log, autocast, cosine, round_to_half, set_lr
+from scripts.tiny.train import GraphedStep, Log, WeightAverage, autocast, cosine, round_to_half, set_lr
 from tts_grpo.tiny_codec import SAMPLES_PER_TOKEN, FiniteScalarQuantiser, LogMel, TokenDecoder
 
 CONTEXT = 16  # tokens decoded on either side of a segment, then cut away
-AVERAGE_EVERY = 10
 DECODE_BATCH = 64
 LOSS_NAMES = ("mel", "stft", "adversarial", "features", "discriminator")
 
@@ -161,7 +160,7 @@ class Trainer:
         lr = torch.tensor(0.0, device=device) if cuda else 0.0
         self.optimiser_d = torch.optim.AdamW(self.discriminators.parameters(), lr=lr, **common)
         self.losses = {name: torch.zeros((), device=device) for name in LOSS_NAMES}
-        self.average = [p.detach().clone() for p in self.parameters]
+        self.average = WeightAverage(self.parameters)
 
     def fake(self) -> torch.Tensor:
         with autocast(self.device):
@@ -232,13 +231,9 @@ class Trainer:
             set_lr(self.optimiser, settings.token2wav_lr * cosine(step, steps, 200, floor=0.05))
             set_lr(self.optimiser_d, settings.discriminator_lr * cosine(step, steps, 200, floor=0.1))
             (warm if step <= warmup else full)()
-            if step % AVERAGE_EVERY == 0:
-                decay = min(0.99, step / (step + 10 * AVERAGE_EVERY))
-                torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
+            self.average.update()
             if log.due(step):
                 log.write(step, self.losses)
-        for parameter, average in zip(self.parameters, self.average, strict=True):
-            parameter.data.copy_(average)
 
 
 @torch.no_grad()
@@ -269,9 +264,10 @@ def main(argv=None):
     decoder.load_state_dict(torch.load(args.work_dir / "tokenizer.pt", map_location=args.device)["decoder"])
     trainer = Trainer(Segments(corpus, tokens, settings, args.device), decoder, settings, args.device)
     trainer.train(summary_writer(args.work_dir, "token2wav"))
-    round_to_half(decoder)
-    torch.save(decoder.state_dict(), args.work_dir / "token2wav.pt")
-    np.save(args.work_dir / "decoded.npy", decode_corpus(corpus, tokens, decoder.eval(), args.device))
+    with trainer.average.applied():
+        round_to_half(decoder)
+        torch.save(decoder.state_dict(), args.work_dir / "token2wav.pt")
+        np.save(args.work_dir / "decoded.npy", decode_corpus(corpus, tokens, decoder.eval(), args.device))
 
 
 if __name__ == "__main__":
