@@ -12,7 +12,7 @@ set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 base_python=${base_python:-python3}
 venv_root=${venv_root:-$root/.venv}
-min_free_gib=8
+min_free_gib=10
 
 die() {
   echo "make_env.sh: $*" >&2

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All tests, from a fresh clone: makes the environment, then linters and pytest. About 10 minutes on 2 cores.
+# All tests, from a fresh clone: makes the environment, then linters and pytest. About 4 minutes on 2 cores.
 #
 #   bash tests/run.sh [PYTEST_ARGUMENT...]
 set -euo pipefail
