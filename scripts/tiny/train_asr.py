@@ -7,6 +7,7 @@ written as a homophone that is not.
 
 import argparse
 import collections
+import io
 import json
 from pathlib import Path
 
@@ -93,16 +94,13 @@ class Vocabulary:
 
     def __init__(self, corpus: Corpus, folder: Path):
         self.characters = recogniser_characters(corpus)
-        source = folder / "characters.txt"
-        source.write_text("\n".join(self.characters), encoding="utf-8")
+        model = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
-            input=str(source), model_prefix=str(folder / "sp"), model_type="char", character_coverage=1.0,
+            sentence_iterator=iter(self.characters), model_writer=model, model_type="char", character_coverage=1.0,
             vocab_size=len(self.characters) + len(TAGS) + 3, hard_vocab_limit=False, user_defined_symbols=list(TAGS),
             add_dummy_prefix=False, normalization_rule_name="identity", unk_id=0, bos_id=1, eos_id=2, minloglevel=2,
         )  # fmt: skip
-        (folder / "sp.model").rename(folder / BPE_NAME)
-        (folder / "sp.vocab").unlink()
-        source.unlink()
+        (folder / BPE_NAME).write_bytes(model.getvalue())
         self.model = sentencepiece.SentencePieceProcessor(model_file=str(folder / BPE_NAME))
         self.tags = [self.model.piece_to_id(tag) for tag in TAGS]
         self.size = self.model.vocab_size()
