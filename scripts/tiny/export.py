@@ -63,9 +63,10 @@ def export_data(work_dir: Path, folder: Path) -> None:
     (folder / "data").mkdir(parents=True, exist_ok=True)
     tokens = np.load(work_dir / "tokens.npz")
     ids, lens = tokens["tokens"][0], tokens["lens"][0]
+    rows = read_jsonl(work_dir / "corpus.jsonl")
     for split in ("train", "dev", "test"):
         lines = []
-        for i, row in enumerate(read_jsonl(work_dir / "corpus.jsonl")):
+        for i, row in enumerate(rows):
             if row["split"] == split and row["source"] == "hsk":
                 line = {key: row[key] for key in DATA_KEYS}
                 line |= {} if split == "train" else {"speech_tokens": ids[i, : lens[i]].tolist()}

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tts_grpo.asr import SenseVoice
 from tts_grpo.generate import Sampling, generate_speech_tokens
-from tts_grpo.metrics import pinyin_errors
+from tts_grpo.metrics import pinyin_error_rate, pinyin_errors
 from tts_grpo.prompts import render_prompt
 from tts_grpo.token2wav import Token2Wav
 
@@ -79,10 +78,4 @@ def speak(
 
 def overall_error(spoken: Sequence[Spoken]) -> float:
     """Total toneless syllable errors over total syllables."""
-    counts = [pinyin_errors(s.text, s.transcript, tones=False) for s in spoken]
-    return sum(c.errors for c in counts) / sum(c.length for c in counts)
-
-
-def num_characters(text: str) -> int:
-    """Chinese characters in ``text``."""
-    return len(re.findall("[\u4e00-\u9fff]", text))
+    return pinyin_error_rate([s.text for s in spoken], [s.transcript for s in spoken], tones=False)

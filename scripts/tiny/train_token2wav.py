@@ -114,6 +114,7 @@ class Segments:
         self.speech = torch.zeros(self.count, self.length * SAMPLES_PER_TOKEN, device=device)
         self.digits = torch.zeros(self.count, span, 8, device=device)
         self.lens = torch.zeros(self.count, dtype=torch.int64, device=device)
+        self.early = torch.zeros_like(self.lens)  # tokens by which a window begins later than CONTEXT before
         self.weights = corpus.samples[self.rows] / corpus.samples[self.rows].sum()
 
     def draw(self) -> None:
@@ -135,11 +136,11 @@ class Segments:
         ids = self.tokens[shifts[:, None], rows[:, None], position.clamp(max=self.tokens.shape[2] - 1)]
         self.digits.copy_(FiniteScalarQuantiser.to_digits(ids.long()))
         self.lens.copy_((lens - first + CONTEXT - early).clamp(max=self.digits.shape[1]))
-        self.early = early
+        self.early.copy_(early)
 
-    def cut(self, waveform: torch.Tensor, early: torch.Tensor) -> torch.Tensor:
+    def cut(self, waveform: torch.Tensor) -> torch.Tensor:
         """The segment itself from a decoded window (B, T)."""
-        offset = (CONTEXT - early) * SAMPLES_PER_TOKEN
+        offset = (CONTEXT - self.early) * SAMPLES_PER_TOKEN
         return waveform.gather(1, offset[:, None] + torch.arange(self.speech.shape[1], device=waveform.device))
 
 
@@ -148,7 +149,6 @@ class Trainer:
 
     def __init__(self, segments: Segments, decoder: TokenDecoder, settings, device: str):
         self.segments, self.decoder, self.settings, self.device = segments, decoder, settings, device
-        self.early = torch.zeros(segments.count, dtype=torch.int64, device=device)
         spectra = [SpectrumDiscriminator(n_fft) for n_fft in (512, 1024, 2048)]
         self.discriminators = nn.ModuleList(spectra + [PeriodDiscriminator(p) for p in (2, 3, 5, 7, 11)]).to(device)
         self.spectral = SpectralLosses().to(device)
@@ -165,7 +165,7 @@ class Trainer:
     def fake(self) -> torch.Tensor:
         with autocast(self.device):
             waveform = self.decoder(self.segments.digits, self.segments.lens)
-        return self.segments.cut(waveform.float(), self.early)
+        return self.segments.cut(waveform.float())
 
     def spectral_loss(self, fake: torch.Tensor) -> torch.Tensor:
         mel, stft = self.spectral(fake, self.segments.speech)
@@ -227,7 +227,6 @@ class Trainer:
         log = Log(writer, "token2wav", steps)
         for step in range(1, steps + 1):
             self.segments.draw()
-            self.early.copy_(self.segments.early)
             set_lr(self.optimiser, settings.token2wav_lr * cosine(step, steps, 200, floor=0.05))
             set_lr(self.optimiser_d, settings.discriminator_lr * cosine(step, steps, 200, floor=0.1))
             (warm if step <= warmup else full)()
