@@ -33,6 +33,21 @@ class Sampling:
 
 
 @dataclasses.dataclass(frozen=True)
+class Response:
+    """What the model wrote after one prompt.
+
+    Attributes:
+        token_ids: vocabulary ids, the end token included.
+        log_probs: of each id, under the logits as they were sampled from.
+        finish_reason: "eos" if it ended by itself, "length" if it was cut.
+    """
+
+    token_ids: list[int]
+    log_probs: list[float]
+    finish_reason: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Utterance:
     """What the model said: its speech tokens, and whether it ended by itself ("eos") or was cut ("length")."""
 
@@ -40,39 +55,86 @@ class Utterance:
     finish_reason: str
 
 
-class _GumbelNoise(LogitsProcessor):
-    """Gumbel noise from a generator for each row: the largest noisy logit is a sample (Gumbel-max trick).
+class _Sampler(LogitsProcessor):
+    """Chooses each row's next token by inverse transform sampling, with uniform numbers of the row's own seed.
 
-    A row's draws depend on its seed alone, not on the other rows, as ``do_sample`` would make them.
+    So a row's draws do not depend on the other rows, as those of ``do_sample`` would. Without seeds the likeliest
+    token is chosen. Keeps the log-probability of each choice.
     """
 
-    def __init__(self, seeds: Sequence[int], device: torch.device):
-        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    def __init__(self, seeds: Sequence[int] | None, max_new_tokens: int):
+        self.uniform = None
+        if seeds is not None:
+            generators = (torch.Generator().manual_seed(seed) for seed in seeds)
+            draws = [torch.rand(max_new_tokens, generator=g, dtype=torch.float64) for g in generators]
+            self.uniform = torch.stack(draws)
+        self.log_probs: list[torch.Tensor] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        noise = torch.empty(scores.shape, dtype=torch.float32, device=scores.device)
-        for row, generator in zip(noise, self.generators, strict=True):
-            row.exponential_(generator=generator)
-        return scores.float() - noise.log()
+        log_probs = scores.float().log_softmax(-1)
+        if self.uniform is None:
+            choice = log_probs.argmax(-1, keepdim=True)
+        else:
+            cumulative = log_probs.double().exp().cumsum(-1)
+            uniform = self.uniform[:, len(self.log_probs), None].to(scores.device)
+            # right: an id of probability 0 is never chosen; the last sum stands for 1, from which rounding keeps it
+            choice = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+        self.log_probs.append(log_probs.gather(1, choice)[:, 0])
+        return torch.full_like(log_probs, -torch.inf).scatter_(1, choice, 0.0)  # generate() takes the largest
 
 
-def _processors(sampling: Sampling, seeds: Sequence[int], device: torch.device) -> LogitsProcessorList:
+def _processors(sampling: Sampling, sampler: _Sampler) -> LogitsProcessorList:
     processors = LogitsProcessorList()
-    if sampling.temperature == 0:
-        return processors
-    processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
-    if sampling.top_k > 0:
-        processors.append(TopKLogitsWarper(sampling.top_k))
-    if sampling.top_p < 1.0:
-        processors.append(TopPLogitsWarper(sampling.top_p))
-    processors.append(_GumbelNoise(seeds, device))
+    if sampling.temperature > 0:
+        processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
+        if sampling.top_k > 0:
+            processors.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1.0:
+            processors.append(TopPLogitsWarper(sampling.top_p))
+    processors.append(sampler)
     return processors
+
+
+@torch.inference_mode()
+def generate(model, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling) -> list[Response]:
+    """Continue each prompt of one batch until an end token.
+
+    Args:
+        model: causal language model; its generation config names the end tokens and the padding.
+        prompts: B prompts as vocabulary ids, of any lengths.
+        seeds: one a prompt; the same prompt and seed give the same response in any batch.
+        sampling: how tokens are chosen.
+    """
+    config, size = model.generation_config, max(map(len, prompts))
+    ids = torch.full((len(prompts), size), config.pad_token_id)
+    mask = torch.zeros_like(ids)
+    for i, prompt in enumerate(prompts):
+        ids[i, size - len(prompt) :] = torch.tensor(prompt)
+        mask[i, size - len(prompt) :] = 1
+    sampler = _Sampler(seeds if sampling.temperature > 0 else None, sampling.max_new_tokens)
+    sequences = model.generate(
+        input_ids=ids.to(model.device), attention_mask=mask.to(model.device), do_sample=False,
+        temperature=None, top_p=None, top_k=None, max_new_tokens=sampling.max_new_tokens,
+        logits_processor=_processors(sampling, sampler),
+    )  # fmt: skip
+    log_probs = torch.stack(sampler.log_probs, dim=1).tolist()
+    return [
+        _until_end(row, row_log_probs, config.eos_token_id)
+        for row, row_log_probs in zip(sequences[:, size:].tolist(), log_probs, strict=True)
+    ]
+
+
+def _until_end(token_ids: list[int], log_probs: list[float], ends: int | list[int]) -> Response:
+    """One row of a batch up to its end token."""
+    ends = ends if isinstance(ends, list) else [ends]
+    length = next((i + 1 for i, id_ in enumerate(token_ids) if id_ in ends), None)
+    return Response(token_ids[:length], log_probs[:length], "length" if length is None else "eos")
 
 
 def generate_speech_tokens(
     model, tokenizer, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling, batch_size: int = 64
 ) -> list[Utterance]:
-    """Continue each prompt until an end token.
+    """Say each prompt.
 
     Args:
         model: causal language model; its generation config names the end tokens.
@@ -86,39 +148,14 @@ def generate_speech_tokens(
         one utterance a prompt, in order. Tokens that are no speech tokens are left out.
     """
     encoded = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    first_speech_id = tokenizer.convert_tokens_to_ids(speech_token_str(0))
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
     utterances: list[Utterance | None] = [None] * len(prompts)
     for first in range(0, len(order), batch_size):
         batch = order[first : first + batch_size]
-        responses = _continue(model, [encoded[i] for i in batch], [seeds[i] for i in batch], sampling)
+        responses = generate(model, [encoded[i] for i in batch], [seeds[i] for i in batch], sampling)
         for i, response in zip(batch, responses, strict=True):
-            utterances[i] = _to_utterance(model, tokenizer, response)
+            tokens = [id_ - first_speech_id for id_ in response.token_ids]
+            tokens = [token for token in tokens if 0 <= token < NUM_SPEECH_TOKENS]
+            utterances[i] = Utterance(tokens, response.finish_reason)
     return utterances
-
-
-@torch.inference_mode()
-def _continue(model, prompts: list[list[int]], seeds: list[int], sampling: Sampling) -> torch.Tensor:
-    """Responses (B, N), filled with the padding id after their end, to prompts of ids, padded on the left."""
-    config, size = model.generation_config, max(map(len, prompts))
-    ids = torch.full((len(prompts), size), config.pad_token_id)
-    mask = torch.zeros_like(ids)
-    for i, prompt in enumerate(prompts):
-        ids[i, size - len(prompt) :] = torch.tensor(prompt)
-        mask[i, size - len(prompt) :] = 1
-    sequences = model.generate(
-        input_ids=ids.to(model.device), attention_mask=mask.to(model.device), do_sample=False,
-        temperature=None, top_p=None, top_k=None, max_new_tokens=sampling.max_new_tokens,
-        logits_processor=_processors(sampling, seeds, model.device),
-    )  # fmt: skip
-    return sequences[:, size:].cpu()
-
-
-def _to_utterance(model, tokenizer, response: torch.Tensor) -> Utterance:
-    first_speech_id = tokenizer.convert_tokens_to_ids(speech_token_str(0))
-    ends = model.generation_config.eos_token_id
-    ends = torch.tensor(ends if isinstance(ends, list) else [ends])
-    end_positions = torch.isin(response, ends).nonzero()
-    ended = len(end_positions) > 0
-    said = response[: int(end_positions[0])] if ended else response
-    tokens = [id_ - first_speech_id for id_ in said.tolist() if 0 <= id_ - first_speech_id < NUM_SPEECH_TOKENS]
-    return Utterance(tokens, "eos" if ended else "length")

@@ -18,6 +18,11 @@ def normalise(text: str) -> str:
     return _NOT_WORDS.sub(" ", unicodedata.normalize("NFKC", text).lower()).strip()
 
 
+def characters(text: str) -> list[str]:
+    """The characters of ``text`` once normalised, without spaces: the units of the CER."""
+    return list(normalise(text).replace(" ", ""))
+
+
 def pinyin(text: str, tones: bool) -> list[str]:
     """Pronunciation of ``text``: a syllable for each Chinese character, other words as they are.
 

@@ -35,7 +35,7 @@ BPE_NAME = "chn_jpn_yue_eng_ko_spectok.bpe.model"
 SEEDS = {"reward": 2, "eval": 12}
 AUGMENT = {  # (speed range, gain range in dB, noise range in dB relative to full scale, masked bands and spans)
     "reward": ((0.9, 1.12), (-8.0, 6.0), (-90.0, -40.0), 2),
-    "eval": ((0.88, 1.14), (-10.0, 6.0), (-85.0, -38.0), 2),
+    "eval": ((0.9, 1.12), (-10.0, 6.0), (-90.0, -42.0), 2),
 }
 
 

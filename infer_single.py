@@ -1,0 +1,62 @@
+#!/usr/bin/env python3
+"""Speak one text and print the path of the wav."""
+
+import argparse
+import logging
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tts_grpo.audio import save_audio
+from tts_grpo.generate import Sampling, generate_speech_tokens
+from tts_grpo.prompts import render_prompt
+from tts_grpo.token2wav import load_prompt_voice, load_token2wav
+
+logger = logging.getLogger(__name__)
+
+TONGUE_TWISTER = "扁担长，板凳宽，扁担绑在板凳上。吃葡萄不吐葡萄皮，不吃葡萄倒吐葡萄皮。"
+
+
+def get_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--llm-path", type=Path, required=True, help="Hugging Face folder of the language model")
+    parser.add_argument("--token2wav-dir", type=Path, required=True, help="folder of the token2wav weights")
+    parser.add_argument("--text", default=TONGUE_TWISTER, help="what to say")
+    parser.add_argument("--output", type=Path, default=Path("speech.wav"), help="wav to write")
+    parser.add_argument("--prompt-audio", type=Path, default=None, help="recording whose voice is continued")
+    parser.add_argument("--prompt-text", default="", help="its transcript")
+    parser.add_argument("--device", default="cpu", help="torch device")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
+    parser.add_argument("--top-p", type=float, default=0.95, help="nucleus sampling; 1.0 keeps all")
+    parser.add_argument("--top-k", type=int, default=-1, help="-1 keeps all")
+    parser.add_argument("--max-new-tokens", type=int, default=1024, help="where the speech is cut")
+    args = parser.parse_args(argv)
+    if bool(args.prompt_audio) != bool(args.prompt_text):
+        parser.error("a voice prompt needs both --prompt-audio and --prompt-text")
+    return args
+
+
+def main(argv=None):
+    args = get_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s: %(message)s")
+    tokenizer = AutoTokenizer.from_pretrained(args.llm_path)
+    dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
+    model = AutoModelForCausalLM.from_pretrained(args.llm_path, dtype=dtype).to(args.device).eval()
+    token2wav = load_token2wav(args.token2wav_dir, args.device)
+    voice = load_prompt_voice(token2wav, args.prompt_audio, args.prompt_text) if args.prompt_audio else None
+    prompt = render_prompt(tokenizer, args.text, args.prompt_text, voice.prompt_speech_tokens if voice else ())
+    sampling = Sampling(args.temperature, args.top_p, args.top_k, args.max_new_tokens)
+    (said,) = generate_speech_tokens(model, tokenizer, [prompt], [args.seed], sampling)
+    if not said.speech_tokens:
+        raise SystemExit("infer_single.py: the model said nothing: try another --seed")
+    if said.finish_reason != "eos":
+        logger.warning("the speech was cut at %d tokens: raise --max-new-tokens", args.max_new_tokens)
+    waveforms, lens = token2wav([said.speech_tokens], voice, args.seed)
+    save_audio(args.output, waveforms[0, : lens[0]].numpy(), token2wav.sample_rate_hz)
+    print(args.output)
+
+
+if __name__ == "__main__":
+    main()

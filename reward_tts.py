@@ -1,0 +1,148 @@
+#!/usr/bin/env python3
+"""Reward of a rollout, for veRL: what a recogniser hears of its speech, against what was to be said.
+
+veRL calls :func:`compute_score` (``reward.custom_reward_function.path=reward_tts.py``). As a program it scores a
+JSONL of ``text`` and ``speech_tokens`` on a running server, and with ``--check`` asserts that the server tells right
+from wrong: tokens of the text itself must score high, tokens of another text low.
+"""
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+
+from tts_grpo.jsonl import read_jsonl
+from tts_grpo.reward_client import RewardClient, RewardServerError
+from tts_grpo.tokens import parse_speech_tokens
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+CHECK_BOUNDS = (0.6, 0.2)  # mean reward: at least, of the right texts; at most, of the wrong ones
+
+_client: RewardClient | None = None
+_bad_rollouts = 0
+
+
+async def compute_score(data_source, solution_str, ground_truth, extra_info=None, server_urls=DEFAULT_URL, **_):
+    """Score one rollout.
+
+    Args:
+        data_source: of the sample; not used.
+        solution_str: the response as text, ``<|s_N|>`` for each speech token.
+        ground_truth: what was to be said.
+        extra_info: of the sample; not used.
+        server_urls: reward servers, separated by commas or spaces.
+
+    Returns:
+        ``score`` in [0, 1]; ``pinyin_error_rate``, ``num_speech_tokens`` and ``bad_rollout`` for the metrics. A
+        rollout without speech tokens, or with an id that the codebook lacks, scores 0 on purpose and counts as bad.
+
+    Raises:
+        RewardServerError: no reward could be had; it stops the training.
+    """
+    global _client
+    try:
+        speech_tokens = parse_speech_tokens(solution_str)
+    except ValueError as error:
+        return _bad_rollout(str(error), ground_truth)
+    if not speech_tokens:
+        return _bad_rollout("no speech tokens", ground_truth)
+    if _client is None:
+        _client = RewardClient(server_urls.replace(",", " ").split())
+    scored = await _client.score(speech_tokens, ground_truth)
+    return _result(scored.reward, scored.error_rate, len(speech_tokens), bad=False)
+
+
+def _bad_rollout(reason: str, ground_truth: str) -> dict[str, float]:
+    global _bad_rollouts
+    _bad_rollouts += 1
+    logger.warning("bad rollout %d of this worker (%s) for %r scores 0", _bad_rollouts, reason, ground_truth[:40])
+    return _result(0.0, 1.0, 0, bad=True)
+
+
+def _result(score: float, error_rate: float, num_speech_tokens: int, bad: bool) -> dict[str, float]:
+    return {
+        "score": score,
+        "pinyin_error_rate": error_rate,
+        "num_speech_tokens": float(num_speech_tokens),
+        "bad_rollout": float(bad),
+    }
+
+
+def get_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jsonl", type=Path, required=True, help="lines with text and speech_tokens")
+    parser.add_argument("--server-urls", default=DEFAULT_URL, help="reward servers, separated by commas or spaces")
+    parser.add_argument("--limit", type=int, default=None, help="score only so many lines")
+    parser.add_argument("--max-tries", type=int, default=3, help="requests for one line before giving up")
+    parser.add_argument("--check", action="store_true", help="known-answer check: right texts high, wrong ones low")
+    parser.add_argument("--output", type=Path, default=None, help="also write a JSONL with each line's score here")
+    return parser.parse_args(argv)
+
+
+async def score_rows(args, rows: list[dict], texts: list[str]) -> list:
+    """Scores of rows' speech tokens against ``texts``."""
+    client = RewardClient(args.server_urls.replace(",", " ").split(), max_tries=args.max_tries)
+    try:
+        pairs = zip(rows, texts, strict=True)
+        return await asyncio.gather(*(client.score(row["speech_tokens"], text) for row, text in pairs))
+    finally:
+        await client.close()
+
+
+def mean_reward(scores) -> float:
+    return sum(scored.reward for scored in scores) / len(scores)
+
+
+def known_answer_check(right: float, wrong: float) -> str | None:
+    """What is wrong with a server of these mean rewards, or None."""
+    least, most = CHECK_BOUNDS
+    if right < least:
+        return f"speech of the right texts has a mean reward of {right:.3f}, expected at least {least}"
+    if wrong > most:
+        return f"speech of wrong texts has a mean reward of {wrong:.3f}, expected at most {most}"
+    return None
+
+
+def load_rows(path: Path, limit: int | None) -> list[dict]:
+    """Lines to score.
+
+    Raises:
+        ValueError: there are fewer than two, or one has no text or no speech tokens.
+    """
+    rows = read_jsonl(path)[:limit]
+    for number, row in enumerate(rows, 1):
+        if not row.get("text") or not row.get("speech_tokens"):
+            raise ValueError(f"{path}, line {number}: needs text and speech_tokens")
+    if len(rows) < 2:
+        raise ValueError(f"{path}: needs at least two lines")
+    return rows
+
+
+def main(argv=None):
+    args = get_args(argv)
+    rows = load_rows(args.jsonl, args.limit)
+    texts = [row["text"] for row in rows]
+    try:
+        scores = asyncio.run(score_rows(args, rows, texts))
+        result = {"samples": len(rows), "mean_reward": mean_reward(scores)}
+        if args.check:
+            result["mean_reward_of_wrong_texts"] = mean_reward(asyncio.run(score_rows(args, rows, texts[1:] + texts[:1])))
+    except RewardServerError as error:
+        raise SystemExit(f"reward_tts.py: {error}") from None
+    print(json.dumps(result))
+    if args.output:
+        from tts_grpo.jsonl import write_jsonl
+
+        write_jsonl(args.output, (row | vars(scored) for row, scored in zip(rows, scores, strict=True)))
+    if args.check and (fault := known_answer_check(*list(result.values())[1:])):
+        raise SystemExit(f"reward_tts.py: known-answer check failed: {fault}")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, os.fspath(Path(__file__).parent))
+    main()

@@ -1,0 +1,264 @@
+#!/usr/bin/env bash
+# Train a speech language model with GRPO, stage by stage.
+#
+#   bash run.sh [--dry-run] [START [STOP]] [-- VERL_OVERRIDE...]
+#
+#   no stages: all, -1 to 5; START alone: that one. --dry-run prints the commands and runs none.
+#   VERL_OVERRIDE: veRL settings of stage 2, such as algorithm.norm_adv_by_std_in_grpo=False
+#
+#   -1  install: the speech and the trainer environment, and what the profile downloads
+#    0  data: JSONL with a text a line -> parquet for veRL
+#    1  reward server; alone it stays in the foreground, in a range it serves stage 2 and ends
+#    2  GRPO on veRL; goes on from its last checkpoint
+#    3  merge the last checkpoint into $llm_path/merged_hf_model, a Hugging Face folder
+#    4  evaluation before and after: inference on the test set, error rates, summary.json
+#    5  one tongue-twister through the merged checkpoint
+#
+# A stage that is done with the same settings is skipped. Everything that is made is in exp/$exp_name.
+# Variables: those below, and those in conf/$profile.sh; set them there or in the environment.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+profile=${profile:-tiny}                    # conf/$profile.sh: tiny (CPU, offline) or cosyvoice2 (GPUs)
+exp_name=${exp_name:-$profile}              # name of the experiment
+exp_dir=${exp_dir:-$root/exp/$exp_name}     # its folder
+seed=${seed:-42}                            # of data order and sampling
+force=${force:-0}                           # 1: redo the stages asked for, from nothing
+base_python=${base_python:-python3}         # interpreter the environments are built on, 3.11 or 3.12
+venv_root=${venv_root:-$root/.venv}         # folder of the environments
+server_timeout_s=${server_timeout_s:-900}   # longest wait for the reward server
+
+dry_run=0
+server_pid='' memory_pid=''
+verl_overrides=()
+
+# shellcheck source=scripts/lib.sh
+source "$root/scripts/lib.sh"
+
+usage() {
+  sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//p}' "$root/run.sh" >&2
+  exit 2
+}
+
+cleanup() {
+  local status=$?
+  trap - EXIT INT TERM
+  [[ -z $server_pid ]] || stop "$server_pid"
+  [[ -z $memory_pid ]] || stop "$memory_pid"
+  exit "$status"
+}
+
+stage_-1() {
+  local pids=() pid
+  export base_python venv_root
+  if ((dry_run)); then
+    run bash "$root/scripts/make_env.sh" speech "$root/requirements-cosyvoice.txt"
+    run bash "$root/scripts/make_env.sh" trainer "${trainer_requirements[@]}"
+  else
+    bash "$root/scripts/make_env.sh" speech "$root/requirements-cosyvoice.txt" &
+    pids+=($!)
+    bash "$root/scripts/make_env.sh" trainer "${trainer_requirements[@]}" &
+    pids+=($!)
+    for pid in "${pids[@]}"; do wait "$pid" || die "an environment could not be made: see above"; done
+  fi
+  run "$speech_bin/python" -c 'import token2wav_asr_server; token2wav_asr_server.check_libpython()'
+  install_profile
+  echo "environments: $venv_root/speech, $venv_root/trainer"
+}
+
+stage_0() {
+  done_with 0 "$key_0" && skip 0 && return
+  run "$trainer_bin/python" "$root/prepare_data.py" --train-file "$train_jsonl" --test-file "$test_jsonl" \
+    --output-dir "$exp_dir/data" --llm-path "$sft_path" --max-prompt-length "$max_prompt_length" \
+    --max-bad-ratio "$max_bad_ratio"
+  mark_done 0 "$key_0"
+  echo "data: $exp_dir/data"
+}
+
+stage_1() {
+  if ((start == 1 && stop == 1)); then
+    run exec "${server_command[@]}"
+  elif ((stop >= 2)) && done_with 2 "$key_2"; then
+    echo "not needed: stage 2 is done"
+  else
+    start_server
+  fi
+}
+
+stage_2() {
+  done_with 2 "$key_2" && skip 2 && return
+  need "$exp_dir/data/train.parquet" 0
+  check_checkpoints
+  if ((!dry_run)) && ! server_ready "${server_urls%%[, ]*}"; then
+    die "no reward server is ready at ${server_urls%%[, ]*}: start one with bash run.sh 1 1"
+  fi
+  run "$trainer_bin/python" "$root/reward_tts.py" --jsonl "$known_answer_jsonl" --limit 64 \
+    --server-urls "$server_urls" --check
+  run env "${train_env[@]}" "$trainer_bin/python" "$root/scripts/train.py" --log-file "$exp_dir/log/train.log" \
+    --total-steps "$total_steps" -- \
+    "$trainer_bin/python" -m verl.trainer.main_ppo "${verl_args[@]}" "${profile_verl_args[@]}" "${verl_overrides[@]}"
+  mark_done 2 "$key_2"
+  [[ -z $server_pid ]] || { stop "$server_pid" && server_pid=''; }
+  echo "checkpoints: $exp_dir/checkpoints; curves: tensorboard --logdir $exp_dir/tensorboard"
+}
+
+stage_3() {
+  done_with 3 "$key_3" && skip 3 && return
+  llm_path=${llm_path:-$(last_checkpoint)}
+  need "$llm_path/actor" 2
+  run rm -rf "$llm_path/merged_hf_model.part" "$llm_path/merged_hf_model"
+  run "$trainer_bin/python" "$root/scripts/merge.py" --checkpoint "$llm_path/actor" --sft-path "$sft_path" \
+    --output-dir "$llm_path/merged_hf_model.part"
+  run mv -T "$llm_path/merged_hf_model.part" "$llm_path/merged_hf_model"
+  run ln -sfnT "$llm_path/merged_hf_model" "$exp_dir/merged_hf_model"
+  mark_done 3 "$key_3"
+  echo "merged model: $llm_path/merged_hf_model"
+}
+
+stage_4() {
+  done_with 4 "$key_4" && skip 4 && return
+  need "$exp_dir/merged_hf_model/config.json" 3
+  ((force)) && run rm -rf "$exp_dir/eval"
+  infer sft "$sft_path"
+  infer grpo "$exp_dir/merged_hf_model"
+  run "$speech_bin/python" "$root/scripts/summarise.py" --exp-dir "$exp_dir" --settings "$(settings_json)"
+  mark_done 4 "$key_4"
+  echo "figures: $exp_dir/summary.json; speech and alignments: $exp_dir/eval"
+}
+
+# infer NAME MODEL: speech of the test set by a model, and its error rates.
+infer() {
+  local output_dir=$exp_dir/eval/$1
+  run env OMP_NUM_THREADS=1 "$speech_bin/torchrun" --standalone --nproc-per-node "$infer_procs" "$root/infer_dist.py" \
+    --llm-path "$2" --token2wav-dir "$token2wav_dir" --eval-set "$eval_jsonl" --output-dir "$output_dir" \
+    --seeds $seeds --batch-size "$infer_batch_size" --device "$infer_device" --max-new-tokens "$max_response_length" \
+    --temperature "$temperature" --top-p "$top_p" --top-k "$top_k"
+  run env python="$speech_bin/python" eval_asr_dir="$eval_asr_dir" device="$infer_device" \
+    bash "$root/scripts/compute_wer.sh" "$output_dir" "$eval_jsonl"
+}
+
+stage_5() {
+  need "$exp_dir/merged_hf_model/config.json" 3
+  run "$speech_bin/python" "$root/infer_single.py" --llm-path "$exp_dir/merged_hf_model" --device "$infer_device" \
+    --token2wav-dir "$token2wav_dir" --text "$single_text" --output "$exp_dir/tongue_twister.wav"
+}
+
+skip() { echo "done already (force=1 redoes it)"; }
+
+last_checkpoint() {
+  local step=N
+  [[ ! -f $exp_dir/checkpoints/latest_checkpointed_iteration.txt ]] ||
+    step=$(<"$exp_dir/checkpoints/latest_checkpointed_iteration.txt")
+  echo "$exp_dir/checkpoints/global_step_$step"
+}
+
+# Checkpoints of other settings must not be trained on by mistake.
+check_checkpoints() {
+  ((dry_run)) && return
+  ((force)) && rm -rf "$exp_dir/checkpoints" "$exp_dir/tensorboard"
+  if [[ -f $exp_dir/checkpoints/settings && $(<"$exp_dir/checkpoints/settings") != "$key_train" ]]; then
+    die "$exp_dir/checkpoints were trained with other settings: set exp_name to train anew beside them, or force=1 to train anew in their place"
+  fi
+  mkdir -p "$exp_dir/checkpoints"
+  echo "$key_train" >"$exp_dir/checkpoints/settings"
+}
+
+settings_json() {
+  local name separator='{'
+  for name in "${recorded_settings[@]}"; do
+    printf '%s"%s": "%s"' "$separator" "$name" "${!name//\"/\\\"}"
+    separator=', '
+  done
+  printf '}'
+}
+
+configure() {
+  [[ -f $root/conf/$profile.sh ]] || { log "no profile conf/$profile.sh" && usage; }
+  # shellcheck source=conf/tiny.sh
+  source "$root/conf/$profile.sh"
+  speech_bin=$venv_root/speech/bin trainer_bin=$venv_root/trainer/bin
+  server_command=(
+    "$speech_bin/python" "$root/token2wav_asr_server.py" --token2wav-dir "$token2wav_dir" --asr-dir "$reward_asr_dir"
+    --instances "$server_instances" --threads "$server_threads" --max-batch-size "$server_batch_size"
+    --reward-curve "$reward_curve" --address "$server_address" --http-port "$http_port" --grpc-port "$grpc_port"
+    --metrics-port "$metrics_port" --devices $server_devices
+  )
+  ((reward_tones)) || server_command+=(--no-tones)
+  train_env=(
+    "${profile_env[@]}" PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" TENSORBOARD_DIR="$exp_dir/tensorboard"
+    OMP_NUM_THREADS="$train_threads" RAY_USAGE_STATS_ENABLED=0
+  )
+  verl_args=(
+    algorithm.adv_estimator=grpo
+    data.train_files="$exp_dir/data/train.parquet" data.val_files="$exp_dir/data/test.parquet"
+    data.train_batch_size="$train_batch_size" data.seed="$seed"
+    data.max_prompt_length="$max_prompt_length" data.max_response_length="$max_response_length"
+    data.truncation=error data.filter_overlong_prompts=False data.dataloader_num_workers=0
+    actor_rollout_ref.model.path="$sft_path"
+    actor_rollout_ref.actor.optim.lr="$learning_rate" actor_rollout_ref.actor.use_kl_loss=False
+    actor_rollout_ref.actor.ppo_mini_batch_size="$train_batch_size"
+    actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu="$micro_batch_size"
+    actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu="$micro_batch_size"
+    actor_rollout_ref.rollout.tensor_model_parallel_size=1
+    actor_rollout_ref.rollout.n="$rollout_n" actor_rollout_ref.rollout.seed="$seed"
+    actor_rollout_ref.rollout.temperature=1.0 actor_rollout_ref.rollout.top_p=1.0 actor_rollout_ref.rollout.top_k=-1
+    actor_rollout_ref.rollout.val_kwargs.do_sample=True actor_rollout_ref.rollout.val_kwargs.temperature=1.0
+    # One update a batch of rollouts: their own log-probabilities are the old policy's.
+    actor_rollout_ref.rollout.calculate_log_probs=True algorithm.rollout_correction.bypass_mode=True
+    reward.custom_reward_function.path="$root/reward_tts.py" reward.custom_reward_function.name=compute_score
+    "+reward.custom_reward_function.reward_kwargs={server_urls: '$server_urls'}"
+    trainer.n_gpus_per_node="$num_gpus" trainer.nnodes="$num_nodes"
+    "trainer.logger=[console,tensorboard]" trainer.project_name=tts_grpo trainer.experiment_name="$exp_name"
+    trainer.default_local_dir="$exp_dir/checkpoints" trainer.resume_mode=auto
+    trainer.max_actor_ckpt_to_keep="$max_checkpoints" trainer.save_freq="$save_freq" trainer.test_freq="$test_freq"
+    trainer.val_before_train=True trainer.total_epochs=1000 trainer.total_training_steps="$total_steps"
+  )
+  recorded_settings=(
+    profile exp_name seed sft_path token2wav_dir reward_asr_dir eval_asr_dir train_jsonl test_jsonl
+    max_prompt_length reward_curve reward_tones num_gpus num_nodes total_steps train_batch_size rollout_n
+    max_response_length learning_rate dataset eval_jsonl seeds temperature top_p top_k overrides
+  )
+  overrides=${verl_overrides[*]-}
+  key_0=$(key train_jsonl test_jsonl sft_path max_prompt_length max_bad_ratio)
+  key_train=$(key key_0 seed token2wav_dir reward_asr_dir reward_curve reward_tones num_gpus num_nodes \
+    train_batch_size rollout_n max_response_length learning_rate overrides)
+  key_2=$(key key_train total_steps)
+  key_3=$(key key_2 llm_path)
+  key_4=$(key key_3 eval_asr_dir eval_jsonl seeds infer_batch_size temperature top_p top_k)
+}
+
+main() {
+  local positional=() stage begin
+  while (($#)); do
+    case $1 in
+    --dry-run) dry_run=1 ;;
+    --)
+      shift
+      verl_overrides=("$@")
+      break
+      ;;
+    -h | --help) usage ;;
+    *) positional+=("$1") ;;
+    esac
+    shift
+  done
+  start=${positional[0]--1} stop=${positional[1]-${positional[0]-5}}
+  ((${#positional[@]} <= 2)) && [[ $start =~ ^(-1|[0-5])$ && $stop =~ ^(-1|[0-5])$ ]] && ((start <= stop)) || usage
+  [[ $force =~ ^[01]$ ]] || usage
+  cd "$root"
+  configure
+  trap cleanup EXIT
+  trap 'exit 130' INT
+  trap 'exit 143' TERM
+  mkdir -p "$exp_dir"
+  export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 TTS_GRPO_RUN=$$
+  for ((stage = start; stage <= stop; stage++)); do
+    echo "== stage $stage ($(date +%T))"
+    begin=$SECONDS
+    "stage_$stage"
+    echo "== stage $stage took $((SECONDS - begin)) s"
+    record "$stage" "$((SECONDS - begin))"
+  done
+}
+
+main "$@"

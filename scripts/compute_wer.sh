@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Score the speech that infer_dist.py made: error rates by the evaluation recogniser, with alignments.
+#
+#   bash scripts/compute_wer.sh OUTPUT_DIR DATASET
+#
+#   OUTPUT_DIR  its seed_*/manifest.jsonl are scored, into scores.json, and into utterances.jsonl and alignment.txt
+#               beside each manifest
+#   DATASET     JSONL of the test set; every utterance of it counts, one without audio as all deletions
+#
+# Variables: python (of the speech environment), eval_asr_dir (SenseVoice folder), device (cpu or cuda).
+set -euo pipefail
+
+root=$(cd "$(dirname "$0")/.." && pwd)
+[[ $# -eq 2 ]] || {
+  sed -n '2,10s/^# \{0,1\}//p' "$0" >&2
+  exit 2
+}
+python=${python:-$root/.venv/speech/bin/python}
+eval_asr_dir=${eval_asr_dir:-$root/assets/tiny/asr_eval}
+[[ -x $(command -v "$python") ]] || {
+  echo "compute_wer.sh: no $python: run bash run.sh -1 -1" >&2
+  exit 1
+}
+PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec "$python" "$root/scripts/score.py" --output-dir "$1" \
+  --eval-set "$2" --asr-dir "$eval_asr_dir" --device "${device:-cpu}"

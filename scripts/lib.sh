@@ -1,0 +1,89 @@
+# shellcheck shell=bash
+# What run.sh's stages share: running, skipping, timing, and the reward server as a background process.
+
+log() { echo "run.sh: $*" >&2; }
+
+die() {
+  log "$*"
+  exit 1
+}
+
+# Run a command, or with --dry-run print it.
+run() {
+  if ((dry_run)); then
+    printf '%q ' "$@"
+    printf '\n'
+  else
+    "$@"
+  fi
+}
+
+# need FILE STAGE: fail if FILE, which STAGE makes, is missing.
+need() {
+  ((dry_run)) || [[ -e $1 ]] || die "$1 is missing: run bash run.sh $2 $2 first"
+}
+
+# key NAME...: a checksum of variables; what stands for a file counts with the file's content.
+key() {
+  local name
+  for name; do
+    printf '%s=%s\n' "$name" "${!name-}"
+    [[ ! -f ${!name-} ]] || sha256sum <"${!name}"
+  done | sha256sum | cut -c 1-16
+}
+
+# done_with STAGE KEY: whether the stage was finished with this key.
+done_with() {
+  ((!dry_run && !force)) && [[ -f $exp_dir/.done/$1 && $(<"$exp_dir/.done/$1") == "$2" ]]
+}
+
+mark_done() {
+  ((dry_run)) && return
+  mkdir -p "$exp_dir/.done"
+  echo "$2" >"$exp_dir/.done/$1.part"
+  mv "$exp_dir/.done/$1.part" "$exp_dir/.done/$1"
+}
+
+# record STAGE SECONDS: for the summary.
+record() {
+  ((dry_run)) && return
+  mkdir -p "$exp_dir"
+  printf '{"stage": %s, "seconds": %s}\n' "$1" "$2" >>"$exp_dir/stage_seconds.jsonl"
+}
+
+server_ready() {
+  curl --silent --fail --max-time 5 --output /dev/null "$1/v2/models/token2wav_asr/ready"
+}
+
+# stop PID: end a process this run started, and wait for it.
+stop() {
+  kill "$1" 2>/dev/null || return 0
+  wait "$1" 2>/dev/null || true
+}
+
+# Start the reward server in the background and wait until it is ready.
+start_server() {
+  local server_log=$exp_dir/log/reward_server.log waited
+  mkdir -p "$exp_dir/log"
+  if ((dry_run)); then
+    run "${server_command[@]}"
+    return
+  fi
+  ! server_ready "http://127.0.0.1:$http_port" || die "port $http_port already has a reward server: stop it, set http_port, or leave stage 1 out"
+  "${server_command[@]}" >"$server_log" 2>&1 &
+  server_pid=$!
+  for ((waited = 0; waited < server_timeout_s; waited++)); do
+    if ! kill -0 "$server_pid" 2>/dev/null; then
+      tail -n 20 "$server_log" >&2
+      server_pid=
+      die "the reward server ended before it was ready: its last lines are above, the rest is in $server_log"
+    fi
+    if server_ready "http://127.0.0.1:$http_port"; then
+      echo "reward server ready at http://$server_address:$http_port (log: $server_log)"
+      return
+    fi
+    sleep 1
+  done
+  tail -n 20 "$server_log" >&2
+  die "the reward server was not ready within $server_timeout_s s: its last lines are above, the rest is in $server_log"
+}

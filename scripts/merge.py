@@ -1,0 +1,61 @@
+"""Merge veRL's FSDP shards into a Hugging Face folder that generates as the SFT model did.
+
+veRL's merger writes the weights; tokenizer, chat template and generation config (all end tokens) are the SFT model's
+own files. The result is loaded once, so that a folder that does not load is never taken for done.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from tts_grpo.prompts import render_prompt
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
+
+
+def get_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="folder of the shards, global_step_N/actor")
+    parser.add_argument("--sft-path", type=Path, required=True, help="model that the training began with")
+    parser.add_argument("--output-dir", type=Path, required=True, help="folder to write")
+    return parser.parse_args(argv)
+
+
+def check(folder: Path, sft_path: Path) -> None:
+    """Load the merged folder.
+
+    Raises:
+        ValueError: it lacks a weight, or its tokenizer or end tokens are not the SFT model's.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    lacking = [name for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in info[kind]]
+    if lacking:
+        raise ValueError(f"{folder}: weights missing or too many: {lacking}")
+    tokenizer, sft_tokenizer = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(sft_path)
+    if render_prompt(tokenizer, "你好") != render_prompt(sft_tokenizer, "你好"):
+        raise ValueError(f"{folder}: the chat template is not the one of {sft_path}")
+    ends, sft_ends = model.generation_config.eos_token_id, GenerationConfig.from_pretrained(sft_path).eos_token_id
+    if ends != sft_ends:
+        raise ValueError(f"{folder}: end tokens {ends}, but {sft_path} has {sft_ends}")
+
+
+def main(argv=None):
+    args = get_args(argv)
+    merger = [sys.executable, "-m", "verl.model_merger", "merge", "--backend", "fsdp"]
+    subprocess.run([*merger, "--local_dir", args.checkpoint, "--target_dir", args.output_dir], check=True)
+    for name in TOKENIZER_FILES:
+        (args.output_dir / name).unlink(missing_ok=True)
+        if (args.sft_path / name).exists():
+            shutil.copy(args.sft_path / name, args.output_dir / name)
+    check(args.output_dir, args.sft_path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Run veRL with its output in a log file and one line a step on the terminal.
+
+    python scripts/train.py --log-file LOG --total-steps N -- COMMAND...
+
+Exits with the command's status; on failure the last lines of the log are shown. SIGINT and SIGTERM are passed on.
+"""
+
+import argparse
+import collections
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+STEP = re.compile(r"step:(\d+) - (.*)")
+VALUE = re.compile(r"(\S+?):(?:np\.\w+\()?(-?[\d.]+(?:e[-+]?\d+)?)")
+TAIL_LINES = 40
+SHOWN = {  # veRL's name -> ours, format
+    "critic/score/mean": "reward {:.3f}",
+    "response_length/mean": "{:.0f} tokens",
+    "response_length/clip_ratio": "{:.1%} cut",
+    "actor/entropy": "entropy {:.2f}",
+    "timing_s/step": "{:.1f} s",
+    "timing_s/gen": "(rollouts and rewards {:.1f}",
+    "timing_s/update_actor": "update {:.1f})",
+}
+VALIDATION = {
+    "score/mean@1": "reward {:.3f}",
+    "pinyin_error_rate/mean@1": "pinyin error rate {:.2%}",
+    "num_speech_tokens/mean@1": "{:.1f} tokens",
+    "bad_rollout/mean@1": "{:.1%} bad",
+}
+
+
+def get_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--log-file", type=Path, required=True, help="everything the command prints is appended here")
+    parser.add_argument("--total-steps", type=int, required=True, help="steps of the whole training")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="-- and the command")
+    args = parser.parse_args(argv)
+    args.command = args.command[1:] if args.command[:1] == ["--"] else args.command
+    if not args.command:
+        parser.error("no command")
+    return args
+
+
+def summary(line: str, total_steps: int) -> list[str]:
+    """The lines to show for a line of veRL's console log: none, or one for training and one for validation."""
+    match = STEP.search(line)
+    if not match:
+        return []
+    step, values = int(match[1]), {name: float(value) for name, value in VALUE.findall(match[2])}
+    shown = []
+    training = [form.format(values[name]) for name, form in SHOWN.items() if name in values]
+    if training:
+        shown.append(f"step {step}/{total_steps}: " + ", ".join(training))
+    by_end = {end: value for name, value in values.items() for end in VALIDATION if name.endswith("/" + end)}
+    if "score/mean@1" in by_end:
+        parts = [form.format(by_end[end]) for end, form in VALIDATION.items() if end in by_end]
+        shown.append(f"validation after step {step}: " + ", ".join(parts))
+    return shown
+
+
+def main(argv=None):
+    args = get_args(argv)
+    args.log_file.parent.mkdir(parents=True, exist_ok=True)
+    tail = collections.deque(maxlen=TAIL_LINES)
+    start = time.monotonic()
+    with args.log_file.open("a", encoding="utf-8") as log:
+        process = subprocess.Popen(args.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda received, frame: process.send_signal(received))
+        print(f"training starts (a minute or two until the first step); log: {args.log_file}", flush=True)
+        for line in process.stdout:
+            log.write(line)
+            log.flush()
+            tail.append(line)
+            for text in summary(line, args.total_steps):
+                print(f"[{time.monotonic() - start:6.0f} s] {text}", flush=True)
+    status = process.wait()
+    if status:
+        sys.stderr.writelines(tail)
+        print(f"training failed with status {status}: its last lines are above, all in {args.log_file}", file=sys.stderr)
+    return status if status >= 0 else 128 - status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,252 @@
+#!/usr/bin/env python3
+"""Reward server: speech tokens -> 16 kHz waveform -> transcript -> reward, behind Triton (PyTriton).
+
+Tensors: see tts_grpo/protocol.py. Each instance is a process of its own with its own token2wav and recogniser, on a
+device of --devices, so that instances do not wait for each other's Python. Triton collects concurrent requests of one
+length bucket into batches and hands each to a free instance.
+
+The server is ready only when every instance has scored a batch. If an instance dies, the server stops with an error:
+its clients then retry elsewhere or stop the training, but never see a reward that nobody measured.
+
+SIGTERM and SIGINT end it cleanly: requests in flight are answered first.
+"""
+
+import argparse
+import ctypes.util
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import sysconfig
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+
+from tts_grpo.protocol import MODEL_NAME
+from tts_grpo.tokens import NUM_SPEECH_TOKENS
+
+logger = logging.getLogger(__name__)
+
+START_TIMEOUT_S = 600.0  # for an instance to load and warm up
+WARM_UP_TOKENS = (40, 75)  # tokens of the two kinds of batch that warm an instance up
+
+
+def get_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--token2wav-dir", type=Path, required=True, help="folder of the token2wav weights")
+    parser.add_argument("--asr-dir", type=Path, required=True, help="SenseVoice folder of the reward recogniser")
+    parser.add_argument("--devices", nargs="+", default=["cpu"], help="torch devices, each gets --instances processes")
+    parser.add_argument("--instances", type=int, default=1, help="processes on each device")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads of each process")
+    parser.add_argument("--max-batch-size", type=int, default=32, help="rollouts scored at once")
+    parser.add_argument("--max-queue-delay-ms", type=float, default=10.0, help="how long a request waits for others")
+    parser.add_argument("--max-queue-size", type=int, default=16384, help="waiting requests beyond this are refused")
+    parser.add_argument("--reward-curve", choices=("tanh", "exp"), default="tanh", help="see tts_grpo/metrics.py")
+    parser.add_argument("--no-tones", dest="tones", action="store_false", help="compare pinyin without tones")
+    parser.add_argument("--address", default="127.0.0.1", help="where to listen; 0.0.0.0 serves other machines")
+    parser.add_argument("--http-port", type=int, default=8000, help="HTTP port")
+    parser.add_argument("--grpc-port", type=int, default=8001, help="gRPC port")
+    parser.add_argument("--metrics-port", type=int, default=8002, help="port of Prometheus metrics")
+    return parser.parse_args(argv)
+
+
+def serve_instance(pipe, args, device: str) -> None:
+    """An instance's process: load, warm up, then answer batches that come through the pipe until it closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    logging.disable(logging.INFO)  # funasr's
+    import torch
+
+    from tts_grpo.asr import SenseVoice
+    from tts_grpo.scorer import RewardScorer
+    from tts_grpo.token2wav import load_token2wav
+
+    torch.set_num_threads(args.threads)
+    try:
+        token2wav = load_token2wav(args.token2wav_dir, device)
+        asr = SenseVoice(args.asr_dir, device, args.max_batch_size)
+        scorer = RewardScorer(token2wav, asr, args.tones, args.reward_curve)
+        warm_up(scorer, args.max_batch_size)
+    except Exception as error:
+        pipe.send(f"{type(error).__name__}: {error}")
+        return
+    pipe.send("")
+    while True:
+        try:
+            speech_tokens, ground_truths = pipe.recv()
+        except (EOFError, OSError):
+            return
+        pipe.send(scorer.score(speech_tokens, ground_truths))
+
+
+def warm_up(scorer, max_batch_size: int) -> None:
+    """Score batches of random tokens, so that no first request waits for allocations and caches.
+
+    Raises:
+        RuntimeError: a batch could not be scored.
+    """
+    rng = np.random.default_rng(0)
+    for num_tokens in WARM_UP_TOKENS:
+        tokens = rng.integers(0, NUM_SPEECH_TOKENS, (max_batch_size, num_tokens)).tolist()
+        for score in scorer.score(tokens, ["你好"] * max_batch_size):
+            if score.error:
+                raise RuntimeError(score.error)
+
+
+class Instance:
+    """One process that scores, and the pipe to it."""
+
+    def __init__(self, args, device: str):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=serve_instance, args=(theirs, args, device), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.lock = threading.Lock()
+
+    def wait_ready(self, timeout_s: float) -> None:
+        """Raises RuntimeError if the process did not get ready."""
+        try:
+            error = self.pipe.recv() if self.pipe.poll(timeout_s) else f"not ready after {timeout_s:.0f} s"
+        except EOFError:
+            error = f"the process ended with code {self.process.exitcode}"
+        if error:
+            raise RuntimeError(f"an instance of the reward server could not start: {error}")
+
+    def score(self, speech_tokens, ground_truths):
+        """Score one batch in the process."""
+        with self.lock:
+            self.pipe.send((speech_tokens, ground_truths))
+            return self.pipe.recv()
+
+    def close(self) -> None:
+        """End the process after what it is at."""
+        self.pipe.close()
+        self.process.join(timeout=10)
+        if self.process.is_alive():
+            self.process.kill()
+
+
+def infer_function(instance: Instance):
+    """PyTriton's inference callable of one instance."""
+    from pytriton.decorators import batch
+
+    @batch
+    def infer(TOKENS, TOKEN_LENS, GT_TEXT):  # noqa: N803
+        lens = TOKEN_LENS[:, 0].tolist()
+        speech_tokens = [row[: max(0, n)].tolist() for row, n in zip(TOKENS, lens, strict=True)]
+        scores = instance.score(speech_tokens, [text.decode("utf-8") for text in GT_TEXT[:, 0]])
+        text = lambda values: np.char.encode(np.array(values, dtype=np.str_), "utf-8")[:, None]  # noqa: E731
+        return {
+            "REWARDS": np.array([[score.reward] for score in scores], np.float32),
+            "ERROR_RATES": np.array([[score.error_rate] for score in scores], np.float32),
+            "TRANSCRIPTS": text([score.transcript for score in scores]),
+            "ERRORS": text([score.error for score in scores]),
+        }
+
+    return infer
+
+
+def check_libpython() -> None:
+    """PyTriton's backend links this Python's shared library; a wrong or missing one fails in ways hard to read.
+
+    Raises:
+        SystemExit: this Python has none.
+    """
+    name = sysconfig.get_config_var("INSTSONAME") or ""
+    folder = sysconfig.get_config_var("LIBDIR") or ""
+    if not name.endswith(".a") and ((Path(folder) / name).exists() or ctypes.util.find_library(name[3:].split(".so")[0])):
+        return
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    raise SystemExit(
+        f"this Python has no libpython{version}.so, which the reward server needs: install it (Debian: apt-get install "
+        f"libpython{version}), or build Python with --enable-shared"
+    )
+
+
+def use_own_libpython() -> None:
+    """Start again with this Python's library folder first, so that the backend cannot load another Python's."""
+    check_libpython()
+    folder = sysconfig.get_config_var("LIBDIR") or ""
+    paths = os.environ.get("LD_LIBRARY_PATH", "").split(":")
+    if folder and paths[0] != folder:
+        os.environ["LD_LIBRARY_PATH"] = ":".join([folder, *filter(None, paths)])
+        os.execv(sys.executable, [sys.executable, *sys.argv])
+
+
+def start_instances(args) -> list[Instance]:
+    start = time.monotonic()
+    instances = [Instance(args, device) for device in args.devices for _ in range(args.instances)]
+    for instance in instances:
+        instance.wait_ready(START_TIMEOUT_S)
+    logger.info("%d instances loaded and warm after %.1f s", len(instances), time.monotonic() - start)
+    return instances
+
+
+def serve(args, instances: list[Instance]) -> int:
+    """Serve until a signal (0) or until an instance dies (1)."""
+    from pytriton.model_config import DynamicBatcher, ModelConfig, QueuePolicy, Tensor
+    from pytriton.triton import Triton, TritonConfig
+
+    config = TritonConfig(
+        http_address=args.address, http_port=args.http_port, grpc_address=args.address, grpc_port=args.grpc_port,
+        metrics_address=args.address, metrics_port=args.metrics_port, exit_timeout_secs=20,
+    )  # fmt: skip
+    batcher = DynamicBatcher(
+        max_queue_delay_microseconds=int(args.max_queue_delay_ms * 1000),
+        default_queue_policy=QueuePolicy(max_queue_size=args.max_queue_size),
+    )
+    with Triton(config=config) as triton:
+        triton.bind(
+            model_name=MODEL_NAME,
+            infer_func=[infer_function(instance) for instance in instances],
+            inputs=[
+                Tensor(name="TOKENS", dtype=np.int32, shape=(-1,)),
+                Tensor(name="TOKEN_LENS", dtype=np.int32, shape=(1,)),
+                Tensor(name="GT_TEXT", dtype=bytes, shape=(1,)),
+            ],
+            outputs=[
+                Tensor(name="REWARDS", dtype=np.float32, shape=(1,)),
+                Tensor(name="ERROR_RATES", dtype=np.float32, shape=(1,)),
+                Tensor(name="TRANSCRIPTS", dtype=bytes, shape=(1,)),
+                Tensor(name="ERRORS", dtype=bytes, shape=(1,)),
+            ],
+            config=ModelConfig(max_batch_size=args.max_batch_size, batcher=batcher),
+            strict=True,
+        )
+        triton.run()
+        logger.info("ready: %s at http://%s:%d", MODEL_NAME, args.address, args.http_port)
+        try:
+            while all(instance.process.is_alive() for instance in instances):
+                if not triton.is_alive():
+                    logger.error("Triton has ended: see its messages above")
+                    return 1
+                time.sleep(0.5)
+            logger.error("an instance has died (out of memory?); stopping, so that no reward is made up")
+            return 1
+        except KeyboardInterrupt:
+            logger.info("stopping: requests in flight are answered first")
+            return 0
+
+
+def main(argv=None):
+    args = get_args(argv)
+    use_own_libpython()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s: %(message)s")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        instances = start_instances(args)
+    except RuntimeError as error:
+        raise SystemExit(str(error)) from None
+    try:
+        return serve(args, instances)
+    finally:
+        for instance in instances:
+            instance.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

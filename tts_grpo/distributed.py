@@ -1,0 +1,37 @@
+"""Processes of torchrun: who am I, and waiting for the others."""
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+def setup(device: str) -> tuple[int, int, str]:
+    """Join torchrun's processes, if it started this one.
+
+    Args:
+        device: "cpu" (gloo) or "cuda" (NCCL; each process takes the GPU of its local rank).
+
+    Returns:
+        rank, number of processes, torch device of this process.
+    """
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=12))
+    return rank, world_size, device
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def shutdown() -> None:
+    """Leave the group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,76 @@
+"""What reward server and client say to each other: names, shapes and buckets of Triton's model ``token2wav_asr``.
+
+A request is one rollout or several of one bucket, as Triton's HTTP/JSON inference protocol (KServe v2) has it:
+
+============== ======= ====== ============================================================
+TOKENS         int32   [B, T] speech tokens, padded with 0 to a bucket (Triton batches only
+                              requests of equal shape)
+TOKEN_LENS     int32   [B, 1] number of speech tokens
+GT_TEXT        bytes   [B, 1] what was to be said, UTF-8
+-------------- ------- ------ ------------------------------------------------------------
+REWARDS        float32 [B, 1] in [0, 1]; NaN where ERRORS is not empty
+ERROR_RATES    float32 [B, 1] pinyin error rate that the reward is made of; NaN likewise
+TRANSCRIPTS    bytes   [B, 1] what was heard
+ERRORS         bytes   [B, 1] empty, or why this sample could not be scored
+============== ======= ====== ============================================================
+
+A bad rollout (nothing said, ids out of range) never comes here: the client scores it. So an error is never a reward.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+MODEL_NAME = "token2wav_asr"
+OUTPUT_NAMES = ("REWARDS", "ERROR_RATES", "TRANSCRIPTS", "ERRORS")
+BUCKETS = (16, 32, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1536, 2048)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What the server found of one rollout."""
+
+    reward: float
+    error_rate: float
+    transcript: str
+
+
+def bucket(num_tokens: int) -> int:
+    """The length that ``num_tokens`` speech tokens are padded to.
+
+    Raises:
+        ValueError: more tokens than the largest bucket.
+    """
+    for size in BUCKETS:
+        if num_tokens <= size:
+            return size
+    raise ValueError(f"{num_tokens} speech tokens: the reward server takes at most {BUCKETS[-1]}")
+
+
+def encode_request(speech_tokens: Sequence[int], ground_truth: str) -> dict:
+    """The JSON body of one rollout's request."""
+    size = bucket(len(speech_tokens))
+    return {
+        "inputs": [
+            {"name": "TOKENS", "shape": [1, size], "datatype": "INT32",
+             "data": [*speech_tokens, *[0] * (size - len(speech_tokens))]},
+            {"name": "TOKEN_LENS", "shape": [1, 1], "datatype": "INT32", "data": [len(speech_tokens)]},
+            {"name": "GT_TEXT", "shape": [1, 1], "datatype": "BYTES", "data": [ground_truth]},
+        ],
+        "outputs": [{"name": name} for name in OUTPUT_NAMES],
+    }  # fmt: skip
+
+
+def decode_response(body: dict) -> Scored:
+    """One rollout's answer.
+
+    Raises:
+        KeyError: an output is missing: this is no server of this protocol.
+        ValueError: the server could not score the sample, or its reward is not in [0, 1].
+    """
+    outputs = {output["name"]: output["data"][0] for output in body["outputs"]}
+    reward, error_rate, transcript, error = (outputs[name] for name in OUTPUT_NAMES)
+    if error:
+        raise ValueError(f"the reward server could not score a sample: {error}")
+    if not isinstance(reward, int | float) or not 0.0 <= reward <= 1.0:
+        raise ValueError(f"the reward server answered with a reward of {reward}")
+    return Scored(float(reward), float(error_rate), transcript)
