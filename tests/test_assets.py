@@ -53,7 +53,7 @@ def test_figures(assets):
 
     logging.disable(logging.INFO)
     figures = measure(assets)
-    assert figures["teacher_per"] <= 0.045
+    assert figures["teacher_per"] <= 0.03
     assert figures["resynthesis_per"] <= 0.06
     assert figures["resynthesis_per"] - figures["teacher_per"] <= 0.04
     assert figures["lm_greedy_per"] <= 0.08

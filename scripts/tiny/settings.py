@@ -28,8 +28,8 @@ class Settings:
     token2wav_lr: float = 6e-4
     discriminator_lr: float = 3e-4
 
-    asr_batch_s: float = 360.0
-    asr_steps: int = 2800
+    asr_batch_s: dict = dataclasses.field(default_factory=lambda: {"reward": 360.0, "eval": 240.0})
+    asr_steps: dict = dataclasses.field(default_factory=lambda: {"reward": 2800, "eval": 4500})
     asr_lr: float = 2e-3
     asr_dims: dict = dataclasses.field(
         default_factory=lambda: {
@@ -52,12 +52,12 @@ FULL = Settings()
 SMOKE = dataclasses.replace(
     FULL,
     tokenizer_batch_s=12.0,
-    asr_batch_s=12.0,
+    asr_batch_s={"reward": 12.0, "eval": 12.0},
     tokenizer_steps=4,
     token2wav_warmup_steps=1,
     token2wav_steps=2,
     token2wav_segments=2,
-    asr_steps=4,
+    asr_steps={"reward": 4, "eval": 4},
     lm_steps=4,
     lm_batch=4,
     lm_checkpoints=2,

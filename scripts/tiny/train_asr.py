@@ -248,14 +248,14 @@ class Trainer:
         }
 
     def train(self, writer) -> None:
-        steps = self.settings.asr_steps
+        steps = self.settings.asr_steps[self.name]
         own = {id(self.model.output.own)}
         groups = [
             {"params": [p for p in self.model.parameters() if id(p) not in own], "weight_decay": 0.02},
             {"params": [self.model.output.own], "weight_decay": 0.5},
         ]
         optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=self.device == "cuda")
-        batches = self.corpus.batches(self.train_rows, self.settings.asr_batch_s, self.rng)
+        batches = self.corpus.batches(self.train_rows, self.settings.asr_batch_s[self.name], self.rng)
         log = Log(writer, f"asr-{self.name}", steps, every_s=60.0)  # each time, dev is transcribed
         for step in range(1, steps + 1):
             losses = self.loss(next(batches), step)
