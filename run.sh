@@ -19,14 +19,14 @@
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-profile=${profile:-tiny}                    # conf/$profile.sh: tiny (CPU, offline) or cosyvoice2 (GPUs)
-exp_name=${exp_name:-$profile}              # name of the experiment
-exp_dir=${exp_dir:-$root/exp/$exp_name}     # its folder
-seed=${seed:-42}                            # of data order and sampling
-force=${force:-0}                           # 1: redo the stages asked for, from nothing
-base_python=${base_python:-python3}         # interpreter the environments are built on, 3.11 or 3.12
-venv_root=${venv_root:-$root/.venv}         # folder of the environments
-server_timeout_s=${server_timeout_s:-900}   # longest wait for the reward server
+profile=${profile:-tiny}                  # conf/$profile.sh: tiny (CPU, offline) or cosyvoice2 (GPUs)
+exp_name=${exp_name:-$profile}            # name of the experiment
+exp_dir=${exp_dir:-$root/exp/$exp_name}   # its folder
+seed=${seed:-42}                          # of data order and sampling
+force=${force:-0}                         # 1: redo the stages asked for, from nothing
+base_python=${base_python:-python3}       # interpreter the environments are built on, 3.11 or 3.12
+venv_root=${venv_root:-$root/.venv}       # folder of the environments
+server_timeout_s=${server_timeout_s:-900} # longest wait for the reward server
 
 dry_run=0
 server_pid='' memory_pid=''
@@ -53,16 +53,16 @@ stage_-1() {
   export base_python venv_root
   if ((dry_run)); then
     run bash "$root/scripts/make_env.sh" speech "$root/requirements-cosyvoice.txt"
-    run bash "$root/scripts/make_env.sh" trainer "${trainer_requirements[@]}"
+    run bash "$root/scripts/make_env.sh" trainer "$root/requirements-verl.txt"
   else
     bash "$root/scripts/make_env.sh" speech "$root/requirements-cosyvoice.txt" &
     pids+=($!)
-    bash "$root/scripts/make_env.sh" trainer "${trainer_requirements[@]}" &
+    bash "$root/scripts/make_env.sh" trainer "$root/requirements-verl.txt" &
     pids+=($!)
     for pid in "${pids[@]}"; do wait "$pid" || die "an environment could not be made: see above"; done
   fi
   run "$speech_bin/python" -c 'import token2wav_asr_server; token2wav_asr_server.check_libpython()'
-  install_profile
+  [[ -z $(type -t install_profile) ]] || install_profile
   echo "environments: $venv_root/speech, $venv_root/trainer"
 }
 
@@ -89,7 +89,7 @@ stage_2() {
   done_with 2 "$key_2" && skip 2 && return
   need "$exp_dir/data/train.parquet" 0
   check_checkpoints
-  if ((!dry_run)) && ! server_ready "${server_urls%%[, ]*}"; then
+  if ((dry_run == 0)) && ! server_ready "${server_urls%%[, ]*}"; then
     die "no reward server is ready at ${server_urls%%[, ]*}: start one with bash run.sh 1 1"
   fi
   run "$trainer_bin/python" "$root/reward_tts.py" --jsonl "$known_answer_jsonl" --limit 64 \
@@ -131,7 +131,7 @@ infer() {
   local output_dir=$exp_dir/eval/$1
   run env OMP_NUM_THREADS=1 "$speech_bin/torchrun" --standalone --nproc-per-node "$infer_procs" "$root/infer_dist.py" \
     --llm-path "$2" --token2wav-dir "$token2wav_dir" --eval-set "$eval_jsonl" --output-dir "$output_dir" \
-    --seeds $seeds --batch-size "$infer_batch_size" --device "$infer_device" --max-new-tokens "$max_response_length" \
+    --seeds "${seed_list[@]}" --batch-size "$infer_batch_size" --device "$infer_device" --max-new-tokens "$max_response_length" \
     --temperature "$temperature" --top-p "$top_p" --top-k "$top_k"
   run env python="$speech_bin/python" eval_asr_dir="$eval_asr_dir" device="$infer_device" \
     bash "$root/scripts/compute_wer.sh" "$output_dir" "$eval_jsonl"
@@ -172,16 +172,27 @@ settings_json() {
   printf '}'
 }
 
+# The most memory of the run's processes goes into the summary.
+watch_memory() {
+  ((dry_run == 0)) && [[ -x $speech_bin/python ]] && ((stop >= 2)) || return 0
+  mkdir -p "$exp_dir"
+  "$speech_bin/python" "$root/scripts/watch_memory.py" --run-id $$ --output "$exp_dir/peak_memory_gib" &
+  memory_pid=$!
+}
+
 configure() {
   [[ -f $root/conf/$profile.sh ]] || { log "no profile conf/$profile.sh" && usage; }
   # shellcheck source=conf/tiny.sh
   source "$root/conf/$profile.sh"
+  local device_list
+  read -ra device_list <<<"$server_devices"
+  read -ra seed_list <<<"$seeds"
   speech_bin=$venv_root/speech/bin trainer_bin=$venv_root/trainer/bin
   server_command=(
     "$speech_bin/python" "$root/token2wav_asr_server.py" --token2wav-dir "$token2wav_dir" --asr-dir "$reward_asr_dir"
     --instances "$server_instances" --threads "$server_threads" --max-batch-size "$server_batch_size"
     --reward-curve "$reward_curve" --address "$server_address" --http-port "$http_port" --grpc-port "$grpc_port"
-    --metrics-port "$metrics_port" --devices $server_devices
+    --metrics-port "$metrics_port" --devices "${device_list[@]}"
   )
   ((reward_tones)) || server_command+=(--no-tones)
   train_env=(
@@ -218,7 +229,7 @@ configure() {
     max_prompt_length reward_curve reward_tones num_gpus num_nodes total_steps train_batch_size rollout_n
     max_response_length learning_rate dataset eval_jsonl seeds temperature top_p top_k overrides
   )
-  overrides=${verl_overrides[*]-}
+  overrides=${verl_overrides[*]-} # shellcheck disable=SC2034  # key() and settings_json() read it by name
   key_0=$(key train_jsonl test_jsonl sft_path max_prompt_length max_bad_ratio)
   key_train=$(key key_0 seed token2wav_dir reward_asr_dir reward_curve reward_tones num_gpus num_nodes \
     train_batch_size rollout_n max_response_length learning_rate overrides)
@@ -243,18 +254,20 @@ main() {
     shift
   done
   start=${positional[0]--1} stop=${positional[1]-${positional[0]-5}}
-  ((${#positional[@]} <= 2)) && [[ $start =~ ^(-1|[0-5])$ && $stop =~ ^(-1|[0-5])$ ]] && ((start <= stop)) || usage
+  if ((${#positional[@]} > 2)) || ! [[ $start =~ ^(-1|[0-5])$ && $stop =~ ^(-1|[0-5])$ ]] || ((start > stop)); then
+    usage
+  fi
   [[ $force =~ ^[01]$ ]] || usage
   cd "$root"
   configure
   trap cleanup EXIT
   trap 'exit 130' INT
   trap 'exit 143' TERM
-  mkdir -p "$exp_dir"
   export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 TTS_GRPO_RUN=$$
   for ((stage = start; stage <= stop; stage++)); do
     echo "== stage $stage ($(date +%T))"
     begin=$SECONDS
+    [[ -n $memory_pid ]] || watch_memory
     "stage_$stage"
     echo "== stage $stage took $((SECONDS - begin)) s"
     record "$stage" "$((SECONDS - begin))"

@@ -10,10 +10,10 @@ eval_asr_dir=${eval_asr_dir:-$root/assets/tiny/asr_eval}       # recogniser of t
 
 # data (stage 0)
 train_jsonl=${train_jsonl:-$root/assets/tiny/data/train.jsonl}
-test_jsonl=${test_jsonl:-$root/assets/tiny/data/dev.jsonl}             # validation during training
+test_jsonl=${test_jsonl:-$root/assets/tiny/data/dev.jsonl}                 # validation during training
 known_answer_jsonl=${known_answer_jsonl:-$root/assets/tiny/data/dev.jsonl} # text and speech_tokens of real speech
-max_prompt_length=${max_prompt_length:-64}                             # in tokens
-max_bad_ratio=${max_bad_ratio:-0.01}                                   # of unusable lines
+max_prompt_length=${max_prompt_length:-64}                                 # in tokens
+max_bad_ratio=${max_bad_ratio:-0.01}                                       # of unusable lines
 
 # reward server (stage 1)
 server_devices=${server_devices:-cpu}       # torch devices, separated by spaces
@@ -73,7 +73,7 @@ profile_verl_args=(
   actor_rollout_ref.rollout.agent.num_workers=1
   reward.num_workers=1
   transfer_queue.backend.SimpleStorage.num_data_storage_units=1
-  ray_kwargs.ray_init.num_cpus=16           # slots for veRL's actors, which mostly wait
-  +ray_kwargs.ray_init.num_gpus=1           # a GPU in name only: the worker asks for one
+  ray_kwargs.ray_init.num_cpus=16 # slots for veRL's actors, which mostly wait
+  +ray_kwargs.ray_init.num_gpus=1 # a GPU in name only: the worker asks for one
   +ray_kwargs.ray_init.include_dashboard=False
 )

@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2154  # the variables are run.sh's
 # What run.sh's stages share: running, skipping, timing, and the reward server as a background process.
 
 log() { echo "run.sh: $*" >&2; }
@@ -34,7 +34,7 @@ key() {
 
 # done_with STAGE KEY: whether the stage was finished with this key.
 done_with() {
-  ((!dry_run && !force)) && [[ -f $exp_dir/.done/$1 && $(<"$exp_dir/.done/$1") == "$2" ]]
+  ((dry_run == 0 && force == 0)) && [[ -f $exp_dir/.done/$1 && $(<"$exp_dir/.done/$1") == "$2" ]]
 }
 
 mark_done() {
