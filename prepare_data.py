@@ -13,7 +13,6 @@ import argparse
 import collections
 import itertools
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,7 +51,7 @@ def get_args(argv=None):
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """``(number, line)`` of each line that is not blank, with a progress bar in bytes."""
-    with path.open("rb") as file, tqdm(total=os.path.getsize(path), unit="B", unit_scale=True, desc=path.name) as bar:
+    with path.open("rb") as file, tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.name) as bar:
         for number, line in enumerate(file, 1):
             bar.update(len(line))
             if line.strip():
@@ -103,7 +102,9 @@ class Converter:
         with pq.ParquetWriter(output, SCHEMA) as writer:
             for batch in batched(numbered_lines(path), BATCH_LINES):
                 texts = self._usable(batch, path, split, rejects)
-                rows = [sample(text, split, self.kept[split] + i, self.args.data_source) for i, text in enumerate(texts)]
+                rows = [
+                    sample(text, split, self.kept[split] + i, self.args.data_source) for i, text in enumerate(texts)
+                ]
                 self._count(texts, split)
                 if rows:
                     writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))

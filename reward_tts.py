@@ -10,11 +10,9 @@ import argparse
 import asyncio
 import json
 import logging
-import os
-import sys
 from pathlib import Path
 
-from tts_grpo.jsonl import read_jsonl
+from tts_grpo.jsonl import read_jsonl, write_jsonl
 from tts_grpo.reward_client import RewardClient, RewardServerError
 from tts_grpo.tokens import parse_speech_tokens
 
@@ -131,18 +129,17 @@ def main(argv=None):
         scores = asyncio.run(score_rows(args, rows, texts))
         result = {"samples": len(rows), "mean_reward": mean_reward(scores)}
         if args.check:
-            result["mean_reward_of_wrong_texts"] = mean_reward(asyncio.run(score_rows(args, rows, texts[1:] + texts[:1])))
+            result["mean_reward_of_wrong_texts"] = mean_reward(
+                asyncio.run(score_rows(args, rows, texts[1:] + texts[:1]))
+            )
     except RewardServerError as error:
         raise SystemExit(f"reward_tts.py: {error}") from None
     print(json.dumps(result))
     if args.output:
-        from tts_grpo.jsonl import write_jsonl
-
         write_jsonl(args.output, (row | vars(scored) for row, scored in zip(rows, scores, strict=True)))
     if args.check and (fault := known_answer_check(*list(result.values())[1:])):
         raise SystemExit(f"reward_tts.py: known-answer check failed: {fault}")
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, os.fspath(Path(__file__).parent))
     main()

@@ -207,6 +207,7 @@ configure() {
     data.truncation=error data.filter_overlong_prompts=False data.dataloader_num_workers=0
     actor_rollout_ref.model.path="$sft_path"
     actor_rollout_ref.actor.optim.lr="$learning_rate" actor_rollout_ref.actor.use_kl_loss=False
+    actor_rollout_ref.actor.optim.lr_scheduler_type="$learning_rate_schedule"
     actor_rollout_ref.actor.ppo_mini_batch_size="$train_batch_size"
     actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu="$micro_batch_size"
     actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu="$micro_batch_size"
@@ -227,13 +228,14 @@ configure() {
   recorded_settings=(
     profile exp_name seed sft_path token2wav_dir reward_asr_dir eval_asr_dir train_jsonl test_jsonl
     max_prompt_length reward_curve reward_tones num_gpus num_nodes total_steps train_batch_size rollout_n
-    max_response_length learning_rate dataset eval_jsonl seeds temperature top_p top_k overrides
+    max_response_length learning_rate learning_rate_schedule dataset eval_jsonl seeds temperature top_p top_k overrides
   )
-  overrides=${verl_overrides[*]-} # shellcheck disable=SC2034  # key() and settings_json() read it by name
+  # shellcheck disable=SC2034  # read by name
+  overrides=${verl_overrides[*]-}
   key_0=$(key train_jsonl test_jsonl sft_path max_prompt_length max_bad_ratio)
   key_train=$(key key_0 seed token2wav_dir reward_asr_dir reward_curve reward_tones num_gpus num_nodes \
-    train_batch_size rollout_n max_response_length learning_rate overrides)
-  key_2=$(key key_train total_steps)
+    total_steps train_batch_size rollout_n max_response_length learning_rate learning_rate_schedule overrides)
+  key_2=$key_train
   key_3=$(key key_2 llm_path)
   key_4=$(key key_3 eval_asr_dir eval_jsonl seeds infer_batch_size temperature top_p top_k)
 }

@@ -135,7 +135,7 @@ def infer_function(instance: Instance):
     from pytriton.decorators import batch
 
     @batch
-    def infer(TOKENS, TOKEN_LENS, GT_TEXT):  # noqa: N803
+    def infer(TOKENS, TOKEN_LENS, GT_TEXT):
         lens = TOKEN_LENS[:, 0].tolist()
         speech_tokens = [row[: max(0, n)].tolist() for row, n in zip(TOKENS, lens, strict=True)]
         scores = instance.score(speech_tokens, [text.decode("utf-8") for text in GT_TEXT[:, 0]])
@@ -158,7 +158,9 @@ def check_libpython() -> None:
     """
     name = sysconfig.get_config_var("INSTSONAME") or ""
     folder = sysconfig.get_config_var("LIBDIR") or ""
-    if not name.endswith(".a") and ((Path(folder) / name).exists() or ctypes.util.find_library(name[3:].split(".so")[0])):
+    if not name.endswith(".a") and (
+        (Path(folder) / name).exists() or ctypes.util.find_library(name[3:].split(".so")[0])
+    ):
         return
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     raise SystemExit(

@@ -38,10 +38,11 @@ train_batch_size=${train_batch_size:-32} # prompts a step
 rollout_n=${rollout_n:-8}                # rollouts a prompt
 max_response_length=${max_response_length:-1024}
 learning_rate=${learning_rate:-1e-6}
-micro_batch_size=${micro_batch_size:-16} # rollouts in one backward pass
-test_freq=${test_freq:-50}               # steps between validations
-save_freq=${save_freq:-50}               # steps between checkpoints
-max_checkpoints=${max_checkpoints:-4}    # kept of them
+learning_rate_schedule=${learning_rate_schedule:-constant} # constant or cosine, which ends at 0
+micro_batch_size=${micro_batch_size:-16}                   # rollouts in one backward pass
+test_freq=${test_freq:-50}                                 # steps between validations
+save_freq=${save_freq:-50}                                 # steps between checkpoints
+max_checkpoints=${max_checkpoints:-4}                      # kept of them
 train_threads=${train_threads:-4}
 
 # evaluation (stages 4 and 5)

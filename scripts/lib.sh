@@ -64,11 +64,11 @@ stop() {
 # Start the reward server in the background and wait until it is ready.
 start_server() {
   local server_log=$exp_dir/log/reward_server.log waited
-  mkdir -p "$exp_dir/log"
   if ((dry_run)); then
     run "${server_command[@]}"
     return
   fi
+  mkdir -p "$exp_dir/log"
   ! server_ready "http://127.0.0.1:$http_port" || die "port $http_port already has a reward server: stop it, set http_port, or leave stage 1 out"
   "${server_command[@]}" >"$server_log" 2>&1 &
   server_pid=$!

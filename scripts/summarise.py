@@ -24,7 +24,9 @@ NUM_DRAWS = 10_000
 
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--exp-dir", type=Path, required=True, help="folder of the experiment, with eval/sft, eval/grpo")
+    parser.add_argument(
+        "--exp-dir", type=Path, required=True, help="folder of the experiment, with eval/sft, eval/grpo"
+    )
     parser.add_argument("--settings", default="{}", help="JSON of the settings, to be recorded")
     return parser.parse_args(argv)
 

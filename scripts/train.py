@@ -82,7 +82,9 @@ def main(argv=None):
     status = process.wait()
     if status:
         sys.stderr.writelines(tail)
-        print(f"training failed with status {status}: its last lines are above, all in {args.log_file}", file=sys.stderr)
+        print(
+            f"training failed with status {status}: its last lines are above, all in {args.log_file}", file=sys.stderr
+        )
     return status if status >= 0 else 128 - status
 
 

@@ -1,5 +1,12 @@
 """Fixtures: the tiny stack of the repository, loaded once."""
 
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -43,6 +50,68 @@ def lm(assets):
 
 @pytest.fixture(scope="session")
 def test_rows(assets) -> list[dict]:
-    from scripts.tiny.stack import read_jsonl
+    from tts_grpo.jsonl import read_jsonl
 
     return read_jsonl(assets / "data" / "test.jsonl")
+
+
+@pytest.fixture(scope="session")
+def trainer_python() -> str:
+    """Python of the trainer environment, which tests/run.sh makes."""
+    python = Path(os.environ.get("TRAINER_PYTHON", ROOT / ".venv" / "trainer" / "bin" / "python"))
+    assert python.exists(), f"{python} is missing: bash tests/run.sh makes it"
+    return str(python)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for sock in sockets:
+            sock.bind(("127.0.0.1", 0))
+        return [sock.getsockname()[1] for sock in sockets]
+    finally:
+        for sock in sockets:
+            sock.close()
+
+
+class RewardServer:
+    """A real reward server of the tiny stack, as a process on ports of its own."""
+
+    def __init__(self, assets: Path, log: Path, *flags: str):
+        self.http, grpc, metrics = free_ports(3)
+        self.url, self.metrics_url, self.log = f"http://127.0.0.1:{self.http}", f"http://127.0.0.1:{metrics}", log
+        command = [
+            sys.executable, str(ROOT / "token2wav_asr_server.py"), "--token2wav-dir", str(assets / "token2wav"),
+            "--asr-dir", str(assets / "asr_reward"), "--no-tones", "--http-port", str(self.http),
+            "--grpc-port", str(grpc), "--metrics-port", str(metrics), "--max-batch-size", "8", *flags,
+        ]  # fmt: skip
+        with log.open("w") as file:
+            self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=log.parent)
+
+    def wait_ready(self, timeout_s: float = 120.0) -> None:
+        end = time.monotonic() + timeout_s
+        while time.monotonic() < end:
+            assert self.process.poll() is None, self.log.read_text()[-3000:]
+            try:
+                with urllib.request.urlopen(f"{self.url}/v2/models/token2wav_asr/ready", timeout=5):
+                    return
+            except OSError:
+                time.sleep(0.3)
+        raise AssertionError(f"not ready: {self.log.read_text()[-3000:]}")
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """End it; its exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait(timeout=60)
+
+
+@pytest.fixture(scope="session")
+def reward_server(assets, tmp_path_factory):
+    server = RewardServer(assets, tmp_path_factory.mktemp("server") / "log", "--instances", "2")
+    try:
+        server.wait_ready()
+        yield server
+    finally:
+        server.stop()

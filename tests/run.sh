@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# All tests, from a fresh clone: makes the environment, then linters and pytest. About 4 minutes on 2 cores.
+# All tests, from a fresh clone: makes the environments, then linters and pytest.
 #
 #   bash tests/run.sh [PYTEST_ARGUMENT...]
 set -euo pipefail
 
 cd "$(dirname "$0")/.."
 bash scripts/make_env.sh test requirements-cosyvoice.txt tests/requirements.txt
+bash scripts/make_env.sh trainer requirements-verl.txt
 bin=$PWD/.venv/test/bin
 export PATH=$bin:$PATH PYTHONPATH=$PWD OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 

@@ -7,8 +7,8 @@ import subprocess
 import pytest
 import torch
 
-from scripts.tiny.stack import read_jsonl
 from scripts.tiny.texts import han_only
+from tts_grpo.jsonl import read_jsonl
 
 
 def test_checksums(assets):

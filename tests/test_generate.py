@@ -38,7 +38,8 @@ def test_an_utterance_that_is_cut_says_so(lm, tokenizer, prompts):
 
 
 def test_zero_shot_prompting_speaks_the_text_only(lm, tokenizer, token2wav, asr, assets, test_rows):
-    from scripts.tiny.stack import decode, read_jsonl
+    from scripts.tiny.stack import decode
+    from tts_grpo.jsonl import read_jsonl
     from tts_grpo.metrics import pinyin_error_rate
 
     row = read_jsonl(assets / "prompts" / "prompts.jsonl")[0]

@@ -1,9 +1,18 @@
+import math
 import random
 
 import jiwer
 import pytest
 
-from tts_grpo.metrics import ErrorCounts, pinyin_error_rate, pinyin_errors
+from tts_grpo.metrics import (
+    REWARD_CURVES,
+    ErrorCounts,
+    align,
+    count_errors,
+    pinyin_error_rate,
+    pinyin_errors,
+    reward,
+)
 from tts_grpo.text import normalise, pinyin
 
 
@@ -41,6 +50,21 @@ def test_missing_speech_is_all_deletions():
 
 def test_no_rate_without_reference():
     with pytest.raises(ValueError, match="empty reference"):
-        _ = ErrorCounts(1, 0).rate
+        _ = ErrorCounts(insertions=1).rate
     with pytest.raises(ValueError):
         pinyin_error_rate(["你", "好"], ["你"], tones=True)
+
+
+def test_alignment_and_counts():
+    assert align("abcd", "axcde") == [("a", "a"), ("b", "x"), ("c", "c"), ("d", "d"), (None, "e")]
+    counts = count_errors("abcd", "xcde")
+    assert (counts.errors, counts.length) == (len([p for p in align("abcd", "xcde") if p[0] != p[1]]), 4)
+    assert count_errors("abc", "") == ErrorCounts(0, 3, 0, 3)
+
+
+def test_reward_curves():
+    for curve in REWARD_CURVES:
+        values = [reward(e, curve) for e in (0.0, 0.1, 0.3, 1.0, 5.0)]
+        assert values[0] == 1.0 and values == sorted(values, reverse=True) and values[-1] >= 0.0
+    assert reward(0.2, "tanh") == pytest.approx(1 - math.tanh(0.6))
+    assert reward(0.25, "exp") == pytest.approx(math.exp(-12 * 0.125))

@@ -75,7 +75,7 @@ def test_digits_round_trip():
 
 
 def test_prompt_voices(token2wav, assets):
-    from scripts.tiny.stack import read_jsonl
+    from tts_grpo.jsonl import read_jsonl
 
     rows = read_jsonl(assets / "prompts" / "prompts.jsonl")
     assert len(rows) == 3

@@ -56,7 +56,7 @@ class RewardClient:
                 url = self.server_urls[next(self._turn) % len(self.server_urls)]
                 try:
                     return await self._request(url, body)
-                except (aiohttp.ClientError, asyncio.TimeoutError, ConnectionError) as error:
+                except (TimeoutError, aiohttp.ClientError, ConnectionError) as error:
                     failures.append(f"{url}: {type(error).__name__}: {error}")
                 if attempt + 1 < self.max_tries:
                     wait_s = min(self.max_backoff_s, self.backoff_s * 2**attempt)

@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from scripts.tiny.stack import DECODE_BATCH, MAX_NEW_TOKENS, decode, load_lm, overall_error, read_jsonl, speak
+from scripts.tiny.stack import DECODE_BATCH, MAX_NEW_TOKENS, decode, load_lm, overall_error, speak
 from tts_grpo.asr import SenseVoice
 from tts_grpo.audio import ASR_HZ, load_audio
 from tts_grpo.generate import Sampling, generate_speech_tokens
+from tts_grpo.jsonl import read_jsonl
 from tts_grpo.metrics import pinyin_error_rate
 from tts_grpo.prompts import render_prompt
 from tts_grpo.token2wav import load_token2wav

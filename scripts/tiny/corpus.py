@@ -16,6 +16,8 @@ import soundfile as sf
 from scipy.signal import resample_poly
 from tqdm import tqdm
 
+from tts_grpo.jsonl import read_jsonl
+
 TEACHER_HZ = 24_000
 SAMPLE_RATE_HZ = 16_000
 SILENCE_SHARE = 0.01  # frames quieter than this share of the loudest are silence
@@ -85,7 +87,7 @@ def make_one(row: dict, output_dir: Path, voice: str) -> float:
 
 def main(argv=None):
     args = get_args(argv)
-    rows = [json.loads(line) for line in args.texts.read_text(encoding="utf-8").splitlines()]
+    rows = read_jsonl(args.texts)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     teacher()  # assembles the model file once, before the processes would all do so
     make = functools.partial(make_one, output_dir=args.output_dir, voice=args.voice)

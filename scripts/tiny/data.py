@@ -1,7 +1,6 @@
 """The corpus in memory: pack FLAC files once (this script), then batches of it on the training device."""
 
 import argparse
-import json
 import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from pypinyin.contrib.tone_convert import to_finals_tone3, to_initials
 
 from tts_grpo.audio import ASR_HZ
+from tts_grpo.jsonl import read_jsonl, write_jsonl
 from tts_grpo.tiny_codec import SAMPLES_PER_TOKEN
 
 SHIFTS = (0, 160, 320, 480)  # samples that an utterance is begun late by, each giving other tokens
@@ -35,7 +35,7 @@ def units(syllables: list[str]) -> list[str]:
 
 def pack(work_dir: Path) -> None:
     """Write audio.npy (all samples, int16, one after the other) and corpus.jsonl (texts with where each begins)."""
-    rows = [json.loads(line) for line in (work_dir / "texts.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = read_jsonl(work_dir / "texts.jsonl")
     missing = [row["id"] for row in rows if not (work_dir / "audio" / f"{row['id']}.flac").exists()]
     if missing:
         raise SystemExit(f"{len(missing)} recordings are missing, the first is {missing[0]}: run the corpus stage")
@@ -46,8 +46,7 @@ def pack(work_dir: Path) -> None:
         row |= {"start": start, "samples": len(samples), "units": units(row["syllables"])}
         start += len(samples)
     np.save(work_dir / "audio.npy", np.concatenate(speech))
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (work_dir / "corpus.jsonl").write_text(lines, encoding="utf-8")
+    write_jsonl(work_dir / "corpus.jsonl", rows)
     print(f"{len(rows)} recordings, {start / ASR_HZ / 3600:.2f} hours packed")
 
 
@@ -63,7 +62,7 @@ class Corpus:
 
     def __init__(self, work_dir: Path, device: str, max_utterance_s: float = math.inf):
         self.device = device
-        self.rows = [json.loads(line) for line in (work_dir / "corpus.jsonl").read_text(encoding="utf-8").splitlines()]
+        self.rows = read_jsonl(work_dir / "corpus.jsonl")
         self.audio = torch.from_numpy(np.load(work_dir / "audio.npy")).to(device)
         self.samples = np.array([row["samples"] for row in self.rows])
         self.starts = np.array([row["start"] for row in self.rows])

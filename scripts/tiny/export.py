@@ -16,9 +16,10 @@ import torch
 from safetensors.torch import save_file
 
 from scripts.tiny.settings import PRESETS, add_common_args
-from scripts.tiny.stack import load_lm, overall_error, read_jsonl, speak
+from scripts.tiny.stack import load_lm, overall_error, speak
 from tts_grpo.asr import SenseVoice
 from tts_grpo.audio import ASR_HZ, load_audio
+from tts_grpo.jsonl import read_jsonl
 from tts_grpo.token2wav import load_token2wav
 from tts_grpo.tokens import NUM_SPEECH_TOKENS
 

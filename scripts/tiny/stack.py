@@ -1,7 +1,6 @@
 """The tiny stack as a whole: sentences to speech to transcripts, for its check, its headroom and its export."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,11 +31,6 @@ class Spoken:
     def error_rate(self) -> float:
         """Toneless pinyin error rate."""
         return pinyin_errors(self.text, self.transcript, tones=False).rate
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    """The objects of a JSONL file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def load_lm(folder: Path, device: str):

@@ -14,13 +14,14 @@ Each line: ``id``, ``text``, ``source``, ``split`` (train, dev, test), ``syllabl
 import argparse
 import collections
 import importlib.resources
-import json
 import random
 import re
 from pathlib import Path
 
 import jieba
 from pypinyin import Style, lazy_pinyin
+
+from tts_grpo.jsonl import write_jsonl
 
 HAN = "\u4e00-\u9fff"
 CLAUSE_CHARS = (6, 20)
@@ -141,10 +142,7 @@ def build(args) -> list[dict]:
 def main(argv=None):
     args = get_args(argv)
     rows = build(args)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    tmp = args.output.with_suffix(".tmp")
-    tmp.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    tmp.replace(args.output)
+    write_jsonl(args.output, rows)
     for split, number in collections.Counter(row["split"] for row in rows).items():
         print(f"{split}: {number} sentences")
 

@@ -2,5 +2,6 @@
 
 ``platform`` makes a CPU a training device (``VERL_USE_EXTERNAL_MODULES=tts_grpo.verl_cpu.platform``,
 ``VERL_PLATFORM=cpu``); ``rollout`` generates with Transformers
-(``actor_rollout_ref.model.external_lib=tts_grpo.verl_cpu.rollout``, ``actor_rollout_ref.rollout.name=transformers_cpu``).
+(``actor_rollout_ref.model.external_lib=tts_grpo.verl_cpu.rollout`` and
+``actor_rollout_ref.rollout.name=transformers_cpu``).
 """

@@ -1,0 +1,146 @@
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import infer_dist
+from tts_grpo.audio import save_audio
+from tts_grpo.jsonl import read_jsonl, write_jsonl
+
+ROOT = Path(__file__).resolve().parent.parent
+NUM_UTTERANCES = 9
+
+
+@pytest.fixture(scope="module")
+def eval_set(assets, tmp_path_factory):
+    path = tmp_path_factory.mktemp("set") / "set.jsonl"
+    rows = [{"id": r["id"], "target_text": r["text"]} for r in read_jsonl(assets / "data/test.jsonl")[:NUM_UTTERANCES]]
+    prompt = read_jsonl(assets / "prompts/prompts.jsonl")[0]
+    shutil.copy(assets / "prompts" / prompt["prompt_audio"], path.parent)
+    rows[3] |= {"prompt_text": prompt["prompt_text"], "prompt_audio": prompt["prompt_audio"]}
+    write_jsonl(path, rows)
+    return path
+
+
+def infer(assets, eval_set, output_dir, num_processes: int, *flags):
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes),
+        str(ROOT / "infer_dist.py"), "--llm-path", str(assets / "llm"), "--token2wav-dir", str(assets / "token2wav"),
+        "--eval-set", str(eval_set), "--output-dir", str(output_dir), "--seeds", "0", "7", "--batch-size", "2",
+        "--max-new-tokens", "120", *flags,
+    ]  # fmt: skip
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def one_process(assets, eval_set, tmp_path_factory):
+    output_dir = tmp_path_factory.mktemp("one")
+    done = infer(assets, eval_set, output_dir, 1)
+    assert done.returncode == 0, done.stderr
+    return output_dir
+
+
+def results(output_dir: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(output_dir)): p.read_bytes() for p in output_dir.glob("seed_*/**/*") if p.is_file()}
+
+
+def test_manifest_is_complete(one_process, eval_set):
+    for seed in (0, 7):
+        lines = read_jsonl(one_process / f"seed_{seed}" / "manifest.jsonl")
+        assert [line["id"] for line in lines] == [row["id"] for row in read_jsonl(eval_set)]
+        for line in lines:
+            assert line["seed"] == seed and line["finish_reason"] in ("eos", "length")
+            assert (one_process / f"seed_{seed}" / line["wav"]).stat().st_size > 44
+            assert line["duration_s"] == pytest.approx(line["num_speech_tokens"] / 25)
+    assert results(one_process)["seed_0/manifest.jsonl"] != results(one_process)["seed_7/manifest.jsonl"]
+
+
+def test_two_processes_and_a_resumed_run_give_the_same_bytes(assets, eval_set, one_process, tmp_path):
+    done = infer(assets, eval_set, tmp_path, 2)
+    assert done.returncode == 0, done.stderr
+    assert results(tmp_path) == results(one_process)
+    record = tmp_path / "batches.rank1.jsonl"  # as a crash would leave it: a line lost, the next cut short
+    lines = record.read_text().splitlines()
+    record.write_text("\n".join(lines[:-2]) + "\n" + lines[-1][:50])
+    shutil.rmtree(tmp_path / "seed_0" / "wavs")
+    lost = [line for line in lines[-2:] if line]
+    for path in tmp_path.glob("seed_*/manifest.jsonl"):
+        path.unlink()
+    kept = {name for line in lines[:-2] if line for name in [json.loads(line)["batch"]]}
+    assert lost and kept
+    done = infer(assets, eval_set, tmp_path, 1)
+    assert done.returncode == 0, done.stderr
+    assert results(tmp_path)["seed_7/manifest.jsonl"] == results(one_process)["seed_7/manifest.jsonl"]
+
+
+def test_other_settings_are_refused(assets, eval_set, one_process):
+    done = infer(assets, eval_set, one_process, 1, "--temperature", "0.5")
+    assert done.returncode != 0 and "results of other settings (differing: temperature)" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("row", "fault"),
+    [
+        ({"id": "a"}, "needs id and target_text"),
+        ({"id": "a/b", "target_text": "好"}, "no file name"),
+        ({"id": "a", "target_text": "好", "prompt_text": "好"}, "needs both"),
+    ],
+)
+def test_bad_sets_are_named(tmp_path, row, fault):
+    write_jsonl(tmp_path / "set.jsonl", [row])
+    with pytest.raises(ValueError, match=fault):
+        infer_dist.load_eval_set(tmp_path / "set.jsonl")
+
+
+def test_batches_do_not_depend_on_order_of_work():
+    rows = [{"id": str(i), "target_text": "好" * (i % 5 + 1)} for i in range(23)]
+    batches = infer_dist.make_batches(rows, [1, 2], 4)
+    for seed in (1, 2):
+        said = [row["id"] for batch in batches if batch.seed == seed for row in batch.rows]
+        assert sorted(said, key=int) == [row["id"] for row in rows]
+
+
+def score(assets, output_dir, eval_set):
+    command = ["bash", str(ROOT / "scripts/compute_wer.sh"), str(output_dir), str(eval_set)]
+    environment = {"python": sys.executable, "PATH": "/usr/bin:/bin", "eval_asr_dir": str(assets / "asr_eval")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads((output_dir / "scores.json").read_text())
+
+
+def test_failures_never_make_a_score_better(assets, eval_set, one_process, tmp_path):
+    shutil.copytree(one_process, tmp_path, dirs_exist_ok=True)
+    good = score(assets, tmp_path, eval_set)
+    assert good["pooled"]["pinyin_error_rate_toneless"]["rate"] < 0.3
+    wavs = sorted((tmp_path / "seed_0/wavs").glob("*.wav"))
+    wavs[0].unlink()
+    wavs[1].write_bytes(b"RIFF")
+    save_audio(wavs[2], np.zeros(16000, np.float32), 16000)
+    manifest = tmp_path / "seed_0/manifest.jsonl"
+    write_jsonl(manifest, read_jsonl(manifest)[:-1])
+    bad = score(assets, tmp_path, eval_set)
+    counts = bad["pooled"]["cer"]
+    assert counts["length"] == good["pooled"]["cer"]["length"]
+    assert counts["deletions"] > good["pooled"]["cer"]["deletions"] and bad["seeds"]["0"]["failed"] == 3
+    assert counts["rate"] > good["pooled"]["cer"]["rate"]
+    assert bad["seeds"]["7"] == good["seeds"]["7"]
+    rows = read_jsonl(tmp_path / "seed_0/utterances.jsonl")
+    assert len(rows) == NUM_UTTERANCES and "not in the manifest" in rows[-1]["error"]
+    first = rows[0]["id"]
+    lines = [line for line in (tmp_path / "seed_0/alignment.txt").read_text().splitlines() if line.startswith(first)]
+    assert [line.split()[1] for line in lines] == ["ref", "hyp", "op", "#csid"]
+
+
+def test_single(assets, tmp_path):
+    command = [
+        sys.executable, str(ROOT / "infer_single.py"), "--llm-path", str(assets / "llm"), "--token2wav-dir",
+        str(assets / "token2wav"), "--text", "今天天气很好", "--output", str(tmp_path / "a.wav"),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(tmp_path / "a.wav") and (tmp_path / "a.wav").stat().st_size > 20000

@@ -1,0 +1,58 @@
+import math
+
+import pytest
+
+from tts_grpo.jsonl import read_jsonl, write_jsonl
+from tts_grpo.protocol import BUCKETS, Scored, bucket, decode_response, encode_request
+
+
+def response(reward=0.5, error=""):
+    values = {"REWARDS": reward, "ERROR_RATES": 0.25, "TRANSCRIPTS": "你好", "ERRORS": error}
+    return {"outputs": [{"name": name, "data": [value]} for name, value in values.items()]}
+
+
+def test_jsonl_round_trip_and_named_faults(tmp_path):
+    rows = [{"text": "你好"}, {"text": "行\u2028"}]
+    write_jsonl(tmp_path / "a" / "x.jsonl", rows)
+    assert read_jsonl(tmp_path / "a" / "x.jsonl") == rows
+    (tmp_path / "bad.jsonl").write_text('{"a": 1}\n\n[1]\n')
+    with pytest.raises(ValueError, match="line 3: not a JSON object"):
+        read_jsonl(tmp_path / "bad.jsonl")
+    (tmp_path / "bad.jsonl").write_text('{"a": 1}\n{"a"\n')
+    with pytest.raises(ValueError, match="line 2: not JSON"):
+        read_jsonl(tmp_path / "bad.jsonl")
+
+
+def test_buckets():
+    assert [bucket(n) for n in (1, 16, 17, 2048)] == [16, 16, 32, 2048]
+    assert list(BUCKETS) == sorted(set(BUCKETS))
+    with pytest.raises(ValueError, match="at most 2048"):
+        bucket(2049)
+
+
+def test_request_is_padded_to_its_bucket():
+    tokens, lens, text = encode_request([5, 6, 7], "你好")["inputs"]
+    assert tokens["shape"] == [1, 16] and tokens["data"] == [5, 6, 7] + [0] * 13
+    assert lens["data"] == [3] and text["data"] == ["你好"]
+
+
+def test_response():
+    assert decode_response(response()) == Scored(0.5, 0.25, "你好")
+
+
+@pytest.mark.parametrize("reward", [math.nan, -0.1, 1.1, None])
+def test_a_reward_that_is_none_is_an_error(reward):
+    with pytest.raises(ValueError):
+        decode_response(response(reward))
+
+
+def test_server_side_error_is_an_error():
+    with pytest.raises(ValueError, match="out of memory"):
+        decode_response(response(reward=0.9, error="out of memory"))
+
+
+def test_missing_output_is_an_error():
+    body = response()
+    body["outputs"].pop()
+    with pytest.raises(KeyError):
+        decode_response(body)

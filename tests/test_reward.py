@@ -1,0 +1,165 @@
+import asyncio
+import concurrent.futures
+import json
+import re
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+import reward_tts
+from tests.conftest import RewardServer
+from tts_grpo.jsonl import read_jsonl
+from tts_grpo.protocol import MODEL_NAME, encode_request
+from tts_grpo.reward_client import RewardClient, RewardServerError
+from tts_grpo.scorer import RewardScorer
+from tts_grpo.tokens import format_speech_tokens
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def rows(assets):
+    return read_jsonl(assets / "data" / "dev.jsonl")[:40]
+
+
+def score_all(client: RewardClient, pairs):
+    async def go():
+        try:
+            return await asyncio.gather(*(client.score(tokens, text) for tokens, text in pairs), return_exceptions=True)
+        finally:
+            await client.close()
+
+    return asyncio.run(go())
+
+
+def metric(server, name: str) -> float:
+    with urllib.request.urlopen(f"{server.metrics_url}/metrics", timeout=10) as answer:
+        found = re.findall(rf"^{name}{{[^}}]*}} ([\d.]+)", answer.read().decode(), re.MULTILINE)
+    return sum(map(float, found))
+
+
+def post(server, body: dict) -> int:
+    request = urllib.request.Request(f"{server.url}/v2/models/{MODEL_NAME}/infer", json.dumps(body).encode())
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def test_server_scores_as_in_process_and_batches(reward_server, rows, token2wav, asr):
+    before = metric(reward_server, "nv_inference_exec_count")
+    served = score_all(RewardClient([reward_server.url]), [(r["speech_tokens"], r["text"]) for r in rows])
+    executions = metric(reward_server, "nv_inference_exec_count") - before
+    assert executions < len(rows) / 2, "concurrent requests were not batched"
+    scorer = RewardScorer(token2wav, asr, tones=False)
+    for row, scored in zip(rows, served, strict=True):
+        (alone,) = scorer.score([row["speech_tokens"]], [row["text"]])
+        assert (scored.transcript, scored.reward) == (alone.transcript, pytest.approx(alone.reward, abs=1e-6))
+
+
+def test_mixed_lengths_and_concurrent_clients(reward_server, rows):
+    tokens = rows[0]["speech_tokens"]
+    pairs = [(tokens * repeats, rows[0]["text"]) for repeats in (1, 2, 5, 9) for _ in range(6)]
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        first, *others = pool.map(lambda _: score_all(RewardClient([reward_server.url]), pairs), range(3))
+    assert all(other == first for other in others)
+    assert all(first[i] == first[i - i % 6] for i in range(len(pairs)))
+
+
+def test_bad_input_is_refused_or_named(reward_server, rows):
+    body = encode_request(rows[0]["speech_tokens"], rows[0]["text"])
+    assert post(reward_server, body) == 200
+    assert post(reward_server, body | {"inputs": body["inputs"][:2]}) == 400
+    (out_of_range,) = score_all(RewardClient([reward_server.url]), [([7000, 1, 2], "你好")])
+    (no_word,) = score_all(RewardClient([reward_server.url]), [(rows[0]["speech_tokens"], "。")])
+    good, bad = score_all(
+        RewardClient([reward_server.url]), [(rows[0]["speech_tokens"], rows[0]["text"]), ([9999], "好")]
+    )
+    assert isinstance(out_of_range, RewardServerError) and "not in [0, 6561)" in str(out_of_range)
+    assert isinstance(no_word, RewardServerError) and "no word" in str(no_word)
+    assert good.reward > 0.3 and isinstance(bad, RewardServerError)
+
+
+def test_known_answers(reward_server, assets, capsys):
+    flags = ["--jsonl", str(assets / "data" / "dev.jsonl"), "--limit", "32", "--server-urls", reward_server.url]
+    reward_tts.main([*flags, "--check"])
+    result = json.loads(capsys.readouterr().out)
+    assert result["mean_reward"] > 0.6 > 0.2 > result["mean_reward_of_wrong_texts"]
+    assert "expected at least" in reward_tts.known_answer_check(0.5, 0.0)
+    assert "expected at most" in reward_tts.known_answer_check(0.9, 0.5)
+    assert reward_tts.known_answer_check(0.9, 0.1) is None
+
+
+def test_compute_score(reward_server, rows, monkeypatch):
+    async def go():
+        monkeypatch.setattr(reward_tts, "_client", None)
+        score = lambda text: reward_tts.compute_score("", text, rows[0]["text"], server_urls=reward_server.url)  # noqa: E731
+        results = [await score(s) for s in (format_speech_tokens(rows[0]["speech_tokens"]), "hello", "<|s_7000|>")]
+        await reward_tts._client.close()
+        return results
+
+    good, silent, out_of_range = asyncio.run(go())
+    assert good["score"] > 0.3 and good["bad_rollout"] == 0.0
+    for bad in (silent, out_of_range):
+        assert (bad["score"], bad["bad_rollout"]) == (0.0, 1.0)
+
+
+def test_no_server_is_an_error_and_never_a_reward(rows):
+    client = RewardClient(["http://127.0.0.1:9"], max_tries=3, backoff_s=0.01)
+    (result,) = score_all(client, [(rows[0]["speech_tokens"], rows[0]["text"])])
+    assert isinstance(result, RewardServerError) and "after 3 tries" in str(result) and "bash run.sh 1 1" in str(result)
+
+
+def test_a_dead_server_is_passed_over(reward_server, rows):
+    client = RewardClient(["http://127.0.0.1:9", reward_server.url], max_tries=3, backoff_s=0.01)
+    results = score_all(client, [(row["speech_tokens"], row["text"]) for row in rows[:6]])
+    assert all(0 <= scored.reward <= 1 for scored in results)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_shutdown_answers_what_is_in_flight(assets, tmp_path, rows, number):
+    server = RewardServer(assets, tmp_path / "log")
+    server.wait_ready()
+    pairs = [(row["speech_tokens"], row["text"]) for row in rows] * 3
+
+    async def go():
+        client = RewardClient([server.url], max_tries=1)
+        tasks = [asyncio.create_task(client.score(*pair)) for pair in pairs]
+        while not any(task.done() for task in tasks):
+            await asyncio.sleep(0.01)
+        server.process.send_signal(number)
+        try:
+            return await asyncio.gather(*tasks, return_exceptions=True)
+        finally:
+            await client.close()
+
+    results = asyncio.run(go())
+    assert server.stop(number) == 0, server.log.read_text()[-2000:]
+    assert all(isinstance(r, RewardServerError) or 0 <= r.reward <= 1 for r in results)
+    with pytest.raises(urllib.error.URLError):
+        urllib.request.urlopen(server.url, timeout=5)
+
+
+def test_a_dead_instance_stops_the_server(assets, tmp_path, rows):
+    server = RewardServer(assets, tmp_path / "log")
+    server.wait_ready()
+    children = subprocess.run(
+        ["ps", "-o", "pid=,args=", "--ppid", str(server.process.pid)], capture_output=True, text=True
+    )
+    (pid,) = [int(line.split()[0]) for line in children.stdout.splitlines() if "spawn_main" in line]
+    subprocess.run(["kill", "-9", str(pid)], check=True)
+    assert server.process.wait(timeout=60) == 1
+    assert "an instance has died" in server.log.read_text()
+
+
+def test_a_broken_model_folder_is_named_at_start(assets, tmp_path):
+    command = [sys.executable, str(ROOT / "token2wav_asr_server.py"), "--token2wav-dir", str(tmp_path), "--asr-dir",
+               str(assets / "asr_reward")]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "no token2wav here" in done.stderr

@@ -1,0 +1,172 @@
+"""run.sh with stub programs in place of the environments': which commands come, in which order, and what stops."""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+STUB = r"""#!/usr/bin/env bash
+# Stands for python, torchrun and curl: notes its arguments, makes what the real program would, obeys FAIL and HANG.
+name=$(basename "$1")
+[[ $(basename "$0") != python || $name != watch_memory.py ]] || exec sleep 60
+echo "$(basename "$0") $*" >>"$CALLS"
+all=" $* "
+value() { [[ $all =~ \ $1\ ([^ ]+) ]] && echo "${BASH_REMATCH[1]}"; }
+[[ -z ${FAIL-} || $all != *"$FAIL"* ]] || { echo "stub failure" >&2; exit 3; }
+case $all in
+  *prepare_data.py*) mkdir -p "$exp_dir/data" && touch "$exp_dir/data/train.parquet" ;;
+  *token2wav_asr_server.py\ --*) [[ -z ${SERVER_DIES-} ]] || { echo "no memory" >&2; exit 1; }
+    echo $$ >"$READY"; trap 'rm -f "$READY"; echo stopped >>"$CALLS"; exit 0' TERM INT
+    while :; do sleep 0.1; done ;;
+  *main_ppo*) [[ -z ${HANG-} ]] || sleep 60
+    mkdir -p "$exp_dir/checkpoints/global_step_7/actor"
+    echo -n 7 >"$exp_dir/checkpoints/latest_checkpointed_iteration.txt" ;;
+  *merge.py*) mkdir -p "$exp_dir/checkpoints/global_step_7/merged_hf_model.part"
+    touch "$exp_dir/checkpoints/global_step_7/merged_hf_model.part/config.json" ;;
+esac
+"""
+PROGRAMS = (
+    "make_env speech", "make_env trainer", "main_ppo", "prepare_data.py", "token2wav_asr_server.py --",
+    "reward_tts.py", "merge.py", "infer_dist.py", "compute_wer", "summarise.py", "infer_single.py", "stopped",
+)  # fmt: skip
+CURL = """#!/usr/bin/env bash
+[[ -e $READY ]] || exit 22
+"""
+
+
+class Recipe:
+    """A copy of the recipe, in a folder with a space, whose programs are stubs."""
+
+    def __init__(self, tmp_path: Path):
+        self.root = tmp_path / "a recipe"
+        (self.root / "scripts").mkdir(parents=True)
+        shutil.copytree(ROOT / "conf", self.root / "conf")
+        shutil.copy(ROOT / "run.sh", self.root)
+        shutil.copy(ROOT / "scripts/lib.sh", self.root / "scripts")
+        (self.root / "scripts/make_env.sh").write_text('echo "make_env $1" >>"$CALLS"\n')
+        (self.root / "scripts/compute_wer.sh").write_text('echo "compute_wer $1" >>"$CALLS"\n')
+        for name, text in (("venv/speech/bin/python", STUB), ("venv/trainer/bin/python", STUB),
+                           ("venv/speech/bin/torchrun", STUB), ("bin/curl", CURL)):  # fmt: skip
+            path = self.root / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+            path.chmod(0o755)
+        self.calls_path, self.exp_dir = self.root / "calls", self.root / "exp/tiny"
+
+    def environment(self, **variables) -> dict[str, str]:
+        return os.environ | {
+            "PATH": f"{self.root}/bin:{os.environ['PATH']}", "venv_root": str(self.root / "venv"),
+            "CALLS": str(self.calls_path), "READY": str(self.root / "ready"), "exp_dir": str(self.exp_dir),
+            "server_timeout_s": "5", "profile": "tiny",
+        } | variables  # fmt: skip
+
+    def run(self, *arguments, **variables) -> subprocess.CompletedProcess:
+        self.calls_path.write_text("")
+        command = ["bash", str(self.root / "run.sh"), *arguments]
+        return subprocess.run(command, env=self.environment(**variables), capture_output=True, text=True, timeout=60)
+
+    def calls(self) -> list[str]:
+        """What was called, by the name of the script."""
+        lines = self.calls_path.read_text().splitlines()
+        return [name for line in lines for name in [next((n for n in PROGRAMS if n in line), None)] if name]
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    return Recipe(tmp_path)
+
+
+def test_all_stages_in_order_then_skipped_then_forced(recipe):
+    done = recipe.run()
+    assert done.returncode == 0, done.stderr
+    calls = recipe.calls()
+    assert set(calls[:2]) == {"make_env speech", "make_env trainer"}
+    assert calls[2:] == [
+        "prepare_data.py", "token2wav_asr_server.py --", "reward_tts.py", "main_ppo", "stopped", "merge.py",
+        "infer_dist.py", "compute_wer", "infer_dist.py", "compute_wer", "summarise.py", "infer_single.py",
+    ]  # fmt: skip
+    assert not (recipe.root / "ready").exists(), "the server was not stopped"
+    assert recipe.run("0", "4").returncode == 0
+    assert recipe.calls() == []
+    assert recipe.run("0", "4", exp_name="tiny", rollout_n="3", force="1").returncode == 0
+    assert recipe.calls()[-1] == "summarise.py" and "main_ppo" in recipe.calls()
+
+
+def test_one_changed_setting_redoes_what_depends_on_it(recipe):
+    assert recipe.run("0", "4").returncode == 0
+    assert recipe.run("0", "4", seeds="0 1").returncode == 0
+    assert recipe.calls() == ["infer_dist.py", "compute_wer", "infer_dist.py", "compute_wer", "summarise.py"]
+    assert "--seeds 0 1 " in recipe.calls_path.read_text()
+
+
+def test_checkpoints_of_other_settings_are_not_trained_on(recipe):
+    assert recipe.run("0", "2").returncode == 0
+    other = recipe.run("0", "2", learning_rate="1")
+    assert other.returncode == 1 and "trained with other settings" in other.stderr
+    assert recipe.run("0", "2", learning_rate="1", force="1").returncode == 0
+
+
+@pytest.mark.parametrize("arguments", [("x",), ("3", "1"), ("-2",), ("6",), ("0", "1", "2"), ("1.5",)])
+def test_usage_errors(recipe, arguments):
+    done = recipe.run(*arguments)
+    assert done.returncode == 2 and "bash run.sh [--dry-run]" in done.stderr
+    assert recipe.calls() == []
+
+
+def test_unknown_profile_and_help(recipe):
+    assert recipe.run("0", profile="huge").returncode == 2
+    assert "tongue-twister" in recipe.run("--help").stderr
+
+
+@pytest.mark.parametrize("profile", ["tiny", "cosyvoice2"])
+def test_dry_run_prints_and_runs_nothing(recipe, profile):
+    done = recipe.run("--dry-run", "-1", "5", "--", "trainer.foo=1", profile=profile)
+    assert done.returncode == 0, done.stderr
+    for name in ("make_env.sh", "prepare_data.py", "token2wav_asr_server.py", "main_ppo", "merge.py", "infer_dist.py",
+                 "compute_wer.sh", "infer_single.py", "trainer.foo=1"):  # fmt: skip
+        assert name in done.stdout
+    assert recipe.calls() == [] and not recipe.exp_dir.exists(), list(recipe.exp_dir.rglob('*'))
+
+
+def test_missing_inputs_name_the_stage(recipe):
+    assert "run bash run.sh 0 0 first" in recipe.run("2", "2").stderr
+    assert recipe.run("0", "0").returncode == 0
+    assert "start one with bash run.sh 1 1" in recipe.run("2", "2").stderr
+    assert "run bash run.sh 2 2 first" in recipe.run("3", "3").stderr
+    assert "run bash run.sh 3 3 first" in recipe.run("4", "4").stderr
+
+
+def test_server_that_dies_or_is_never_ready(recipe):
+    dead = recipe.run("0", "2", SERVER_DIES="1")
+    assert dead.returncode == 1 and "no memory" in dead.stderr and "ended before it was ready" in dead.stderr
+    slow = recipe.run("0", "2", READY="/nowhere/ready", server_timeout_s="2")
+    assert slow.returncode == 1 and "not ready within 2 s" in slow.stderr
+    assert "main_ppo" not in recipe.calls()
+
+
+def test_a_failing_stage_stops_the_run_and_the_server_and_is_done_again(recipe):
+    failed = recipe.run("0", "4", FAIL="main_ppo")
+    assert failed.returncode != 0
+    assert recipe.calls()[-1] == "stopped" and not (recipe.root / "ready").exists()
+    again = recipe.run("0", "4")
+    assert again.returncode == 0, again.stderr
+    assert recipe.calls()[:3] == ["token2wav_asr_server.py --", "reward_tts.py", "main_ppo"]
+
+
+def test_interrupt_stops_the_server(recipe):
+    recipe.calls_path.write_text("")
+    command, environment = ["bash", str(recipe.root / "run.sh"), "0", "2"], recipe.environment(HANG="1")
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, env=environment, start_new_session=True, **quiet)
+    end = time.monotonic() + 20
+    while "main_ppo" not in recipe.calls_path.read_text() and time.monotonic() < end:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=20) == 130
+    assert not (recipe.root / "ready").exists()
