@@ -131,7 +131,7 @@ def test_dry_run_prints_and_runs_nothing(recipe, profile):
     for name in ("make_env.sh", "prepare_data.py", "token2wav_asr_server.py", "main_ppo", "merge.py", "infer_dist.py",
                  "compute_wer.sh", "infer_single.py", "trainer.foo=1"):  # fmt: skip
         assert name in done.stdout
-    assert recipe.calls() == [] and not recipe.exp_dir.exists(), list(recipe.exp_dir.rglob('*'))
+    assert recipe.calls() == [] and not recipe.exp_dir.exists(), list(recipe.exp_dir.rglob("*"))
 
 
 def test_missing_inputs_name_the_stage(recipe):
