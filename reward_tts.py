@@ -12,7 +12,7 @@ import json
 import logging
 from pathlib import Path
 
-from tts_grpo.jsonl import read_jsonl, write_jsonl
+from tts_grpo.jsonl import read_jsonl, write_jsonl, write_text
 from tts_grpo.reward_client import RewardClient, RewardServerError
 from tts_grpo.tokens import parse_speech_tokens
 
@@ -25,7 +25,9 @@ _client: RewardClient | None = None
 _bad_rollouts = 0
 
 
-async def compute_score(data_source, solution_str, ground_truth, extra_info=None, server_urls=DEFAULT_URL, **_):
+async def compute_score(
+    data_source, solution_str, ground_truth, extra_info=None, server_urls=DEFAULT_URL, failure_file=None, **_
+):
     """Score one rollout.
 
     Args:
@@ -34,13 +36,15 @@ async def compute_score(data_source, solution_str, ground_truth, extra_info=None
         ground_truth: what was to be said.
         extra_info: of the sample; not used.
         server_urls: reward servers, separated by commas or spaces.
+        failure_file: file that scripts/train.py watches to stop the training. veRL itself would go on: it logs an
+            exception of a rollout and trains on the others.
 
     Returns:
         ``score`` in [0, 1]; ``pinyin_error_rate``, ``num_speech_tokens`` and ``bad_rollout`` for the metrics. A
         rollout without speech tokens, or with an id that the codebook lacks, scores 0 on purpose and counts as bad.
 
     Raises:
-        RewardServerError: no reward could be had; it stops the training.
+        RewardServerError: no reward could be had, and no ``failure_file`` is given.
     """
     global _client
     try:
@@ -51,8 +55,20 @@ async def compute_score(data_source, solution_str, ground_truth, extra_info=None
         return _bad_rollout("no speech tokens", ground_truth)
     if _client is None:
         _client = RewardClient(server_urls.replace(",", " ").split())
-    scored = await _client.score(speech_tokens, ground_truth)
+    try:
+        scored = await _client.score(speech_tokens, ground_truth)
+    except RewardServerError as error:
+        if failure_file is None:
+            raise
+        await _stop_training(error, failure_file)
     return _result(scored.reward, scored.error_rate, len(speech_tokens), bad=False)
+
+
+async def _stop_training(error: RewardServerError, failure_file: str) -> None:
+    """Report the failure and never return, so that nothing is learned from a step that lacks rewards."""
+    logger.error("stopping the training: %s", error)
+    write_text(failure_file, f"{error}\n")
+    await asyncio.Event().wait()
 
 
 def _bad_rollout(reason: str, ground_truth: str) -> dict[str, float]:

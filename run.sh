@@ -40,11 +40,11 @@ usage() {
   exit 2
 }
 
+# End what this run started and has not ended: reward server, memory watch, installations.
 cleanup() {
-  local status=$?
+  local status=$? pid
   trap - EXIT INT TERM
-  [[ -z $server_pid ]] || stop "$server_pid"
-  [[ -z $memory_pid ]] || stop "$memory_pid"
+  for pid in $(jobs -p); do stop "$pid"; done
   exit "$status"
 }
 
@@ -95,7 +95,7 @@ stage_2() {
   run "$trainer_bin/python" "$root/reward_tts.py" --jsonl "$known_answer_jsonl" --limit 64 \
     --server-urls "$server_urls" --check
   run env "${train_env[@]}" "$trainer_bin/python" "$root/scripts/train.py" --log-file "$exp_dir/log/train.log" \
-    --total-steps "$total_steps" -- \
+    --total-steps "$total_steps" --failure-file "$exp_dir/reward_failure" -- \
     "$trainer_bin/python" -m verl.trainer.main_ppo "${verl_args[@]}" "${profile_verl_args[@]}" "${verl_overrides[@]}"
   mark_done 2 "$key_2"
   [[ -z $server_pid ]] || { stop "$server_pid" && server_pid=''; }
@@ -218,7 +218,7 @@ configure() {
     # One update a batch of rollouts: their own log-probabilities are the old policy's.
     actor_rollout_ref.rollout.calculate_log_probs=True algorithm.rollout_correction.bypass_mode=True
     reward.custom_reward_function.path="$root/reward_tts.py" reward.custom_reward_function.name=compute_score
-    "+reward.custom_reward_function.reward_kwargs={server_urls: '$server_urls'}"
+    "+reward.custom_reward_function.reward_kwargs={server_urls: '$server_urls', failure_file: '$exp_dir/reward_failure'}"
     trainer.n_gpus_per_node="$num_gpus" trainer.nnodes="$num_nodes"
     "trainer.logger=[console,tensorboard]" trainer.project_name=tts_grpo trainer.experiment_name="$exp_name"
     trainer.default_local_dir="$exp_dir/checkpoints" trainer.resume_mode=auto

@@ -29,8 +29,8 @@ check_machine() {
   ((free_gib >= min_free_gib)) || die "$venv_root has $free_gib GiB free, $min_free_gib are needed: set venv_root"
 }
 
-# Where there is torchaudio: its compiled part does not load beside every build of torch (not beside the CPU build). funasr needs only
-# the part in Python, which works without it.
+# torchaudio's compiled part does not load beside every build of torch (not beside the CPU build). funasr needs only
+# the part in Python, which works without it. An environment without torchaudio is left alone.
 mend_torchaudio() {
   "$1" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torchaudio") is not None)' && return
   "$1" -c 'import torchaudio' 2>/dev/null && return

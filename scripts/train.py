@@ -1,8 +1,11 @@
 """Run veRL with its output in a log file and one line a step on the terminal.
 
-    python scripts/train.py --log-file LOG --total-steps N -- COMMAND...
+    python scripts/train.py --log-file LOG --total-steps N --failure-file FILE -- COMMAND...
 
 Exits with the command's status; on failure the last lines of the log are shown. SIGINT and SIGTERM are passed on.
+
+veRL logs the exception of a rollout and trains on without it. Here that ends the training: when the reward reports a
+failure in --failure-file, or veRL logs such an exception, the command is stopped.
 """
 
 import argparse
@@ -11,12 +14,15 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 STEP = re.compile(r"step:(\d+) - (.*)")
 VALUE = re.compile(r"(\S+?):(?:np\.\w+\()?(-?[\d.]+(?:e[-+]?\d+)?)")
 TAIL_LINES = 40
+SWALLOWED = "Error in _run_prompt"  # verl/trainer/ppo/v1/agent_loop_tq.py, veRL 0.9.1
+STOP_TIMEOUT_S = 30.0
 SHOWN = {  # veRL's name -> ours, format
     "critic/score/mean": "reward {:.3f}",
     "response_length/mean": "{:.0f} tokens",
@@ -38,6 +44,7 @@ def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--log-file", type=Path, required=True, help="everything the command prints is appended here")
     parser.add_argument("--total-steps", type=int, required=True, help="steps of the whole training")
+    parser.add_argument("--failure-file", type=Path, required=True, help="where the reward reports that it failed")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="-- and the command")
     args = parser.parse_args(argv)
     args.command = args.command[1:] if args.command[:1] == ["--"] else args.command
@@ -63,29 +70,61 @@ def summary(line: str, total_steps: int) -> list[str]:
     return shown
 
 
+class Training:
+    """The command as a process that can be stopped with a reason."""
+
+    def __init__(self, command: list[str], failure_file: Path):
+        failure_file.unlink(missing_ok=True)
+        self.failure_file, self.failure, self.lock = failure_file, None, threading.Lock()
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda received, frame: self.process.send_signal(received))
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while self.process.poll() is None:
+            if self.failure_file.exists():
+                self.stop(self.failure_file.read_text(encoding="utf-8").strip())
+                return
+            time.sleep(0.5)
+
+    def stop(self, reason: str) -> None:
+        """End the process; the first reason is kept."""
+        with self.lock:
+            if self.failure is not None:
+                return
+            self.failure = reason
+        self.process.terminate()
+        try:
+            self.process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+
+
 def main(argv=None):
     args = get_args(argv)
     args.log_file.parent.mkdir(parents=True, exist_ok=True)
     tail = collections.deque(maxlen=TAIL_LINES)
     start = time.monotonic()
+    print(f"training starts (a minute or two until the first step); log: {args.log_file}", flush=True)
     with args.log_file.open("a", encoding="utf-8") as log:
-        process = subprocess.Popen(args.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda received, frame: process.send_signal(received))
-        print(f"training starts (a minute or two until the first step); log: {args.log_file}", flush=True)
-        for line in process.stdout:
+        training = Training(args.command, args.failure_file)
+        for line in training.process.stdout:
             log.write(line)
             log.flush()
             tail.append(line)
             for text in summary(line, args.total_steps):
                 print(f"[{time.monotonic() - start:6.0f} s] {text}", flush=True)
-    status = process.wait()
-    if status:
-        sys.stderr.writelines(tail)
-        print(
-            f"training failed with status {status}: its last lines are above, all in {args.log_file}", file=sys.stderr
-        )
-    return status if status >= 0 else 128 - status
+            if SWALLOWED in line and training.failure is None:
+                reason = f"a rollout failed: {line.strip()}"
+                threading.Thread(target=training.stop, args=(reason,), daemon=True).start()
+    status = training.process.wait()
+    if status == 0 and training.failure is None:
+        return 0
+    sys.stderr.writelines(tail)
+    reason = training.failure or f"status {status}"
+    print(f"training failed: {reason}\nIts last lines are above, all in {args.log_file}", file=sys.stderr)
+    return 128 - status if status < 0 else status or 1
 
 
 if __name__ == "__main__":
