@@ -12,7 +12,7 @@ eval_asr_dir=${eval_asr_dir:-$root/assets/tiny/asr_eval}       # recogniser of t
 train_jsonl=${train_jsonl:-$root/assets/tiny/data/train.jsonl}
 test_jsonl=${test_jsonl:-$root/assets/tiny/data/dev.jsonl}                 # validation during training
 known_answer_jsonl=${known_answer_jsonl:-$root/assets/tiny/data/dev.jsonl} # text and speech_tokens of real speech
-max_prompt_length=${max_prompt_length:-40}                                 # in tokens
+max_prompt_length=${max_prompt_length:-64}                                 # in tokens
 max_bad_ratio=${max_bad_ratio:-0.01}                                       # of unusable lines
 
 # reward server (stage 1)
@@ -28,15 +28,15 @@ reward_tones=${reward_tones:-0}                         # 1: tones count in the 
 
 # GRPO (stage 2)
 num_gpus=${num_gpus:-1} num_nodes=${num_nodes:-1} # here one worker on the CPU
-total_steps=${total_steps:-42}
+total_steps=${total_steps:-40}
 train_batch_size=${train_batch_size:-16} # prompts a step
 rollout_n=${rollout_n:-8}                # rollouts a prompt
-max_response_length=${max_response_length:-128}
-learning_rate=${learning_rate:-5e-4}
-learning_rate_schedule=${learning_rate_schedule:-cosine} # constant or cosine, which ends at 0
+max_response_length=${max_response_length:-160}
+learning_rate=${learning_rate:-3e-4}
+learning_rate_schedule=${learning_rate_schedule:-constant} # constant or cosine, which ends at 0
 micro_batch_size=${micro_batch_size:-32}                 # rollouts in one backward pass
-test_freq=${test_freq:-21}                               # steps between validations
-save_freq=${save_freq:-21}                               # steps between checkpoints
+test_freq=${test_freq:-20}                               # steps between validations
+save_freq=${save_freq:-20}                               # steps between checkpoints
 max_checkpoints=${max_checkpoints:-1}                    # kept of them
 train_threads=${train_threads:-2}
 
