@@ -34,10 +34,10 @@ rollout_n=${rollout_n:-8}                # rollouts a prompt
 max_response_length=${max_response_length:-160}
 learning_rate=${learning_rate:-3e-4}
 learning_rate_schedule=${learning_rate_schedule:-constant} # constant or cosine, which ends at 0
-micro_batch_size=${micro_batch_size:-32}                 # rollouts in one backward pass
-test_freq=${test_freq:-20}                               # steps between validations
-save_freq=${save_freq:-20}                               # steps between checkpoints
-max_checkpoints=${max_checkpoints:-1}                    # kept of them
+micro_batch_size=${micro_batch_size:-32}                   # rollouts in one backward pass
+test_freq=${test_freq:-20}                                 # steps between validations
+save_freq=${save_freq:-20}                                 # steps between checkpoints
+max_checkpoints=${max_checkpoints:-1}                      # kept of them
 train_threads=${train_threads:-2}
 
 # evaluation (stages 4 and 5)
