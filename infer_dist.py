@@ -187,7 +187,7 @@ def finished(output_dir: Path) -> dict[str, list[dict]]:
     """Manifest lines of the batches that earlier runs finished; a line cut short by a crash is none."""
     done = {}
     for path in sorted(output_dir.glob("batches.rank*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8").split("\n"):
             try:
                 row = json.loads(line)
             except json.JSONDecodeError:

@@ -230,6 +230,8 @@ def serve(args, instances: list[Instance]) -> int:
             logger.error("an instance has died (out of memory?); stopping, so that no reward is made up")
             return 1
         except KeyboardInterrupt:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_IGN)  # it is ending already
             logger.info("stopping: requests in flight are answered first")
             return 0
 
@@ -238,7 +240,8 @@ def main(argv=None):
     args = get_args(argv)
     use_own_libpython()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s: %(message)s")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGINT):  # SIGINT too: a shell's background processes start with it ignored
+        signal.signal(number, signal.default_int_handler)
     try:
         instances = start_instances(args)
     except RuntimeError as error:

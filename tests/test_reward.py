@@ -140,7 +140,7 @@ def test_shutdown_answers_what_is_in_flight(assets, tmp_path, rows, number):
             await client.close()
 
     results = asyncio.run(go())
-    assert server.stop(number) == 0, server.log.read_text()[-2000:]
+    assert server.process.wait(timeout=60) == 0, server.log.read_text()[-2000:]
     assert all(isinstance(r, RewardServerError) or 0 <= r.reward <= 1 for r in results)
     with pytest.raises(urllib.error.URLError):
         urllib.request.urlopen(server.url, timeout=5)
@@ -150,7 +150,7 @@ def test_a_dead_instance_stops_the_server(assets, tmp_path, rows):
     server = RewardServer(assets, tmp_path / "log")
     server.wait_ready()
     children = subprocess.run(
-        ["ps", "-o", "pid=,args=", "--ppid", str(server.process.pid)], capture_output=True, text=True
+        ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(server.process.pid)], capture_output=True, text=True
     )
     (pid,) = [int(line.split()[0]) for line in children.stdout.splitlines() if "spawn_main" in line]
     subprocess.run(["kill", "-9", str(pid)], check=True)

@@ -1,5 +1,6 @@
 """run.sh with stub programs in place of the environments': which commands come, in which order, and what stops."""
 
+import functools
 import os
 import shutil
 import signal
@@ -163,7 +164,8 @@ def test_interrupt_stops_the_server(recipe):
     recipe.calls_path.write_text("")
     command, environment = ["bash", str(recipe.root / "run.sh"), "0", "2"], recipe.environment(HANG="1")
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(command, env=environment, start_new_session=True, **quiet)
+    listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # in case this very run ignores it
+    process = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=listen, **quiet)
     end = time.monotonic() + 20
     while "main_ppo" not in recipe.calls_path.read_text() and time.monotonic() < end:
         time.sleep(0.1)

@@ -25,7 +25,7 @@ def recipe(trainer_python, tmp_path_factory):
     http, grpc, metrics = map(str, free_ports(3))
     small = {
         "total_steps": "2", "train_batch_size": "2", "rollout_n": "2", "max_response_length": "48", "save_freq": "1",
-        "test_freq": "2", "server_instances": "1", "server_batch_size": "4",
+        "test_freq": "2", "micro_batch_size": "4", "server_instances": "1", "server_batch_size": "4",
     }  # fmt: skip
     test_jsonl = folder / "dev.jsonl"
     lines = (ROOT / "assets/tiny/data/dev.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)

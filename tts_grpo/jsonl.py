@@ -12,7 +12,7 @@ def read_jsonl(path: str | Path) -> list[dict]:
         ValueError: a line is no JSON object; the message names file and line.
     """
     rows = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:

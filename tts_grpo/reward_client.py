@@ -51,9 +51,9 @@ class RewardClient:
         """
         body = json.dumps(encode_request(speech_tokens, ground_truth), ensure_ascii=False).encode()
         async with self._slots:
-            failures = []
+            failures, first = [], next(self._turn)
             for attempt in range(self.max_tries):
-                url = self.server_urls[next(self._turn) % len(self.server_urls)]
+                url = self.server_urls[(first + attempt) % len(self.server_urls)]
                 try:
                     return await self._request(url, body)
                 except (TimeoutError, aiohttp.ClientError, ConnectionError) as error:
