@@ -19,16 +19,14 @@ import json
 import logging
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tts_grpo import distributed
 from tts_grpo.audio import save_audio
-from tts_grpo.generate import Sampling, generate_speech_tokens
+from tts_grpo.generate import Sampling, generate_speech_tokens, load_lm
 from tts_grpo.jsonl import dump_line, read_jsonl, write_json, write_jsonl
 from tts_grpo.prompts import render_prompt
-from tts_grpo.token2wav import load_prompt_voice, load_token2wav
+from tts_grpo.token2wav import decode, load_prompt_voice, load_token2wav
 
 logger = logging.getLogger(__name__)
 
@@ -102,9 +100,7 @@ class Speaker:
 
     def __init__(self, args, device: str):
         self.args = args
-        dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        self.tokenizer = AutoTokenizer.from_pretrained(args.llm_path)
-        self.model = AutoModelForCausalLM.from_pretrained(args.llm_path, dtype=dtype).to(device).eval()
+        self.model, self.tokenizer = load_lm(args.llm_path, device)
         self.token2wav = load_token2wav(args.token2wav_dir, device)
         self.sampling = Sampling(args.temperature, args.top_p, args.top_k, args.max_new_tokens)
         self.voices = {}
@@ -128,31 +124,21 @@ class Speaker:
         ]
         seeds = [utterance_seed(batch.seed, row["id"]) for row in batch.rows]
         said = generate_speech_tokens(self.model, self.tokenizer, prompts, seeds, self.sampling, len(prompts))
-        waveforms = self.decode([utterance.speech_tokens for utterance in said], voices, batch.seed)
+        tokens = [utterance.speech_tokens for utterance in said]
+        waveforms = decode(self.token2wav, tokens, voices, batch.seed, self.args.batch_size)
         lines = []
         for row, utterance, waveform in zip(batch.rows, said, waveforms, strict=True):
             line = row | {
                 "seed": batch.seed, "num_speech_tokens": len(utterance.speech_tokens),
                 "finish_reason": utterance.finish_reason, "wav": None, "duration_s": 0.0, "error": "no speech tokens",
             }  # fmt: skip
-            if waveform is not None:
+            if len(waveform):
                 line |= {"wav": f"wavs/{row['id']}.wav", "error": None}
                 line["duration_s"] = round(len(waveform) / self.token2wav.sample_rate_hz, 3)
                 path = output_dir / f"seed_{batch.seed}" / line["wav"]
                 save_audio(path, waveform, self.token2wav.sample_rate_hz)
             lines.append(line)
         return lines
-
-    def decode(self, speech_tokens: list[list[int]], voices: list, seed: int) -> list:
-        """Waveforms of a batch, None where nothing was said; those of one prompt voice are decoded together."""
-        waveforms = [None] * len(speech_tokens)
-        for voice in {id(v): v for v in voices}.values():
-            chosen = [i for i, v in enumerate(voices) if v is voice and speech_tokens[i]]
-            if chosen:
-                waves, lens = self.token2wav([speech_tokens[i] for i in chosen], voice, seed)
-                for i, wave, length in zip(chosen, waves, lens, strict=True):
-                    waveforms[i] = wave[:length].numpy()
-        return waveforms
 
 
 def fingerprint(args) -> dict:

@@ -5,11 +5,8 @@ import argparse
 import logging
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from tts_grpo.audio import save_audio
-from tts_grpo.generate import Sampling, generate_speech_tokens
+from tts_grpo.generate import Sampling, generate_speech_tokens, load_lm
 from tts_grpo.prompts import render_prompt
 from tts_grpo.token2wav import load_prompt_voice, load_token2wav
 
@@ -41,9 +38,7 @@ def get_args(argv=None):
 def main(argv=None):
     args = get_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s: %(message)s")
-    tokenizer = AutoTokenizer.from_pretrained(args.llm_path)
-    dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
-    model = AutoModelForCausalLM.from_pretrained(args.llm_path, dtype=dtype).to(args.device).eval()
+    model, tokenizer = load_lm(args.llm_path, args.device)
     token2wav = load_token2wav(args.token2wav_dir, args.device)
     voice = load_prompt_voice(token2wav, args.prompt_audio, args.prompt_text) if args.prompt_audio else None
     prompt = render_prompt(tokenizer, args.text, args.prompt_text, voice.prompt_speech_tokens if voice else ())

@@ -28,6 +28,14 @@ base_python=${base_python:-python3}       # interpreter the environments are bui
 venv_root=${venv_root:-$root/.venv}       # folder of the environments
 server_timeout_s=${server_timeout_s:-900} # longest wait for the reward server
 
+max_bad_ratio=${max_bad_ratio:-0.01}        # of unusable lines of the data (stage 0)
+server_address=${server_address:-127.0.0.1} # of the reward server; 0.0.0.0 serves other machines
+http_port=${http_port:-8000} grpc_port=${grpc_port:-8001} metrics_port=${metrics_port:-8002}
+server_urls=${server_urls:-http://127.0.0.1:$http_port} # what training talks to; several with commas
+reward_curve=${reward_curve:-tanh}                      # or exp, see tts_grpo/metrics.py
+seeds=${seeds:-0 1 2 3 4}                               # of the evaluation (stage 4)
+single_text=${single_text:-}                            # said in stage 5; empty: the tongue-twister
+
 dry_run=0
 server_pid='' memory_pid=''
 verl_overrides=()
@@ -51,16 +59,11 @@ cleanup() {
 stage_-1() {
   local pids=() pid
   export base_python venv_root
-  if ((dry_run)); then
-    run bash "$root/scripts/make_env.sh" speech "$root/requirements-cosyvoice.txt"
-    run bash "$root/scripts/make_env.sh" trainer "$root/requirements-verl.txt"
-  else
-    bash "$root/scripts/make_env.sh" speech "$root/requirements-cosyvoice.txt" &
-    pids+=($!)
-    bash "$root/scripts/make_env.sh" trainer "$root/requirements-verl.txt" &
-    pids+=($!)
-    for pid in "${pids[@]}"; do wait "$pid" || die "an environment could not be made: see above"; done
-  fi
+  run exec bash "$root/scripts/make_env.sh" speech "$root/requirements-cosyvoice.txt" &
+  pids+=($!)
+  run exec bash "$root/scripts/make_env.sh" trainer "$root/requirements-verl.txt" &
+  pids+=($!)
+  for pid in "${pids[@]}"; do wait "$pid" || die "an environment could not be made: see above"; done
   run "$speech_bin/python" -c 'import token2wav_asr_server; token2wav_asr_server.check_libpython()'
   [[ -z $(type -t install_profile) ]] || install_profile
   echo "environments: $venv_root/speech, $venv_root/trainer"
@@ -140,7 +143,7 @@ infer() {
 stage_5() {
   need "$exp_dir/merged_hf_model/config.json" 3
   run "$speech_bin/python" "$root/infer_single.py" --llm-path "$exp_dir/merged_hf_model" --device "$infer_device" \
-    --token2wav-dir "$token2wav_dir" --text "$single_text" --output "$exp_dir/tongue_twister.wav"
+    --token2wav-dir "$token2wav_dir" ${single_text:+--text "$single_text"} --output "$exp_dir/tongue_twister.wav"
 }
 
 skip() { echo "done already (force=1 redoes it)"; }
@@ -156,11 +159,11 @@ last_checkpoint() {
 check_checkpoints() {
   ((dry_run)) && return
   ((force)) && rm -rf "$exp_dir/checkpoints" "$exp_dir/tensorboard"
-  if [[ -f $exp_dir/checkpoints/settings && $(<"$exp_dir/checkpoints/settings") != "$key_train" ]]; then
+  if [[ -f $exp_dir/checkpoints/settings && $(<"$exp_dir/checkpoints/settings") != "$key_2" ]]; then
     die "$exp_dir/checkpoints were trained with other settings: set exp_name to train anew beside them, or force=1 to train anew in their place"
   fi
   mkdir -p "$exp_dir/checkpoints"
-  echo "$key_train" >"$exp_dir/checkpoints/settings"
+  echo "$key_2" >"$exp_dir/checkpoints/settings"
 }
 
 settings_json() {
@@ -184,6 +187,8 @@ configure() {
   [[ -f $root/conf/$profile.sh ]] || { log "no profile conf/$profile.sh" && usage; }
   # shellcheck source=conf/tiny.sh
   source "$root/conf/$profile.sh"
+  ((train_batch_size * rollout_n % (micro_batch_size * num_gpus * num_nodes) == 0)) ||
+    die "train_batch_size * rollout_n = $((train_batch_size * rollout_n)) rollouts are no multiple of micro_batch_size * GPUs = $((micro_batch_size * num_gpus * num_nodes)): change one of them"
   local device_list
   read -ra device_list <<<"$server_devices"
   read -ra seed_list <<<"$seeds"
@@ -200,7 +205,7 @@ configure() {
     OMP_NUM_THREADS="$train_threads" RAY_USAGE_STATS_ENABLED=0
   )
   verl_args=(
-    algorithm.adv_estimator=grpo
+    algorithm.adv_estimator=grpo algorithm.norm_adv_by_std_in_grpo="$norm_adv_by_std"
     data.train_files="$exp_dir/data/train.parquet" data.val_files="$exp_dir/data/test.parquet"
     data.train_batch_size="$train_batch_size" data.seed="$seed"
     data.max_prompt_length="$max_prompt_length" data.max_response_length="$max_response_length"
@@ -228,14 +233,14 @@ configure() {
   recorded_settings=(
     profile exp_name seed sft_path token2wav_dir reward_asr_dir eval_asr_dir train_jsonl test_jsonl
     max_prompt_length reward_curve reward_tones num_gpus num_nodes total_steps train_batch_size rollout_n
-    max_response_length learning_rate learning_rate_schedule dataset eval_jsonl seeds temperature top_p top_k overrides
+    max_response_length learning_rate learning_rate_schedule norm_adv_by_std eval_jsonl seeds temperature top_p top_k overrides
   )
   # shellcheck disable=SC2034  # read by name
   overrides=${verl_overrides[*]-}
   key_0=$(key train_jsonl test_jsonl sft_path max_prompt_length max_bad_ratio)
-  key_train=$(key key_0 seed token2wav_dir reward_asr_dir reward_curve reward_tones num_gpus num_nodes \
-    total_steps train_batch_size rollout_n max_response_length learning_rate learning_rate_schedule overrides)
-  key_2=$key_train
+  key_2=$(key key_0 seed token2wav_dir reward_asr_dir reward_curve reward_tones num_gpus num_nodes \
+    total_steps train_batch_size rollout_n max_response_length learning_rate learning_rate_schedule norm_adv_by_std \
+    overrides)
   key_3=$(key key_2 llm_path)
   key_4=$(key key_3 eval_asr_dir eval_jsonl seeds infer_batch_size temperature top_p top_k)
 }

@@ -18,18 +18,13 @@ train_jsonl=${train_jsonl:-$workspace/data/train.jsonl}
 test_jsonl=${test_jsonl:-$workspace/data/test.jsonl}                         # validation during training
 known_answer_jsonl=${known_answer_jsonl:-$workspace/data/known_answer.jsonl} # text and speech_tokens of real speech
 max_prompt_length=${max_prompt_length:-512}                                  # in tokens
-max_bad_ratio=${max_bad_ratio:-0.01}                                         # of unusable lines
 
 # reward server (stage 1)
-server_devices=${server_devices:-cuda:0}    # torch devices, separated by spaces
-server_instances=${server_instances:-1}     # processes on each device
-server_threads=${server_threads:-4}         # torch threads of each
-server_batch_size=${server_batch_size:-32}  # rollouts scored at once
-server_address=${server_address:-127.0.0.1} # 0.0.0.0 serves other machines
-http_port=${http_port:-8000} grpc_port=${grpc_port:-8001} metrics_port=${metrics_port:-8002}
-server_urls=${server_urls:-http://127.0.0.1:$http_port} # what training talks to; several with commas
-reward_curve=${reward_curve:-tanh}                      # or exp, see tts_grpo/metrics.py
-reward_tones=${reward_tones:-1}                         # 1: tones count in the reward's pinyin error rate
+server_devices=${server_devices:-cuda:0}   # torch devices, separated by spaces
+server_instances=${server_instances:-1}    # processes on each device
+server_threads=${server_threads:-4}        # torch threads of each
+server_batch_size=${server_batch_size:-32} # rollouts scored at once
+reward_tones=${reward_tones:-1}            # 1: tones count in the reward's pinyin error rate
 
 # GRPO (stage 2)
 num_gpus=${num_gpus:-1} num_nodes=${num_nodes:-1}
@@ -39,6 +34,7 @@ rollout_n=${rollout_n:-8}                # rollouts a prompt
 max_response_length=${max_response_length:-1024}
 learning_rate=${learning_rate:-1e-6}
 learning_rate_schedule=${learning_rate_schedule:-constant} # constant or cosine, which ends at 0
+norm_adv_by_std=${norm_adv_by_std:-True}                   # False: as Dr. GRPO, no division by a group's deviation
 micro_batch_size=${micro_batch_size:-16}                   # rollouts in one backward pass
 test_freq=${test_freq:-50}                                 # steps between validations
 save_freq=${save_freq:-50}                                 # steps between checkpoints
@@ -48,12 +44,10 @@ train_threads=${train_threads:-4}
 # evaluation (stages 4 and 5)
 dataset=${dataset:-zero_shot_zh} # or test_zh
 eval_jsonl=${eval_jsonl:-$workspace/data/$dataset.jsonl}
-seeds=${seeds:-0 1 2 3 4}
 infer_procs=${infer_procs:-$num_gpus}
 infer_device=${infer_device:-cuda}
 infer_batch_size=${infer_batch_size:-32}
 temperature=${temperature:-0.8} top_p=${top_p:-0.95} top_k=${top_k:--1}
-single_text=${single_text:-扁担长，板凳宽，扁担绑在板凳上。吃葡萄不吐葡萄皮，不吃葡萄倒吐葡萄皮。}
 
 install_profile() {
   [[ -e $cosyvoice_dir/cosyvoice ]] || {

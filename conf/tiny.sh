@@ -13,42 +13,35 @@ train_jsonl=${train_jsonl:-$root/assets/tiny/data/train.jsonl}
 test_jsonl=${test_jsonl:-$root/assets/tiny/data/dev.jsonl}                 # validation during training
 known_answer_jsonl=${known_answer_jsonl:-$root/assets/tiny/data/dev.jsonl} # text and speech_tokens of real speech
 max_prompt_length=${max_prompt_length:-64}                                 # in tokens
-max_bad_ratio=${max_bad_ratio:-0.01}                                       # of unusable lines
 
 # reward server (stage 1)
-server_devices=${server_devices:-cpu}       # torch devices, separated by spaces
-server_instances=${server_instances:-2}     # processes on each device
-server_threads=${server_threads:-1}         # torch threads of each
-server_batch_size=${server_batch_size:-16}  # rollouts scored at once
-server_address=${server_address:-127.0.0.1} # 0.0.0.0 serves other machines
-http_port=${http_port:-8000} grpc_port=${grpc_port:-8001} metrics_port=${metrics_port:-8002}
-server_urls=${server_urls:-http://127.0.0.1:$http_port} # what training talks to; several with commas
-reward_curve=${reward_curve:-tanh}                      # or exp, see tts_grpo/metrics.py
-reward_tones=${reward_tones:-0}                         # 1: tones count in the reward's pinyin error rate
+server_devices=${server_devices:-cpu}      # torch devices, separated by spaces
+server_instances=${server_instances:-2}    # processes on each device
+server_threads=${server_threads:-1}        # torch threads of each
+server_batch_size=${server_batch_size:-16} # rollouts scored at once
+reward_tones=${reward_tones:-0}            # 1: tones count in the reward's pinyin error rate
 
 # GRPO (stage 2)
 num_gpus=${num_gpus:-1} num_nodes=${num_nodes:-1} # here one worker on the CPU
-total_steps=${total_steps:-40}
+total_steps=${total_steps:-60}
 train_batch_size=${train_batch_size:-16} # prompts a step
 rollout_n=${rollout_n:-8}                # rollouts a prompt
 max_response_length=${max_response_length:-160}
 learning_rate=${learning_rate:-3e-4}
 learning_rate_schedule=${learning_rate_schedule:-constant} # constant or cosine, which ends at 0
-micro_batch_size=${micro_batch_size:-32}                   # rollouts in one backward pass
+norm_adv_by_std=${norm_adv_by_std:-False}                  # True: GRPO's division by a group's deviation
+micro_batch_size=${micro_batch_size:-8}                    # rollouts in one backward pass
 test_freq=${test_freq:-20}                                 # steps between validations
 save_freq=${save_freq:-20}                                 # steps between checkpoints
 max_checkpoints=${max_checkpoints:-1}                      # kept of them
 train_threads=${train_threads:-2}
 
 # evaluation (stages 4 and 5)
-dataset=${dataset:-tiny_test}
 eval_jsonl=${eval_jsonl:-$root/assets/tiny/data/test.jsonl}
-seeds=${seeds:-0 1 2 3 4}
 infer_procs=${infer_procs:-2} # processes of torchrun, one for each GPU where there are any
 infer_device=${infer_device:-cpu}
 infer_batch_size=${infer_batch_size:-50}
 temperature=${temperature:-1.0} top_p=${top_p:-1.0} top_k=${top_k:--1}
-single_text=${single_text:-扁担长，板凳宽，扁担绑在板凳上。吃葡萄不吐葡萄皮，不吃葡萄倒吐葡萄皮。}
 
 # veRL on a CPU: tts_grpo/verl_cpu. FSDP1 fails there, and nothing gains from bfloat16.
 profile_env=(
@@ -60,7 +53,8 @@ profile_env=(
 profile_verl_args=(
   trainer.device=cpu
   actor_rollout_ref.model.external_lib=tts_grpo.verl_cpu.rollout
-  actor_rollout_ref.model.use_remove_padding=False
+  actor_rollout_ref.model.use_remove_padding=True
+  actor_rollout_ref.model.use_fused_kernels=True
   actor_rollout_ref.model.enable_gradient_checkpointing=False
   +actor_rollout_ref.model.override_config.attn_implementation=sdpa
   actor_rollout_ref.actor.strategy=fsdp2
@@ -74,7 +68,7 @@ profile_verl_args=(
   actor_rollout_ref.rollout.agent.num_workers=1
   reward.num_workers=1
   transfer_queue.backend.SimpleStorage.num_data_storage_units=1
-  ray_kwargs.ray_init.num_cpus=16 # slots for veRL's actors, which mostly wait
-  +ray_kwargs.ray_init.num_gpus=1 # a GPU in name only: the worker asks for one
+  ray_kwargs.ray_init.num_cpus=16         # slots for veRL's actors, which mostly wait
+  +ray_kwargs.ray_init.num_gpus="$num_gpus" # GPUs in name only: each worker asks for one
   +ray_kwargs.ray_init.include_dashboard=False
 )

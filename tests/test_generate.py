@@ -2,7 +2,7 @@ import pytest
 
 from tts_grpo.generate import Sampling, generate_speech_tokens
 from tts_grpo.prompts import render_prompt
-from tts_grpo.token2wav import load_prompt_voice
+from tts_grpo.token2wav import decode, load_prompt_voice
 
 SAMPLING = Sampling(max_new_tokens=200)
 
@@ -38,7 +38,6 @@ def test_an_utterance_that_is_cut_says_so(lm, tokenizer, prompts):
 
 
 def test_zero_shot_prompting_speaks_the_text_only(lm, tokenizer, token2wav, asr, assets, test_rows):
-    from scripts.tiny.stack import decode
     from tts_grpo.jsonl import read_jsonl
     from tts_grpo.metrics import pinyin_error_rate
 

@@ -125,6 +125,12 @@ def test_unknown_profile_and_help(recipe):
     assert "tongue-twister" in recipe.run("--help").stderr
 
 
+def test_rollouts_must_fill_the_micro_batches(recipe):
+    done = recipe.run("0", "0", rollout_n="3", train_batch_size="3", micro_batch_size="8")
+    assert done.returncode == 1 and "9 rollouts are no multiple of" in done.stderr
+    assert recipe.calls() == []
+
+
 @pytest.mark.parametrize("profile", ["tiny", "cosyvoice2"])
 def test_dry_run_prints_and_runs_nothing(recipe, profile):
     done = recipe.run("--dry-run", "-1", "5", "--", "trainer.foo=1", profile=profile)

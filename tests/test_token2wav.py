@@ -4,7 +4,7 @@ import torch
 
 from tts_grpo.audio import load_audio
 from tts_grpo.tiny_codec import FiniteScalarQuantiser, LogMel
-from tts_grpo.token2wav import load_prompt_voice, load_token2wav
+from tts_grpo.token2wav import PromptVoice, decode, load_prompt_voice, load_token2wav
 
 TOLERANCE = 1e-4
 
@@ -23,6 +23,28 @@ def test_a_waveform_does_not_depend_on_its_batch(token2wav):
         alone, _ = token2wav([sequence])
         assert (alone[0] - waveform[:length]).abs().max() < TOLERANCE
         assert waveform[length:].abs().sum() == 0
+
+
+def test_decode_keeps_order_and_voices(token2wav):
+    calls = []
+
+    def spy(speech_tokens, voice, seed):
+        calls.append((sorted(map(len, speech_tokens)), voice, seed))
+        return token2wav(speech_tokens, voice, seed)
+
+    sequences = [*random_sequences(5), []]
+    voices = [PromptVoice(name, np.zeros(1, np.float32), ()) for name in "ab"]
+    waveforms = decode(spy, sequences, [voices[0], voices[1], None, voices[0], None, None], seed=3)
+    for sequence, waveform in zip(sequences[:5], waveforms, strict=False):
+        alone, _ = token2wav([sequence])
+        assert np.abs(alone[0].numpy() - waveform).max() < TOLERANCE
+    assert len(waveforms[5]) == 0
+    by_voice = {id(voice): lens for lens, voice, _ in calls}
+    assert by_voice == {
+        id(voices[0]): sorted(len(sequences[i]) for i in (0, 3)), id(voices[1]): [len(sequences[1])],
+        id(None): sorted(len(sequences[i]) for i in (2, 4)),
+    }  # fmt: skip
+    assert all(seed == 3 for *_, seed in calls)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -2,10 +2,13 @@
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from transformers import (
-    LogitsProcessor,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
     LogitsProcessorList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -55,49 +58,47 @@ class Utterance:
     finish_reason: str
 
 
-class _Sampler(LogitsProcessor):
-    """Chooses each row's next token by inverse transform sampling, with uniform numbers of the row's own seed.
-
-    So a row's draws do not depend on the other rows, as those of ``do_sample`` would. Without seeds the likeliest
-    token is chosen. Keeps the log-probability of each choice.
-    """
-
-    def __init__(self, seeds: Sequence[int] | None, max_new_tokens: int):
-        self.uniform = None
-        if seeds is not None:
-            generators = (torch.Generator().manual_seed(seed) for seed in seeds)
-            draws = [torch.rand(max_new_tokens, generator=g, dtype=torch.float64) for g in generators]
-            self.uniform = torch.stack(draws)
-        self.log_probs: list[torch.Tensor] = []
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        log_probs = scores.float().log_softmax(-1)
-        if self.uniform is None:
-            choice = log_probs.argmax(-1, keepdim=True)
-        else:
-            cumulative = log_probs.double().exp().cumsum(-1)
-            uniform = self.uniform[:, len(self.log_probs), None].to(scores.device)
-            # right: an id of probability 0 is never chosen; the last sum stands for 1, from which rounding keeps it
-            choice = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
-        self.log_probs.append(log_probs.gather(1, choice)[:, 0])
-        return torch.full_like(log_probs, -torch.inf).scatter_(1, choice, 0.0)  # generate() takes the largest
+def load_lm(folder: str | Path, device: str = "cpu", dtype: torch.dtype | None = None):
+    """``(model, tokenizer)`` of a Hugging Face folder, unless told otherwise in float32 on a CPU, bfloat16 on a GPU."""
+    dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    return model, AutoTokenizer.from_pretrained(folder)
 
 
-def _processors(sampling: Sampling, sampler: _Sampler) -> LogitsProcessorList:
-    processors = LogitsProcessorList()
+def _uniform_numbers(seeds: Sequence[int], count: int) -> torch.Tensor:
+    """float64 (B, count) in [0, 1): each row of its own seed, so that a row does not depend on the others."""
+    generators = (torch.Generator().manual_seed(seed) for seed in seeds)
+    return torch.stack([torch.rand(count, generator=g, dtype=torch.float64) for g in generators])
+
+
+def _warpers(sampling: Sampling) -> LogitsProcessorList:
+    warpers = LogitsProcessorList()
     if sampling.temperature > 0:
-        processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
+        warpers.append(TemperatureLogitsWarper(float(sampling.temperature)))
         if sampling.top_k > 0:
-            processors.append(TopKLogitsWarper(sampling.top_k))
+            warpers.append(TopKLogitsWarper(sampling.top_k))
         if sampling.top_p < 1.0:
-            processors.append(TopPLogitsWarper(sampling.top_p))
-    processors.append(sampler)
-    return processors
+            warpers.append(TopPLogitsWarper(sampling.top_p))
+    return warpers
+
+
+def _choose(scores: torch.Tensor, uniform: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Next ids (B,) and their log-probabilities (B,), by inverse transform sampling; without numbers the likeliest."""
+    log_probs = scores.float().log_softmax(-1)
+    if uniform is None:
+        choice = log_probs.argmax(-1, keepdim=True)
+    else:
+        cumulative = log_probs.double().exp_().cumsum_(-1)
+        # right: an id of probability 0 is never chosen; the last sum stands for 1, from which rounding keeps it
+        choice = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
+    return choice[:, 0], log_probs.gather(1, choice)[:, 0]
 
 
 @torch.inference_mode()
 def generate(model, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling) -> list[Response]:
     """Continue each prompt of one batch until an end token.
+
+    A row leaves the batch when it ends: ``model.generate`` would compute it on until the longest has ended.
 
     Args:
         model: causal language model; its generation config names the end tokens and the padding.
@@ -105,30 +106,37 @@ def generate(model, prompts: Sequence[Sequence[int]], seeds: Sequence[int], samp
         seeds: one a prompt; the same prompt and seed give the same response in any batch.
         sampling: how tokens are chosen.
     """
-    config, size = model.generation_config, max(map(len, prompts))
+    config, size, device = model.generation_config, max(map(len, prompts)), model.device
     ids = torch.full((len(prompts), size), config.pad_token_id)
     mask = torch.zeros_like(ids)
     for i, prompt in enumerate(prompts):
         ids[i, size - len(prompt) :] = torch.tensor(prompt)
         mask[i, size - len(prompt) :] = 1
-    sampler = _Sampler(seeds if sampling.temperature > 0 else None, sampling.max_new_tokens)
-    sequences = model.generate(
-        input_ids=ids.to(model.device), attention_mask=mask.to(model.device), do_sample=False,
-        temperature=None, top_p=None, top_k=None, max_new_tokens=sampling.max_new_tokens,
-        logits_processor=_processors(sampling, sampler),
-    )  # fmt: skip
-    log_probs = torch.stack(sampler.log_probs, dim=1).tolist()
-    return [
-        _until_end(row, row_log_probs, config.eos_token_id)
-        for row, row_log_probs in zip(sequences[:, size:].tolist(), log_probs, strict=True)
-    ]
-
-
-def _until_end(token_ids: list[int], log_probs: list[float], ends: int | list[int]) -> Response:
-    """One row of a batch up to its end token."""
-    ends = ends if isinstance(ends, list) else [ends]
-    length = next((i + 1 for i, id_ in enumerate(token_ids) if id_ in ends), None)
-    return Response(token_ids[:length], log_probs[:length], "length" if length is None else "eos")
+    ids, mask = ids.to(device), mask.to(device)
+    ends = torch.as_tensor(config.eos_token_id, device=device).reshape(-1)
+    uniform = _uniform_numbers(seeds, sampling.max_new_tokens).to(device) if sampling.temperature > 0 else None
+    warpers, cache = _warpers(sampling), DynamicCache(config=model.config)
+    responses = [Response([], [], "length") for _ in prompts]
+    rows = torch.arange(len(prompts), device=device)  # prompts that have not ended
+    for step in range(sampling.max_new_tokens):
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        output = model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1)
+        choice, log_probs = _choose(
+            warpers(ids, output.logits[:, -1]), None if uniform is None else uniform[rows, step]
+        )
+        going = ~torch.isin(choice, ends)
+        for row, id_, log_prob, goes in zip(*(t.tolist() for t in (rows, choice, log_probs, going)), strict=True):
+            responses[row].token_ids.append(id_)
+            responses[row].log_probs.append(log_prob)
+            if not goes:
+                responses[row] = dataclasses.replace(responses[row], finish_reason="eos")
+        if not going.all():
+            rows, choice, mask = rows[going], choice[going], mask[going]
+            if not len(rows):
+                break
+            cache.batch_select_indices(going.nonzero()[:, 0])
+        ids, mask = choice[:, None], torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+    return responses
 
 
 def generate_speech_tokens(

@@ -121,6 +121,33 @@ def load_token2wav(model_dir: str | Path, device: str = "cpu") -> Token2Wav:
     raise ValueError(f"{model_dir}: no token2wav here (expected token_decoder.safetensors)")
 
 
+def decode(
+    token2wav: Token2Wav,
+    speech_tokens: Sequence[Sequence[int]],
+    voices: Sequence[PromptVoice | None] | None = None,
+    seed: int = 0,
+    batch_size: int = 32,
+) -> list[np.ndarray]:
+    """Waveforms of any number of sequences, each float32 (T,), decoded in batches of one voice and of like lengths.
+
+    Args:
+        speech_tokens: B sequences of ids; an empty one gives an empty waveform.
+        voices: a prompt voice, or None, for each sequence.
+        seed: of the decoder.
+    """
+    voices = voices or [None] * len(speech_tokens)
+    waveforms = [np.zeros(0, np.float32)] * len(speech_tokens)
+    for voice in {id(voice): voice for voice in voices}.values():
+        chosen = [i for i, tokens in enumerate(speech_tokens) if voices[i] is voice and tokens]
+        chosen.sort(key=lambda i: len(speech_tokens[i]))
+        for first in range(0, len(chosen), batch_size):
+            batch = chosen[first : first + batch_size]
+            waves, lens = token2wav([speech_tokens[i] for i in batch], voice, seed)
+            for i, wave, length in zip(batch, waves, lens, strict=True):
+                waveforms[i] = wave[:length].numpy()
+    return waveforms
+
+
 def load_prompt_voice(token2wav: Token2Wav, audio_path: str | Path, prompt_text: str) -> PromptVoice:
     """The voice of a recording, with its speech tokens."""
     speech = load_audio(audio_path)

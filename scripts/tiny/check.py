@@ -14,17 +14,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from scripts.tiny.stack import DECODE_BATCH, MAX_NEW_TOKENS, decode, load_lm, overall_error, speak
+from scripts.tiny.stack import MAX_NEW_TOKENS, overall_error, speak
 from tts_grpo.asr import SenseVoice
 from tts_grpo.audio import ASR_HZ, load_audio
-from tts_grpo.generate import Sampling, generate_speech_tokens
+from tts_grpo.generate import Sampling, generate_speech_tokens, load_lm
 from tts_grpo.jsonl import read_jsonl
 from tts_grpo.metrics import pinyin_error_rate
 from tts_grpo.prompts import render_prompt
-from tts_grpo.token2wav import load_token2wav
+from tts_grpo.token2wav import decode, load_token2wav
 from tts_grpo.tokens import TOKEN_HZ
 
 SEED = 0
+BATCH = 32  # of the timed decoding and recognition
 UNITS = {"size_mb": "MB", "codes_used": "of 6561", "token2wav_ms_per_s": "ms", "asr_ms_per_s": "ms"}
 
 
@@ -69,7 +70,7 @@ def measure(assets: Path) -> dict[str, float]:
         "lm_sampled_per": overall_error(sampled),
         "reward_asr_teacher_per": per(reward_asr.transcribe(recordings)),
         "codes_used": int(np.count_nonzero(counts)),
-        **speeds(token2wav, judge, tokens[:DECODE_BATCH], resynthesised[:DECODE_BATCH]),
+        **speeds(token2wav, judge, tokens[:BATCH], resynthesised[:BATCH]),
         "lm_tokens_per_s": lm_speed(lm, texts),
         "duration_ratio": sum(len(s.speech_tokens) for s in sampled) / sum(map(len, tokens)),
         "eos_share": float(np.mean([s.finish_reason == "eos" for s in sampled])),

@@ -16,9 +16,10 @@ import torch
 from safetensors.torch import save_file
 
 from scripts.tiny.settings import PRESETS, add_common_args
-from scripts.tiny.stack import load_lm, overall_error, speak
+from scripts.tiny.stack import overall_error, speak
 from tts_grpo.asr import SenseVoice
 from tts_grpo.audio import ASR_HZ, load_audio
+from tts_grpo.generate import load_lm
 from tts_grpo.jsonl import read_jsonl
 from tts_grpo.token2wav import load_token2wav
 from tts_grpo.tokens import NUM_SPEECH_TOKENS
@@ -106,7 +107,7 @@ def choose_lm(work_dir: Path, output_dir: Path, device: str) -> Path:
     texts = [row["text"] for row in read_jsonl(output_dir / "data" / "dev.jsonl")]
     errors = {}
     for folder in sorted(work_dir.glob("lm_*")):
-        lm = load_lm(folder, device)
+        lm = load_lm(folder, device, torch.float32)
         spoken = [s for seed in SELECTION_SEEDS for s in speak(lm, token2wav, asr, texts, 1.0, seed, batch=128)]
         errors[folder] = overall_error(spoken)
         print(f"{folder.name}: error of sampled dev sentences {errors[folder]:.4f}")

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from scripts.tiny.stack import load_lm, overall_error, speak
+from scripts.tiny.stack import overall_error, speak
 from tts_grpo.asr import SenseVoice
+from tts_grpo.generate import load_lm
 from tts_grpo.jsonl import read_jsonl
 from tts_grpo.token2wav import load_token2wav
 

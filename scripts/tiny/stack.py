@@ -2,20 +2,14 @@
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
-
-import numpy as np
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tts_grpo.asr import SenseVoice
 from tts_grpo.generate import Sampling, generate_speech_tokens
 from tts_grpo.metrics import pinyin_error_rate, pinyin_errors
 from tts_grpo.prompts import render_prompt
-from tts_grpo.token2wav import Token2Wav
+from tts_grpo.token2wav import Token2Wav, decode
 
 MAX_NEW_TOKENS = 300
-DECODE_BATCH = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,24 +25,6 @@ class Spoken:
     def error_rate(self) -> float:
         """Toneless pinyin error rate."""
         return pinyin_errors(self.text, self.transcript, tones=False).rate
-
-
-def load_lm(folder: Path, device: str):
-    """``(model, tokenizer)`` of a Hugging Face folder, in full precision."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
-    return model, AutoTokenizer.from_pretrained(folder)
-
-
-def decode(token2wav: Token2Wav, speech_tokens: Sequence[list[int]]) -> list[np.ndarray]:
-    """Waveforms of token sequences, each float32 (T,); an empty sequence gives an empty waveform."""
-    waveforms = [np.zeros(0, np.float32)] * len(speech_tokens)
-    order = sorted((i for i, tokens in enumerate(speech_tokens) if tokens), key=lambda i: len(speech_tokens[i]))
-    for first in range(0, len(order), DECODE_BATCH):
-        batch = order[first : first + DECODE_BATCH]
-        waves, lens = token2wav([speech_tokens[i] for i in batch])
-        for i, wave, length in zip(batch, waves, lens, strict=True):
-            waveforms[i] = wave[:length].numpy()
-    return waveforms
 
 
 def speak(

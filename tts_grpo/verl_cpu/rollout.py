@@ -21,9 +21,10 @@ from verl.workers.rollout.base import BaseRollout
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry, TokenOutput
 
 from tts_grpo.generate import Sampling, generate
+from tts_grpo.verl_cpu.log_probs import fused_linear
 
 NAME = "transformers_cpu"
-GATHER_S = 0.05  # requests that come within it of each other go into one batch
+GATHER_S = 0.1  # requests that come within it of each other go into one batch
 TIED = "lm_head.weight"  # absent from the pushed weights where the embedding is tied to it
 
 
@@ -147,6 +148,7 @@ def _register_engine() -> None:
     """veRL's FSDP engine as it is, with what differs on a CPU."""
     from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
     from verl.utils.distributed import initialize_global_process_group_ray
+    from verl.utils.experimental.torch_functional import FusedLinearForPPO
     from verl.workers import engine_workers
     from verl.workers.engine import EngineRegistry
     from verl.workers.engine.fsdp import transformer_impl
@@ -156,6 +158,7 @@ def _register_engine() -> None:
         initialize_global_process_group_ray, backend="cpu:gloo"
     )
     transformer_impl.load_fsdp_model_to_gpu = lambda model: None  # it is where it belongs
+    FusedLinearForPPO.forward = fused_linear
     if "cpu" not in EngineRegistry._engines["language_model"]["fsdp"]:
         register = EngineRegistry.register(model_type="language_model", backend=["fsdp", "fsdp2"], device="cpu")
         register(transformer_impl.FSDPEngineWithLMHead)

@@ -1,0 +1,26 @@
+import torch
+
+from tts_grpo.verl_cpu import log_probs
+from tts_grpo.verl_cpu.log_probs import fused_linear
+
+
+def reference(hidden, weight, labels, temperature):
+    all_log_probs = (hidden @ weight.T / temperature).log_softmax(-1)
+    return all_log_probs.gather(-1, labels[..., None])[..., 0], -(all_log_probs.exp() * all_log_probs).sum(-1)
+
+
+def test_values_and_gradients_equal_those_of_log_softmax(monkeypatch):
+    monkeypatch.setattr(log_probs, "CHUNK", 7)
+    torch.manual_seed(0)
+    hidden = torch.randn(2, 15, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(40, 8, dtype=torch.float64, requires_grad=True)
+    labels, temperature = torch.randint(0, 40, (2, 15)), 0.7
+    for factors in ((1.0, 0.0), (0.0, 1.0), (1.0, -0.3)):
+        scale = torch.randn(2, 2, 15, dtype=torch.float64) * torch.tensor(factors)[:, None, None]
+        results = []
+        for function in (lambda *a: fused_linear(None, *a), reference):
+            values = function(hidden, weight, labels, temperature)
+            loss = sum((s * v).sum() for s, v, factor in zip(scale, values, factors, strict=True) if factor)
+            results.append([*values, *torch.autograd.grad(loss, (hidden, weight))])
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)

@@ -1,0 +1,104 @@
+"""GRPO on real veRL with the real server, through run.sh: two steps of a few rollouts, killed and gone on with."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import free_ports
+
+ROOT = Path(__file__).resolve().parent.parent
+TIMEOUT_S = 400
+
+
+@pytest.fixture(scope="module")
+def recipe(trainer_python, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recipe")
+    (folder / "venv").mkdir()
+    for name, python in (("speech", sys.executable), ("trainer", trainer_python)):
+        (folder / "venv" / name).symlink_to(Path(python).parent.parent)
+    http, grpc, metrics = map(str, free_ports(3))
+    small = {
+        "total_steps": "2", "train_batch_size": "2", "rollout_n": "2", "max_response_length": "48", "save_freq": "1",
+        "test_freq": "2", "micro_batch_size": "4", "server_instances": "1", "server_batch_size": "4",
+    }  # fmt: skip
+    test_jsonl = folder / "dev.jsonl"
+    lines = (ROOT / "assets/tiny/data/dev.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    test_jsonl.write_text("".join(lines[:4]), encoding="utf-8")
+    ports = {"http_port": http, "grpc_port": grpc, "metrics_port": metrics}
+    return os.environ | small | ports | {
+        "venv_root": str(folder / "venv"), "exp_dir": str(folder / "exp"), "test_jsonl": str(test_jsonl)
+    }  # fmt: skip
+
+
+def run_sh(recipe, *arguments) -> subprocess.CompletedProcess:
+    command = ["bash", str(ROOT / "run.sh"), *arguments]
+    return subprocess.run(command, env=recipe, capture_output=True, text=True, timeout=TIMEOUT_S)
+
+
+def kill_trainer_after_first_checkpoint(recipe) -> None:
+    """kill -9 veRL's driver, as the kernel does when memory runs out."""
+    exp_dir = Path(recipe["exp_dir"])
+    process = subprocess.Popen(["bash", str(ROOT / "run.sh"), "1", "2"], env=recipe, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True)  # fmt: skip
+    end = time.monotonic() + TIMEOUT_S
+    while not (exp_dir / "checkpoints/latest_checkpointed_iteration.txt").exists():
+        assert process.poll() is None and time.monotonic() < end, process.stdout.read()[-3000:]
+        time.sleep(0.05)
+    found = subprocess.run(["pgrep", "-f", f"main_ppo.*{exp_dir}"], capture_output=True, text=True).stdout.split()
+    for pid in found:
+        if "train.py" not in Path(f"/proc/{pid}/cmdline").read_text():
+            os.kill(int(pid), signal.SIGKILL)
+    assert process.wait(timeout=120) != 0
+
+
+def test_trains_survives_a_kill_and_merges(recipe):
+    done = run_sh(recipe, "0", "0")
+    assert done.returncode == 0, done.stderr
+    kill_trainer_after_first_checkpoint(recipe)
+    done = run_sh(recipe, "1", "3")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    exp_dir = Path(recipe["exp_dir"])
+    log = (exp_dir / "log/train.log").read_text()
+    assert re.search(r"[Rr]esum\w* from .*global_step_1|Setting global step to 1", log)
+    assert "step 2/2: reward" in done.stdout and "validation after step 2" in done.stdout
+    merged = exp_dir / "merged_hf_model"
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(merged), AutoTokenizer.from_pretrained(merged)
+    assert len(model.generation_config.eos_token_id) == 2
+    assert tokenizer.chat_template.count("SPEECH_GENERATION_START") == 1
+    assert run_sh(recipe, "0", "3").stdout.count("done already") == 3
+
+
+def test_a_server_that_dies_in_mid_training_stops_it(recipe, tmp_path):
+    dying = recipe | {"exp_dir": str(tmp_path), "total_steps": "50", "save_freq": "50", "test_freq": "50"}
+    assert run_sh(dying, "0", "0").returncode == 0
+    process = subprocess.Popen(["bash", str(ROOT / "run.sh"), "1", "2"], env=dying, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True)  # fmt: skip
+    shown = ""
+    while "step 1/50" not in shown:
+        line = process.stdout.readline()
+        assert line, shown
+        shown += line
+    found = subprocess.run(
+        ["pgrep", "-f", f"token2wav_asr_server.*{dying['http_port']}"], capture_output=True, text=True
+    )
+    for pid in found.stdout.split():
+        os.kill(int(pid), signal.SIGKILL)
+    shown += process.communicate(timeout=TIMEOUT_S)[0]
+    assert process.returncode != 0
+    assert "training failed: no reward after 8 tries" in shown and "bash run.sh 1 1" in shown
+    assert not (tmp_path / "checkpoints/latest_checkpointed_iteration.txt").exists()
+
+
+def test_training_without_a_server_does_not_start(recipe, tmp_path):
+    broken = recipe | {"exp_dir": str(tmp_path), "server_urls": "http://127.0.0.1:9"}
+    assert run_sh(broken, "0", "0").returncode == 0
+    done = run_sh(broken, "2", "2")
+    assert done.returncode == 1 and "no reward server is ready" in done.stderr
