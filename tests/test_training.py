@@ -64,6 +64,7 @@ def test_trains_survives_a_kill_and_merges(recipe):
     done = run_sh(recipe, "1", "3")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     exp_dir = Path(recipe["exp_dir"])
+    assert (exp_dir / "log/hydra/.hydra/config.yaml").exists() and not (ROOT / "outputs").exists()
     log = (exp_dir / "log/train.log").read_text()
     assert re.search(r"[Rr]esum\w* from .*global_step_1|Setting global step to 1", log)
     assert "step 2/2: reward" in done.stdout and "validation after step 2" in done.stdout
