@@ -34,6 +34,8 @@ http_port=${http_port:-8000} grpc_port=${grpc_port:-8001} metrics_port=${metrics
 server_urls=${server_urls:-http://127.0.0.1:$http_port} # what training talks to; several with commas
 reward_curve=${reward_curve:-tanh}                      # or exp, see tts_grpo/metrics.py
 seeds=${seeds:-0 1 2 3 4}                               # of the evaluation (stage 4)
+prompt_audio=${prompt_audio:-}                          # recording whose voice speaks in stages 1 and 5
+prompt_text=${prompt_text:-}                            # its transcript
 single_text=${single_text:-}                            # said in stage 5; empty: the tongue-twister
 
 dry_run=0
@@ -143,7 +145,8 @@ infer() {
 stage_5() {
   need "$exp_dir/merged_hf_model/config.json" 3
   run "$speech_bin/python" "$root/infer_single.py" --llm-path "$exp_dir/merged_hf_model" --device "$infer_device" \
-    --token2wav-dir "$token2wav_dir" ${single_text:+--text "$single_text"} --output "$exp_dir/tongue_twister.wav"
+    --token2wav-dir "$token2wav_dir" ${single_text:+--text "$single_text"} "${prompt_flags[@]}" \
+    --output "$exp_dir/tongue_twister.wav"
 }
 
 skip() { echo "done already (force=1 redoes it)"; }
@@ -200,6 +203,9 @@ configure() {
     --metrics-port "$metrics_port" --devices "${device_list[@]}"
   )
   ((reward_tones)) || server_command+=(--no-tones)
+  prompt_flags=()
+  [[ -z $prompt_audio ]] || prompt_flags=(--prompt-audio "$prompt_audio" --prompt-text "$prompt_text")
+  server_command+=("${prompt_flags[@]}")
   train_env=(
     "${profile_env[@]}" PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" TENSORBOARD_DIR="$exp_dir/tensorboard"
     OMP_NUM_THREADS="$train_threads" RAY_USAGE_STATS_ENABLED=0
@@ -232,14 +238,14 @@ configure() {
     trainer.val_before_train=True trainer.total_epochs=1000 trainer.total_training_steps="$total_steps"
   )
   recorded_settings=(
-    profile exp_name seed sft_path token2wav_dir reward_asr_dir eval_asr_dir train_jsonl test_jsonl
+    profile exp_name seed sft_path token2wav_dir prompt_audio reward_asr_dir eval_asr_dir train_jsonl test_jsonl
     max_prompt_length reward_curve reward_tones num_gpus num_nodes total_steps train_batch_size rollout_n
     max_response_length learning_rate learning_rate_schedule norm_adv_by_std eval_jsonl seeds temperature top_p top_k overrides
   )
   # shellcheck disable=SC2034  # read by name
   overrides=${verl_overrides[*]-}
   key_0=$(key train_jsonl test_jsonl sft_path max_prompt_length max_bad_ratio)
-  key_2=$(key key_0 seed token2wav_dir reward_asr_dir reward_curve reward_tones num_gpus num_nodes \
+  key_2=$(key key_0 seed token2wav_dir prompt_audio reward_asr_dir reward_curve reward_tones num_gpus num_nodes \
     total_steps train_batch_size rollout_n max_response_length learning_rate learning_rate_schedule norm_adv_by_std \
     overrides)
   key_3=$(key key_2 llm_path)

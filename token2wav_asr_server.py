@@ -38,6 +38,8 @@ def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--token2wav-dir", type=Path, required=True, help="folder of the token2wav weights")
     parser.add_argument("--asr-dir", type=Path, required=True, help="SenseVoice folder of the reward recogniser")
+    parser.add_argument("--prompt-audio", type=Path, default=None, help="recording whose voice speaks the rollouts")
+    parser.add_argument("--prompt-text", default="", help="its transcript")
     parser.add_argument("--devices", nargs="+", default=["cpu"], help="torch devices, each gets --instances processes")
     parser.add_argument("--instances", type=int, default=1, help="processes on each device")
     parser.add_argument("--threads", type=int, default=1, help="torch threads of each process")
@@ -50,7 +52,10 @@ def get_args(argv=None):
     parser.add_argument("--http-port", type=int, default=8000, help="HTTP port")
     parser.add_argument("--grpc-port", type=int, default=8001, help="gRPC port")
     parser.add_argument("--metrics-port", type=int, default=8002, help="port of Prometheus metrics")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if bool(args.prompt_audio) != bool(args.prompt_text):
+        parser.error("a voice prompt needs both --prompt-audio and --prompt-text")
+    return args
 
 
 def serve_instance(pipe, args, device: str) -> None:
@@ -62,13 +67,14 @@ def serve_instance(pipe, args, device: str) -> None:
 
     from tts_grpo.asr import SenseVoice
     from tts_grpo.scorer import RewardScorer
-    from tts_grpo.token2wav import load_token2wav
+    from tts_grpo.token2wav import load_prompt_voice, load_token2wav
 
     torch.set_num_threads(args.threads)
     try:
         token2wav = load_token2wav(args.token2wav_dir, device)
+        voice = load_prompt_voice(token2wav, args.prompt_audio, args.prompt_text) if args.prompt_audio else None
         asr = SenseVoice(args.asr_dir, device, args.max_batch_size)
-        scorer = RewardScorer(token2wav, asr, args.tones, args.reward_curve)
+        scorer = RewardScorer(token2wav, asr, args.tones, args.reward_curve, voice)
         warm_up(scorer, args.max_batch_size)
     except Exception as error:
         pipe.send(f"{type(error).__name__}: {error}")

@@ -2,7 +2,7 @@
 # Profile "cosyvoice2": the CosyVoice2 LLM (0.5B), CosyVoice2's token2wav and SenseVoice, on GPUs.
 # Every variable can also be set in the environment: num_gpus=8 profile=cosyvoice2 bash run.sh
 #
-# State: installs, prepares data, trains and merges; its token2wav (stages 1, 4 and 5) is not written yet.
+# State: token2wav is tested against the official code with random weights; nothing was run with the real ones yet.
 
 workspace=${workspace:-/workspace} # folder of what is downloaded
 
@@ -10,8 +10,10 @@ workspace=${workspace:-/workspace} # folder of what is downloaded
 sft_path=${sft_path:-$workspace/llasa_cosyvoice2_token_qwen_0.5b} # language model to train, a Hugging Face folder
 token2wav_dir=${token2wav_dir:-$workspace/CosyVoice2-0.5B}        # speech tokens -> waveform
 cosyvoice_dir=${cosyvoice_dir:-$workspace/CosyVoice}              # its source
-reward_asr_dir=${reward_asr_dir:-$workspace/SenseVoiceSmall}      # recogniser of the reward
-eval_asr_dir=${eval_asr_dir:-$workspace/paraformer-zh}            # recogniser of the evaluation: another one
+prompt_audio=${prompt_audio:-$cosyvoice_dir/asset/zero_shot_prompt.wav}
+prompt_text=${prompt_text:-希望你以后能够做的比我还好呦。}
+reward_asr_dir=${reward_asr_dir:-$workspace/SenseVoiceSmall} # recogniser of the reward
+eval_asr_dir=${eval_asr_dir:-$workspace/paraformer-zh}       # recogniser of the evaluation: another one
 
 # data (stage 0)
 train_jsonl=${train_jsonl:-$workspace/data/train.jsonl}
@@ -58,6 +60,9 @@ install_profile() {
   run "$speech_bin/modelscope" download --model iic/SenseVoiceSmall --local_dir "$reward_asr_dir"
   run "$trainer_bin/hf" download yuekai/llasa_cosyvoice2_token_qwen_0.5b --local-dir "$sft_path"
 }
+
+# token2wav imports CosyVoice's modules
+export PYTHONPATH=$cosyvoice_dir:$cosyvoice_dir/third_party/Matcha-TTS${PYTHONPATH:+:$PYTHONPATH}
 
 profile_env=(PYTORCH_CUDA_ALLOC_CONF=)
 profile_verl_args=(

@@ -68,7 +68,7 @@ profile_verl_args=(
   actor_rollout_ref.rollout.agent.num_workers=1
   reward.num_workers=1
   transfer_queue.backend.SimpleStorage.num_data_storage_units=1
-  ray_kwargs.ray_init.num_cpus=16         # slots for veRL's actors, which mostly wait
+  ray_kwargs.ray_init.num_cpus=16           # slots for veRL's actors, which mostly wait
   +ray_kwargs.ray_init.num_gpus="$num_gpus" # GPUs in name only: each worker asks for one
   +ray_kwargs.ray_init.include_dashboard=False
 )

@@ -118,7 +118,11 @@ def load_token2wav(model_dir: str | Path, device: str = "cpu") -> Token2Wav:
     """
     if (Path(model_dir) / "token_decoder.safetensors").exists():
         return TinyToken2Wav(model_dir, device)
-    raise ValueError(f"{model_dir}: no token2wav here (expected token_decoder.safetensors)")
+    if (Path(model_dir) / "flow.pt").exists():
+        from tts_grpo.cosyvoice2 import CosyVoice2Token2Wav
+
+        return CosyVoice2Token2Wav(model_dir, device)
+    raise ValueError(f"{model_dir}: no token2wav here (expected token_decoder.safetensors, or CosyVoice2's flow.pt)")
 
 
 def decode(

@@ -1,0 +1,133 @@
+"""CosyVoice2's token2wav against the official code, one utterance at a time."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from tests.cosyvoice2_folder import FULL, SMALL, make_cosyvoice2_folder
+from tts_grpo.cosyvoice2 import CosyVoice2Token2Wav, load_modules
+from tts_grpo.token2wav import PromptVoice, load_token2wav
+
+TOLERANCE = 1e-4
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_cosyvoice2_folder(tmp_path_factory.mktemp("cosyvoice2"))
+
+
+@pytest.fixture(scope="module")
+def voice():
+    time = np.arange(24_000) / 16_000
+    speech = 0.3 * np.sin(2 * np.pi * 180 * time) + 0.05 * np.random.default_rng(1).standard_normal(24_000)
+    return PromptVoice("你好", speech.astype(np.float32), ())
+
+
+def random_tokens(lens):
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 6561, n).tolist() for n in lens]
+
+
+def official(token2wav, folder, tokens, voice, seed):
+    """The folder's modules as CosyVoice runs them, under the noise that token2wav uses."""
+    modules = load_modules(folder)
+    flow, hift = modules["flow"].eval(), modules["hift"].eval()
+    flow.load_state_dict(torch.load(folder / "flow.pt"))
+    hift.load_state_dict({k.removeprefix("generator."): v for k, v in torch.load(folder / "hift.pt").items()})
+    prompt = {name: value.cpu()[None] for name, value in token2wav.prompt_features(voice).items()}
+    length = lambda value: torch.tensor([value.shape[1]])  # noqa: E731
+    row = torch.tensor([tokens])
+    mel, _ = flow.inference(
+        row, length(row), prompt["tokens"], length(prompt["tokens"]), prompt["mel"], length(prompt["mel"]),
+        prompt["speaker_embedding"], streaming=False, finalize=True,
+    )  # fmt: skip
+    with token2wav.vocoder.fixed_noise(seed, 480 * mel.shape[2]):
+        return mel[0], hift.inference(speech_feat=mel)[0][0]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_batch_equals_the_official_code_one_by_one(folder, voice, device):
+    token2wav = load_token2wav(folder, device)
+    assert isinstance(token2wav, CosyVoice2Token2Wav)
+    sequences = random_tokens([1, 7, 40, 23, 40])
+    waveforms, lens = token2wav(sequences, voice, seed=5)
+    assert lens.tolist() == [960 * len(tokens) for tokens in sequences]
+    for tokens, waveform, length in zip(sequences, waveforms, lens, strict=True):
+        _, expected = official(token2wav, folder, tokens, voice, seed=5)
+        assert expected.abs().max() > 1e-3 and len(expected) == length
+        torch.testing.assert_close(waveform[:length], expected, rtol=0, atol=TOLERANCE)
+        assert waveform[length:].abs().sum() == 0
+
+
+@pytest.mark.skipif("FULL_SHAPE" not in os.environ, reason="minutes: set FULL_SHAPE=1")
+def test_a_batch_equals_the_official_code_at_full_shape(tmp_path, voice):
+    folder = make_cosyvoice2_folder(tmp_path, FULL)
+    token2wav = load_token2wav(folder)
+    sequences = random_tokens([50, 75, 120])
+    waveforms, lens = token2wav(sequences, voice)
+    for tokens, waveform, length in zip(sequences, waveforms, lens, strict=True):
+        _, expected = official(token2wav, folder, tokens, voice, seed=0)
+        torch.testing.assert_close(waveform[:length], expected, rtol=0, atol=TOLERANCE)
+
+
+def test_padding_would_change_the_result_without_the_masks(folder, voice):
+    """What the hooks are for: without them the test above fails."""
+    token2wav = load_token2wav(folder)
+    sequences = random_tokens([10, 40])
+    right = token2wav(sequences, voice)[0][0, :9600]
+    token2wav.flow.module.encoder.pre_lookahead_layer._forward_pre_hooks.clear()
+    assert (token2wav(sequences, voice)[0][0, :9600] - right).abs().max() > TOLERANCE
+    token2wav = load_token2wav(folder)
+    token2wav.vocoder.module.conv_post._forward_pre_hooks.clear()
+    assert (token2wav(sequences, voice)[0][0, :9600] - right).abs().max() > TOLERANCE
+
+
+def test_seeds_and_prompts(folder, voice):
+    token2wav = load_token2wav(folder)
+    (tokens,) = random_tokens([20])
+    first = token2wav([tokens], voice, seed=1)[0]
+    torch.testing.assert_close(first, token2wav([tokens[:5], tokens], voice, seed=1)[0][1:], rtol=0, atol=TOLERANCE)
+    assert (first - token2wav([tokens], voice, seed=2)[0]).abs().max() > TOLERANCE
+    with pytest.raises(ValueError, match="needs a prompt voice"):
+        token2wav([tokens])
+    features = token2wav.prompt_features(voice)
+    assert len(features["mel"]) == 2 * len(features["tokens"]) == 74 and features["speaker_embedding"].shape == (192,)
+    assert token2wav.prompt_features(voice) is features
+
+
+def test_memory_that_runs_out_halves_the_batch(folder, voice, monkeypatch):
+    token2wav = load_token2wav(folder)
+    sequences = random_tokens([9, 12, 5])
+    expected, _ = token2wav(sequences, voice)
+    flow, sizes = token2wav.flow, []
+
+    def small_flow(tokens, lens, prompt):
+        sizes.append(len(tokens))
+        if len(tokens) > 1:
+            raise torch.cuda.OutOfMemoryError
+        return flow(tokens, lens, prompt)
+
+    monkeypatch.setattr(token2wav, "flow", small_flow)
+    torch.testing.assert_close(token2wav(sequences, voice)[0], expected, rtol=0, atol=TOLERANCE)
+    assert sizes == [3, 1, 2, 1, 1]
+
+
+@pytest.mark.parametrize("name", ["flow.pt", "campplus.onnx"])
+def test_a_missing_file_and_wrong_weights_are_named(folder, tmp_path, name):
+    import shutil
+
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / name).unlink()
+    with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+        CosyVoice2Token2Wav(copy)
+    if name == "flow.pt":
+        torch.save({"input_embedding.weight": torch.zeros(3, 3)}, copy / name)
+        with pytest.raises(ValueError, match=r"flow\.pt"):
+            CosyVoice2Token2Wav(copy)
+
+
+def test_shapes_of_the_small_stand_in_differ_in_size_only():
+    assert SMALL.keys() == FULL.keys()
