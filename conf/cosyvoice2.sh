@@ -51,14 +51,56 @@ infer_device=${infer_device:-cuda}
 infer_batch_size=${infer_batch_size:-32}
 temperature=${temperature:-0.8} top_p=${top_p:-0.95} top_k=${top_k:--1}
 
+# stage -1: everything is resumed, and skipped when it is there
+cosyvoice_url=${cosyvoice_url:-https://github.com/FunAudioLLM/CosyVoice.git}
+cosyvoice_commit=${cosyvoice_commit:-ace7c47f41bbd303aa6bf1ea80e6f9fbd595cd40}
+num_train=${num_train:-80000} num_test=${num_test:-100} # first and last lines of AISHELL-3's 88,035 texts
+
+download() { run "$speech_bin/python" "$root/scripts/download.py" "$@"; }
+
 install_profile() {
-  [[ -e $cosyvoice_dir/cosyvoice ]] || {
-    run git clone --recursive https://github.com/FunAudioLLM/CosyVoice.git "$cosyvoice_dir.part"
-    run mv -T "$cosyvoice_dir.part" "$cosyvoice_dir"
-  }
-  run "$speech_bin/modelscope" download --model iic/CosyVoice2-0.5B --local_dir "$token2wav_dir"
-  run "$speech_bin/modelscope" download --model iic/SenseVoiceSmall --local_dir "$reward_asr_dir"
-  run "$trainer_bin/hf" download yuekai/llasa_cosyvoice2_token_qwen_0.5b --local-dir "$sft_path"
+  clone_cosyvoice
+  download --hub modelscope --repo iic/CosyVoice2-0.5B --output-dir "$token2wav_dir" --need-gib 6 \
+    --require cosyvoice2.yaml flow.pt hift.pt llm.pt campplus.onnx speech_tokenizer_v2.onnx
+  download --hub modelscope --repo iic/SenseVoiceSmall --output-dir "$reward_asr_dir" --need-gib 2 \
+    --require model.pt config.yaml am.mvn configuration.json
+  download --hub modelscope --repo iic/speech_seaco_paraformer_large_asr_nat-zh-cn-16k-common-vocab8404-pytorch \
+    --output-dir "$eval_asr_dir" --need-gib 2 --require model.pt config.yaml am.mvn configuration.json
+  download --hub huggingface --repo yuekai/llasa_cosyvoice2_token_qwen_0.5b --output-dir "$sft_path" --need-gib 2 \
+    --require config.json tokenizer_config.json
+  install_texts
+  install_eval_set
+}
+
+clone_cosyvoice() {
+  [[ -e $cosyvoice_dir/cosyvoice ]] && return
+  run rm -rf "$cosyvoice_dir.part"
+  run git clone --quiet --no-checkout "$cosyvoice_url" "$cosyvoice_dir.part"
+  run git -C "$cosyvoice_dir.part" checkout --quiet --detach "$cosyvoice_commit"
+  run git -C "$cosyvoice_dir.part" submodule --quiet update --init --recursive
+  run mv -T "$cosyvoice_dir.part" "$cosyvoice_dir"
+}
+
+install_texts() {
+  local texts=$workspace/data/voxbox/metadata/aishell-3.jsonl
+  [[ -e $train_jsonl && -e $test_jsonl ]] && return
+  download --hub huggingface --repo SparkAudio/voxbox --repo-type dataset --include metadata/aishell-3.jsonl \
+    --output-dir "$workspace/data/voxbox" --require metadata/aishell-3.jsonl
+  run bash -c 'head -n "$1" "$2" >"$3.part" && mv "$3.part" "$3"' - "$num_train" "$texts" "$train_jsonl"
+  run bash -c 'tail -n "$1" "$2" >"$3.part" && mv "$3.part" "$3"' - "$num_test" "$texts" "$test_jsonl"
+}
+
+install_eval_set() {
+  local repo=yuekai/CV3-Eval
+  [[ $dataset == zero_shot_zh ]] || repo=yuekai/seed_tts_cosy2
+  if [[ ! -e $eval_jsonl ]]; then
+    download --hub huggingface --repo "$repo" --repo-type dataset --include "*$dataset*" \
+      --output-dir "$workspace/data/$repo" --need-gib 2
+    run "$trainer_bin/python" "$root/scripts/prepare_eval_set.py" --source "$workspace/data/$repo" --split "$dataset" \
+      --output "$eval_jsonl"
+  fi
+  [[ -e $known_answer_jsonl ]] || run "$speech_bin/python" "$root/scripts/encode_prompts.py" --eval-set "$eval_jsonl" \
+    --token2wav-dir "$token2wav_dir" --output "$known_answer_jsonl"
 }
 
 # token2wav imports CosyVoice's modules

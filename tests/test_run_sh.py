@@ -21,6 +21,9 @@ all=" $* "
 value() { [[ $all =~ \ $1\ ([^ ]+) ]] && echo "${BASH_REMATCH[1]}"; }
 [[ -z ${FAIL-} || $all != *"$FAIL"* ]] || { echo "stub failure" >&2; exit 3; }
 case $all in
+  *download.py*voxbox*) mkdir -p "$workspace/data/voxbox/metadata"
+    seq 1 9 >"$workspace/data/voxbox/metadata/aishell-3.jsonl" ;;
+  *download.py*|*prepare_eval_set.py*|*encode_prompts.py*) ;;
   *prepare_data.py*) mkdir -p "$exp_dir/data" && touch "$exp_dir/data/train.parquet" ;;
   *token2wav_asr_server.py\ --*) [[ -z ${SERVER_DIES-} ]] || { echo "no memory" >&2; exit 1; }
     echo $$ >"$READY"; trap 'rm -f "$READY"; echo stopped >>"$CALLS"; exit 0' TERM INT
@@ -123,6 +126,41 @@ def test_usage_errors(recipe, arguments):
 def test_unknown_profile_and_help(recipe):
     assert recipe.run("0", profile="huge").returncode == 2
     assert "tongue-twister" in recipe.run("--help").stderr
+
+
+def test_full_size_install(recipe, tmp_path):
+    source, workspace = tmp_path / "source", tmp_path / "a workspace"
+    (source / "cosyvoice").mkdir(parents=True)
+    (source / "cosyvoice/__init__.py").touch()
+    git = ["git", "-C", str(source), "-c", "user.name=x", "-c", "user.email=x@y"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *command], check=True)
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "later"], check=True)
+    settings = {"profile": "cosyvoice2", "workspace": str(workspace), "cosyvoice_url": str(source), "num_train": "7",
+                "num_test": "2", "cosyvoice_commit": commit}  # fmt: skip
+    broken = recipe.run("-1", "-1", **settings | {"cosyvoice_commit": "0" * 40})
+    assert broken.returncode != 0 and not (workspace / "CosyVoice").exists()
+    done = recipe.run("-1", "-1", **settings)
+    assert done.returncode == 0, done.stderr
+    head = subprocess.run(
+        ["git", "-C", str(workspace / "CosyVoice"), "rev-parse", "HEAD"], capture_output=True, text=True
+    )
+    assert head.stdout.strip() == commit
+    assert (workspace / "data/train.jsonl").read_text().split() == list("1234567")
+    assert (workspace / "data/test.jsonl").read_text().split() == list("89")
+    calls = recipe.calls_path.read_text()
+    for repo in (
+        "iic/CosyVoice2-0.5B",
+        "iic/SenseVoiceSmall",
+        "yuekai/llasa_cosyvoice2_token_qwen_0.5b",
+        "yuekai/CV3-Eval",
+    ):
+        assert f"--repo {repo} " in calls
+    assert "prepare_eval_set.py" in calls and "encode_prompts.py" in calls
+    assert recipe.run("-1", "-1", **settings, dataset="test_zh").returncode == 0
+    calls = recipe.calls_path.read_text()
+    assert "--repo yuekai/seed_tts_cosy2 " in calls and "voxbox" not in calls
 
 
 def test_rollouts_must_fill_the_micro_batches(recipe):

@@ -1,0 +1,43 @@
+"""Make the known-answer file of the reward check: the texts of recordings with their speech tokens.
+
+    python scripts/encode_prompts.py --eval-set data/zero_shot_zh.jsonl --token2wav-dir DIR --output known_answer.jsonl
+
+The recordings are the prompts of an evaluation set: real speech, whose tokens must score high.
+"""
+
+import argparse
+from pathlib import Path
+
+from tqdm import tqdm
+
+from tts_grpo.audio import load_audio
+from tts_grpo.jsonl import read_jsonl, write_jsonl
+from tts_grpo.token2wav import load_token2wav
+
+
+def get_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--eval-set", type=Path, required=True, help="JSONL with prompt_text and prompt_audio")
+    parser.add_argument("--token2wav-dir", type=Path, required=True, help="folder with the speech tokenizer")
+    parser.add_argument("--limit", type=int, default=64, help="how many recordings")
+    parser.add_argument("--device", default="cpu", help="torch device")
+    parser.add_argument("--output", type=Path, required=True, help="JSONL to write: text, speech_tokens")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = get_args(argv)
+    rows = [row for row in read_jsonl(args.eval_set) if row.get("prompt_audio")][: args.limit]
+    if not rows:
+        raise SystemExit(f"encode_prompts.py: {args.eval_set} has no utterance with a prompt_audio")
+    token2wav = load_token2wav(args.token2wav_dir, args.device)
+    lines = []
+    for row in tqdm(rows, desc="speech tokens", unit="recording"):
+        (tokens,) = token2wav.encode([load_audio(args.eval_set.parent / row["prompt_audio"])])
+        lines.append({"text": row["prompt_text"], "speech_tokens": tokens})
+    write_jsonl(args.output, lines)
+    print(f"{len(lines)} recordings: {args.output}")
+
+
+if __name__ == "__main__":
+    main()

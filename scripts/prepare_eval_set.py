@@ -1,0 +1,120 @@
+"""Make an evaluation set: JSONL of id, prompt_text, prompt_audio and target_text, with the prompts' recordings.
+
+    python scripts/prepare_eval_set.py --source FOLDER_OF_PARQUET --output data/zero_shot_zh.jsonl
+    python scripts/prepare_eval_set.py --source seedtts_testset/zh/meta.lst --output data/test_zh.jsonl
+
+Sources: a folder of parquet files with the columns id, prompt_text, target_text and prompt_audio (an encoded file), as
+the Hugging Face sets yuekai/CV3-Eval and yuekai/seed_tts_cosy2 have them; or the meta.lst of seed-tts-eval, whose lines
+are ``id|prompt text|prompt wav|target text``. Recordings go into a folder beside the JSONL, of its name.
+"""
+
+import argparse
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from tts_grpo.jsonl import write_jsonl
+
+COLUMNS = ("id", "prompt_text", "target_text", "prompt_audio")
+FORMATS = {b"RIFF": ".wav", b"fLaC": ".flac", b"OggS": ".ogg", b"ID3": ".mp3", b"\xff\xfb": ".mp3"}
+
+
+def get_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", type=Path, required=True, help="folder of parquet files, or a meta.lst")
+    parser.add_argument("--split", default="", help="take only parquet files with this in their name")
+    parser.add_argument("--output", type=Path, required=True, help="JSONL to write")
+    return parser.parse_args(argv)
+
+
+def suffix(audio: bytes, where: str) -> str:
+    """File ending of an encoded recording.
+
+    Raises:
+        ValueError: the bytes are of no audio file that is known.
+    """
+    for magic, ending in FORMATS.items():
+        if audio.startswith(magic):
+            return ending
+    raise ValueError(f"{where}: the prompt's audio is no wav, flac, ogg or mp3 file")
+
+
+def from_parquet(folder: Path, split: str) -> Iterator[tuple[str, str, str, bytes]]:
+    """``(id, prompt text, target text, encoded recording)`` of each row.
+
+    Raises:
+        ValueError: there are no files, or a column is missing.
+    """
+    import pyarrow.parquet as pq
+
+    paths = [path for path in sorted(folder.rglob("*.parquet")) if split in path.name]
+    if not paths:
+        raise ValueError(f"{folder}: no parquet file with {split!r} in its name" if split else f"{folder}: no parquet")
+    for path in paths:
+        file = pq.ParquetFile(path)
+        missing = [name for name in COLUMNS if name not in file.schema_arrow.names]
+        if missing:
+            raise ValueError(f"{path}: no column {', '.join(missing)}")
+        for batch in file.iter_batches(batch_size=64, columns=list(COLUMNS)):
+            for row in batch.to_pylist():
+                yield str(row["id"]), row["prompt_text"], row["target_text"], row["prompt_audio"]["bytes"]
+
+
+def from_meta(path: Path) -> Iterator[tuple[str, str, str, bytes]]:
+    """As :func:`from_parquet`, of seed-tts-eval's list.
+
+    Raises:
+        ValueError: a line has not its four parts, or a recording is missing.
+    """
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        parts = line.strip().split("|")
+        if len(parts) < 4:
+            raise ValueError(f"{path}, line {number}: wants id|prompt text|prompt wav|target text")
+        wav = path.parent / parts[2]
+        if not wav.exists():
+            raise ValueError(f"{path}, line {number}: {wav} is missing")
+        yield parts[0], parts[1], parts[3], wav.read_bytes()
+
+
+def write_set(rows: Iterator[tuple[str, str, str, bytes]], output: Path) -> int:
+    """Write recordings, then the JSONL; the number of utterances.
+
+    Raises:
+        ValueError: an id is no file name or comes twice, a text is missing, or there is no row.
+    """
+    folder, lines = output.with_suffix(""), {}
+    folder.mkdir(parents=True, exist_ok=True)
+    for utt_id, prompt_text, target_text, audio in rows:
+        if not re.fullmatch(r"[\w][\w.\-]*", utt_id) or utt_id in lines:
+            raise ValueError(f"the id {utt_id!r} comes twice or is no file name")
+        if not (prompt_text and target_text and audio):
+            raise ValueError(f"{utt_id}: prompt_text, target_text or prompt_audio is empty")
+        wav = folder / f"{utt_id}{suffix(audio, utt_id)}"
+        wav.write_bytes(audio)
+        prompt_audio = str(wav.relative_to(output.parent))
+        lines[utt_id] = {
+            "id": utt_id,
+            "prompt_text": prompt_text,
+            "prompt_audio": prompt_audio,
+            "target_text": target_text,
+        }
+    if not lines:
+        raise ValueError("the set is empty")
+    write_jsonl(output, lines.values())
+    return len(lines)
+
+
+def main(argv=None):
+    args = get_args(argv)
+    try:
+        rows = from_meta(args.source) if args.source.is_file() else from_parquet(args.source, args.split)
+        count = write_set(rows, args.output)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"prepare_eval_set.py: {error}") from error
+    print(f"{count} utterances: {args.output}")
+
+
+if __name__ == "__main__":
+    main()
