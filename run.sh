@@ -25,13 +25,15 @@ exp_dir=${exp_dir:-$root/exp/$exp_name}   # its folder
 seed=${seed:-42}                          # of data order and sampling
 force=${force:-0}                         # 1: redo the stages asked for, from nothing
 base_python=${base_python:-python3}       # interpreter the environments are built on, 3.11 or 3.12
-venv_root=${venv_root:-$root/.venv}       # folder of the environments
+venv_root=${venv_root:-$root/.venv}       # folder of the environments, speech and trainer
+make_envs=${make_envs:-1}                 # 0: those in venv_root are used as they are
 server_timeout_s=${server_timeout_s:-900} # longest wait for the reward server
 
 max_bad_ratio=${max_bad_ratio:-0.01}        # of unusable lines of the data (stage 0)
 server_address=${server_address:-127.0.0.1} # of the reward server; 0.0.0.0 serves other machines
 http_port=${http_port:-8000} grpc_port=${grpc_port:-8001} metrics_port=${metrics_port:-8002}
 server_urls=${server_urls:-http://127.0.0.1:$http_port} # what training talks to; several with commas
+check_reward=${check_reward:-1}                         # 0: train though real speech does not score high
 reward_curve=${reward_curve:-tanh}                      # or exp, see tts_grpo/metrics.py
 seeds=${seeds:-0 1 2 3 4}                               # of the evaluation (stage 4)
 prompt_audio=${prompt_audio:-}                          # recording whose voice speaks in stages 1 and 5
@@ -59,6 +61,13 @@ cleanup() {
 }
 
 stage_-1() {
+  ((make_envs)) && make_environments
+  run "$speech_bin/python" -c 'import token2wav_asr_server; token2wav_asr_server.check_libpython()'
+  [[ -z $(type -t install_profile) ]] || install_profile
+  echo "environments: $venv_root/speech, $venv_root/trainer"
+}
+
+make_environments() {
   local pids=() pid
   export base_python venv_root
   run exec bash "$root/scripts/make_env.sh" speech "$root/requirements-cosyvoice.txt" &
@@ -66,9 +75,6 @@ stage_-1() {
   run exec bash "$root/scripts/make_env.sh" trainer "$root/requirements-verl.txt" &
   pids+=($!)
   for pid in "${pids[@]}"; do wait "$pid" || die "an environment could not be made: see above"; done
-  run "$speech_bin/python" -c 'import token2wav_asr_server; token2wav_asr_server.check_libpython()'
-  [[ -z $(type -t install_profile) ]] || install_profile
-  echo "environments: $venv_root/speech, $venv_root/trainer"
 }
 
 stage_0() {
@@ -97,8 +103,10 @@ stage_2() {
   if ((dry_run == 0)) && ! server_ready "${server_urls%%[, ]*}"; then
     die "no reward server is ready at ${server_urls%%[, ]*}: start one with bash run.sh 1 1"
   fi
+  local check=()
+  ((check_reward == 0)) || check=(--check)
   run "$trainer_bin/python" "$root/reward_tts.py" --jsonl "$known_answer_jsonl" --limit 64 \
-    --server-urls "$server_urls" --check
+    --server-urls "$server_urls" "${check[@]}"
   run env "${train_env[@]}" "$trainer_bin/python" "$root/scripts/train.py" --log-file "$exp_dir/log/train.log" \
     --total-steps "$total_steps" --failure-file "$exp_dir/reward_failure" -- \
     "$trainer_bin/python" -m verl.trainer.main_ppo "${verl_args[@]}" "${profile_verl_args[@]}" "${verl_overrides[@]}"
@@ -109,15 +117,15 @@ stage_2() {
 
 stage_3() {
   done_with 3 "$key_3" && skip 3 && return
-  llm_path=${llm_path:-$(last_checkpoint)}
-  need "$llm_path/actor" 2
-  run rm -rf "$llm_path/merged_hf_model.part" "$llm_path/merged_hf_model"
-  run "$trainer_bin/python" "$root/scripts/merge.py" --checkpoint "$llm_path/actor" --sft-path "$sft_path" \
-    --output-dir "$llm_path/merged_hf_model.part"
-  run mv -T "$llm_path/merged_hf_model.part" "$llm_path/merged_hf_model"
-  run ln -sfnT "$llm_path/merged_hf_model" "$exp_dir/merged_hf_model"
+  local checkpoint=${llm_path:-$(last_checkpoint)}
+  need "$checkpoint/actor" 2
+  run rm -rf "$checkpoint/merged_hf_model.part" "$checkpoint/merged_hf_model"
+  run "$trainer_bin/python" "$root/scripts/merge.py" --checkpoint "$checkpoint/actor" --sft-path "$sft_path" \
+    --output-dir "$checkpoint/merged_hf_model.part"
+  run mv -T "$checkpoint/merged_hf_model.part" "$checkpoint/merged_hf_model"
+  run ln -sfnT "$checkpoint/merged_hf_model" "$exp_dir/merged_hf_model"
   mark_done 3 "$key_3"
-  echo "merged model: $llm_path/merged_hf_model"
+  echo "merged model: $checkpoint/merged_hf_model"
 }
 
 stage_4() {
@@ -242,6 +250,10 @@ configure() {
     max_prompt_length reward_curve reward_tones num_gpus num_nodes total_steps train_batch_size rollout_n
     max_response_length learning_rate learning_rate_schedule norm_adv_by_std eval_jsonl seeds temperature top_p top_k overrides
   )
+}
+
+# What each stage depends on, told anew before each: stage -1 may bring the files whose content counts.
+set_keys() {
   # shellcheck disable=SC2034  # read by name
   overrides=${verl_overrides[*]-}
   key_0=$(key train_jsonl test_jsonl sft_path max_prompt_length max_bad_ratio)
@@ -282,6 +294,7 @@ main() {
     echo "== stage $stage ($(date +%T))"
     begin=$SECONDS
     [[ -n $memory_pid ]] || watch_memory
+    set_keys
     "stage_$stage"
     echo "== stage $stage took $((SECONDS - begin)) s"
     record "$stage" "$((SECONDS - begin))"

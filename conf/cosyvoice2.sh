@@ -29,6 +29,7 @@ server_batch_size=${server_batch_size:-32} # rollouts scored at once
 reward_tones=${reward_tones:-1}            # 1: tones count in the reward's pinyin error rate
 
 # GRPO (stage 2)
+train_device=${train_device:-cuda} # or cpu
 num_gpus=${num_gpus:-1} num_nodes=${num_nodes:-1}
 total_steps=${total_steps:-400}
 train_batch_size=${train_batch_size:-32} # prompts a step
@@ -115,3 +116,7 @@ profile_verl_args=(
   actor_rollout_ref.rollout.name=vllm
   actor_rollout_ref.rollout.gpu_memory_utilization=0.4
 )
+if [[ $train_device == cpu ]]; then # to try the profile with small weights
+  # shellcheck source=scripts/verl_cpu.sh
+  source "$root/scripts/verl_cpu.sh"
+fi

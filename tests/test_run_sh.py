@@ -52,7 +52,8 @@ class Recipe:
         (self.root / "scripts").mkdir(parents=True)
         shutil.copytree(ROOT / "conf", self.root / "conf")
         shutil.copy(ROOT / "run.sh", self.root)
-        shutil.copy(ROOT / "scripts/lib.sh", self.root / "scripts")
+        for name in ("lib.sh", "verl_cpu.sh"):
+            shutil.copy(ROOT / "scripts" / name, self.root / "scripts")
         (self.root / "scripts/make_env.sh").write_text('echo "make_env $1" >>"$CALLS"\n')
         (self.root / "scripts/compute_wer.sh").write_text('echo "compute_wer $1" >>"$CALLS"\n')
         for name, text in (("venv/speech/bin/python", STUB), ("venv/trainer/bin/python", STUB),
