@@ -72,7 +72,7 @@ make_environments() {
   export base_python venv_root
   run exec bash "$root/scripts/make_env.sh" speech "$root/requirements-cosyvoice.txt" &
   pids+=($!)
-  run exec bash "$root/scripts/make_env.sh" trainer "$root/requirements-verl.txt" &
+  run exec bash "$root/scripts/make_env.sh" trainer "$trainer_requirements" &
   pids+=($!)
   for pid in "${pids[@]}"; do wait "$pid" || die "an environment could not be made: see above"; done
 }

@@ -43,6 +43,7 @@ test_freq=${test_freq:-50}                                 # steps between valid
 save_freq=${save_freq:-50}                                 # steps between checkpoints
 max_checkpoints=${max_checkpoints:-4}                      # kept of them
 train_threads=${train_threads:-4}
+trainer_requirements=${trainer_requirements:-$root/requirements-verl-gpu.txt}
 
 # evaluation (stages 4 and 5)
 dataset=${dataset:-zero_shot_zh} # or test_zh

@@ -9,7 +9,7 @@ reward_asr_dir=${reward_asr_dir:-$root/assets/tiny/asr_reward} # recogniser of t
 eval_asr_dir=${eval_asr_dir:-$root/assets/tiny/asr_eval}       # recogniser of the evaluation: another one
 
 # data (stage 0)
-train_jsonl=${train_jsonl:-$root/assets/tiny/data/train.jsonl}
+train_jsonl=${train_jsonl:-$root/assets/tiny/data/grpo.jsonl}              # texts that no part was trained on
 test_jsonl=${test_jsonl:-$root/assets/tiny/data/dev.jsonl}                 # validation during training
 known_answer_jsonl=${known_answer_jsonl:-$root/assets/tiny/data/dev.jsonl} # text and speech_tokens of real speech
 max_prompt_length=${max_prompt_length:-64}                                 # in tokens
@@ -35,6 +35,7 @@ test_freq=${test_freq:-20}                                 # steps between valid
 save_freq=${save_freq:-20}                                 # steps between checkpoints
 max_checkpoints=${max_checkpoints:-1}                      # kept of them
 train_threads=${train_threads:-2}
+trainer_requirements=${trainer_requirements:-$root/requirements-verl.txt}
 
 # evaluation (stages 4 and 5)
 eval_jsonl=${eval_jsonl:-$root/assets/tiny/data/test.jsonl}

@@ -21,13 +21,14 @@ def test_size(assets):
 
 
 def test_splits_are_apart(assets):
-    splits = {name: read_jsonl(assets / "data" / f"{name}.jsonl") for name in ("train", "dev", "test")}
+    splits = {name: read_jsonl(assets / "data" / f"{name}.jsonl") for name in ("train", "grpo", "dev", "test")}
     texts = {name: [han_only(row["text"]) for row in rows] for name, rows in splits.items()}
     assert len(texts["test"]) >= 300
     for held_out in ("test", "dev"):
-        assert not any(held in sentence for held in texts[held_out] for sentence in texts["train"])
+        assert not any(held in sentence for held in texts[held_out] for sentence in texts["train"] + texts["grpo"])
+    assert len(texts["grpo"]) >= 1000 and not set(texts["grpo"]) & set(texts["train"])
     assert not set(texts["test"]) & set(texts["dev"])
-    ids = [row["id"] for rows in splits.values() for row in rows]
+    ids = [row["id"] for name in ("dev", "test") for row in splits[name]]
     assert len(set(ids)) == len(ids)
 
 

@@ -153,7 +153,7 @@ def sources(monkeypatch):
 
 
 def test_held_out_sentences_are_in_no_training_sentence(sources, tmp_path):
-    sizes = ["--num-breadth", "3", "--num-test", "2", "--num-dev", "1"]
+    sizes = ["--num-breadth", "3", "--num-grpo", "2", "--num-test", "2", "--num-dev", "1"]
     texts_module.main(["--output", str(tmp_path / "t.jsonl"), *sizes])
     rows = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
     held_out = [texts_module.han_only(row["text"]) for row in rows if row["split"] != "train"]
@@ -161,6 +161,9 @@ def test_held_out_sentences_are_in_no_training_sentence(sources, tmp_path):
     assert len(held_out) == 3 and len(set(train)) == len(train)
     assert "今天天气很好" not in held_out  # another sentence contains it
     assert not any(held in sentence for held in held_out for sentence in train)
+    prompts = [json.loads(line)["text"] for line in (tmp_path / "grpo.jsonl").read_text().splitlines()]
+    assert len(prompts) == 2 and not set(prompts) & {row["text"] for row in rows}
+    assert not any(held in texts_module.han_only(prompt) for held in held_out for prompt in prompts)
     halves = [row["recogniser"] for row in rows if row["split"] == "train"]
     assert set(halves) == {"reward", "eval"}
 

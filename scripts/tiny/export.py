@@ -29,7 +29,6 @@ PROMPT_S = (2.5, 4.0)
 NUM_RECORDINGS = 90  # of test sentences, for check.sh
 OPUS_COMPRESSION = 0.95  # on libsndfile's scale: about 21 kbit/s
 SELECTION_SEEDS = (1000, 2000, 3000)
-DATA_KEYS = ("id", "text")
 
 
 def get_args(argv=None):
@@ -61,7 +60,7 @@ def export_codec(work_dir: Path, settings, folder: Path) -> None:
 
 
 def export_data(work_dir: Path, folder: Path) -> None:
-    """train, dev and test JSONL (everyday sentences only); dev and test with the teacher's speech tokens."""
+    """Everyday sentences by split, dev and test with the teacher's speech tokens, and the clauses for GRPO."""
     (folder / "data").mkdir(parents=True, exist_ok=True)
     tokens = np.load(work_dir / "tokens.npz")
     ids, lens = tokens["tokens"][0], tokens["lens"][0]
@@ -70,10 +69,12 @@ def export_data(work_dir: Path, folder: Path) -> None:
         lines = []
         for i, row in enumerate(rows):
             if row["split"] == split and row["source"] == "hsk":
-                line = {key: row[key] for key in DATA_KEYS}
-                line |= {} if split == "train" else {"speech_tokens": ids[i, : lens[i]].tolist()}
+                line = {"text": row["text"]}
+                if split != "train":
+                    line = {"id": row["id"], **line, "speech_tokens": ids[i, : lens[i]].tolist()}
                 lines.append(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n")
         (folder / "data" / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+    shutil.copy(work_dir / "grpo.jsonl", folder / "data")
 
 
 def export_recordings(work_dir: Path, folder: Path) -> None:

@@ -22,11 +22,11 @@ if [[ $preset == full ]]; then
   device=${device:-cuda}                      # torch device of stages 2 to 5
   output_dir=${output_dir:-$root/assets/tiny} # the stack
   num_breadth=${num_breadth:-3300}            # clauses beside the 4,349 everyday sentences
-  text_args=(--num-breadth "$num_breadth" --num-test 400 --num-dev 120)
+  text_args=(--num-breadth "$num_breadth" --num-grpo 1500 --num-test 400 --num-dev 120)
 else
   device=${device:-cpu}
   output_dir=${output_dir:-$work_dir/assets}
-  text_args=(--num-breadth 40 --num-test 8 --num-dev 8 --limit 24)
+  text_args=(--num-breadth 40 --num-grpo 8 --num-test 8 --num-dev 8 --limit 24)
 fi
 num_procs=${num_procs:-$(nproc)} # processes of the teacher
 python=${python:-}               # interpreter that has all packages; empty: stage 0 makes one

