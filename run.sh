@@ -301,4 +301,4 @@ main() {
   done
 }
 
-main "$@"
+main "$@" && exit
