@@ -16,6 +16,7 @@
 #
 # A stage that is done with the same settings is skipped. Everything that is made is in exp/$exp_name.
 # Variables: those below, and those in conf/$profile.sh; set them there or in the environment.
+# shellcheck disable=SC2329  # stages are called by name
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -48,7 +49,7 @@ verl_overrides=()
 source "$root/scripts/lib.sh"
 
 usage() {
-  sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//p}' "$root/run.sh" >&2
+  sed -n '2,/^# shellcheck/{/^# shellcheck/d;s/^# \{0,1\}//p}' "$root/run.sh" >&2
   exit 2
 }
 
@@ -299,6 +300,7 @@ main() {
     echo "== stage $stage took $((SECONDS - begin)) s"
     record "$stage" "$((SECONDS - begin))"
   done
+  exit # bash reads no further: an edit of this file does not disturb a run
 }
 
-main "$@" && exit
+main "$@"

@@ -56,7 +56,9 @@ main() {
   "$base_python" -m venv "$dir"
   local file args=()
   for file; do args+=(-r "$file"); done
-  "$dir/bin/python" -m pip install --quiet --disable-pip-version-check "${args[@]}"
+  "$dir/bin/python" -m pip install --quiet --disable-pip-version-check "${args[@]}" &
+  trap 'kill $! 2>/dev/null; exit 143' INT TERM # bash would end and leave pip at work
+  wait $!
   mend_torchaudio "$dir/bin/python"
   echo "$key" >"$dir/.done"
 }

@@ -2,6 +2,8 @@
 
 import os
 import subprocess
+import time
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +13,8 @@ case "$*" in
   --version) echo "Python $VERSION" ;;
   *sys.version_info*) [[ $VERSION == 3.11.* || $VERSION == 3.12.* ]] ;;
   "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
-  "-m pip "*) echo "$*" >>"$PIP_CALLS" && exit "${PIP_STATUS:-0}" ;;
+  "-m pip "*) [[ -z ${HANG-} ]] || { echo $$ >"$HANG" && exec sleep 60; }
+    echo "$*" >>"$PIP_CALLS" && exit "${PIP_STATUS:-0}" ;;
 esac
 """
 
@@ -26,16 +29,16 @@ def make_env(tmp_path):
     calls = tmp_path / "calls"
     calls.touch()
 
+    command = ["bash", "scripts/make_env.sh", "speech", str(requirements)]
+    base = os.environ | {"base_python": str(python), "venv_root": str(tmp_path / "environments"), "VERSION": "3.11.7"}
+    base |= {"PIP_CALLS": str(calls)}
+
     def run(version="3.11.7", pip_status=0):
-        environment = os.environ | {
-            "base_python": str(python), "venv_root": str(tmp_path / "environments"), "VERSION": version,
-            "PIP_CALLS": str(calls), "PIP_STATUS": str(pip_status),
-        }  # fmt: skip
-        command = ["bash", "scripts/make_env.sh", "speech", str(requirements)]
+        environment = base | {"VERSION": version, "PIP_STATUS": str(pip_status)}
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         return done, len(calls.read_text().splitlines())
 
-    run.requirements = requirements
+    run.requirements, run.command, run.environment = requirements, command, base
     return run
 
 
@@ -51,6 +54,20 @@ def test_a_failed_installation_is_not_taken_for_done(make_env):
     assert make_env(pip_status=1)[0].returncode != 0
     done, calls = make_env()
     assert (done.returncode, calls) == (0, 2)
+
+
+def test_the_installation_ends_with_the_script(make_env, tmp_path):
+    process = subprocess.Popen(make_env.command, env=make_env.environment | {"HANG": str(tmp_path / "pid")})
+    end = time.monotonic() + 20
+    while not (tmp_path / "pid").exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    time.sleep(0.3)
+    process.terminate()
+    assert process.wait(timeout=20) == 143
+    pid = int((tmp_path / "pid").read_text())
+    while Path(f"/proc/{pid}").exists():
+        assert time.monotonic() < end, "pip is still at work"
+        time.sleep(0.05)
 
 
 def test_another_python_is_refused_in_words(make_env):
