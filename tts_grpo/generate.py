@@ -15,6 +15,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from tts_grpo import cosyvoice2_lm  # noqa: F401  (registers the model type of converted official checkpoints)
 from tts_grpo.tokens import NUM_SPEECH_TOKENS, speech_token_str
 
 
