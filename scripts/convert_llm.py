@@ -92,7 +92,7 @@ def load_official(path: Path, config) -> dict[str, torch.Tensor]:
     Raises:
         ValueError: it is not exactly what ``config`` asks for; names every tensor that differs.
     """
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     expected = expected_shapes(config)
     problems = [f"{name} is missing" for name in expected.keys() - state.keys()]
     problems += [f"{name} is unknown" for name in state.keys() - expected.keys()]
@@ -168,7 +168,7 @@ def converted_weights(state: dict[str, torch.Tensor], first: int, rows: int) -> 
 def filled(cls, config, weights: dict[str, torch.Tensor], tokenizer):
     """A model of class ``cls`` with ``weights`` and the tokenizer's end tokens."""
     model = cls(config).eval()
-    model.load_state_dict(weights)
+    model.load_state_dict(weights, assign=True)  # no second copy of 2 GB
     ends = tokenizer.convert_tokens_to_ids(list(ENDS))
     model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
     return model
