@@ -77,11 +77,11 @@ def too_long(tokenizer, texts: list[str], max_prompt_length: int) -> list[bool]:
     return [length > max_prompt_length for length in lengths]
 
 
-def sample(text: str, split: str, index: int, data_source: str) -> dict:
+def sample(tokenizer, text: str, split: str, index: int, data_source: str) -> dict:
     """One row of the parquet file."""
     return {
         "data_source": data_source,
-        "prompt": chat_messages(text),
+        "prompt": chat_messages(tokenizer, text),
         "ability": "text-to-speech",
         "reward_model": {"style": "rule", "ground_truth": text},
         "extra_info": {"split": split, "index": index, "text": text},
@@ -103,7 +103,8 @@ class Converter:
             for batch in batched(numbered_lines(path), BATCH_LINES):
                 texts = self._usable(batch, path, split, rejects)
                 rows = [
-                    sample(text, split, self.kept[split] + i, self.args.data_source) for i, text in enumerate(texts)
+                    sample(self.tokenizer, text, split, self.kept[split] + i, self.args.data_source)
+                    for i, text in enumerate(texts)
                 ]
                 self._count(texts, split)
                 if rows:

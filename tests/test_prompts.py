@@ -1,7 +1,7 @@
 import pytest
 from transformers import AutoTokenizer
 
-from tts_grpo.prompts import chat_messages, render_prompt
+from tts_grpo.prompts import COSYVOICE2_CHAT_TEMPLATE, chat_messages, render_prompt
 from tts_grpo.tokens import speech_token_str
 
 EXPECTED = (
@@ -31,6 +31,34 @@ def test_foreign_template_is_an_error(assets):
         render_prompt(tokenizer, "你好。")
 
 
+@pytest.fixture
+def cosyvoice2_tokenizer(assets):
+    tokenizer = AutoTokenizer.from_pretrained(assets / "llm")
+    tokenizer.chat_template = COSYVOICE2_CHAT_TEMPLATE
+    return tokenizer
+
+
+def test_cosyvoice2_prompt(cosyvoice2_tokenizer):
+    assert render_prompt(cosyvoice2_tokenizer, "你好。") == "<|sos|>你好。<|task_id|>"
+    prompt = render_prompt(cosyvoice2_tokenizer, "你好。", "早。", [7, 8])
+    assert prompt == "<|sos|>早。你好。<|task_id|><|s_7|><|s_8|>"
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_cosyvoice2_template_takes_what_verl_asks(cosyvoice2_tokenizer, flag):
+    render = lambda messages: cosyvoice2_tokenizer.apply_chat_template(  # noqa: E731
+        messages, tokenize=False, add_generation_prompt=flag
+    )
+    assert render([{}]) == ""
+    assert render(chat_messages(cosyvoice2_tokenizer, "你好。")) == "<|sos|>你好。<|task_id|>"
+
+
+def test_half_a_cosyvoice2_template_is_an_error(cosyvoice2_tokenizer):
+    cosyvoice2_tokenizer.chat_template = "{{ messages[0]['content'] }}<|task_id|>"
+    with pytest.raises(ValueError, match="sos"):
+        render_prompt(cosyvoice2_tokenizer, "你好。")
+
+
 def test_nothing_is_unknown(tokenizer):
     text = "你好 Hello 123 \n饕餮 é 😀 ＡＢ"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -51,5 +79,7 @@ def test_ids(tokenizer, lm):
 def test_template_takes_what_verl_asks(tokenizer):
     # veRL renders an empty message to find a template's system prompt.
     assert tokenizer.apply_chat_template([{}], tokenize=False, add_generation_prompt=False) == ""
-    whole = tokenizer.apply_chat_template(chat_messages("你好。"), tokenize=False, add_generation_prompt=True)
+    whole = tokenizer.apply_chat_template(
+        chat_messages(tokenizer, "你好。"), tokenize=False, add_generation_prompt=True
+    )
     assert whole == EXPECTED

@@ -7,6 +7,10 @@ Form ``llasa`` (the SFT model of the recipe and the tiny one), for a user messag
     <|im_start|>assistant
     <|SPEECH_GENERATION_START|><|s_N|>...<|SPEECH_GENERATION_END|>
 
+Form ``cosyvoice2`` (the official model, converted by scripts/convert_llm.py), for a user message ``text``::
+
+    <|sos|>TEXT<|task_id|><|s_N|>...<|eos1|>
+
 Zero-shot prompting puts the prompt's text before TEXT and its speech tokens at the start of the response.
 """
 
@@ -17,6 +21,8 @@ IM_END = "<|im_end|>"
 GENERATION_START = "<|SPEECH_GENERATION_START|>"
 GENERATION_END = "<|SPEECH_GENERATION_END|>"
 INSTRUCTION = "Convert the text to speech: "
+SOS = "<|sos|>"
+TASK_ID = "<|task_id|>"
 
 # veRL always asks for a generation prompt and passes no prefill, so the template itself ends with the start token.
 LLASA_CHAT_TEMPLATE = (
@@ -26,10 +32,24 @@ LLASA_CHAT_TEMPLATE = (
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n<|SPEECH_GENERATION_START|>' }}{%- endif %}"
 )
 
+# The official model's input is sos, text, task id (Qwen2LM.inference in cosyvoice/llm/llm.py): nothing to be prompted.
+COSYVOICE2_CHAT_TEMPLATE = (
+    "{%- for message in messages %}"
+    "{%- if message['role'] == 'user' %}{{- '<|sos|>' + message['content'] + '<|task_id|>' }}"
+    "{%- elif message['role'] == 'assistant' %}{{- message['content'] }}{%- endif %}"
+    "{%- endfor %}"
+)
 
-def chat_messages(text: str, prompt_text: str = "") -> list[dict[str, str]]:
-    """The messages that ask for ``text``; a zero-shot prompt's text goes before it."""
-    return [{"role": "user", "content": INSTRUCTION + prompt_text + text}]
+
+def _ending(tokenizer) -> str:
+    """What a prompt of the tokenizer's template ends with; by it the form is known."""
+    return TASK_ID if TASK_ID in (tokenizer.chat_template or "") else GENERATION_START
+
+
+def chat_messages(tokenizer, text: str, prompt_text: str = "") -> list[dict[str, str]]:
+    """The messages that ask for ``text`` in the form of the tokenizer's template; a prompt's text goes before it."""
+    instruction = "" if _ending(tokenizer) == TASK_ID else INSTRUCTION
+    return [{"role": "user", "content": instruction + prompt_text + text}]
 
 
 def render_prompt(tokenizer, text: str, prompt_text: str = "", prompt_speech_tokens=()) -> str:
@@ -43,12 +63,15 @@ def render_prompt(tokenizer, text: str, prompt_text: str = "", prompt_speech_tok
 
     Raises:
         ValueError: only one of ``prompt_text`` and ``prompt_speech_tokens`` is given, or the tokenizer's template
-            does not end its prompt with ``<|SPEECH_GENERATION_START|>``.
+            has neither form.
     """
     if bool(prompt_text) != bool(len(prompt_speech_tokens)):
         raise ValueError("a zero-shot prompt needs both its text and its speech tokens")
-    messages = chat_messages(text, prompt_text)
+    messages, ending = chat_messages(tokenizer, text, prompt_text), _ending(tokenizer)
     prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    if not prompt.endswith(GENERATION_START):
-        raise ValueError(f"the tokenizer's chat template ends with {prompt[-40:]!r}, not with {GENERATION_START}")
+    if not prompt.endswith(ending) or (ending == TASK_ID and not prompt.startswith(SOS)):
+        raise ValueError(
+            f"the tokenizer's chat template renders {prompt[:20]!r}...{prompt[-40:]!r}: it must end with "
+            f"{GENERATION_START}, or begin with {SOS} and end with {TASK_ID}"
+        )
     return prompt + format_speech_tokens(prompt_speech_tokens)
