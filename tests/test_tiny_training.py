@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -220,6 +221,7 @@ def lay_out_corpus(assets, work_dir):
         line |= {"recogniser": ("reward", "eval")[i % 2]} if split == "train" else {}
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     (work_dir / "texts.jsonl").write_text("".join(lines))
+    shutil.copy(assets / "data/grpo.jsonl", work_dir)
 
 
 def test_usage_errors():
