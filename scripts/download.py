@@ -91,18 +91,12 @@ def fetch(args) -> None:
     """Let the hub's library fill the folder."""
     if args.hub == "modelscope":
         from modelscope import snapshot_download
-
-        snapshot_download(
-            args.repo, repo_type=args.repo_type, revision=args.revision, local_dir=str(args.output_dir),
-            allow_patterns=args.include,
-        )  # fmt: skip
     else:
         from huggingface_hub import snapshot_download
-
-        snapshot_download(
-            args.repo, repo_type=args.repo_type, revision=args.revision, local_dir=args.output_dir,
-            allow_patterns=args.include,
-        )  # fmt: skip
+    snapshot_download(
+        args.repo, repo_type=args.repo_type, revision=args.revision, local_dir=str(args.output_dir),
+        allow_patterns=args.include,
+    )  # fmt: skip
 
 
 def causes(error: BaseException) -> list[BaseException]:

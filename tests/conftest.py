@@ -63,6 +63,23 @@ def trainer_python() -> str:
     return str(python)
 
 
+@pytest.fixture(scope="session")
+def venv_root(trainer_python, tmp_path_factory) -> Path:
+    """A folder as run.sh expects it: the environments speech (this one) and trainer."""
+    folder = tmp_path_factory.mktemp("venv")
+    for name, python in (("speech", sys.executable), ("trainer", trainer_python)):
+        (folder / name).symlink_to(Path(python).parent.parent)
+    return folder
+
+
+def git_commit(folder: Path) -> str:
+    """Make a folder a git repository, or add to it, whatever is in it; the commit."""
+    git = ["git", "-C", str(folder), "-c", "user.name=x", "-c", "user.email=x@y"]
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-q", "--allow-empty", "-m", "state"]):
+        subprocess.run([*git, *command], check=True)
+    return subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+
+
 def free_ports(count: int) -> list[int]:
     """Ports that nobody listens on."""
     sockets = [socket.socket() for _ in range(count)]

@@ -8,12 +8,11 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import free_ports
+from tests.conftest import free_ports, git_commit
 from tests.cosyvoice2_folder import make_cosyvoice2_folder
 from tests.hub import Hub
 
@@ -55,22 +54,16 @@ def make_source(folder: Path, assets: Path) -> str:
     (folder / "asset").mkdir()
     speech, rate = sf.read(sorted((assets / "prompts").glob("*.ogg"))[0])
     sf.write(folder / "asset/zero_shot_prompt.wav", speech, rate)
-    git = ["git", "-C", str(folder), "-c", "user.name=x", "-c", "user.email=x@y"]
-    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "source"]):
-        subprocess.run([*git, *command], check=True)
-    return subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    return git_commit(folder)
 
 
 @pytest.fixture
-def environment(trainer_python, assets, tmp_path):
+def environment(trainer_python, venv_root, assets, tmp_path):
     make_repositories(tmp_path / "hub", assets, trainer_python)
     hub = Hub(tmp_path / "hub")
-    (tmp_path / "venv").mkdir()
-    for name, python in (("speech", sys.executable), ("trainer", trainer_python)):
-        (tmp_path / "venv" / name).symlink_to(Path(python).parent.parent)
     http, grpc, metrics = map(str, free_ports(3))
     yield {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "PYTHONPATH")} | {
-        "profile": "cosyvoice2", "workspace": str(tmp_path / "workspace"), "venv_root": str(tmp_path / "venv"),
+        "profile": "cosyvoice2", "workspace": str(tmp_path / "workspace"), "venv_root": str(venv_root),
         "exp_dir": str(tmp_path / "exp"), "make_envs": "0", "cosyvoice_url": str(tmp_path / "source"),
         "cosyvoice_commit": make_source(tmp_path / "source", assets),
         "MODELSCOPE_ENDPOINT": hub.url, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1",

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import git_commit
+
 ROOT = Path(__file__).resolve().parent.parent
 
 STUB = r"""#!/usr/bin/env bash
@@ -133,11 +135,8 @@ def test_full_size_install(recipe, tmp_path):
     source, workspace = tmp_path / "source", tmp_path / "a workspace"
     (source / "cosyvoice").mkdir(parents=True)
     (source / "cosyvoice/__init__.py").touch()
-    git = ["git", "-C", str(source), "-c", "user.name=x", "-c", "user.email=x@y"]
-    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
-        subprocess.run([*git, *command], check=True)
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "later"], check=True)
+    commit = git_commit(source)
+    assert git_commit(source) != commit
     settings = {"profile": "cosyvoice2", "workspace": str(workspace), "cosyvoice_url": str(source), "num_train": "7",
                 "num_test": "2", "cosyvoice_commit": commit}  # fmt: skip
     broken = recipe.run("-1", "-1", **settings | {"cosyvoice_commit": "0" * 40})

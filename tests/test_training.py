@@ -4,7 +4,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,11 +16,8 @@ TIMEOUT_S = 400
 
 
 @pytest.fixture(scope="module")
-def recipe(trainer_python, tmp_path_factory):
+def recipe(venv_root, tmp_path_factory):
     folder = tmp_path_factory.mktemp("recipe")
-    (folder / "venv").mkdir()
-    for name, python in (("speech", sys.executable), ("trainer", trainer_python)):
-        (folder / "venv" / name).symlink_to(Path(python).parent.parent)
     http, grpc, metrics = map(str, free_ports(3))
     small = {
         "total_steps": "2", "train_batch_size": "2", "rollout_n": "2", "max_response_length": "48", "save_freq": "1",
@@ -32,7 +28,7 @@ def recipe(trainer_python, tmp_path_factory):
     test_jsonl.write_text("".join(lines[:4]), encoding="utf-8")
     ports = {"http_port": http, "grpc_port": grpc, "metrics_port": metrics}
     return os.environ | small | ports | {
-        "venv_root": str(folder / "venv"), "exp_dir": str(folder / "exp"), "test_jsonl": str(test_jsonl)
+        "venv_root": str(venv_root), "exp_dir": str(folder / "exp"), "test_jsonl": str(test_jsonl)
     }  # fmt: skip
 
 

@@ -28,7 +28,7 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from tts_grpo.audio import ASR_HZ, resample
-from tts_grpo.token2wav import PromptVoice, check_speech_tokens
+from tts_grpo.token2wav import PromptVoice, pad_speech_tokens
 
 NUM_STEPS = 10  # of the solver, as in CausalMaskedDiffWithXvec.inference
 MEL_PER_TOKEN = 2
@@ -62,11 +62,11 @@ class FixedNoise(TorchFunctionMode):
     The numbers of a shorter row are the beginning of those of a longer one.
     """
 
-    def __init__(self, seed: int, length: int, channels: int):
+    def __init__(self, seed: int, length: int, channels: int, device: torch.device):
         super().__init__()
         rng = np.random.default_rng(seed)
-        self.uniform = torch.from_numpy(rng.random(channels, dtype=np.float32))
-        self.normal = torch.from_numpy(rng.standard_normal((length, channels), dtype=np.float32))
+        self.uniform = torch.from_numpy(rng.random(channels, dtype=np.float32)).to(device)
+        self.normal = torch.from_numpy(rng.standard_normal((length, channels), dtype=np.float32)).to(device)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.rand:
@@ -168,7 +168,8 @@ class Vocoder:
     def fixed_noise(self, seed: int, length: int) -> FixedNoise:
         """Noise of the source, made anew only when it is too short or of another seed."""
         if self.noise is None or self.noise[0] != seed or len(self.noise[1].normal) < length:
-            self.noise = (seed, FixedNoise(seed, 2 * length, self.module.nb_harmonics + 1))
+            device = self.module.conv_post.bias.device
+            self.noise = (seed, FixedNoise(seed, 2 * length, self.module.nb_harmonics + 1, device))
         return self.noise[1]
 
     def source_spectrum(self, source: torch.Tensor):
@@ -282,11 +283,7 @@ class CosyVoice2Token2Wav:
     def __call__(self, speech_tokens, prompt_voice=None, seed=0):
         if prompt_voice is None:
             raise ValueError("CosyVoice2 needs a prompt voice: give prompt_audio and prompt_text")
-        check_speech_tokens(speech_tokens)
-        lens = torch.tensor([len(tokens) for tokens in speech_tokens])
-        tokens = torch.zeros(len(lens), int(lens.max()), dtype=torch.int64)
-        for row, sequence in zip(tokens, speech_tokens, strict=True):
-            row[: len(sequence)] = torch.as_tensor(sequence)
+        tokens, lens = pad_speech_tokens(speech_tokens)
         prompt = self.prompt_features(prompt_voice)
         waveforms = self._decode(tokens.to(self.device), lens.to(self.device), prompt, seed)
         return waveforms.cpu(), lens * MEL_PER_TOKEN * self.vocoder.samples_per_frame

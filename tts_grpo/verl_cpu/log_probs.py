@@ -1,7 +1,7 @@
-"""Log-probabilities and entropy of tokens from hidden states, at half the time of veRL's own code on a CPU.
+"""Log-probabilities and entropy of tokens from hidden states, in less time than veRL's own code takes on a CPU.
 
 veRL's fused kernel computes the logits again for the gradient, which spares a GPU's memory. Here the probabilities are
-kept: a tiny micro-batch has room for them, and the gradients of the log-probabilities need no pass over them.
+kept, as a tiny micro-batch has room for them, and rows without a gradient are left out of the way back.
 """
 
 import torch
