@@ -291,6 +291,8 @@ main() {
   trap 'exit 130' INT
   trap 'exit 143' TERM
   export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 TTS_GRPO_RUN=$$
+  # Threads that wait give their core away: spinning, they make torch ten times slower on a busy machine.
+  export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
   for ((stage = start; stage <= stop; stage++)); do
     echo "== stage $stage ($(date +%T))"
     begin=$SECONDS

@@ -1,6 +1,6 @@
 import pytest
 
-from tts_grpo.generate import Sampling, generate_speech_tokens
+from tts_grpo.generate import Sampling, generate, generate_speech_tokens
 from tts_grpo.prompts import render_prompt
 from tts_grpo.token2wav import decode, load_prompt_voice
 
@@ -48,3 +48,15 @@ def test_zero_shot_prompting_speaks_the_text_only(lm, tokenizer, token2wav, asr,
     said = generate_speech_tokens(lm, tokenizer, prompts, range(24), Sampling(temperature=0, max_new_tokens=200))
     heard = asr.transcribe(decode(token2wav, [utterance.speech_tokens for utterance in said]))
     assert pinyin_error_rate(texts, heard, tones=False) < 0.25
+
+
+def test_responses_are_told_as_they_end(lm, tokenizer, prompts):
+    model, ids = lm, [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    told = []
+    responses = generate(model, ids, range(10), SAMPLING, lambda i, response: told.append((i, response)))
+    assert [response for _, response in sorted(told, key=lambda pair: pair[0])] == responses
+    lens = [len(response.token_ids) for _, response in told]
+    assert lens == sorted(lens) and len(set(lens)) > 1  # the shortest first
+    told.clear()
+    cut = generate(model, ids, range(10), Sampling(max_new_tokens=3), lambda i, response: told.append((i, response)))
+    assert sorted(i for i, _ in told) == list(range(10)) and all(response in cut for _, response in told)

@@ -3,7 +3,6 @@
 import itertools
 import json
 import os
-import shutil
 import subprocess
 import sys
 import types
@@ -199,6 +198,8 @@ def test_smoke_run(assets, tmp_path):
     assert figures["teacher_per"] > 0.5  # four steps teach nothing: a good figure would be another model's
     assert list((work_dir / "tensorboard" / "lm").iterdir())
     assert len((work_dir / "assets" / "prompts" / "prompts.jsonl").read_text().splitlines()) >= 1
+    chosen = (work_dir / "assets/data/grpo.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(chosen) == 4 and set(chosen) < set((work_dir / "grpo.jsonl").read_text(encoding="utf-8").splitlines())
 
 
 def lay_out_corpus(assets, work_dir):
@@ -221,7 +222,25 @@ def lay_out_corpus(assets, work_dir):
         line |= {"recogniser": ("reward", "eval")[i % 2]} if split == "train" else {}
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     (work_dir / "texts.jsonl").write_text("".join(lines))
-    shutil.copy(assets / "data/grpo.jsonl", work_dir)
+    candidates = (assets / "data/grpo.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:8]
+    (work_dir / "grpo.jsonl").write_text("".join(candidates), encoding="utf-8")
+
+
+def test_prompts_of_grpo_are_those_whose_rewards_differ_most(tmp_path, monkeypatch):
+    from scripts.tiny import export
+    from scripts.tiny.stack import Spoken
+
+    # all right; one of two syllables wrong; all or nothing
+    heard = {"一二": ["一二", "一二"], "三四": ["三四", "三五"], "六七": ["", "六七"]}
+    groups = [[Spoken(text, [1], "eos", h) for h in hypotheses] for text, hypotheses in heard.items()]
+    monkeypatch.setattr(export, "speak_groups", lambda *args, **kwargs: groups)
+    for name in ("load_lm", "load_token2wav", "SenseVoice"):
+        monkeypatch.setattr(export, name, lambda *args: None)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "grpo.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in heard))
+    export.export_prompts(tmp_path, tmp_path, 2, "cpu")
+    rows = [json.loads(line) for line in (tmp_path / "data/grpo.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["text"] for row in rows] == ["三四", "六七"]
 
 
 def test_usage_errors():

@@ -1,7 +1,7 @@
 """Speech tokens from a language model, in batches whose make-up does not matter."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -98,7 +98,10 @@ def _choose(scores: torch.Tensor, uniform: torch.Tensor | None) -> tuple[torch.T
 
 
 @torch.inference_mode()
-def generate(model, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling) -> list[Response]:
+def generate(
+    model, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling,
+    on_end: Callable[[int, Response], None] = lambda i, response: None,
+) -> list[Response]:  # fmt: skip
     """Continue each prompt of one batch until an end token.
 
     A row leaves the batch when it ends: ``model.generate`` would compute it on until the longest has ended.
@@ -108,6 +111,7 @@ def generate(model, prompts: Sequence[Sequence[int]], seeds: Sequence[int], samp
         prompts: B prompts as vocabulary ids, of any lengths.
         seeds: one a prompt; the same prompt and seed give the same response in any batch.
         sampling: how tokens are chosen.
+        on_end: called with a prompt's place and its response as soon as that is whole.
     """
     config, size, device = model.generation_config, max(map(len, prompts)), model.device
     ids = torch.full((len(prompts), size), config.pad_token_id)
@@ -133,12 +137,15 @@ def generate(model, prompts: Sequence[Sequence[int]], seeds: Sequence[int], samp
             responses[row].log_probs.append(log_prob)
             if not goes:
                 responses[row] = dataclasses.replace(responses[row], finish_reason="eos")
+                on_end(row, responses[row])
         if not going.all():
             rows, choice, mask = rows[going], choice[going], mask[going]
             if not len(rows):
                 break
             cache.batch_select_indices(going.nonzero()[:, 0])
         ids, mask = choice[:, None], torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+    for row in rows.tolist():  # those that were cut
+        on_end(row, responses[row])
     return responses
 
 

@@ -1,7 +1,10 @@
-"""Choose the language model's checkpoint and write the stack to its folder (assets/tiny), texts included.
+"""Choose the language model's checkpoint and GRPO's prompts; write the stack to its folder (assets/tiny).
 
 The checkpoint with the least pinyin error of sampled speech on the dev sentences is taken, judged by the reward
 recogniser: the evaluation recogniser stays out of every choice.
+
+Prompts of GRPO are the clauses on which this checkpoint's samples differ most in reward: rollouts of the others would
+cost as much and teach less.
 """
 
 import argparse
@@ -16,11 +19,12 @@ import torch
 from safetensors.torch import save_file
 
 from scripts.tiny.settings import PRESETS, add_common_args
-from scripts.tiny.stack import overall_error, speak
+from scripts.tiny.stack import overall_error, speak, speak_groups
 from tts_grpo.asr import SenseVoice
 from tts_grpo.audio import ASR_HZ, load_audio
 from tts_grpo.generate import load_lm
-from tts_grpo.jsonl import read_jsonl
+from tts_grpo.jsonl import read_jsonl, write_jsonl
+from tts_grpo.metrics import reward
 from tts_grpo.token2wav import load_token2wav
 from tts_grpo.tokens import NUM_SPEECH_TOKENS
 
@@ -29,6 +33,7 @@ PROMPT_S = (2.5, 4.0)
 NUM_RECORDINGS = 90  # of test sentences, for check.sh
 OPUS_COMPRESSION = 0.95  # on libsndfile's scale: about 21 kbit/s
 SELECTION_SEEDS = (1000, 2000, 3000)
+ROLLOUTS = 8  # samples of each clause that may prompt GRPO
 
 
 def get_args(argv=None):
@@ -60,7 +65,7 @@ def export_codec(work_dir: Path, settings, folder: Path) -> None:
 
 
 def export_data(work_dir: Path, folder: Path) -> None:
-    """Everyday sentences by split, dev and test with the teacher's speech tokens, and the clauses for GRPO."""
+    """Everyday sentences by split, dev and test with the teacher's speech tokens."""
     (folder / "data").mkdir(parents=True, exist_ok=True)
     tokens = np.load(work_dir / "tokens.npz")
     ids, lens = tokens["tokens"][0], tokens["lens"][0]
@@ -74,7 +79,6 @@ def export_data(work_dir: Path, folder: Path) -> None:
                     line = {"id": row["id"], **line, "speech_tokens": ids[i, : lens[i]].tolist()}
                 lines.append(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n")
         (folder / "data" / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
-    shutil.copy(work_dir / "grpo.jsonl", folder / "data")
 
 
 def export_recordings(work_dir: Path, folder: Path) -> None:
@@ -115,6 +119,17 @@ def choose_lm(work_dir: Path, output_dir: Path, device: str) -> Path:
     return min(errors, key=errors.get)
 
 
+def export_prompts(work_dir: Path, output_dir: Path, count: int, device: str) -> None:
+    """The clauses whose samples' rewards have the largest deviation, in the order of the candidates."""
+    stack = (load_lm(output_dir / "llm", device, torch.float32), load_token2wav(output_dir / "token2wav", device),
+             SenseVoice(output_dir / "asr_reward", device))  # fmt: skip
+    texts = [row["text"] for row in read_jsonl(work_dir / "grpo.jsonl")]
+    groups = speak_groups(*stack, texts, ROLLOUTS, temperature=1.0, seed=0)
+    deviations = [np.std([reward(spoken.error_rate) for spoken in group]) for group in groups]
+    chosen = sorted(np.argsort(deviations, kind="stable")[::-1][:count])
+    write_jsonl(output_dir / "data" / "grpo.jsonl", ({"text": texts[i]} for i in chosen))
+
+
 def export_lm(chosen: Path, folder: Path) -> None:
     """Copy the checkpoint, its tokenizer file without white space (a third of its size)."""
     shutil.copytree(chosen, folder, dirs_exist_ok=True)
@@ -139,6 +154,7 @@ def main(argv=None):
     export_recordings(args.work_dir, args.output_dir)
     chosen = choose_lm(args.work_dir, args.output_dir, args.device)
     export_lm(chosen, args.output_dir / "llm")
+    export_prompts(args.work_dir, args.output_dir, PRESETS[args.preset].grpo_prompts, args.device)
     write_checksums(args.output_dir)
     print(f"{chosen.name} taken; the stack is in {args.output_dir}")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from scripts.tiny.stack import overall_error, speak
+from scripts.tiny.stack import overall_error, speak_groups
 from tts_grpo.asr import SenseVoice
 from tts_grpo.generate import load_lm
 from tts_grpo.jsonl import read_jsonl
@@ -38,13 +38,13 @@ def main(argv=None):
     texts = [row["text"] for row in read_jsonl(args.assets_dir / "data" / f"{args.split}.jsonl")]
     texts = np.random.default_rng(args.seed).permutation(texts)[: args.num_prompts].tolist()
     lm = load_lm(args.llm or args.assets_dir / "llm", "cpu")
-    repeated = [text for text in texts for _ in range(args.num_samples)]
-    spoken = speak(lm, token2wav, asr, repeated, args.temperature, args.seed * len(repeated))
-    groups = [spoken[i : i + args.num_samples] for i in range(0, len(spoken), args.num_samples)]
+    first_seed = args.seed * len(texts) * args.num_samples
+    groups = speak_groups(lm, token2wav, asr, texts, args.num_samples, args.temperature, first_seed)
     best = [min(group, key=lambda s: s.error_rate) for group in groups]
     spread = [len({s.error_rate for s in group}) > 1 for group in groups]
     figures = {
-        "mean_per": overall_error(spoken), "best_per": overall_error(best), "spread_share": float(np.mean(spread)),
+        "mean_per": overall_error([s for group in groups for s in group]), "best_per": overall_error(best),
+        "spread_share": float(np.mean(spread)),
         "num_prompts": len(texts), "num_samples": args.num_samples, "temperature": args.temperature,
         "split": args.split,
     }  # fmt: skip

@@ -9,7 +9,7 @@
 #   2  speech tokenizer, and the corpus as speech tokens
 #   3  token2wav and, beside it, the language model
 #   4  the two recognisers, side by side
-#   5  choice of the language model's checkpoint; everything into $output_dir
+#   5  choice of the language model's checkpoint and of GRPO's prompts; everything into $output_dir
 #   6  check: figures on held-out sentences
 #
 # Stages 2 to 5 want a GPU (10 minutes of one H200). Variables, each with its default:
@@ -22,7 +22,7 @@ if [[ $preset == full ]]; then
   device=${device:-cuda}                      # torch device of stages 2 to 5
   output_dir=${output_dir:-$root/assets/tiny} # the stack
   num_breadth=${num_breadth:-3300}            # clauses beside the 4,349 everyday sentences
-  text_args=(--num-breadth "$num_breadth" --num-grpo 1500 --num-test 400 --num-dev 120)
+  text_args=(--num-breadth "$num_breadth" --num-grpo 3000 --num-test 400 --num-dev 120)
 else
   device=${device:-cpu}
   output_dir=${output_dir:-$work_dir/assets}

@@ -46,6 +46,8 @@ class Settings:
     lm_lr: float = 2.5e-3
     lm_checkpoints: int = 3
 
+    grpo_prompts: int = 1024
+
 
 FULL = Settings()
 # Two minutes on two cores: every part runs, none learns.
@@ -61,6 +63,7 @@ SMOKE = dataclasses.replace(
     lm_steps=4,
     lm_batch=4,
     lm_checkpoints=2,
+    grpo_prompts=4,
 )
 PRESETS = {"full": FULL, "smoke": SMOKE}
 

