@@ -108,7 +108,7 @@ stage_2() {
   ((check_reward == 0)) || check=(--check)
   run "$trainer_bin/python" "$root/reward_tts.py" --jsonl "$known_answer_jsonl" --limit 64 \
     --server-urls "$server_urls" "${check[@]}"
-  run env "${train_env[@]}" "$trainer_bin/python" "$root/scripts/train.py" --log-file "$exp_dir/log/train.log" \
+  run_long env "${train_env[@]}" "$trainer_bin/python" "$root/scripts/train.py" --log-file "$exp_dir/log/train.log" \
     --total-steps "$total_steps" --failure-file "$exp_dir/reward_failure" -- \
     "$trainer_bin/python" -m verl.trainer.main_ppo "${verl_args[@]}" "${profile_verl_args[@]}" "${verl_overrides[@]}"
   mark_done 2 "$key_2"
@@ -143,11 +143,11 @@ stage_4() {
 # infer NAME MODEL: speech of the test set by a model, and its error rates.
 infer() {
   local output_dir=$exp_dir/eval/$1
-  run env OMP_NUM_THREADS=1 "$speech_bin/torchrun" --standalone --nproc-per-node "$infer_procs" "$root/infer_dist.py" \
+  run_long env OMP_NUM_THREADS=1 "$speech_bin/torchrun" --standalone --nproc-per-node "$infer_procs" "$root/infer_dist.py" \
     --llm-path "$2" --token2wav-dir "$token2wav_dir" --eval-set "$eval_jsonl" --output-dir "$output_dir" \
     --seeds "${seed_list[@]}" --batch-size "$infer_batch_size" --device "$infer_device" --max-new-tokens "$max_response_length" \
     --temperature "$temperature" --top-p "$top_p" --top-k "$top_k"
-  run env python="$speech_bin/python" eval_asr_dir="$eval_asr_dir" device="$infer_device" \
+  run_long env python="$speech_bin/python" eval_asr_dir="$eval_asr_dir" device="$infer_device" \
     bash "$root/scripts/compute_wer.sh" "$output_dir" "$eval_jsonl"
 }
 

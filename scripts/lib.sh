@@ -18,6 +18,16 @@ run() {
   fi
 }
 
+# As run, for what takes minutes: SIGTERM ends it at once, where bash would wait for a command in the foreground.
+run_long() {
+  if ((dry_run)); then
+    run "$@"
+  else
+    "$@" &
+    wait $!
+  fi
+}
+
 # need FILE STAGE: fail if FILE, which STAGE makes, is missing.
 need() {
   ((dry_run)) || [[ -e $1 ]] || die "$1 is missing: run bash run.sh $2 $2 first"

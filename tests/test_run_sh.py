@@ -204,7 +204,8 @@ def test_a_failing_stage_stops_the_run_and_the_server_and_is_done_again(recipe):
     assert recipe.calls()[:3] == ["token2wav_asr_server.py --", "reward_tts.py", "main_ppo"]
 
 
-def test_interrupt_stops_the_server(recipe):
+@pytest.mark.parametrize("sent, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_training_and_server_at_once(recipe, sent, status):
     recipe.calls_path.write_text("")
     command, environment = ["bash", str(recipe.root / "run.sh"), "0", "2"], recipe.environment(HANG="1")
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -213,6 +214,11 @@ def test_interrupt_stops_the_server(recipe):
     end = time.monotonic() + 20
     while "main_ppo" not in recipe.calls_path.read_text() and time.monotonic() < end:
         time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(timeout=20) == 130
+    if sent == signal.SIGINT:
+        os.killpg(process.pid, sent)  # as the terminal does
+    else:
+        process.send_signal(sent)
+    assert process.wait(timeout=20) == status
     assert not (recipe.root / "ready").exists()
+    left = subprocess.run(["pgrep", "-f", f"{recipe.root}.*main_ppo"], capture_output=True, text=True).stdout.split()
+    assert left == []
