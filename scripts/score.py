@@ -1,8 +1,8 @@
 """Transcribe and score what infer_dist.py spoke: scores.json, utterances.jsonl, alignment.txt.
 
-Units of the error rates: characters (CER) and pinyin syllables with and without tones, both texts normalised alike
-(tts_grpo/text.py). Rates are total errors over total units (micro). An utterance of the set without audio, or with
-audio that cannot be read, is scored as all deletions and counted: it can never make a score better.
+Error rates by the protocols of tts_grpo/error_rates.py, and what they do not see of speech (tts_grpo/quality.py), each
+with a 95% interval over utterances. An utterance of the set without audio, or with audio that cannot be read or is not
+as long as the manifest says, is scored as all deletions and counted: it is never left out.
 """
 
 import argparse
@@ -11,81 +11,110 @@ import importlib.metadata
 import logging
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from tts_grpo.asr import SenseVoice
-from tts_grpo.audio import load_audio
+from tts_grpo.asr import load_asr
+from tts_grpo.audio import ASR_HZ, load_audio
+from tts_grpo.error_rates import LANGUAGES, MAIN_METRIC, METRICS, count_all, prepare_hypothesis
 from tts_grpo.jsonl import read_jsonl, write_json, write_jsonl, write_text
-from tts_grpo.metrics import UNITS, ErrorCounts, align, count_errors
-from tts_grpo.text import characters
+from tts_grpo.metrics import align
+from tts_grpo.quality import FIGURES, CostlyFigures, cheap_figures, failed_figures, spread
+from tts_grpo.scoring import quality, rates
+from tts_grpo.text import characters, pinyin
 
 CHUNK = 256  # recordings in memory at once
+MAX_DURATION_ERROR_S = 0.05  # a recording that differs more from its manifest is another, or cut short
+PACKAGES = ("torch", "funasr", "pypinyin", "rapidfuzz", "zhconv", "zhon")
 
 
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, required=True, help="folder with seed_*/manifest.jsonl")
     parser.add_argument("--eval-set", type=Path, required=True, help="JSONL of the test set")
-    parser.add_argument("--asr-dir", type=Path, required=True, help="SenseVoice folder of the evaluation recogniser")
+    parser.add_argument("--language", choices=LANGUAGES, default="zh", help="of the test set")
+    parser.add_argument("--asr-dir", type=Path, required=True, help="folder of the evaluation recogniser")
     parser.add_argument("--device", default="cpu", help="torch device")
+    parser.add_argument("--quality-utterances", type=int, default=80, help="of the first seed, evenly spread, for "
+                        "speaker similarity, DNSMOS and F0; 0 leaves these out")  # fmt: skip
+    parser.add_argument("--speaker-model-dir", type=Path, help="WavLMForXVector folder; Resemblyzer without")
+    parser.add_argument("--reference-audio", type=Path, help="a recording of the voice, or a folder of some, for "
+                        "utterances without a prompt")  # fmt: skip
     return parser.parse_args(argv)
 
 
-def utterances_of(manifest: Path, eval_set: list[dict]) -> list[dict]:
+def utterances_of(manifest: Path, eval_set: list[dict], set_dir: Path) -> list[dict]:
     """A line for each utterance of the set, from the manifest where it is there; ``audio`` is a path or None."""
     lines = {line["id"]: line for line in read_jsonl(manifest)}
     found = []
     for row in eval_set:
         line = lines.get(row["id"], {"error": "not in the manifest"})
-        wav = manifest.parent / line["wav"] if line.get("wav") else None
+        prompt = row.get("prompt_audio")
         found.append({
-            "id": row["id"], "target_text": row.get("target_text", row.get("text")), "audio": wav,
+            "id": row["id"], "target_text": row.get("target_text", row.get("text")),
+            "audio": str(manifest.parent / line["wav"]) if line.get("wav") else None,
+            "prompt_audio": str((set_dir / prompt).absolute()) if prompt else None,
             "error": line.get("error"), "finish_reason": line.get("finish_reason"),
             "num_speech_tokens": line.get("num_speech_tokens", 0), "duration_s": line.get("duration_s", 0.0),
         })  # fmt: skip
     return found
 
 
-def transcribe(asr: SenseVoice, utterances: list[dict]) -> None:
-    """Add ``hypothesis`` to each utterance; unreadable audio gives an empty one and a reason in ``error``."""
-    for utterance in utterances:
-        utterance["hypothesis"] = ""
+def read_recording(utterance: dict) -> np.ndarray | None:
+    """An utterance's audio, float32 (T,) at 16 kHz; None, and the reason in ``error``, where none is usable."""
+    if utterance["audio"] is None:
+        utterance["error"] = utterance["error"] or "no audio"
+        return None
+    try:
+        speech = load_audio(utterance["audio"])
+    except ValueError as error:
+        utterance["error"] = str(error)
+        return None
+    seconds = len(speech) / ASR_HZ
+    if abs(seconds - utterance["duration_s"]) > MAX_DURATION_ERROR_S:
+        utterance["error"] = f"{utterance['audio']}: {seconds:.2f} s, but {utterance['duration_s']} s in the manifest"
+        return None
+    return speech
+
+
+def units_of(text: str, language: str) -> list[str]:
+    """What is counted for the speech rate and compared for repetition: syllables or words."""
+    return pinyin(text, tones=False) if language == "zh" else METRICS["en"]["wer"].units(text)
+
+
+def measure(utterance: dict, speech: np.ndarray | None, language: str, costly: CostlyFigures | None) -> None:
+    """Add ``errors`` and ``quality`` to an utterance that has its ``hypothesis``."""
+    try:
+        counts = count_all(utterance["target_text"], utterance["hypothesis"], language)
+    except ValueError as error:
+        raise ValueError(f"{utterance['id']}: {error}") from error
+    utterance["errors"] = {metric: vars(count) for metric, count in counts.items()}
+    if speech is None:
+        utterance["quality"] = failed_figures(costly)
+        return
+    units = [units_of(text, language) for text in (utterance["target_text"], utterance["hypothesis"])]
+    utterance["quality"] = cheap_figures(speech, *units, utterance["finish_reason"])
+    if costly:
+        utterance["quality"] |= costly.measure(speech, utterance["prompt_audio"])
+
+
+def score(utterances: list[dict], asr, language: str, costly: CostlyFigures | None, costly_at: set[int]) -> None:
+    """Add ``hypothesis``, ``errors`` and ``quality`` to the utterances; the costly figures at some positions."""
     for first in range(0, len(utterances), CHUNK):
-        readable, recordings = [], []
-        for utterance in utterances[first : first + CHUNK]:
-            if utterance["audio"] is None:
-                utterance["error"] = utterance["error"] or "no audio"
-                continue
-            try:
-                recordings.append(load_audio(utterance["audio"]))
-                readable.append(utterance)
-            except ValueError as error:
-                utterance["error"] = str(error)
-        for utterance, hypothesis in zip(readable, asr.transcribe(recordings), strict=True):
-            utterance["hypothesis"] = hypothesis
+        part = utterances[first : first + CHUNK]
+        recordings = [read_recording(utterance) for utterance in part]
+        heard = iter(asr.transcribe([speech for speech in recordings if speech is not None]))
+        for position, (utterance, speech) in enumerate(zip(part, recordings, strict=True), first):
+            text = "" if speech is None else next(heard)
+            utterance["hypothesis"] = prepare_hypothesis(text, language)
+            measure(utterance, speech, language, costly if position in costly_at else None)
 
 
-def score(utterances: list[dict]) -> dict[str, ErrorCounts]:
-    """Add error counts to each utterance (``errors``: by metric, substitutions, deletions, insertions, length).
-
-    Returns:
-        their sums by metric.
-    """
-    totals = {metric: ErrorCounts() for metric in UNITS}
+def alignment_text(utterances: list[dict], language: str) -> str:
+    """Alignments by character or word, as Kaldi's wer_per_utt_details.pl writes them: ref, hyp, op, #csid."""
+    units, lines = METRICS[language][MAIN_METRIC[language]].units, []
     for utterance in utterances:
-        utterance["errors"] = {}
-        for metric, units in UNITS.items():
-            counts = count_errors(units(utterance["target_text"]), units(utterance["hypothesis"]))
-            totals[metric] += counts
-            utterance["errors"][metric] = vars(counts)
-    return totals
-
-
-def alignment_text(utterances: list[dict]) -> str:
-    """Alignments by character, as Kaldi's wer_per_utt_details.pl writes them: ref, hyp, op, #csid."""
-    lines = []
-    for utterance in utterances:
-        pairs = align(characters(utterance["target_text"]), characters(utterance["hypothesis"]))
+        pairs = align(units(utterance["target_text"]), units(utterance["hypothesis"]))
         operations = ["I" if ref is None else "D" if hyp is None else "C" if ref == hyp else "S" for ref, hyp in pairs]
         rows = {
             "ref": [ref or "***" for ref, _ in pairs], "hyp": [hyp or "***" for _, hyp in pairs], "op": operations,
@@ -95,32 +124,66 @@ def alignment_text(utterances: list[dict]) -> str:
     return "".join(lines)
 
 
-def rates(totals: dict[str, ErrorCounts]) -> dict:
-    """Rates and counts by metric, for scores.json."""
-    return {metric: {"rate": counts.rate, **vars(counts)} for metric, counts in totals.items()}
-
-
-def describe(utterances: list[dict]) -> dict:
-    """What else a seed's utterances tell: failures, ends, and length against the text."""
+def describe(utterances: list[dict], language: str) -> dict:
+    """The entry of a seed in scores.json."""
     num_characters = sum(len(characters(u["target_text"])) for u in utterances)
     return {
+        **rates(utterances, language),
         "utterances": len(utterances),
         "failed": sum(bool(u["error"]) for u in utterances),
-        "eos_share": sum(u["finish_reason"] == "eos" for u in utterances) / len(utterances),
+        "eos_share": sum(u["quality"]["eos_share"] for u in utterances) / len(utterances),
         "tokens_per_character": sum(u["num_speech_tokens"] for u in utterances) / num_characters,
+        "quality": quality(utterances),
     }
 
 
-def score_seed(manifest: Path, eval_set: list[dict], asr: SenseVoice) -> tuple[dict[str, ErrorCounts], dict]:
-    """Score one manifest and write its details beside it; the sums and the entry of scores.json."""
-    utterances = utterances_of(manifest, eval_set)
-    transcribe(asr, utterances)
-    totals = score(utterances)
-    for utterance in utterances:
-        utterance["audio"] = str(utterance["audio"]) if utterance["audio"] else None
-    write_jsonl(manifest.parent / "utterances.jsonl", utterances)
-    write_text(manifest.parent / "alignment.txt", alignment_text(utterances))
-    return totals, {**rates(totals), **describe(utterances)}
+def system_scores(by_seed: dict[str, list[dict]], args, costly: CostlyFigures | None) -> dict:
+    """The contents of scores.json but for the recogniser."""
+    pooled = [utterance for utterances in by_seed.values() for utterance in utterances]
+    figures = quality(pooled)
+    for name, figure in figures.items():
+        figure |= {"title": FIGURES[name].title, "unit": FIGURES[name].unit, "better": FIGURES[name].better,
+                   "model": costly.model(name) if costly else None}  # fmt: skip
+    size = len(pooled) // len(by_seed)
+    sample = {"seed": next(iter(by_seed)), "utterances": len(spread(args.quality_utterances, size))}
+    return {
+        "language": args.language,
+        "metrics": {n: {"title": m.title, "mean": m.mean} for n, m in METRICS[args.language].items()},
+        "pooled": rates(pooled, args.language), "quality": figures, "quality_sample": sample if costly else None,
+        "seeds": {seed: describe(utterances, args.language) for seed, utterances in by_seed.items()},
+        "eval_set_sha256": hashlib.sha256(args.eval_set.read_bytes()).hexdigest(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+    }  # fmt: skip
+
+
+def table(scores: dict) -> str:
+    """Error rates and figures with their intervals, for people."""
+    lines = []
+    for name, metric in scores["metrics"].items():
+        entry = scores["pooled"][name]
+        low, high = entry["ci"]
+        counts = ", ".join(f"{entry[kind]} {kind}" for kind in ("substitutions", "deletions", "insertions"))
+        lines.append(f"{metric['title']:30} {entry['rate']:7.2%} ({low:.2%} to {high:.2%})  {counts}, "
+                     f"{entry['length']} units")  # fmt: skip
+    for entry in scores["quality"].values():
+        ci = f"({entry['ci'][0]:.3f} to {entry['ci'][1]:.3f})" if entry["ci"] else ""
+        model = f"  by {entry['model']}" if entry["model"] else ""
+        lines.append(f"{entry['title']:44} {entry['value']:8.3f} {ci} {entry['unit']}, {entry['n']} values{model}")
+    return "\n".join(lines)
+
+
+def references(path: Path | None) -> list[Path]:
+    """Recordings of the voice: a file, or the audio files of a folder.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if path is None or path.is_file():
+        return [path] if path else []
+    found = sorted(p for p in path.glob("*") if p.suffix in (".wav", ".flac", ".ogg", ".mp3"))
+    if not found:
+        raise ValueError(f"{path}: no recording to compare the voice with")
+    return found
 
 
 def main(argv=None):
@@ -130,23 +193,24 @@ def main(argv=None):
     if not manifests:
         raise SystemExit(f"score.py: no seed_*/manifest.jsonl in {args.output_dir}: run the inference first")
     eval_set = read_jsonl(args.eval_set)
-    asr = SenseVoice(args.asr_dir, args.device)
-    seeds, pooled = {}, {metric: ErrorCounts() for metric in UNITS}
+    asr = load_asr(args.asr_dir, args.device, args.language)
+    reference, costly = references(args.reference_audio), None
+    if args.quality_utterances:
+        costly = CostlyFigures(args.device, args.speaker_model_dir, reference)
+    by_seed = {}
     for manifest in manifests:
-        totals, seeds[manifest.parent.name[5:]] = score_seed(manifest, eval_set, asr)
-        pooled = {metric: pooled[metric] + totals[metric] for metric in UNITS}
-    result = {
-        "pooled": rates(pooled), "seeds": seeds, "asr_dir": str(args.asr_dir),
-        "asr_sha256": hashlib.sha256((args.asr_dir / "model.pt").read_bytes()).hexdigest(),
-        "eval_set_sha256": hashlib.sha256(args.eval_set.read_bytes()).hexdigest(),
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "funasr", "pypinyin", "rapidfuzz")},
-    }  # fmt: skip
-    write_json(args.output_dir / "scores.json", result)
-    for metric, counts in pooled.items():
-        print(f"{metric}: {counts.rate:.2%} ({counts.substitutions} substitutions, {counts.deletions} deletions, "
-              f"{counts.insertions} insertions, {counts.length} units)")  # fmt: skip
-    failed = sum(seed["failed"] for seed in seeds.values())
-    print(f"{len(eval_set)} utterances x {len(seeds)} seeds, {failed} without usable audio: {args.output_dir}")
+        utterances = utterances_of(manifest, eval_set, args.eval_set.parent)
+        costly_at = set() if by_seed else set(spread(args.quality_utterances, len(utterances)))
+        score(utterances, asr.recogniser, args.language, costly, costly_at)
+        write_jsonl(manifest.parent / "utterances.jsonl", utterances)
+        write_text(manifest.parent / "alignment.txt", alignment_text(utterances, args.language))
+        by_seed[manifest.parent.name[5:]] = utterances
+    scores = system_scores(by_seed, args, costly)
+    scores |= {"asr": asr.describe(), "asr_dir": str(args.asr_dir), "asr_sha256": asr.describe()["sha256"]}
+    write_json(args.output_dir / "scores.json", scores)
+    print(table(scores))
+    failed = sum(seed["failed"] for seed in scores["seeds"].values())
+    print(f"{len(eval_set)} utterances x {len(by_seed)} seeds, {failed} without usable audio: {args.output_dir}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,20 @@
-"""Speech recognition with a SenseVoiceSmall folder, through funasr: the tiny recognisers and the full-size one."""
+"""Speech recognition with a model folder: SenseVoice and Paraformer through funasr, sherpa-onnx, faster-whisper.
 
+Each recogniser has ``transcribe``. :func:`load_asr` chooses by what the folder holds. Nothing is downloaded.
+"""
+
+import hashlib
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
+import yaml
+
+from tts_grpo.audio import ASR_HZ
 
 MIN_SAMPLES = 400  # one analysis frame: funasr fails on less
 
@@ -64,3 +74,206 @@ class SenseVoice:
             for i, result in zip(order, results, strict=True):
                 transcripts[i] = rich_transcription_postprocess(result["text"])
         return transcripts
+
+
+class Paraformer:
+    """A recogniser of the Paraformer family (Paraformer, SeACo-Paraformer), as funasr's "paraformer-zh".
+
+    Args:
+        model_dir: folder with config.yaml, model.pt, am.mvn, tokens.json and configuration.json.
+        device: torch device.
+        batch_size: recordings decoded at once.
+
+    Raises:
+        ValueError: a file is missing, or a weight of the network is not in ``model.pt`` in its shape.
+    """
+
+    def __init__(self, model_dir: str | Path, device: str = "cpu", batch_size: int = 32):
+        from funasr import AutoModel
+
+        folder = Path(model_dir)
+        for name in ("config.yaml", "model.pt", "am.mvn", "tokens.json", "configuration.json"):
+            if not (folder / name).exists():
+                raise ValueError(f"{folder}: no {name} here: not a Paraformer folder")
+        self.batch_size = batch_size
+        self._model = AutoModel(
+            model=str(folder), device=device, disable_update=True, disable_pbar=True, ncpu=torch.get_num_threads()
+        )
+        SenseVoice._check_weights(self, folder)
+
+    def transcribe(self, recordings: Sequence[np.ndarray]) -> list[str]:
+        """Transcripts of recordings, each float32 (T,) at 16 kHz; "" where nothing is heard."""
+        transcripts = [""] * len(recordings)
+        order = sorted((i for i, r in enumerate(recordings) if len(r) >= MIN_SAMPLES), key=lambda i: len(recordings[i]))
+        for first in range(0, len(order), self.batch_size):
+            batch = order[first : first + self.batch_size]
+            for i, text in zip(batch, self._decode([recordings[i] for i in batch]), strict=True):
+                transcripts[i] = text
+        return transcripts
+
+    def _decode(self, batch: list[np.ndarray]) -> list[str]:
+        results = self._model.generate(input=batch, batch_size=len(batch), cache={})
+        # funasr answers once for a whole batch in which nothing is heard.
+        if len(results) == 1 and len(batch) > 1 and not results[0].get("text"):
+            return [""] * len(batch)
+        if len(results) != len(batch):
+            raise RuntimeError(f"funasr gave {len(results)} transcripts of {len(batch)} recordings")
+        return [result["text"] for result in results]
+
+
+class SherpaOnnx:
+    """A Paraformer or SenseVoice model as sherpa-onnx has them, on the CPU.
+
+    Args:
+        model_dir: folder with tokens.txt and model.int8.onnx or model.onnx; the first, if both are there, as in the
+            original recipe.
+        language: "zh" or "en", for SenseVoice.
+        batch_size: recordings decoded at once.
+
+    Raises:
+        ValueError: a file is missing, or the model is neither of the two.
+    """
+
+    def __init__(self, model_dir: str | Path, language: str = "zh", batch_size: int = 32):
+        import onnx
+        import sherpa_onnx
+
+        folder = Path(model_dir)
+        path, tokens = sherpa_model(folder), folder / "tokens.txt"
+        if not tokens.exists():
+            raise ValueError(f"{folder}: no tokens.txt here: not a folder of sherpa-onnx")
+        # sherpa-onnx ends the process, or worse, on a model of another kind.
+        kinds = {p.key: p.value for p in onnx.load(str(path), load_external_data=False).metadata_props}
+        kind = kinds.get("model_type", "")
+        settings = {"tokens": str(tokens), "num_threads": torch.get_num_threads()}
+        if "paraformer" in kind:
+            self._model = sherpa_onnx.OfflineRecognizer.from_paraformer(paraformer=str(path), **settings)
+        elif kind.startswith("sense_voice"):
+            self._model = sherpa_onnx.OfflineRecognizer.from_sense_voice(
+                model=str(path), language=language, use_itn=False, **settings
+            )
+        else:
+            raise ValueError(f"{path}: model_type {kind!r} in its metadata: neither Paraformer nor SenseVoice")
+        self.batch_size = batch_size
+
+    def transcribe(self, recordings: Sequence[np.ndarray]) -> list[str]:
+        """Transcripts of recordings, each float32 (T,) at 16 kHz; "" for one shorter than an analysis frame."""
+        transcripts = [""] * len(recordings)
+        order = sorted((i for i, r in enumerate(recordings) if len(r) >= MIN_SAMPLES), key=lambda i: len(recordings[i]))
+        for first in range(0, len(order), self.batch_size):
+            batch = order[first : first + self.batch_size]
+            streams = [self._model.create_stream() for _ in batch]
+            for stream, i in zip(streams, batch, strict=True):
+                stream.accept_waveform(ASR_HZ, np.asarray(recordings[i], dtype=np.float32))
+            self._model.decode_streams(streams)
+            for stream, i in zip(streams, batch, strict=True):
+                transcripts[i] = stream.result.text
+        return transcripts
+
+
+class Whisper:
+    """A Whisper model converted for CTranslate2, through faster-whisper: greedy, told the language.
+
+    Args:
+        model_dir: folder with model.bin, config.json, tokenizer.json and preprocessor_config.json.
+        device: "cpu", "cuda" or "cuda:N".
+        language: of the speech, such as "en".
+
+    Raises:
+        ValueError: a file is missing (faster-whisper would download the tokenizer, or guess the number of mel bands).
+        RuntimeError: weights do not match; CTranslate2 names them.
+    """
+
+    def __init__(self, model_dir: str | Path, device: str = "cpu", language: str = "en"):
+        from faster_whisper import WhisperModel
+
+        folder = Path(model_dir)
+        for name in ("model.bin", "config.json", "tokenizer.json", "preprocessor_config.json"):
+            if not (folder / name).exists():
+                raise ValueError(f"{folder}: no {name} here: not a faster-whisper folder")
+        kind, _, index = device.partition(":")
+        self.language = language
+        self._model = WhisperModel(
+            str(folder), device=kind, device_index=int(index or 0), cpu_threads=torch.get_num_threads(),
+            compute_type="float16" if kind == "cuda" else "float32", local_files_only=True,
+        )  # fmt: skip
+        bands = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8")).get("feature_size", 80)
+        if bands != self._model.model.n_mels:
+            raise ValueError(f"{folder}: preprocessor_config.json has {bands} mel bands, model.bin another number")
+
+    def transcribe(self, recordings: Sequence[np.ndarray]) -> list[str]:
+        """Transcripts of recordings, each float32 (T,) at 16 kHz; "" for one shorter than an analysis frame."""
+        return [self._hear(np.asarray(r, dtype=np.float32)) if len(r) >= MIN_SAMPLES else "" for r in recordings]
+
+    def _hear(self, recording: np.ndarray) -> str:
+        # One temperature: the others are tried with unseeded sampling.
+        segments, _ = self._model.transcribe(
+            recording, language=self.language, beam_size=1, temperature=0.0, condition_on_previous_text=False,
+            without_timestamps=True,
+        )  # fmt: skip
+        return "".join(segment.text for segment in segments).strip()
+
+
+class Recogniser(Protocol):
+    """What all recognisers have in common."""
+
+    def transcribe(self, recordings: Sequence[np.ndarray]) -> list[str]: ...
+
+
+@dataclass(frozen=True)
+class LoadedAsr:
+    """A recogniser, and what is said of it beside its figures."""
+
+    recogniser: Recogniser
+    backend: str  # funasr, sherpa-onnx or faster-whisper
+    model: str  # the model's kind
+    weights: Path  # its file of weights
+
+    def describe(self) -> dict:
+        """For scores.json."""
+        with self.weights.open("rb") as file:
+            checksum = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"backend": self.backend, "model": self.model, "weights": self.weights.name, "sha256": checksum}
+
+
+def sherpa_model(folder: Path) -> Path:
+    """The ONNX file of a folder of sherpa-onnx.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for name in ("model.int8.onnx", "model.onnx"):
+        if (folder / name).exists():
+            return folder / name
+    raise ValueError(f"{folder}: no model.int8.onnx or model.onnx here: not a folder of sherpa-onnx")
+
+
+def load_asr(model_dir: str | Path, device: str = "cpu", language: str = "zh") -> LoadedAsr:
+    """The recogniser of a folder.
+
+    Args:
+        model_dir: folder of funasr (config.yaml, model.pt), of faster-whisper (model.bin) or of sherpa-onnx
+            (tokens.txt, *.onnx).
+        device: torch device; sherpa-onnx stays on the CPU.
+        language: "zh" or "en".
+
+    Raises:
+        ValueError: the folder holds none of them, or not all of one; or funasr's network is of another kind.
+    """
+    folder = Path(model_dir)
+    if (folder / "config.yaml").exists():
+        kind = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")).get("model", "")
+        if kind == "SenseVoiceSmall":
+            return LoadedAsr(SenseVoice(folder, device), "funasr", kind, folder / "model.pt")
+        if kind.endswith("Paraformer"):
+            return LoadedAsr(Paraformer(folder, device), "funasr", kind, folder / "model.pt")
+        raise ValueError(f"{folder}/config.yaml: model {kind!r}: neither SenseVoiceSmall nor a Paraformer")
+    if (folder / "model.bin").exists():
+        return LoadedAsr(Whisper(folder, device, language), "faster-whisper", "Whisper", folder / "model.bin")
+    if (folder / "tokens.txt").exists():
+        path = sherpa_model(folder)
+        return LoadedAsr(SherpaOnnx(folder, language), "sherpa-onnx", path.name, path)
+    raise ValueError(
+        f"{folder}: no recogniser here: wants config.yaml (of funasr), model.bin (of faster-whisper) or tokens.txt "
+        "(of sherpa-onnx)"
+    )

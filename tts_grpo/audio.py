@@ -21,7 +21,7 @@ def load_audio(path: str | Path, sample_rate_hz: int = ASR_HZ) -> np.ndarray:
     """One recording as mono float32 (T,) in [-1, 1]; channels are averaged.
 
     Raises:
-        ValueError: the file is missing, cannot be decoded, or has no samples.
+        ValueError: the file is missing, cannot be decoded, has no samples, or some that are no numbers.
     """
     try:
         speech, rate = sf.read(path, dtype="float32", always_2d=True)
@@ -29,6 +29,8 @@ def load_audio(path: str | Path, sample_rate_hz: int = ASR_HZ) -> np.ndarray:
         raise ValueError(f"{path}: cannot be read as audio: {error}") from error
     if len(speech) == 0:
         raise ValueError(f"{path}: has no samples")
+    if not np.isfinite(speech).all():
+        raise ValueError(f"{path}: has samples that are no numbers")
     return resample(speech.mean(axis=1), rate, sample_rate_hz)
 
 

@@ -6,13 +6,8 @@ from dataclasses import dataclass
 
 from rapidfuzz.distance import Levenshtein
 
-from tts_grpo.text import characters, pinyin
+from tts_grpo.text import pinyin
 
-UNITS = {
-    "cer": characters,
-    "pinyin_error_rate": lambda text: pinyin(text, tones=True),
-    "pinyin_error_rate_toneless": lambda text: pinyin(text, tones=False),
-}
 REWARD_CURVES = {
     # The original recipe's (DESIGN: 1 - tanh(3 e)).
     "tanh": lambda error_rate: 1.0 - math.tanh(3.0 * error_rate),
