@@ -163,12 +163,12 @@ def table(scores: dict) -> str:
         entry = scores["pooled"][name]
         low, high = entry["ci"]
         counts = ", ".join(f"{entry[kind]} {kind}" for kind in ("substitutions", "deletions", "insertions"))
-        lines.append(f"{metric['title']:30} {entry['rate']:7.2%} ({low:.2%} to {high:.2%})  {counts}, "
+        lines.append(f"{metric['title']:36} {entry['rate']:7.2%} ({low:.2%} to {high:.2%})  {counts}, "
                      f"{entry['length']} units")  # fmt: skip
     for entry in scores["quality"].values():
         ci = f"({entry['ci'][0]:.3f} to {entry['ci'][1]:.3f})" if entry["ci"] else ""
         model = f"  by {entry['model']}" if entry["model"] else ""
-        lines.append(f"{entry['title']:44} {entry['value']:8.3f} {ci} {entry['unit']}, {entry['n']} values{model}")
+        lines.append(f"{entry['title']:36} {entry['value']:8.3f} {ci} {entry['unit']}, {entry['n']} values{model}")
     return "\n".join(lines)
 
 

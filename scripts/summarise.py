@@ -1,12 +1,9 @@
 """Compare the scores of the SFT and the GRPO model: a table, and summary.json.
 
-The relative drop of each error rate has a 95% interval by paired bootstrap over utterances: utterances of the test
-set are drawn with replacement, with all their seeds, for both models alike (Bisani and Ney, "Bootstrap estimates for
-confidence intervals in ASR performance evaluation", ICASSP 2004).
+Each difference has a 95% interval by paired bootstrap over utterances (tts_grpo/bootstrap.py) and a verdict in words.
 """
 
 import argparse
-import collections
 import json
 import platform
 import subprocess
@@ -15,11 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from tts_grpo.jsonl import read_jsonl, write_json
-from tts_grpo.metrics import UNITS
+from tts_grpo.scoring import compare_quality, compare_rates, read_utterances
 
 MODELS = ("sft", "grpo")
-MAIN_METRIC = "pinyin_error_rate_toneless"
-NUM_DRAWS = 10_000
 
 
 def get_args(argv=None):
@@ -29,31 +24,6 @@ def get_args(argv=None):
     )
     parser.add_argument("--settings", default="{}", help="JSON of the settings, to be recorded")
     return parser.parse_args(argv)
-
-
-def counts_by_utterance(output_dir: Path, metric: str) -> dict[str, np.ndarray]:
-    """``id -> (errors, units)``, summed over the seeds."""
-    counts = collections.defaultdict(lambda: np.zeros(2))
-    for path in sorted(output_dir.glob("seed_*/utterances.jsonl")):
-        for row in read_jsonl(path):
-            c = row["errors"][metric]
-            counts[row["id"]] += (c["substitutions"] + c["deletions"] + c["insertions"], c["length"])
-    return counts
-
-
-def relative_drop(before: dict[str, np.ndarray], after: dict[str, np.ndarray], rng) -> tuple[float, list[float]]:
-    """Share of the error rate that is gone, and its 95% interval.
-
-    Raises:
-        ValueError: the two were scored on different utterances.
-    """
-    if before.keys() != after.keys():
-        raise ValueError("the two models were scored on different utterances")
-    a, b = (np.array([counts[utt_id] for utt_id in before]) for counts in (before, after))
-    drop = lambda x, y: 1 - (y[..., 0] / y[..., 1]) / (x[..., 0] / x[..., 1])  # noqa: E731
-    draws = rng.multinomial(len(a), np.full(len(a), 1 / len(a)), size=NUM_DRAWS)
-    low, high = np.percentile(drop(draws @ a, draws @ b), (2.5, 97.5))
-    return float(drop(a.sum(0), b.sum(0))), [float(low), float(high)]
 
 
 def stage_seconds(exp_dir: Path) -> dict[str, int]:
@@ -77,15 +47,17 @@ def git_commit(root: Path) -> str | None:
 def summarise(exp_dir: Path, settings: dict) -> dict:
     """The contents of summary.json."""
     scores = {m: json.loads((exp_dir / "eval" / m / "scores.json").read_text(encoding="utf-8")) for m in MODELS}
-    rng = np.random.default_rng(0)
-    drops = {}
-    for metric in UNITS:
-        drops[metric] = relative_drop(*(counts_by_utterance(exp_dir / "eval" / m, metric) for m in MODELS), rng)
+    utterances = [read_utterances(exp_dir / "eval" / m) for m in MODELS]
+    changes = compare_rates(*utterances, scores["sft"]["language"])
     peak = exp_dir / "peak_memory_gib"
     return {
-        **{m: {"pooled": scores[m]["pooled"], "seeds": scores[m]["seeds"]} for m in MODELS},
-        "relative_drop": {metric: drop for metric, (drop, _) in drops.items()},
-        "relative_drop_ci": {metric: ci for metric, (_, ci) in drops.items()},
+        **{m: {key: scores[m][key] for key in ("pooled", "seeds", "quality", "quality_sample")} for m in MODELS},
+        "metrics": scores["grpo"]["metrics"],
+        "relative_drop": {metric: change["relative_drop"] for metric, change in changes.items()},
+        "relative_drop_ci": {metric: change["relative_drop_ci"] for metric, change in changes.items()},
+        "verdict": {metric: change["verdict"] for metric, change in changes.items()},
+        "quality_change": compare_quality(*utterances),
+        "asr": scores["grpo"]["asr"],
         "stage_seconds": stage_seconds(exp_dir),
         "peak_rss_gib": float(peak.read_text()) if peak.exists() else None,
         "versions": scores["grpo"]["versions"] | {"python": platform.python_version()},
@@ -94,17 +66,33 @@ def summarise(exp_dir: Path, settings: dict) -> dict:
     }
 
 
-def table(summary: dict) -> str:
-    """Error rates before and after, for people."""
-    lines = [f"{'':28} {'SFT':>8} {'GRPO':>8}   relative drop (95% interval)"]
-    for metric in UNITS:
+def rate_lines(summary: dict) -> list[str]:
+    """Error rates before and after, with what is gone and the verdict."""
+    lines = [f"{'':36} {'SFT':>8} {'GRPO':>8}   relative drop (95% interval)"]
+    for metric, about in summary["metrics"].items():
         before, after = (summary[m]["pooled"][metric]["rate"] for m in MODELS)
-        low, high = summary["relative_drop_ci"][metric]
-        drop = summary["relative_drop"][metric]
-        lines.append(f"{metric:28} {before:8.2%} {after:8.2%}   {drop:.1%} ({low:.1%} to {high:.1%})")
-    for name, form in (("eos_share", ".1%"), ("tokens_per_character", ".2f"), ("failed", ".0f")):
+        drop, ci = summary["relative_drop"][metric], summary["relative_drop_ci"][metric]
+        shown = f"{drop:.1%}" if drop is not None else "-"
+        shown += f" ({ci[0]:.1%} to {ci[1]:.1%})" if ci else ""
+        lines.append(f"{about['title']:36} {before:8.2%} {after:8.2%}   {shown}: {summary['verdict'][metric]}")
+    return lines
+
+
+def table(summary: dict) -> str:
+    """What changed, for people."""
+    lines = rate_lines(summary)
+    lines.append(f"{'':36} {'SFT':>8} {'GRPO':>8}   difference (95% interval)")
+    for name, change in summary["quality_change"].items():
+        before, after = (summary[m]["quality"][name] for m in MODELS)
+        ci = f" ({change['ci'][0]:+.3f} to {change['ci'][1]:+.3f})" if change["ci"] else ""
+        model = f", by {after['model']}" if after["model"] else ""
+        lines.append(f"{after['title']:36} {before['value']:8.3f} {after['value']:8.3f}   "
+                     f"{change['difference']:+.3f}{ci} {after['unit']}: {change['verdict']}{model}")  # fmt: skip
+    for name, form in (("tokens_per_character", ".2f"), ("failed", ".0f")):
         means = [np.mean([seed[name] for seed in summary[m]["seeds"].values()]) for m in MODELS]
-        lines.append(f"{name:28} {means[0]:>8{form}} {means[1]:>8{form}}")
+        lines.append(f"{name.replace('_', ' '):36} {means[0]:>8{form}} {means[1]:>8{form}}")
+    asr = summary["asr"]
+    lines.append(f"recogniser: {asr['model']} by {asr['backend']}, {asr['sha256'][:12]}")
     return "\n".join(lines)
 
 
