@@ -37,6 +37,9 @@ server_urls=${server_urls:-http://127.0.0.1:$http_port} # what training talks to
 check_reward=${check_reward:-1}                         # 0: train though real speech does not score high
 reward_curve=${reward_curve:-tanh}                      # or exp, see tts_grpo/metrics.py
 seeds=${seeds:-0 1 2 3 4}                               # of the evaluation (stage 4)
+language=${language:-zh}                                # of the evaluation set: zh or en
+reference_audio=${reference_audio:-}                    # recordings of the voice, where the set has no prompts
+speaker_model_dir=${speaker_model_dir:-}                # WavLM folder for the voice; empty: Resemblyzer
 prompt_audio=${prompt_audio:-}                          # recording whose voice speaks in stages 1 and 5
 prompt_text=${prompt_text:-}                            # its transcript
 single_text=${single_text:-}                            # said in stage 5; empty: the tongue-twister
@@ -147,7 +150,8 @@ infer() {
     --llm-path "$2" --token2wav-dir "$token2wav_dir" --eval-set "$eval_jsonl" --output-dir "$output_dir" \
     --seeds "${seed_list[@]}" --batch-size "$infer_batch_size" --device "$infer_device" --max-new-tokens "$max_response_length" \
     --temperature "$temperature" --top-p "$top_p" --top-k "$top_k"
-  run_long env python="$speech_bin/python" eval_asr_dir="$eval_asr_dir" device="$infer_device" \
+  run_long env python="$speech_bin/python" eval_asr_dir="$eval_asr_dir" device="$infer_device" language="$language" \
+    quality_utterances="$quality_utterances" reference_audio="$reference_audio" speaker_model_dir="$speaker_model_dir" \
     bash "$root/scripts/compute_wer.sh" "$output_dir" "$eval_jsonl"
 }
 
@@ -249,7 +253,8 @@ configure() {
   recorded_settings=(
     profile exp_name seed sft_path token2wav_dir prompt_audio reward_asr_dir eval_asr_dir train_jsonl test_jsonl
     max_prompt_length reward_curve reward_tones num_gpus num_nodes total_steps train_batch_size rollout_n
-    max_response_length learning_rate learning_rate_schedule norm_adv_by_std eval_jsonl seeds temperature top_p top_k overrides
+    max_response_length learning_rate learning_rate_schedule norm_adv_by_std eval_jsonl language seeds temperature
+    top_p top_k overrides
   )
 }
 
@@ -262,7 +267,8 @@ set_keys() {
     total_steps train_batch_size rollout_n max_response_length learning_rate learning_rate_schedule norm_adv_by_std \
     overrides)
   key_3=$(key key_2 llm_path)
-  key_4=$(key key_3 eval_asr_dir eval_jsonl seeds infer_batch_size temperature top_p top_k)
+  key_4=$(key key_3 eval_asr_dir eval_jsonl language quality_utterances reference_audio speaker_model_dir seeds \
+    infer_batch_size temperature top_p top_k)
 }
 
 main() {

@@ -48,6 +48,7 @@ trainer_requirements=${trainer_requirements:-$root/requirements-verl-gpu.txt}
 # evaluation (stages 4 and 5)
 dataset=${dataset:-zero_shot_zh} # or test_zh
 eval_jsonl=${eval_jsonl:-$workspace/data/$dataset.jsonl}
+quality_utterances=${quality_utterances:-100} # whose voice, DNSMOS and F0 are measured; 0: none
 infer_procs=${infer_procs:-$num_gpus}
 infer_device=${infer_device:-cuda}
 infer_batch_size=${infer_batch_size:-32}

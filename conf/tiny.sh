@@ -39,7 +39,9 @@ trainer_requirements=${trainer_requirements:-$root/requirements-verl.txt}
 
 # evaluation (stages 4 and 5)
 eval_jsonl=${eval_jsonl:-$root/assets/tiny/data/test.jsonl}
-infer_procs=${infer_procs:-2} # processes of torchrun, one for each GPU where there are any
+quality_utterances=${quality_utterances:-50}                  # whose voice, DNSMOS and F0 are measured; 0: none
+reference_audio=${reference_audio:-$root/assets/tiny/prompts} # of the one voice: the set has no prompts
+infer_procs=${infer_procs:-2}                                 # processes of torchrun, one for each GPU where there are any
 infer_device=${infer_device:-cpu}
 infer_batch_size=${infer_batch_size:-50}
 temperature=${temperature:-1.0} top_p=${top_p:-1.0} top_k=${top_k:--1}

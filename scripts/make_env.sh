@@ -4,7 +4,7 @@
 #   bash scripts/make_env.sh NAME REQUIREMENTS...
 #
 #   NAME          folder under .venv, such as speech
-#   REQUIREMENTS  files with exact pins, installed together
+#   REQUIREMENTS  files with exact pins, installed together; a line marked "# no-deps" without what it asks for
 #
 # Variables: base_python (interpreter to build on, 3.11 or 3.12), venv_root (folder of the environments).
 set -euo pipefail
@@ -40,6 +40,13 @@ mend_torchaudio() {
   "$1" -c 'import torchaudio' || die "torchaudio does not import beside this torch"
 }
 
+install() {
+  local dir=$1
+  shift
+  "$dir/bin/python" -m pip install --quiet --disable-pip-version-check "$@" &
+  wait $!
+}
+
 main() {
   (($# >= 2)) || {
     sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
@@ -54,11 +61,11 @@ main() {
   echo "environment $name: installing into $dir (about 2 minutes)" >&2
   rm -rf "$dir"
   "$base_python" -m venv "$dir"
-  local file args=()
-  for file; do args+=(-r "$file"); done
-  "$dir/bin/python" -m pip install --quiet --disable-pip-version-check "${args[@]}" &
   trap 'kill $! 2>/dev/null; exit 143' INT TERM # bash would end and leave pip at work
-  wait $!
+  sed '/# no-deps/d' "$@" >"$dir/requirements.txt"
+  install "$dir" -r "$dir/requirements.txt"
+  sed -n '/# no-deps/p' "$@" >"$dir/no-deps.txt"
+  [[ ! -s $dir/no-deps.txt ]] || install "$dir" --no-deps -r "$dir/no-deps.txt"
   mend_torchaudio "$dir/bin/python"
   echo "$key" >"$dir/.done"
 }

@@ -5,11 +5,9 @@
 set -euo pipefail
 
 cd "$(dirname "$0")/.."
-bash scripts/make_env.sh test requirements-cosyvoice.txt tests/requirements.txt
+bash scripts/make_env.sh test requirements-cosyvoice.txt requirements-asr.txt tests/requirements.txt
 bash scripts/make_env.sh trainer requirements-verl.txt
 bin=$PWD/.venv/test/bin
-# CosyVoice's modules; stage -1 clones their source. Without what it asks for: the environment has what is imported.
-"$bin/pip" install --quiet --disable-pip-version-check --no-deps token2wav-cosyvoice==0.1.0
 export PATH=$bin:$PATH PYTHONPATH=$PWD OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 
 mapfile -t shell_files < <(git ls-files '*.sh' .ci/run)

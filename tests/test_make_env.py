@@ -56,6 +56,16 @@ def test_a_failed_installation_is_not_taken_for_done(make_env):
     assert (done.returncode, calls) == (0, 2)
 
 
+def test_a_marked_line_is_installed_without_what_it_asks_for(make_env, tmp_path):
+    make_env.requirements.write_text("a==1\nb==2  # no-deps: asks for a compiler\n")
+    assert make_env()[1] == 2
+    first, second = (tmp_path / "calls").read_text().splitlines()
+    assert "--no-deps" not in first and "--no-deps" in second
+    environment = tmp_path / "environments/speech"
+    assert (environment / "requirements.txt").read_text() == "a==1\n"
+    assert (environment / "no-deps.txt").read_text().startswith("b==2")
+
+
 def test_the_installation_ends_with_the_script(make_env, tmp_path):
     process = subprocess.Popen(make_env.command, env=make_env.environment | {"HANG": str(tmp_path / "pid")})
     end = time.monotonic() + 20

@@ -1,51 +1,46 @@
-import numpy as np
 import pytest
 
-from scripts.summarise import relative_drop, stage_seconds, summarise, table
+from scripts.summarise import stage_seconds, summarise, table
+from tts_grpo.error_rates import METRICS
 from tts_grpo.jsonl import write_json, write_jsonl
-from tts_grpo.metrics import UNITS
+from tts_grpo.scoring import quality, rates
 
 
-def counts(errors, units=10):
-    return {str(i): np.array([e, units], float) for i, e in enumerate(errors)}
+def utterance(number, errors, mos):
+    counts = {"substitutions": errors, "deletions": 0, "insertions": 0, "length": 10}
+    return {
+        "id": str(number), "error": None, "errors": dict.fromkeys(METRICS["zh"], counts),
+        "quality": {"dnsmos_ovrl": mos, "duration_s": 2.0},
+    }  # fmt: skip
 
 
-def test_relative_drop_and_its_interval():
-    rng = np.random.default_rng(0)
-    errors = rng.integers(0, 6, 300)
-    same, ci = relative_drop(counts(errors), counts(errors), rng)
-    assert same == 0.0 and ci == [0.0, 0.0]
-    half, (low, high) = relative_drop(counts(errors * 2), counts(errors), rng)
-    assert half == pytest.approx(0.5) and (low, high) == (pytest.approx(0.5), pytest.approx(0.5))
-    noise, (low, high) = relative_drop(counts(errors), counts(rng.permutation(errors)), rng)
-    assert noise == pytest.approx(0.0) and low < -0.05 and high > 0.05
-
-
-def test_the_interval_covers_the_truth():
-    rng = np.random.default_rng(1)
-    covered = 0
-    for _ in range(60):
-        before, after = rng.binomial(10, 0.2, 200), rng.binomial(10, 0.12, 200)
-        _, (low, high) = relative_drop(counts(before), counts(after), rng)
-        covered += low <= 0.4 <= high
-    assert covered >= 51  # 57 expected
-
-
-def test_different_utterances_are_not_compared():
-    with pytest.raises(ValueError, match="different utterances"):
-        relative_drop(counts([1, 2]), counts([1, 2, 3]), np.random.default_rng(0))
-
-
-def test_summary(tmp_path):
-    for model, errors in (("sft", 4), ("grpo", 2)):
-        entry = {"substitutions": errors, "deletions": 0, "insertions": 0, "length": 10}
-        row = {"id": "a", "errors": dict.fromkeys(UNITS, entry)}
-        seed = {"eos_share": 1.0, "tokens_per_character": 6.0, "failed": 0}
-        write_jsonl(tmp_path / "eval" / model / "seed_0" / "utterances.jsonl", [row])
-        rates = {metric: {"rate": errors / 10} for metric in UNITS}
-        write_json(tmp_path / "eval" / model / "scores.json", {"pooled": rates, "seeds": {"0": seed}, "versions": {}})
+@pytest.fixture
+def exp_dir(tmp_path):
+    for model, errors, mos in (("sft", 4, 3.0), ("grpo", 2, 2.5)):
+        rows = [utterance(i, errors + i % 2, mos + 0.01 * i) for i in range(20)]
+        write_jsonl(tmp_path / "eval" / model / "seed_0" / "utterances.jsonl", rows)
+        figures = {name: entry | {"title": name, "unit": "u", "model": "M"} for name, entry in quality(rows).items()}
+        write_json(tmp_path / "eval" / model / "scores.json", {
+            "language": "zh", "pooled": rates(rows, "zh"), "quality": figures, "quality_sample": None, "versions": {},
+            "metrics": {name: {"title": metric.title, "mean": metric.mean} for name, metric in METRICS["zh"].items()},
+            "seeds": {"0": {"tokens_per_character": 6.0, "failed": 0}},
+            "asr": {"backend": "funasr", "model": "A", "sha256": "0" * 64},
+        })  # fmt: skip
     write_jsonl(tmp_path / "stage_seconds.jsonl", [{"stage": 2, "seconds": 50}, {"stage": 2, "seconds": 1}])
-    summary = summarise(tmp_path, {"seed": "42"})
-    assert summary["relative_drop"]["cer"] == pytest.approx(0.5) and summary["settings"] == {"seed": "42"}
-    assert stage_seconds(tmp_path) == {"2": 50} == summary["stage_seconds"]
-    assert "40.00%   20.00%   50.0%" in table(summary)
+    return tmp_path
+
+
+def test_summary(exp_dir):
+    summary = summarise(exp_dir, {"seed": "42"})
+    assert summary["relative_drop"]["cer"] == pytest.approx(1 - 2.5 / 4.5) and summary["settings"] == {"seed": "42"}
+    assert set(summary["verdict"].values()) == {"better"} and set(summary["verdict"]) == set(METRICS["zh"])
+    assert summary["quality_change"]["dnsmos_ovrl"]["verdict"] == "worse"
+    assert summary["quality_change"]["dnsmos_ovrl"]["difference"] == pytest.approx(-0.5)
+    assert summary["quality_change"]["duration_s"]["verdict"] == "no difference at this size"
+    assert stage_seconds(exp_dir) == {"2": 50} == summary["stage_seconds"]
+
+
+def test_the_table_has_rates_verdicts_and_the_networks_names(exp_dir):
+    shown = table(summarise(exp_dir, {}))
+    assert "45.00%   25.00%   44.4%" in shown and "by M" in shown
+    assert "seed-tts-eval CER" in shown and ": better" in shown and ": worse" in shown

@@ -259,8 +259,16 @@ def load_asr(model_dir: str | Path, device: str = "cpu", language: str = "zh") -
 
     Raises:
         ValueError: the folder holds none of them, or not all of one; or funasr's network is of another kind.
+        ImportError: the package for it is not installed.
     """
     folder = Path(model_dir)
+    try:
+        return _load(folder, device, language)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{folder} needs {error.name}: install requirements-asr.txt as it says") from error
+
+
+def _load(folder: Path, device: str, language: str) -> LoadedAsr:
     if (folder / "config.yaml").exists():
         kind = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")).get("model", "")
         if kind == "SenseVoiceSmall":

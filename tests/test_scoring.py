@@ -1,0 +1,154 @@
+"""The evaluator on speech whose figures are known, with the tiny stack's evaluation recogniser."""
+
+import json
+
+import numpy as np
+import pytest
+import soundfile as sf
+
+from scripts import score
+from tts_grpo.asr import SenseVoice
+from tts_grpo.audio import ASR_HZ, load_audio, resample, save_audio
+from tts_grpo.jsonl import read_jsonl, write_jsonl
+from tts_grpo.scoring import compare_quality, compare_rates, read_utterances
+
+NUM_UTTERANCES = 12
+PER = "pinyin_error_rate_toneless"
+
+
+@pytest.fixture(scope="module")
+def judge(assets):
+    return SenseVoice(assets / "asr_eval")
+
+
+@pytest.fixture(scope="module")
+def spoken(assets, test_rows):
+    """``(rows, recordings)``: sentences of the test set with the teacher's recordings."""
+    rows = [row for row in test_rows if (assets / "recordings" / f"{row['id']}.ogg").exists()][::7][:NUM_UTTERANCES]
+    return rows, [load_audio(assets / "recordings" / f"{row['id']}.ogg") for row in rows]
+
+
+@pytest.fixture
+def evaluate(judge, spoken, tmp_path):
+    """Score recordings as one seed: ``evaluate(name, recordings, write=..., texts=...) -> (rates, rows)``."""
+
+    def run(name, recordings, write=save_audio, texts=None):
+        rows, folder = spoken[0], tmp_path / name / "seed_0"
+        eval_set = [{"id": r["id"], "target_text": t} for r, t in zip(rows, texts or [r["text"] for r in rows])]
+        manifest = []
+        for row, speech in zip(rows, recordings, strict=True):
+            line = {"id": row["id"], "finish_reason": "eos", "num_speech_tokens": 50, "wav": None, "error": "none"}
+            if speech is not None:
+                line |= {"wav": f"{row['id']}.wav", "duration_s": round(len(speech) / ASR_HZ, 3), "error": None}
+                folder.mkdir(parents=True, exist_ok=True)
+                write(folder / line["wav"], speech, ASR_HZ)
+            manifest.append(line)
+        write_jsonl(folder / "manifest.jsonl", manifest)
+        utterances = score.utterances_of(folder / "manifest.jsonl", eval_set, tmp_path)
+        score.score(utterances, judge, "zh", None, set())
+        write_jsonl(folder / "utterances.jsonl", utterances)
+        return score.describe(utterances, "zh"), utterances
+
+    return run
+
+
+@pytest.fixture
+def truth(evaluate, spoken):
+    return evaluate("truth", spoken[1])
+
+
+def test_real_speech_scores_well_and_shuffled_texts_do_not(evaluate, spoken, truth):
+    assert truth[0][PER]["rate"] < 0.08 and truth[0]["failed"] == 0
+    texts = [row["text"] for row in spoken[0]]
+    shuffled, _ = evaluate("shuffled", spoken[1], texts=texts[1:] + texts[:1])
+    assert shuffled[PER]["rate"] > 0.7 and shuffled["seed-tts-eval"]["rate"] > 0.7
+
+
+def test_silence_is_all_deletions(evaluate, spoken):
+    scores, rows = evaluate("silence", [np.zeros(len(s), np.float32) for s in spoken[1]])
+    assert scores["cer"]["deletions"] == scores["cer"]["length"] and scores["cer"]["rate"] == 1.0
+    assert scores["failed"] == 0 and rows[0]["quality"]["leading_silence_s"] == rows[0]["quality"]["duration_s"]
+
+
+def test_noise_is_not_understood(evaluate, spoken):
+    rng = np.random.default_rng(0)
+    scores, _ = evaluate("noise", [rng.normal(0, 0.1, len(s)).astype(np.float32) for s in spoken[1]])
+    assert scores[PER]["rate"] > 0.9
+
+
+def test_half_of_the_speech_is_half_of_the_text(evaluate, spoken, truth):
+    scores, _ = evaluate("half", [s[: len(s) // 2] for s in spoken[1]])
+    assert 0.3 < scores[PER]["rate"] < 0.75
+    assert scores["cer"]["deletions"] > 0.3 * scores["cer"]["length"]
+
+
+def test_a_truncated_file_is_a_failure(evaluate, spoken, truth):
+    def cut(path, speech, rate):
+        save_audio(path, speech, rate)
+        path.write_bytes(path.read_bytes()[: 44 + len(speech)])  # half of the samples
+
+    scores, rows = evaluate("cut", spoken[1], write=cut)
+    assert scores["failed"] == NUM_UTTERANCES and scores["cer"]["rate"] == 1.0
+    assert "in the manifest" in rows[0]["error"]
+
+
+def test_another_sample_rate_and_stereo_change_nothing(evaluate, spoken, truth):
+    def write_44k_stereo(path, speech, rate):
+        speech = resample(speech, rate, 44_100)
+        sf.write(path, np.stack([speech, speech], axis=1), 44_100)
+
+    scores, _ = evaluate("44k", spoken[1], write=write_44k_stereo)
+    assert scores[PER]["rate"] == pytest.approx(truth[0][PER]["rate"], abs=0.03) and scores["failed"] == 0
+
+
+def test_a_false_sample_rate_is_a_failure(evaluate, spoken):
+    scores, _ = evaluate("false", spoken[1], write=lambda path, speech, rate: save_audio(path, speech, 24_000))
+    assert scores["failed"] == NUM_UTTERANCES and scores["cer"]["rate"] == 1.0
+
+
+def test_failures_worsen_every_score(evaluate, spoken, truth):
+    def nan(path, speech, rate):
+        sf.write(path, np.full(len(speech), np.nan, np.float32), rate, subtype="FLOAT")
+
+    missing, _ = evaluate("missing", [None, *spoken[1][1:]])
+    broken, rows = evaluate("nan", spoken[1][:1] * NUM_UTTERANCES, write=nan)
+    assert missing["failed"] == 1 and broken["failed"] == NUM_UTTERANCES and "no numbers" in rows[0]["error"]
+    for name in ("seed-tts-eval", "cv3-eval", "cer", "pinyin_error_rate", PER):
+        assert truth[0][name]["rate"] < missing[name]["rate"] < broken[name]["rate"] == 1.0
+        assert truth[0][name]["length"] == missing[name]["length"] == broken[name]["length"]
+    assert truth[0]["eos_share"] > missing["eos_share"] > broken["eos_share"] == 0.0
+    for name, better in (("eos_share", -1), ("repetition", 1), ("clipped_share", 1)):
+        values = [scores["quality"][name]["value"] * better for scores in (truth[0], missing, broken)]
+        assert values == sorted(values) and values[0] < values[1]
+
+
+def test_two_systems_are_compared_in_words(evaluate, spoken, truth, tmp_path):
+    evaluate("half", [s[: len(s) // 2] for s in spoken[1]])
+    good, bad = (read_utterances(tmp_path / name) for name in ("truth", "half"))
+    assert {c["verdict"] for c in compare_rates(bad, good, "zh").values()} == {"better"}
+    assert {c["verdict"] for c in compare_rates(good, bad, "zh").values()} == {"worse"}
+    assert compare_quality(good, bad)["duration_s"]["verdict"] == "lower"
+    good[0]["error"] = "lost"
+    assert {c["verdict"] for c in compare_rates(bad, good, "zh").values()} == {"no verdict: more audio failed"}
+
+
+def test_the_program_writes_all_figures(evaluate, spoken, truth, assets, tmp_path, capsys):
+    set_path, output_dir = tmp_path / "set.jsonl", tmp_path / "truth"
+    rows = [{"id": r["id"], "target_text": r["text"]} for r in spoken[0]]
+    write_jsonl(set_path, rows)
+    score.main([
+        "--output-dir", str(output_dir), "--eval-set", str(set_path), "--asr-dir", str(assets / "asr_eval"),
+        "--quality-utterances", "3", "--reference-audio", str(assets / "prompts"),
+    ])  # fmt: skip
+    scores = json.loads((output_dir / "scores.json").read_text())
+    assert scores["asr"]["backend"] == "funasr" and len(scores["asr"]["sha256"]) == 64
+    assert scores["pooled"][PER]["rate"] == truth[0][PER]["rate"]
+    assert scores["pooled"][PER]["ci"][0] <= scores["pooled"][PER]["rate"] <= scores["pooled"][PER]["ci"][1]
+    assert scores["quality_sample"] == {"seed": "0", "utterances": 3} and scores["quality"]["dnsmos_ovrl"]["n"] == 3
+    assert scores["quality"]["dnsmos_ovrl"]["model"].startswith("DNSMOS P.835")
+    assert 2.0 < scores["quality"]["dnsmos_ovrl"]["value"] < 4.0
+    assert scores["quality"]["speaker_similarity"]["value"] > 0.75
+    assert scores["quality"]["speaker_similarity"]["model"].startswith("Resemblyzer")
+    assert len(read_jsonl(output_dir / "seed_0/utterances.jsonl")) == NUM_UTTERANCES
+    shown = capsys.readouterr().out
+    assert "seed-tts-eval CER" in shown and "by Resemblyzer 0.1.4" in shown
