@@ -1,0 +1,126 @@
+"""Every figure with a known answer."""
+
+import math
+
+import numpy as np
+import pytest
+
+from tts_grpo import quality
+from tts_grpo.audio import ASR_HZ, load_audio
+
+
+def tone(seconds, hz=200.0, amplitude=0.3):
+    """A voice-like tone with six harmonics; ``hz`` may be one for each sample."""
+    phase = 2 * np.pi * np.cumsum(np.broadcast_to(hz, int(seconds * ASR_HZ))) / ASR_HZ
+    return (amplitude * sum(np.sin(k * phase) / k for k in range(1, 7))).astype(np.float32)
+
+
+def quiet(seconds):
+    return np.zeros(int(seconds * ASR_HZ), np.float32)
+
+
+@pytest.fixture(scope="module")
+def recordings(assets):
+    return [load_audio(path) for path in sorted((assets / "recordings").glob("*.ogg"))[:6]]
+
+
+def test_silences_are_where_they_were_put():
+    speech = np.concatenate([quiet(0.4), tone(0.6), quiet(0.2), tone(0.2), quiet(0.8)])
+    leading, trailing, inner = quality.silences(speech)
+    assert (leading, trailing, inner) == (pytest.approx(0.4), pytest.approx(0.8), pytest.approx(0.2))
+    noisy = speech + np.random.default_rng(0).normal(0, 3e-4, len(speech)).astype(np.float32)
+    assert quality.silences(noisy) == (pytest.approx(0.4), pytest.approx(0.8), pytest.approx(0.2))
+    assert quality.silences(quiet(1.0)) == (1.0, 1.0, 0.0)
+
+
+def test_repetition():
+    share = quality.repeated_share
+    assert share(list("今天天气很好")) == 0.0  # one unit twice is ordinary
+    assert share(list("天气很好天气很好")) == 0.5
+    assert share(list("今天天气很好天气很好天气很好")) == pytest.approx(8 / 14)
+    assert share([]) == 0.0
+
+
+def test_cheap_figures():
+    speech = np.concatenate([quiet(0.5), tone(2.0), quiet(0.5)])
+    speech[10_000:10_300] = 1.0
+    found = quality.cheap_figures(speech, list("一二三四五六"), list("一二一二三四五六"), "length")
+    assert found["duration_s"] == 3.0 and found["speech_rate"] == pytest.approx(3.0)
+    assert found["eos_share"] == 0.0 and found["repetition"] == pytest.approx(2 / 8)
+    assert found["clipped_share"] == pytest.approx(300 / 48_000)
+    said_twice = list("一二一二三")
+    assert quality.cheap_figures(speech, said_twice, said_twice, "eos")["repetition"] == 0.0  # as the text has it
+
+
+def test_melody():
+    melody = quality.Melody()
+    flat = melody.measure(tone(2.0, 220.0))
+    assert flat["f0_median_hz"] == pytest.approx(220, rel=0.01)
+    assert flat["f0_range_semitones"] < 0.3 and flat["f0_std_semitones"] < 0.1
+    seconds = np.arange(2 * ASR_HZ) / ASR_HZ
+    wave = melody.measure(tone(2.0, 220 * 2 ** (3 / 12 * np.sin(2 * np.pi * seconds))))  # 3 semitones up and down
+    assert wave["f0_range_semitones"] == pytest.approx(6.0, abs=0.5)
+    assert wave["f0_std_semitones"] == pytest.approx(3 / math.sqrt(2), abs=0.2)
+    assert set(melody.measure(quiet(1.0)).values()) == {None}
+
+
+def test_dnsmos_equals_the_package_and_falls_with_noise(recordings):
+    from speechmos import dnsmos
+
+    mos, speech = quality.DnsMos(), np.concatenate(recordings)  # more than one window
+    assert len(speech) > 9.01 * ASR_HZ
+    for recording in (recordings[0], speech):
+        expected = dnsmos.run(recording, ASR_HZ)
+        found = mos.measure(recording)
+        for part in ("ovrl", "sig", "bak"):
+            assert found[f"dnsmos_{part}"] == pytest.approx(expected[f"{part}_mos"], abs=1e-3)
+    clean = mos.measure(recordings[0])
+    noise = np.random.default_rng(0).normal(0, 0.05, len(recordings[0])).astype(np.float32)
+    noisy = mos.measure(np.clip(recordings[0] + noise, -1, 1))
+    assert noisy["dnsmos_ovrl"] < clean["dnsmos_ovrl"] - 0.5 and min(noisy.values()) >= 1.0
+
+
+def test_similarity_knows_the_voice(recordings, assets, tmp_path):
+    prompts = sorted((assets / "prompts").glob("*.ogg"))
+    similarity = quality.Similarity(quality.Resemblyzer(), prompts)
+    itself = similarity.measure(load_audio(prompts[0]), str(prompts[0]))["speaker_similarity"]
+    assert itself == pytest.approx(1.0, abs=1e-5)
+    same = [similarity.measure(speech, None)["speaker_similarity"] for speech in recordings]
+    slowed = np.interp(np.arange(0, len(recordings[0]), 0.65), np.arange(len(recordings[0])), recordings[0])
+    other = similarity.measure(slowed.astype(np.float32), None)["speaker_similarity"]  # 7 semitones deeper
+    assert min(same) > 0.75 and other < min(same) - 0.1
+    assert similarity.measure(quiet(1.0), None) == {"speaker_similarity": -1.0}
+    assert quality.Similarity(quality.Resemblyzer()).measure(recordings[0], None) == {}
+
+
+def test_a_folder_of_wavlm_is_used_and_named(recordings, tmp_path):
+    from transformers import Wav2Vec2FeatureExtractor, WavLMConfig, WavLMForXVector
+
+    folder = tmp_path / "wavlm-tiny-sv"
+    config = WavLMConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, conv_dim=(8, 8),
+        conv_kernel=(10, 8), conv_stride=(160, 2), num_feat_extract_layers=2, num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2, tdnn_dim=(8, 8), tdnn_kernel=(3, 1), tdnn_dilation=(1, 1),
+        xvector_output_dim=8,
+    )  # fmt: skip
+    WavLMForXVector(config).save_pretrained(folder)
+    Wav2Vec2FeatureExtractor().save_pretrained(folder)
+    encoder = quality.WavLm(folder)
+    assert encoder.name == "WavLM wavlm-tiny-sv"
+    assert np.linalg.norm(encoder.embed(recordings[0])) == pytest.approx(1.0, abs=1e-5)
+    assert encoder.embed(quiet(1.0)) is None
+    WavLMForXVector(WavLMConfig(**{**config.to_dict(), "xvector_output_dim": 12})).base_model.save_pretrained(folder)
+    with pytest.raises(ValueError, match="not a WavLMForXVector"):
+        quality.WavLm(folder)
+
+
+def test_failures_get_the_worst_or_nothing():
+    failed = quality.failed_figures(costly=True)
+    for name, figure in quality.FIGURES.items():
+        assert failed[name] == figure.worst and (figure.worst is None) == (figure.better is None)
+    assert set(quality.failed_figures(costly=None)) == set(quality.CHEAP)
+
+
+def test_the_part_is_spread_evenly():
+    assert quality.spread(3, 9) == [0, 4, 8] and quality.spread(50, 4) == [0, 1, 2, 3] and quality.spread(0, 9) == []
+    assert len(quality.spread(50, 400)) == 50
