@@ -128,13 +128,12 @@ class SherpaOnnx:
         model_dir: folder with tokens.txt and model.int8.onnx or model.onnx; the first, if both are there, as in the
             original recipe.
         language: "zh" or "en", for SenseVoice.
-        batch_size: recordings decoded at once.
 
     Raises:
         ValueError: a file is missing, or the model is neither of the two.
     """
 
-    def __init__(self, model_dir: str | Path, language: str = "zh", batch_size: int = 32):
+    def __init__(self, model_dir: str | Path, language: str = "zh"):
         import onnx
         import sherpa_onnx
 
@@ -142,7 +141,7 @@ class SherpaOnnx:
         path, tokens = sherpa_model(folder), folder / "tokens.txt"
         if not tokens.exists():
             raise ValueError(f"{folder}: no tokens.txt here: not a folder of sherpa-onnx")
-        # sherpa-onnx ends the process, or worse, on a model of another kind.
+        # sherpa-onnx ends the process on a model of another kind.
         kinds = {p.key: p.value for p in onnx.load(str(path), load_external_data=False).metadata_props}
         kind = kinds.get("model_type", "")
         settings = {"tokens": str(tokens), "num_threads": torch.get_num_threads()}
@@ -154,21 +153,17 @@ class SherpaOnnx:
             )
         else:
             raise ValueError(f"{path}: model_type {kind!r} in its metadata: neither Paraformer nor SenseVoice")
-        self.batch_size = batch_size
 
     def transcribe(self, recordings: Sequence[np.ndarray]) -> list[str]:
         """Transcripts of recordings, each float32 (T,) at 16 kHz; "" for one shorter than an analysis frame."""
-        transcripts = [""] * len(recordings)
-        order = sorted((i for i, r in enumerate(recordings) if len(r) >= MIN_SAMPLES), key=lambda i: len(recordings[i]))
-        for first in range(0, len(order), self.batch_size):
-            batch = order[first : first + self.batch_size]
-            streams = [self._model.create_stream() for _ in batch]
-            for stream, i in zip(streams, batch, strict=True):
-                stream.accept_waveform(ASR_HZ, np.asarray(recordings[i], dtype=np.float32))
-            self._model.decode_streams(streams)
-            for stream, i in zip(streams, batch, strict=True):
-                transcripts[i] = stream.result.text
-        return transcripts
+        return [self._hear(np.asarray(r, dtype=np.float32)) if len(r) >= MIN_SAMPLES else "" for r in recordings]
+
+    def _hear(self, recording: np.ndarray) -> str:
+        # One at a time: in a batch the padding of the shorter ones may be heard as text.
+        stream = self._model.create_stream()
+        stream.accept_waveform(ASR_HZ, recording)
+        self._model.decode_stream(stream)
+        return stream.result.text
 
 
 class Whisper:

@@ -1,0 +1,114 @@
+"""Recognisers of the evaluation in small folders of the real formats; SenseVoice is in test_asr.py."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from tests.asr_folders import TOKENS, make_paraformer, make_sherpa, make_whisper
+from tts_grpo.asr import Paraformer, load_asr
+from tts_grpo.audio import load_audio
+
+CHARACTERS = set(TOKENS[3:-1])
+
+
+@pytest.fixture(scope="module")
+def speech(assets):
+    recordings = [load_audio(path) for path in sorted((assets / "recordings").glob("*.ogg"))[:4]]
+    return [*recordings[:2], np.zeros(100, np.float32), *recordings[2:]]
+
+
+@pytest.fixture(scope="module")
+def paraformer(tmp_path_factory):
+    return make_paraformer(tmp_path_factory.mktemp("asr") / "paraformer")
+
+
+@pytest.fixture(scope="module")
+def whisper(tmp_path_factory):
+    return make_whisper(tmp_path_factory.mktemp("asr") / "whisper")
+
+
+def test_sensevoice_is_known_by_its_folder(assets):
+    loaded = load_asr(assets / "asr_eval")
+    assert (loaded.backend, loaded.model) == ("funasr", "SenseVoiceSmall")
+    assert set(loaded.describe()) == {"backend", "model", "weights", "sha256"}
+
+
+def test_paraformer(paraformer, speech):
+    loaded = load_asr(paraformer)
+    assert (loaded.backend, loaded.model) == ("funasr", "Paraformer")
+    together = loaded.recogniser.transcribe(speech)
+    assert together[2] == "" and all(set(text) <= CHARACTERS | {" "} for text in together)
+    assert all(len(text) > 3 for text in together[:2])
+    assert [loaded.recogniser.transcribe([one])[0] for one in speech] == together
+
+
+def test_paraformer_that_hears_nothing(tmp_path, speech):
+    deaf = Paraformer(make_paraformer(tmp_path / "deaf", tokens_per_frame=1e-5))
+    assert deaf.transcribe(speech) == [""] * len(speech)
+
+
+def test_paraformer_with_a_missing_weight_is_an_error(tmp_path):
+    folder = make_paraformer(tmp_path / "p")
+    state = torch.load(folder / "model.pt")
+    del state["decoder.output_layer.weight"]
+    torch.save(state, folder / "model.pt")
+    with pytest.raises(ValueError, match=r"decoder\.output_layer\.weight"):
+        load_asr(folder)
+
+
+def test_whisper(whisper, speech):
+    loaded = load_asr(whisper, language="en")
+    assert (loaded.backend, loaded.model) == ("faster-whisper", "Whisper")
+    texts = loaded.recogniser.transcribe(speech[1:3])
+    assert texts[1] == "" and isinstance(texts[0], str)
+    assert loaded.recogniser.transcribe(speech[1:3]) == texts
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "preprocessor_config.json"])
+def test_whisper_without_a_file_downloads_none(whisper, name):
+    (whisper / name).rename(whisper / "away")
+    try:
+        with pytest.raises(ValueError, match=name):
+            load_asr(whisper, language="en")
+    finally:
+        (whisper / "away").rename(whisper / name)
+
+
+def test_whisper_with_weights_of_another_shape_is_an_error(whisper, tmp_path):
+    bands = json.loads((whisper / "preprocessor_config.json").read_text())
+    (whisper / "preprocessor_config.json").write_text(json.dumps(bands | {"feature_size": 128}))
+    try:
+        with pytest.raises(ValueError, match="128 mel bands"):
+            load_asr(whisper, language="en")
+    finally:
+        (whisper / "preprocessor_config.json").write_text(json.dumps(bands))
+    weights = (whisper / "model.bin").read_bytes()
+    (whisper / "model.bin").write_bytes(weights[: len(weights) // 2])
+    try:
+        with pytest.raises(RuntimeError):
+            load_asr(whisper, language="en")
+    finally:
+        (whisper / "model.bin").write_bytes(weights)
+
+
+def test_sherpa_onnx(tmp_path, speech):
+    loaded = load_asr(make_sherpa(tmp_path / "sherpa"))
+    assert (loaded.backend, loaded.model) == ("sherpa-onnx", "model.onnx")
+    texts = loaded.recogniser.transcribe(speech)
+    assert texts[2] == "" and all(len(set(text) & CHARACTERS) > 2 and "<blank>" not in text for text in texts[:2])
+    assert loaded.recogniser.transcribe(speech[::-1]) == texts[::-1]
+
+
+def test_sherpa_onnx_of_another_kind_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="neither Paraformer nor SenseVoice"):
+        load_asr(make_sherpa(tmp_path / "sherpa", model_type="zipformer2"))
+
+
+def test_a_folder_of_none_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="no recogniser here"):
+        load_asr(tmp_path)
+    (tmp_path / "config.yaml").write_text("model: FsmnVADStreaming\n")
+    with pytest.raises(ValueError, match="neither SenseVoiceSmall nor a Paraformer"):
+        load_asr(tmp_path)
