@@ -97,7 +97,7 @@ def test_sherpa_onnx(tmp_path, speech):
     loaded = load_asr(make_sherpa(tmp_path / "sherpa"))
     assert (loaded.backend, loaded.model) == ("sherpa-onnx", "model.onnx")
     texts = loaded.recogniser.transcribe(speech)
-    assert texts[2] == "" and all(len(set(text) & CHARACTERS) > 2 and "<blank>" not in text for text in texts[:2])
+    assert texts[2] == "" and all(len(set(text) & CHARACTERS) > 1 and "<blank>" not in text for text in texts[:2])
     assert loaded.recogniser.transcribe(speech[::-1]) == texts[::-1]
 
 
