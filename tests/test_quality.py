@@ -94,6 +94,7 @@ def test_similarity_knows_the_voice(recordings, assets, tmp_path):
 
 
 def test_a_folder_of_wavlm_is_used_and_named(recordings, tmp_path):
+    from safetensors.torch import load_file, save_file
     from transformers import Wav2Vec2FeatureExtractor, WavLMConfig, WavLMForXVector
 
     folder = tmp_path / "wavlm-tiny-sv"
@@ -109,6 +110,10 @@ def test_a_folder_of_wavlm_is_used_and_named(recordings, tmp_path):
     assert encoder.name == "WavLM wavlm-tiny-sv"
     assert np.linalg.norm(encoder.embed(recordings[0])) == pytest.approx(1.0, abs=1e-5)
     assert encoder.embed(quiet(1.0)) is None
+    weights = load_file(folder / "model.safetensors")
+    save_file({k: v for k, v in weights.items() if k != "feature_extractor.weight"}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"missing or of another shape.*feature_extractor\.weight"):
+        quality.WavLm(folder)
     WavLMForXVector(WavLMConfig(**{**config.to_dict(), "xvector_output_dim": 12})).base_model.save_pretrained(folder)
     with pytest.raises(ValueError, match="not a WavLMForXVector"):
         quality.WavLm(folder)

@@ -126,6 +126,7 @@ class DnsMos:
         self._package = dnsmos
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # leaves idle cores to others
         path = Path(dnsmos.__file__).parent / "dnsmos_models" / "sig_bak_ovr.onnx"
         self._network = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
@@ -154,7 +155,7 @@ class Melody:
         from swift_f0 import SwiftF0
 
         self.name = f"SwiftF0 {importlib.metadata.version('swift-f0')}"
-        self._detector = SwiftF0(threads=torch.get_num_threads())
+        self._detector = SwiftF0(threads=1, spin=False)
 
     def measure(self, speech: np.ndarray) -> dict[str, float | None]:
         """Median, range and deviation of F0 of a recording, float32 (T,) at 16 kHz; None with hardly any voice."""
