@@ -39,7 +39,7 @@ trainer_requirements=${trainer_requirements:-$root/requirements-verl.txt}
 
 # evaluation (stages 4 and 5)
 eval_jsonl=${eval_jsonl:-$root/assets/tiny/data/test.jsonl}
-quality_utterances=${quality_utterances:-50}                  # whose voice, DNSMOS and F0 are measured; 0: none
+quality_utterances=${quality_utterances:-40}                  # whose voice, DNSMOS and F0 are measured; 0: none
 reference_audio=${reference_audio:-$root/assets/tiny/prompts} # of the one voice: the set has no prompts
 infer_procs=${infer_procs:-2}                                 # processes of torchrun, one for each GPU where there are any
 infer_device=${infer_device:-cpu}

@@ -108,6 +108,7 @@ def test_batches_do_not_depend_on_order_of_work():
 def score(assets, output_dir, eval_set):
     command = ["bash", str(ROOT / "scripts/compute_wer.sh"), str(output_dir), str(eval_set)]
     environment = {"python": sys.executable, "PATH": "/usr/bin:/bin", "eval_asr_dir": str(assets / "asr_eval")}
+    environment |= {"quality_utterances": "2", "reference_audio": str(assets / "prompts")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads((output_dir / "scores.json").read_text())
@@ -117,6 +118,7 @@ def test_failures_never_make_a_score_better(assets, eval_set, one_process, tmp_p
     shutil.copytree(one_process, tmp_path, dirs_exist_ok=True)
     good = score(assets, tmp_path, eval_set)
     assert good["pooled"]["pinyin_error_rate_toneless"]["rate"] < 0.3
+    assert good["quality_sample"] == {"seed": "0", "utterances": 2} and good["quality"]["speaker_similarity"]["n"] == 2
     wavs = sorted((tmp_path / "seed_0/wavs").glob("*.wav"))
     wavs[0].unlink()
     wavs[1].write_bytes(b"RIFF")

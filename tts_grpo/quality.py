@@ -187,7 +187,8 @@ class Resemblyzer:
         if not np.any(speech):
             return None
         speech = preprocess_wav(speech)
-        return self._encoder.embed_utterance(speech) if len(speech) else None
+        embedding = self._encoder.embed_utterance(speech) if len(speech) else np.array([np.nan])
+        return embedding if np.isfinite(embedding).all() else None  # the network may answer 0 / 0
 
 
 class WavLm:
