@@ -174,7 +174,8 @@ def test_dry_run_prints_and_runs_nothing(recipe, profile):
     done = recipe.run("--dry-run", "-1", "5", "--", "trainer.foo=1", profile=profile)
     assert done.returncode == 0, done.stderr
     for name in ("make_env.sh", "prepare_data.py", "token2wav_asr_server.py", "main_ppo", "merge.py", "infer_dist.py",
-                 "compute_wer.sh", "language=zh", "quality_utterances=", "infer_single.py", "trainer.foo=1"):  # fmt: skip
+                 "compute_wer.sh", "language=zh", "quality_utterances=", "infer_single.py",
+                 "trainer.foo=1"):  # fmt: skip
         assert name in done.stdout
     assert recipe.calls() == [] and not recipe.exp_dir.exists(), list(recipe.exp_dir.rglob("*"))
 
