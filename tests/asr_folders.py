@@ -11,9 +11,17 @@ TOKENS = ["<blank>", "<s>", "</s>", *"你好我们去他是不在有大小上下
 SMALL = {"attention_heads": 2, "linear_units": 32, "num_blocks": 1, "dropout_rate": 0.0, "kernel_size": 3}
 
 
-def make_paraformer(folder: Path, tokens_per_frame: float = 0.5, seed: int = 0) -> Path:
-    """A Paraformer for funasr, that hears about ``tokens_per_frame`` tokens in each frame of 60 ms."""
+def make_paraformer(folder: Path, tokens_per_frame: float = 0.5, seaco: bool = False, seed: int = 0) -> Path:
+    """A Paraformer for funasr, that hears about ``tokens_per_frame`` tokens in each frame of 60 ms.
+
+    ``seaco``: a SeACo-Paraformer, which is what "paraformer-zh" is.
+    """
+    import funasr.models.bicif_paraformer.cif_predictor
+    import funasr.models.paraformer.cif_predictor
+    import funasr.models.paraformer.decoder
+    import funasr.models.sanm.encoder  # noqa: F401  # these register themselves
     from funasr.models.paraformer.model import Paraformer
+    from funasr.models.seaco_paraformer.model import SeacoParaformer
 
     encoder = {**SMALL, "output_size": 16, "input_layer": "pe", "pos_enc_class": "SinusoidalPositionEncoder",
                "normalize_before": True, "sanm_shfit": 0, "selfattention_layer_type": "sanm"}  # fmt: skip
@@ -29,13 +37,21 @@ def make_paraformer(folder: Path, tokens_per_frame: float = 0.5, seed: int = 0) 
         "tokenizer": "CharTokenizer",
         "tokenizer_conf": {"unk_symbol": "<unk>", "split_with_space": True, "token_list": None},
     }  # fmt: skip
-    import funasr.models.paraformer.cif_predictor
-    import funasr.models.paraformer.decoder
-    import funasr.models.sanm.encoder  # noqa: F401  # they register themselves
-
+    if seaco:
+        config |= {
+            "model": "SeacoParaformer",
+            "predictor": "CifPredictorV3",
+            "seaco_decoder": "ParaformerSANMDecoder",
+            "seaco_decoder_conf": decoder | {"wo_input_layer": True},
+        }
+        config["predictor_conf"] |= {"upsample_times": 3, "upsample_type": "cnn_blstm", "use_cif1_cnn": False}
+        config["model_conf"] |= {"inner_dim": 16, "bias_encoder_type": "lstm", "NO_BIAS": 0}
     torch.manual_seed(seed)
-    parts = {key: config[key] for key in config if key.startswith(("encoder", "decoder", "predictor"))}
-    model = Paraformer(**parts, **config["model_conf"], input_size=560, vocab_size=len(TOKENS))
+    names = ("encoder", "decoder", "predictor", "seaco_decoder")
+    parts = {key: config[key] for key in config if key.removesuffix("_conf") in names}
+    model = (SeacoParaformer if seaco else Paraformer)(
+        **parts, **config["model_conf"], input_size=560, vocab_size=len(TOKENS)
+    )
     state = model.state_dict()
     state["predictor.cif_output.weight"] *= 0.01
     state["predictor.cif_output.bias"][:] = float(np.log(tokens_per_frame / (1 - tokens_per_frame)))

@@ -20,11 +20,6 @@ def speech(assets):
 
 
 @pytest.fixture(scope="module")
-def paraformer(tmp_path_factory):
-    return make_paraformer(tmp_path_factory.mktemp("asr") / "paraformer")
-
-
-@pytest.fixture(scope="module")
 def whisper(tmp_path_factory):
     return make_whisper(tmp_path_factory.mktemp("asr") / "whisper")
 
@@ -35,17 +30,19 @@ def test_sensevoice_is_known_by_its_folder(assets):
     assert set(loaded.describe()) == {"backend", "model", "weights", "sha256"}
 
 
-def test_paraformer(paraformer, speech):
-    loaded = load_asr(paraformer)
-    assert (loaded.backend, loaded.model) == ("funasr", "Paraformer")
+@pytest.mark.parametrize(("seaco", "name"), [(False, "Paraformer"), (True, "SeacoParaformer")])
+def test_paraformer(tmp_path, speech, seaco, name):
+    loaded = load_asr(make_paraformer(tmp_path / "paraformer", seaco=seaco))
+    assert (loaded.backend, loaded.model) == ("funasr", name)
     together = loaded.recogniser.transcribe(speech)
     assert together[2] == "" and all(set(text) <= CHARACTERS | {" "} for text in together)
     assert all(len(text) > 3 for text in together[:2])
     assert [loaded.recogniser.transcribe([one])[0] for one in speech] == together
 
 
-def test_paraformer_that_hears_nothing(tmp_path, speech):
-    deaf = Paraformer(make_paraformer(tmp_path / "deaf", tokens_per_frame=1e-5))
+@pytest.mark.parametrize("seaco", [False, True])
+def test_paraformer_that_hears_nothing(tmp_path, speech, seaco):
+    deaf = Paraformer(make_paraformer(tmp_path / "deaf", tokens_per_frame=1e-5, seaco=seaco))
     assert deaf.transcribe(speech) == [""] * len(speech)
 
 

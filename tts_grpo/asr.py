@@ -113,12 +113,13 @@ class Paraformer:
 
     def _decode(self, batch: list[np.ndarray]) -> list[str]:
         results = self._model.generate(input=batch, batch_size=len(batch), cache={})
-        # funasr answers once for a whole batch in which nothing is heard.
-        if len(results) == 1 and len(batch) > 1 and not results[0].get("text"):
+        texts = [result.get("text", "") for result in results]
+        # Where nothing is heard in a whole batch, funasr answers once for all of it, or not at all (SeACo-Paraformer).
+        if not any(texts):
             return [""] * len(batch)
-        if len(results) != len(batch):
-            raise RuntimeError(f"funasr gave {len(results)} transcripts of {len(batch)} recordings")
-        return [result["text"] for result in results]
+        if len(texts) != len(batch):
+            raise RuntimeError(f"funasr gave {len(texts)} transcripts of {len(batch)} recordings")
+        return texts
 
 
 class SherpaOnnx:
