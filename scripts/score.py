@@ -206,7 +206,8 @@ def main(argv=None):
         write_text(manifest.parent / "alignment.txt", alignment_text(utterances, args.language))
         by_seed[manifest.parent.name[5:]] = utterances
     scores = system_scores(by_seed, args, costly)
-    scores |= {"asr": asr.describe(), "asr_dir": str(args.asr_dir), "asr_sha256": asr.describe()["sha256"]}
+    about = asr.describe()
+    scores |= {"asr": about, "asr_dir": str(args.asr_dir), "asr_sha256": about["sha256"]}
     write_json(args.output_dir / "scores.json", scores)
     print(table(scores))
     failed = sum(seed["failed"] for seed in scores["seeds"].values())

@@ -152,3 +152,24 @@ def test_the_program_writes_all_figures(evaluate, spoken, truth, assets, tmp_pat
     assert len(read_jsonl(output_dir / "seed_0/utterances.jsonl")) == NUM_UTTERANCES
     shown = capsys.readouterr().out
     assert "seed-tts-eval CER" in shown and "by Resemblyzer 0.1.4" in shown
+
+
+class OneAnswer:
+    """A recogniser that hears the same in everything."""
+
+    def transcribe(self, recordings):
+        return ["The fox doesn't jump!"] * len(recordings)
+
+
+def test_english_is_scored_by_words(tmp_path):
+    for utt_id in ("a", "b"):
+        save_audio(tmp_path / "seed_0" / f"{utt_id}.wav", np.full(ASR_HZ, 0.1, np.float32), ASR_HZ)
+    line = {"finish_reason": "eos", "num_speech_tokens": 25, "duration_s": 1.0, "error": None}
+    write_jsonl(tmp_path / "seed_0/manifest.jsonl", [line | {"id": i, "wav": f"{i}.wav"} for i in ("a", "b")])
+    eval_set = [{"id": "a", "target_text": "the fox doesn't jump"}, {"id": "b", "target_text": "A dog."}]
+    utterances = score.utterances_of(tmp_path / "seed_0/manifest.jsonl", eval_set, tmp_path)
+    score.score(utterances, OneAnswer(), "en", None, set())
+    scores = score.describe(utterances, "en")
+    assert scores["wer"]["rate"] == 4 / 6 and scores["seed-tts-eval"]["rate"] == (0 + 4 / 2) / 2
+    assert "pinyin_error_rate" not in scores and utterances[0]["quality"]["speech_rate"] == 4.0
+    assert score.alignment_text(utterances, "en").splitlines()[1] == "a hyp the fox doesn't jump"
