@@ -33,3 +33,8 @@ def pinyin(text: str, tones: bool) -> list[str]:
     style = Style.TONE3 if tones else Style.NORMAL
     units = lazy_pinyin(normalise(text), style=style, neutral_tone_with_five=tones, errors=_UNITS.findall)
     return [unit for unit in units if unit.strip()]
+
+
+def written_units(text: str) -> list[str]:
+    """``text`` once normalised, as the units that ``pinyin`` gives a sound to: Chinese characters and other words."""
+    return _UNITS.findall(normalise(text))

@@ -1,0 +1,34 @@
+"""Write an experiment's report: one HTML file with tables, curves, alignments and sound, readable without a network.
+
+    python scripts/report.py --exp-dir exp/NAME
+
+It needs what stage 4 leaves there (summary.json, eval/), and shows the curves of stage 2 where its log is there too.
+"""
+
+import argparse
+from pathlib import Path
+
+from tts_grpo.jsonl import write_text
+from tts_grpo.report.experiment import load_experiment
+from tts_grpo.report.page import render
+
+
+def get_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--exp-dir", type=Path, required=True, help="folder of the experiment")
+    parser.add_argument("--examples", type=int, default=5, help="utterances in each group to listen to")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = get_args(argv)
+    try:
+        page = render(load_experiment(args.exp_dir), args.examples)
+    except ValueError as error:
+        raise SystemExit(f"report.py: {error}") from None
+    write_text(args.exp_dir / "report.html", page)
+    print(f"{args.exp_dir / 'report.html'}: {len(page.encode()) / 2**20:.1f} MiB")
+
+
+if __name__ == "__main__":
+    main()
