@@ -3,7 +3,7 @@
 import dataclasses
 
 from tts_grpo.metrics import align
-from tts_grpo.text import written_units, pinyin
+from tts_grpo.text import pinyin, written_units
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,11 +44,11 @@ def _kind(said: Unit | None, heard: Unit | None) -> str:
         return "missing"
     if said is None:
         return "extra"
-    if said.written == heard.written:
-        return "same"
-    if said.toned == heard.toned:
-        return "homophone"
-    return "tone" if said.toneless == heard.toneless else "other"
+    if said.toneless != heard.toneless:
+        return "other"  # also of the same character, where its sound depends on its neighbours
+    if said.toned != heard.toned:
+        return "tone"
+    return "same" if said.written == heard.written else "homophone"
 
 
 def cells(target_text: str, hypothesis: str) -> list[Cell]:

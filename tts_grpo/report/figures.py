@@ -142,7 +142,7 @@ def by_seed(experiment: Experiment) -> Plot | None:
                       xytext=(5, 0), textcoords="offset points", color=COLOURS[model], va="center")  # fmt: skip
     axes.set_ylim(0, 1.15 * max(rates["sft"] + rates["grpo"]) or 1)
     axes.margins(x=0.12)
-    title = f"{experiment.metrics[experiment.main_metric]} of each seed"
+    title = f"By seed: {experiment.metrics[experiment.main_metric]}"
     rows = [[seed, percent(a), percent(b)] for seed, a, b in zip(experiment.seeds, *rates.values(), strict=True)]
     note = "Dashed: mean of the seeds. How far the dots of one colour lie apart is what one seed alone could mislead by."
     return Plot(title, note, to_svg(figure, title), ["seed", *MODEL_TITLES.values()], rows)
@@ -185,9 +185,26 @@ def by_length(experiment: Experiment) -> Plot:
     axes.set_xticks(range(len(bins)), ticks)
     axes.set_ylim(bottom=0)
     axes.margins(x=0.08)
-    title = f"{experiment.metrics[experiment.main_metric]} by length"
+    title = f"By length of the text: {experiment.metrics[experiment.main_metric]}"
     note = "Dots with 95% intervals, SFT left and GRPO right of each place; under each length, how many utterances."
     return Plot(title, note, to_svg(figure, title), ["length", "utterances", *MODEL_TITLES.values()], rows)
+
+
+@styled
+def by_kind(experiment: Experiment) -> Plot:
+    """What the errors of the main metric are, over all seeds."""
+    kinds = ("substitutions", "deletions", "insertions")
+    counts = {m: experiment.scores[m]["pooled"][experiment.main_metric] for m in MODELS}
+    figure, axes = new_axes("", plain)
+    for model, shift in zip(MODELS, (-0.2, 0.2), strict=True):
+        bars = axes.bar(np.arange(3) + shift, [counts[model][kind] for kind in kinds], 0.36, color=COLOURS[model])
+        axes.bar_label(bars, color=COLOURS[model], padding=2, fontsize=10)
+    axes.set_xticks(range(3), kinds)
+    axes.margins(y=0.12)
+    title = f"By kind, count over all seeds: {experiment.metrics[experiment.main_metric]}"
+    rows = [[kind, *(str(counts[m][kind]) for m in MODELS)] for kind in kinds]
+    note = "SFT left and GRPO right. Deletions: said, not heard; insertions: heard, not said."
+    return Plot(title, note, to_svg(figure, title), ["kind", *MODEL_TITLES.values()], rows)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,8 @@ TITLES = MODEL_TITLES | {"prompt": "Prompt"}
 SEED_FIGURES = {"eos_share": ("ended by end token", "{:.1%}"), "tokens_per_character": ("speech tokens a character", "{:.2f}"),
                 "failed": ("utterances without usable audio, a seed", "{:.1f}")}  # fmt: skip
 
+OVERVIEW = (figures.drops, figures.by_seed, figures.by_length, figures.by_kind)
+
 
 @dataclasses.dataclass(frozen=True)
 class Player:
@@ -113,14 +115,23 @@ def headline(experiment: Experiment) -> dict:
     main = experiment.main_metric
     before, after = (experiment.scores[m]["pooled"][main]["rate"] for m in MODELS)
     ci = experiment.summary["relative_drop_ci"].get(main)
+    verdict = experiment.summary.get("verdict", {}).get(main, "")
+    drop = error_rows(experiment)[list(experiment.metrics).index(main)]["drop"]
     return {
-        "metric": experiment.metrics[main], "before": f"{before:.2%}", "after": f"{after:.2%}",
-        "drop": error_rows(experiment)[list(experiment.metrics).index(main)]["drop"],
+        "title": _title(experiment.metrics[main], verdict, drop.lstrip("-")), "before": f"{before:.2%}", "after": f"{after:.2%}",
+        "drop": drop,
         "ci": f"{ci[0]:.1%} to {ci[1]:.1%}" if ci else "no interval",
-        "verdict": experiment.summary.get("verdict", {}).get(main, ""),
+        "verdict": verdict,
         "changes": {name: sum(1 for u in experiment.utterances if (u.change > 0) - (u.change < 0) == sign)
                     for name, sign in (("fewer", -1), ("as many", 0), ("more", 1))},
     }  # fmt: skip
+
+
+def _title(metric: str, verdict: str, size: str) -> str:
+    """The verdict as a sentence; without a clear one, what was compared."""
+    if verdict in ("better", "worse"):
+        return f"GRPO {'lowers' if verdict == 'better' else 'raises'} the {metric} by {size}"
+    return f"{metric[:1].upper()}{metric[1:]}: {verdict or 'before and after GRPO'}"
 
 
 def make_example(utterance: Utterance, seed: str, prompts: dict[Path, Clip | str]) -> Example:
@@ -197,7 +208,7 @@ def render(experiment: Experiment, examples: int) -> str:
         name=experiment.name, headline=headline(experiment), errors=error_rows(experiment), quality=quality_rows(experiment),
         per_seed=seed_rows(experiment), sample=experiment.scores["sft"].get("quality_sample"),
         recogniser=recogniser(experiment), num_utterances=len(experiment.utterances), seeds=experiment.seeds,
-        overview=[p for p in (figures.drops(experiment), figures.by_seed(experiment), figures.by_length(experiment)) if p],
+        overview=[p for draw in OVERVIEW for p in [draw(experiment)] if p],
         curves=figures.curves(experiment.scalars), groups=groups, provenance=provenance(experiment),
         language=experiment.scores["sft"].get("language", "zh"), same_recogniser=same_recogniser(experiment.summary),
     )  # fmt: skip
