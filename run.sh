@@ -11,7 +11,7 @@
 #    1  reward server; alone it stays in the foreground, in a range it serves stage 2 and ends
 #    2  GRPO on veRL; goes on from its last checkpoint
 #    3  merge the last checkpoint into $llm_path/merged_hf_model, a Hugging Face folder
-#    4  evaluation before and after: inference on the test set, error rates, summary.json
+#    4  evaluation before and after: inference on the test set, error rates, summary.json, report.html
 #    5  one tongue-twister through the merged checkpoint
 #
 # A stage that is done with the same settings is skipped. Everything that is made is in exp/$exp_name.
@@ -112,7 +112,8 @@ stage_2() {
   run "$trainer_bin/python" "$root/reward_tts.py" --jsonl "$known_answer_jsonl" --limit 64 \
     --server-urls "$server_urls" "${check[@]}"
   run_long env "${train_env[@]}" "$trainer_bin/python" "$root/scripts/train.py" --log-file "$exp_dir/log/train.log" \
-    --total-steps "$total_steps" --failure-file "$exp_dir/reward_failure" -- \
+    --total-steps "$total_steps" --failure-file "$exp_dir/reward_failure" \
+    --server-url "${server_urls%%[, ]*}" --tensorboard-dir "$exp_dir/tensorboard" -- \
     "$trainer_bin/python" -m verl.trainer.main_ppo "${verl_args[@]}" "${profile_verl_args[@]}" "${verl_overrides[@]}"
   mark_done 2 "$key_2"
   [[ -z $server_pid ]] || { stop "$server_pid" && server_pid=''; }
@@ -139,8 +140,9 @@ stage_4() {
   infer sft "$sft_path"
   infer grpo "$exp_dir/merged_hf_model"
   run "$speech_bin/python" "$root/scripts/summarise.py" --exp-dir "$exp_dir" --settings "$(settings_json)"
+  run "$speech_bin/python" "$root/scripts/report.py" --exp-dir "$exp_dir"
   mark_done 4 "$key_4"
-  echo "figures: $exp_dir/summary.json; speech and alignments: $exp_dir/eval"
+  echo "report: $exp_dir/report.html; figures: $exp_dir/summary.json; speech and alignments: $exp_dir/eval"
 }
 
 # infer NAME MODEL: speech of the test set by a model, and its error rates.
@@ -174,7 +176,7 @@ last_checkpoint() {
 # Checkpoints of other settings must not be trained on by mistake.
 check_checkpoints() {
   ((dry_run)) && return
-  ((force)) && rm -rf "$exp_dir/checkpoints" "$exp_dir/tensorboard"
+  ((force)) && rm -rf "$exp_dir/checkpoints" "$exp_dir/tensorboard" "$exp_dir/validation"
   if [[ -f $exp_dir/checkpoints/settings && $(<"$exp_dir/checkpoints/settings") != "$key_2" ]]; then
     die "$exp_dir/checkpoints were trained with other settings: set exp_name to train anew beside them, or force=1 to train anew in their place"
   fi
@@ -247,6 +249,7 @@ configure() {
     "trainer.logger=[console,tensorboard]" trainer.project_name=tts_grpo trainer.experiment_name="$exp_name"
     trainer.default_local_dir="$exp_dir/checkpoints" trainer.resume_mode=auto
     trainer.max_actor_ckpt_to_keep="$max_checkpoints" trainer.save_freq="$save_freq" trainer.test_freq="$test_freq"
+    trainer.validation_data_dir="$exp_dir/validation" # what was said, for TensorBoard's audio
     hydra.run.dir="$exp_dir/log/hydra" # its copy of the settings; the working folder by default
     trainer.val_before_train=True trainer.total_epochs=1000 trainer.total_training_steps="$total_steps"
   )

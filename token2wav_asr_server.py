@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Reward server: speech tokens -> 16 kHz waveform -> transcript -> reward, behind Triton (PyTriton).
 
-Tensors: see tts_grpo/protocol.py. Each instance is a process of its own with its own token2wav and recogniser, on a
+Tensors: see tts_grpo/protocol.py, also for the model that lets one hear a rollout. Each instance is a process of its own with its own token2wav and recogniser, on a
 device of --devices, so that instances do not wait for each other's Python. Triton collects concurrent requests of one
 length bucket into batches and hands each to a free instance.
 
@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tts_grpo.protocol import MODEL_NAME
+from tts_grpo.protocol import MODEL_NAME, SPEECH_MODEL_NAME
 from tts_grpo.tokens import NUM_SPEECH_TOKENS
 
 logger = logging.getLogger(__name__)
@@ -82,10 +82,10 @@ def serve_instance(pipe, args, device: str) -> None:
     pipe.send("")
     while True:
         try:
-            speech_tokens, ground_truths = pipe.recv()
+            method, *arguments = pipe.recv()
         except (EOFError, OSError):
             return
-        pipe.send(scorer.score(speech_tokens, ground_truths))
+        pipe.send(getattr(scorer, method)(*arguments))
 
 
 def warm_up(scorer, max_batch_size: int) -> None:
@@ -122,10 +122,10 @@ class Instance:
         if error:
             raise RuntimeError(f"an instance of the reward server could not start: {error}")
 
-    def score(self, speech_tokens, ground_truths):
-        """Score one batch in the process."""
+    def call(self, method: str, *arguments):
+        """What a method of the process's ``RewardScorer`` gives for one batch."""
         with self.lock:
-            self.pipe.send((speech_tokens, ground_truths))
+            self.pipe.send((method, *arguments))
             return self.pipe.recv()
 
     def close(self) -> None:
@@ -136,21 +136,50 @@ class Instance:
             self.process.kill()
 
 
+def unpad(tokens: np.ndarray, token_lens: np.ndarray) -> list[list[int]]:
+    """Sequences of a batch: TOKENS int32 (B, T) and TOKEN_LENS int32 (B, 1) of a request."""
+    return [row[: max(0, n)].tolist() for row, n in zip(tokens, token_lens[:, 0].tolist(), strict=True)]
+
+
+def text_tensor(values: list[str]) -> np.ndarray:
+    """Texts as a tensor of bytes (B, 1)."""
+    return np.char.encode(np.array(values, dtype=np.str_), "utf-8")[:, None]
+
+
 def infer_function(instance: Instance):
-    """PyTriton's inference callable of one instance."""
+    """PyTriton's inference callable of one instance's scores."""
     from pytriton.decorators import batch
 
     @batch
     def infer(TOKENS, TOKEN_LENS, GT_TEXT):
-        lens = TOKEN_LENS[:, 0].tolist()
-        speech_tokens = [row[: max(0, n)].tolist() for row, n in zip(TOKENS, lens, strict=True)]
-        scores = instance.score(speech_tokens, [text.decode("utf-8") for text in GT_TEXT[:, 0]])
-        text = lambda values: np.char.encode(np.array(values, dtype=np.str_), "utf-8")[:, None]  # noqa: E731
+        texts = [text.decode("utf-8") for text in GT_TEXT[:, 0]]
+        scores = instance.call("score", unpad(TOKENS, TOKEN_LENS), texts)
         return {
             "REWARDS": np.array([[score.reward] for score in scores], np.float32),
             "ERROR_RATES": np.array([[score.error_rate] for score in scores], np.float32),
-            "TRANSCRIPTS": text([score.transcript for score in scores]),
-            "ERRORS": text([score.error for score in scores]),
+            "TRANSCRIPTS": text_tensor([score.transcript for score in scores]),
+            "ERRORS": text_tensor([score.error for score in scores]),
+        }
+
+    return infer
+
+
+def speech_function(instance: Instance):
+    """PyTriton's inference callable of one instance's speech."""
+    from pytriton.decorators import batch
+
+    @batch
+    def infer(TOKENS, TOKEN_LENS):
+        said = instance.call("speak", unpad(TOKENS, TOKEN_LENS))
+        lens = [len(speech.waveform) for speech in said]
+        waveforms = np.zeros((len(said), max([1, *lens])), np.int16)
+        for row, speech in zip(waveforms, said, strict=True):
+            row[: len(speech.waveform)] = speech.waveform
+        return {
+            "WAVEFORM": waveforms,
+            "WAVEFORM_LENS": np.array(lens, np.int32)[:, None],
+            "SAMPLE_RATE": np.array([[speech.sample_rate_hz] for speech in said], np.int32),
+            "ERRORS": text_tensor([speech.error for speech in said]),
         }
 
     return infer
@@ -194,9 +223,45 @@ def start_instances(args) -> list[Instance]:
     return instances
 
 
+def bind_models(triton, instances: list[Instance], config) -> None:
+    """Give Triton the two models of tts_grpo/protocol.py."""
+    from pytriton.model_config import Tensor
+
+    tokens = [
+        Tensor(name="TOKENS", dtype=np.int32, shape=(-1,)),
+        Tensor(name="TOKEN_LENS", dtype=np.int32, shape=(1,)),
+    ]
+    triton.bind(
+        model_name=MODEL_NAME,
+        infer_func=[infer_function(instance) for instance in instances],
+        inputs=[*tokens, Tensor(name="GT_TEXT", dtype=bytes, shape=(1,))],
+        outputs=[
+            Tensor(name="REWARDS", dtype=np.float32, shape=(1,)),
+            Tensor(name="ERROR_RATES", dtype=np.float32, shape=(1,)),
+            Tensor(name="TRANSCRIPTS", dtype=bytes, shape=(1,)),
+            Tensor(name="ERRORS", dtype=bytes, shape=(1,)),
+        ],
+        config=config,
+        strict=True,
+    )
+    triton.bind(
+        model_name=SPEECH_MODEL_NAME,
+        infer_func=speech_function(instances[0]),
+        inputs=tokens,
+        outputs=[
+            Tensor(name="WAVEFORM", dtype=np.int16, shape=(-1,)),
+            Tensor(name="WAVEFORM_LENS", dtype=np.int32, shape=(1,)),
+            Tensor(name="SAMPLE_RATE", dtype=np.int32, shape=(1,)),
+            Tensor(name="ERRORS", dtype=bytes, shape=(1,)),
+        ],
+        config=config,
+        strict=True,
+    )
+
+
 def serve(args, instances: list[Instance]) -> int:
     """Serve until a signal (0) or until an instance dies (1)."""
-    from pytriton.model_config import DynamicBatcher, ModelConfig, QueuePolicy, Tensor
+    from pytriton.model_config import DynamicBatcher, ModelConfig, QueuePolicy
     from pytriton.triton import Triton, TritonConfig
 
     config = TritonConfig(
@@ -208,23 +273,7 @@ def serve(args, instances: list[Instance]) -> int:
         default_queue_policy=QueuePolicy(max_queue_size=args.max_queue_size),
     )
     with Triton(config=config) as triton:
-        triton.bind(
-            model_name=MODEL_NAME,
-            infer_func=[infer_function(instance) for instance in instances],
-            inputs=[
-                Tensor(name="TOKENS", dtype=np.int32, shape=(-1,)),
-                Tensor(name="TOKEN_LENS", dtype=np.int32, shape=(1,)),
-                Tensor(name="GT_TEXT", dtype=bytes, shape=(1,)),
-            ],
-            outputs=[
-                Tensor(name="REWARDS", dtype=np.float32, shape=(1,)),
-                Tensor(name="ERROR_RATES", dtype=np.float32, shape=(1,)),
-                Tensor(name="TRANSCRIPTS", dtype=bytes, shape=(1,)),
-                Tensor(name="ERRORS", dtype=bytes, shape=(1,)),
-            ],
-            config=ModelConfig(max_batch_size=args.max_batch_size, batcher=batcher),
-            strict=True,
-        )
+        bind_models(triton, instances, ModelConfig(max_batch_size=args.max_batch_size, batcher=batcher))
         triton.run()
         logger.info("ready: %s at http://%s:%d", MODEL_NAME, args.address, args.http_port)
         try:

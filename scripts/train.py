@@ -1,15 +1,20 @@
 """Run veRL with its output in a log file and one line a step on the terminal.
 
-    python scripts/train.py --log-file LOG --total-steps N --failure-file FILE -- COMMAND...
+    python scripts/train.py --log-file LOG --total-steps N --failure-file FILE [--server-url URL
+        --tensorboard-dir DIR] -- COMMAND...
 
 Exits with the command's status; on failure the last lines of the log are shown. SIGINT and SIGTERM are passed on.
 
 veRL logs the exception of a rollout and trains on without it. Here that ends the training: when the reward reports a
 failure in --failure-file, or veRL logs such an exception, the command is stopped.
+
+With --tensorboard-dir, what each validation said goes there as sound (validation_audio.py): a process of its own, whose
+failure is told and goes no further.
 """
 
 import argparse
 import collections
+import concurrent.futures
 import re
 import signal
 import subprocess
@@ -22,7 +27,9 @@ STEP = re.compile(r"step:(\d+) - (.*)")
 VALUE = re.compile(r"(\S+?):(?:np\.\w+\()?(-?[\d.]+(?:e[-+]?\d+)?)")
 TAIL_LINES = 40
 SWALLOWED = "Error in _run_prompt"  # verl/trainer/ppo/v1/agent_loop_tq.py, veRL 0.9.1
+DUMPED = re.compile(r"Dumped generations to (.*\.jsonl)")  # verl/trainer/ppo/v1/trainer_base.py, when the file is whole
 STOP_TIMEOUT_S = 30.0
+AUDIO_TIMEOUT_S = 120.0
 SHOWN = {  # veRL's name -> ours, format
     "critic/score/mean": "reward {:.3f}",
     "response_length/mean": "{:.0f} tokens",
@@ -45,11 +52,15 @@ def get_args(argv=None):
     parser.add_argument("--log-file", type=Path, required=True, help="everything the command prints is appended here")
     parser.add_argument("--total-steps", type=int, required=True, help="steps of the whole training")
     parser.add_argument("--failure-file", type=Path, required=True, help="where the reward reports that it failed")
+    parser.add_argument("--server-url", help="reward server that speaks what a validation said")
+    parser.add_argument("--tensorboard-dir", type=Path, help="where that goes; needs --server-url")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="-- and the command")
     args = parser.parse_args(argv)
     args.command = args.command[1:] if args.command[:1] == ["--"] else args.command
     if not args.command:
         parser.error("no command")
+    if args.tensorboard_dir and not args.server_url:
+        parser.error("--tensorboard-dir needs --server-url")
     return args
 
 
@@ -101,13 +112,25 @@ class Training:
             self.process.kill()
 
 
+def add_validation_audio(dump: str, server_url: str, tensorboard_dir: Path) -> None:
+    """Let a validation be heard in TensorBoard; a failure is printed only."""
+    script = Path(__file__).with_name("validation_audio.py")
+    command = [sys.executable, script, "--dump", dump, "--server-url", server_url, "--tensorboard-dir", tensorboard_dir]
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=AUDIO_TIMEOUT_S)
+    except subprocess.CalledProcessError as error:
+        print(f"no sound of {dump}: {error.stderr.strip()[-500:]}", flush=True)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        print(f"no sound of {dump}: {error}", flush=True)
+
+
 def main(argv=None):
     args = get_args(argv)
     args.log_file.parent.mkdir(parents=True, exist_ok=True)
     tail = collections.deque(maxlen=TAIL_LINES)
     start = time.monotonic()
     print(f"training starts (a minute or two until the first step); log: {args.log_file}", flush=True)
-    with args.log_file.open("a", encoding="utf-8") as log:
+    with args.log_file.open("a", encoding="utf-8") as log, concurrent.futures.ThreadPoolExecutor(1) as audio:
         training = Training(args.command, args.failure_file)
         for line in training.process.stdout:
             log.write(line)
@@ -115,6 +138,9 @@ def main(argv=None):
             tail.append(line)
             for text in summary(line, args.total_steps):
                 print(f"[{time.monotonic() - start:6.0f} s] {text}", flush=True)
+            dumped = DUMPED.search(line)
+            if dumped and args.tensorboard_dir:
+                audio.submit(add_validation_audio, dumped[1], args.server_url, args.tensorboard_dir)
             if SWALLOWED in line and training.failure is None:
                 reason = f"a rollout failed: {line.strip()}"
                 threading.Thread(target=training.stop, args=(reason,), daemon=True).start()

@@ -1,5 +1,7 @@
 """What reward server and client say to each other: names, shapes and buckets of Triton's model ``token2wav_asr``.
 
+Beside it the server has the model ``token2wav``, which only speaks, for those who want to listen (see below).
+
 A request is one rollout or several of one bucket, as Triton's HTTP/JSON inference protocol (KServe v2) has it:
 
 ============== ======= ====== ============================================================
@@ -14,6 +16,15 @@ TRANSCRIPTS    bytes   [B, 1] what was heard
 ERRORS         bytes   [B, 1] empty, or why this sample could not be scored
 ============== ======= ====== ============================================================
 
+``token2wav`` takes TOKENS and TOKEN_LENS as above, and gives
+
+============== ======= ====== ============================================================
+WAVEFORM       int16   [B, S] speech in the voice of the reward, padded with 0
+WAVEFORM_LENS  int32   [B, 1] its length in samples
+SAMPLE_RATE    int32   [B, 1] in Hz
+ERRORS         bytes   [B, 1] empty, or why this sample could not be spoken
+============== ======= ====== ============================================================
+
 A bad rollout (nothing said, ids out of range) never comes here: the client scores it. So an error is never a reward.
 """
 
@@ -21,6 +32,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 MODEL_NAME = "token2wav_asr"
+SPEECH_MODEL_NAME = "token2wav"
+SPEECH_OUTPUT_NAMES = ("WAVEFORM", "WAVEFORM_LENS", "SAMPLE_RATE", "ERRORS")
 OUTPUT_NAMES = ("REWARDS", "ERROR_RATES", "TRANSCRIPTS", "ERRORS")
 BUCKETS = (16, 32, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1536, 2048)
 
@@ -48,16 +61,36 @@ def bucket(num_tokens: int) -> int:
 
 def encode_request(speech_tokens: Sequence[int], ground_truth: str) -> dict:
     """The JSON body of one rollout's request."""
+    text = {"name": "GT_TEXT", "shape": [1, 1], "datatype": "BYTES", "data": [ground_truth]}
+    return {"inputs": [*_token_inputs(speech_tokens), text], "outputs": [{"name": name} for name in OUTPUT_NAMES]}
+
+
+def encode_speech_request(speech_tokens: Sequence[int]) -> dict:
+    """The JSON body of a request to hear one rollout."""
+    return {"inputs": _token_inputs(speech_tokens), "outputs": [{"name": name} for name in SPEECH_OUTPUT_NAMES]}
+
+
+def _token_inputs(speech_tokens: Sequence[int]) -> list[dict]:
     size = bucket(len(speech_tokens))
-    return {
-        "inputs": [
-            {"name": "TOKENS", "shape": [1, size], "datatype": "INT32",
-             "data": [*speech_tokens, *[0] * (size - len(speech_tokens))]},
-            {"name": "TOKEN_LENS", "shape": [1, 1], "datatype": "INT32", "data": [len(speech_tokens)]},
-            {"name": "GT_TEXT", "shape": [1, 1], "datatype": "BYTES", "data": [ground_truth]},
-        ],
-        "outputs": [{"name": name} for name in OUTPUT_NAMES],
-    }  # fmt: skip
+    return [
+        {"name": "TOKENS", "shape": [1, size], "datatype": "INT32",
+         "data": [*speech_tokens, *[0] * (size - len(speech_tokens))]},
+        {"name": "TOKEN_LENS", "shape": [1, 1], "datatype": "INT32", "data": [len(speech_tokens)]},
+    ]  # fmt: skip
+
+
+def decode_speech_response(body: dict) -> tuple[list[int], int]:
+    """One rollout's speech as 16-bit samples, and its sample rate in Hz.
+
+    Raises:
+        KeyError: an output is missing: this is no server of this protocol.
+        ValueError: the server could not speak the sample.
+    """
+    outputs = {output["name"]: output["data"] for output in body["outputs"]}
+    waveform, (length,), (rate,), (error,) = (outputs[name] for name in SPEECH_OUTPUT_NAMES)
+    if error:
+        raise ValueError(f"the reward server could not speak a sample: {error}")
+    return waveform[:length], rate
 
 
 def decode_response(body: dict) -> Scored:

@@ -24,6 +24,15 @@ class SampleScore:
     error: str = ""
 
 
+@dataclasses.dataclass(frozen=True)
+class SampleSpeech:
+    """One sample's speech, int16 (T,); ``error`` says why there is none, and is empty otherwise."""
+
+    waveform: np.ndarray
+    sample_rate_hz: int
+    error: str = ""
+
+
 @functools.lru_cache(maxsize=65536)
 def reference_pinyin(ground_truth: str, tones: bool) -> tuple[str, ...]:
     """Pinyin of a ground truth: the same one comes once a rollout of its group and once an epoch."""
@@ -71,6 +80,18 @@ class RewardScorer:
             scores.append(SampleScore(reward(error_rate, self.curve), error_rate, transcript))
         self.seconds["text"] += time.perf_counter() - start
         return scores
+
+    def speak(self, speech_tokens: Sequence[Sequence[int]]) -> list[SampleSpeech]:
+        """The speech that samples are scored by, one by one: for listening, where no speed is needed."""
+        said, rate = [], self.token2wav.sample_rate_hz
+        for tokens in speech_tokens:
+            try:
+                waveforms, lens = self.token2wav([tokens], self.prompt_voice)
+                samples = np.round(np.clip(waveforms[0, : lens[0]].numpy(), -1, 1) * 32767).astype(np.int16)
+                said.append(SampleSpeech(samples, rate))
+            except Exception as error:
+                said.append(SampleSpeech(np.zeros(0, np.int16), rate, f"{type(error).__name__}: {error}"))
+        return said
 
     def transcribe(self, speech_tokens: Sequence[Sequence[int]]) -> list[str]:
         """What the recogniser hears of speech tokens."""

@@ -1,0 +1,109 @@
+"""What a validation said, as sound in TensorBoard: a few texts of the set, the same at each step.
+
+    python scripts/validation_audio.py --dump exp/NAME/validation/20.jsonl --server-url URL --tensorboard-dir DIR
+
+The dump is veRL's (trainer.validation_data_dir): a line a rollout. The reward server speaks it, with its token2wav and
+its voice, so that one hears what was scored. It goes into DIR/validation, in TensorBoard a run beside the training's:
+TensorBoard does not go back to a file once a newer one is in the same folder.
+"""
+
+import argparse
+import io
+import json
+import logging
+import time
+import urllib.error
+import urllib.request
+import wave
+from pathlib import Path
+
+import numpy as np
+
+from tts_grpo.jsonl import read_jsonl
+from tts_grpo.protocol import SPEECH_MODEL_NAME, decode_speech_response, encode_speech_request
+from tts_grpo.tokens import parse_speech_tokens
+
+logger = logging.getLogger(__name__)
+
+TIMEOUT_S = 60.0  # for one utterance
+
+
+def get_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dump", type=Path, required=True, help="veRL's validation dump, STEP.jsonl")
+    parser.add_argument("--server-url", required=True, help="reward server")
+    parser.add_argument("--tensorboard-dir", type=Path, required=True, help="folder of the training's event files")
+    parser.add_argument("--count", type=int, default=4, help="texts to hear")
+    return parser.parse_args(argv)
+
+
+def choose(rows: list[dict], count: int) -> list[dict]:
+    """Rows of ``count`` texts, from the shortest to the longest: the same texts in whatever order veRL dumped them."""
+    by_text = {row["gts"]: row for row in reversed(rows)}
+    texts = sorted(by_text, key=lambda text: (len(text), text))
+    places = np.linspace(0, len(texts) - 1, min(count, len(texts))).round().astype(int)
+    return [by_text[texts[place]] for place in places]
+
+
+def speak(server_url: str, speech_tokens: list[int]) -> tuple[list[int], int]:
+    """Speech of tokens as 16-bit samples, and its sample rate in Hz."""
+    body = json.dumps(encode_speech_request(speech_tokens)).encode()
+    url = f"{server_url.rstrip('/')}/v2/models/{SPEECH_MODEL_NAME}/infer"
+    with urllib.request.urlopen(url, data=body, timeout=TIMEOUT_S) as response:
+        return decode_speech_response(json.load(response))
+
+
+def wav_bytes(samples: list[int], rate: int) -> bytes:
+    """Mono 16-bit WAV."""
+    buffer = io.BytesIO()
+    with wave.open(buffer, "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes(np.asarray(samples, "<i2").tobytes())
+    return buffer.getvalue()
+
+
+def audio_value(tag: str, text: str, samples: list[int], rate: int):
+    """One sound as a value of TensorBoard's summaries, shown under its text."""
+    from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+
+    sound = Summary.Audio(sample_rate=rate, num_channels=1, length_frames=len(samples), content_type="audio/wav",
+                          encoded_audio_string=wav_bytes(samples, rate))  # fmt: skip
+    return Summary.Value(tag=tag, audio=sound, metadata=SummaryMetadata(display_name=text))
+
+
+def write_event(folder: Path, step: int, values: list) -> None:
+    """An event file with one event."""
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+    writer = EventFileWriter(str(folder))
+    writer.add_event(Event(step=step, wall_time=time.time(), summary=Summary(value=values)))
+    writer.close()
+
+
+def main(argv=None):
+    args = get_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s: %(message)s")
+    rows, values = read_jsonl(args.dump), []
+    for number, row in enumerate(choose(rows, args.count), 1):
+        try:
+            speech_tokens = parse_speech_tokens(row["output"])
+            if not speech_tokens:
+                raise ValueError("no speech tokens")
+            samples, rate = speak(args.server_url, speech_tokens)
+        except ValueError as error:
+            logger.warning("%s: %s is not heard: %s", args.dump, row["gts"], error)
+            continue
+        except (urllib.error.URLError, KeyError) as error:
+            raise SystemExit(f"validation_audio.py: {args.server_url} does not speak: {error}") from None
+        values.append(audio_value(f"validation/{number}", row["gts"], samples, rate))
+    if not values:
+        raise SystemExit(f"validation_audio.py: {args.dump} has nothing to hear")
+    write_event(args.tensorboard_dir / "validation", int(rows[0]["step"]), values)
+
+
+if __name__ == "__main__":
+    main()
