@@ -250,7 +250,7 @@ configure() {
     trainer.default_local_dir="$exp_dir/checkpoints" trainer.resume_mode=auto
     trainer.max_actor_ckpt_to_keep="$max_checkpoints" trainer.save_freq="$save_freq" trainer.test_freq="$test_freq"
     trainer.validation_data_dir="$exp_dir/validation" # what was said, for TensorBoard's audio
-    hydra.run.dir="$exp_dir/log/hydra" # its copy of the settings; the working folder by default
+    hydra.run.dir="$exp_dir/log/hydra"                # its copy of the settings; the working folder by default
     trainer.val_before_train=True trainer.total_epochs=1000 trainer.total_training_steps="$total_steps"
   )
   recorded_settings=(

@@ -12,7 +12,6 @@ import io
 import json
 import logging
 import time
-import urllib.error
 import urllib.request
 import wave
 from pathlib import Path
@@ -97,7 +96,7 @@ def main(argv=None):
         except ValueError as error:
             logger.warning("%s: %s is not heard: %s", args.dump, row["gts"], error)
             continue
-        except (urllib.error.URLError, KeyError) as error:
+        except (OSError, KeyError) as error:
             raise SystemExit(f"validation_audio.py: {args.server_url} does not speak: {error}") from None
         values.append(audio_value(f"validation/{number}", row["gts"], samples, rate))
     if not values:

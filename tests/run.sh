@@ -8,6 +8,11 @@ cd "$(dirname "$0")/.."
 bash scripts/make_env.sh test requirements-cosyvoice.txt requirements-asr.txt tests/requirements.txt
 bash scripts/make_env.sh trainer requirements-verl.txt
 bin=$PWD/.venv/test/bin
+# The report is looked at in a browser; where there is none, those tests are skipped and say so.
+if ! { command -v chromium && command -v chromedriver; } >/dev/null && ((EUID == 0)) && command -v apt-get >/dev/null; then
+  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends chromium chromium-driver; } \
+    >/dev/null || echo "chromium and chromium-driver could not be installed" >&2
+fi
 export PATH=$bin:$PATH PYTHONPATH=$PWD OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 
 mapfile -t shell_files < <(git ls-files '*.sh' .ci/run)

@@ -39,7 +39,8 @@ esac
 """
 PROGRAMS = (
     "make_env speech", "make_env trainer", "main_ppo", "prepare_data.py", "token2wav_asr_server.py --",
-    "reward_tts.py", "merge.py", "infer_dist.py", "compute_wer", "summarise.py", "infer_single.py", "stopped",
+    "reward_tts.py", "merge.py", "infer_dist.py", "compute_wer", "summarise.py", "report.py",
+    "infer_single.py", "stopped",
 )  # fmt: skip
 CURL = """#!/usr/bin/env bash
 [[ -e $READY ]] || exit 22
@@ -96,19 +97,19 @@ def test_all_stages_in_order_then_skipped_then_forced(recipe):
     assert set(calls[:2]) == {"make_env speech", "make_env trainer"}
     assert calls[2:] == [
         "prepare_data.py", "token2wav_asr_server.py --", "reward_tts.py", "main_ppo", "stopped", "merge.py",
-        "infer_dist.py", "compute_wer", "infer_dist.py", "compute_wer", "summarise.py", "infer_single.py",
+        "infer_dist.py", "compute_wer", "infer_dist.py", "compute_wer", "summarise.py", "report.py", "infer_single.py",
     ]  # fmt: skip
     assert not (recipe.root / "ready").exists(), "the server was not stopped"
     assert recipe.run("0", "4").returncode == 0
     assert recipe.calls() == []
     assert recipe.run("0", "4", exp_name="tiny", rollout_n="3", force="1").returncode == 0
-    assert recipe.calls()[-1] == "summarise.py" and "main_ppo" in recipe.calls()
+    assert recipe.calls()[-1] == "report.py" and "main_ppo" in recipe.calls()
 
 
 def test_one_changed_setting_redoes_what_depends_on_it(recipe):
     assert recipe.run("0", "4").returncode == 0
     assert recipe.run("0", "4", seeds="0 1").returncode == 0
-    assert recipe.calls() == ["infer_dist.py", "compute_wer", "infer_dist.py", "compute_wer", "summarise.py"]
+    assert recipe.calls() == [*["infer_dist.py", "compute_wer"] * 2, "summarise.py", "report.py"]
     assert "--seeds 0 1 " in recipe.calls_path.read_text()
 
 

@@ -56,7 +56,7 @@ def mp3(speech: np.ndarray, rate: int) -> bytes:
 
 
 def mel_bands(rate: int, num_bins: int) -> np.ndarray:
-    """Triangles (BANDS, num_bins) evenly spaced in mel, 2595 log10(1 + f / 700) (O'Shaughnessy, 1987), 0 to rate / 2."""
+    """Triangles (BANDS, num_bins) evenly spaced in mel, 2595 log10(1 + f / 700) (O'Shaughnessy, 1987)."""
     mel = lambda f: 2595 * np.log10(1 + f / 700)  # noqa: E731
     centres = 700 * (10 ** (np.linspace(0, mel(rate / 2), BANDS + 2) / 2595) - 1)
     bins = np.linspace(0, rate / 2, num_bins)

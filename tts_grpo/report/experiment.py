@@ -104,7 +104,7 @@ def load_experiment(exp_dir: Path) -> Experiment:
     metrics = {name: title for name, title in titles.items() if name in summary["relative_drop"]}
     main_metric = next((name for name in MAIN_METRICS if name in metrics), None)
     if main_metric is None:
-        raise ValueError(f"{exp_dir}/summary.json has none of the metrics {', '.join(MAIN_METRICS)}: run bash run.sh 4 4")
+        raise ValueError(f"{exp_dir}/summary.json has none of {', '.join(MAIN_METRICS)}: run bash run.sh 4 4")
     rows = {model: _rows_by_seed(exp_dir / "eval" / model) for model in MODELS}
     utterances = _utterances(rows, main_metric)
     return Experiment(exp_dir.resolve().name, summary, scores, metrics, main_metric, utterances, list(rows["sft"]),

@@ -59,7 +59,7 @@ def plain(value: float) -> str:
 def to_svg(figure: Figure, label: str) -> str:
     """A figure as an SVG element for a page: named, in the page's colours and font, its ids not met twice."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    figure.savefig(buffer, format="svg", transparent=True)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
@@ -144,7 +144,7 @@ def by_seed(experiment: Experiment) -> Plot | None:
     axes.margins(x=0.12)
     title = f"By seed: {experiment.metrics[experiment.main_metric]}"
     rows = [[seed, percent(a), percent(b)] for seed, a, b in zip(experiment.seeds, *rates.values(), strict=True)]
-    note = "Dashed: mean of the seeds. How far the dots of one colour lie apart is what one seed alone could mislead by."
+    note = "Dashed: mean of the seeds. How far dots of one colour lie apart, so far could one seed alone mislead."
     return Plot(title, note, to_svg(figure, title), ["seed", *MODEL_TITLES.values()], rows)
 
 
@@ -229,13 +229,14 @@ CURVES = (
     Curve("Reward", ("critic/score/mean",), r"val-core/.*/reward/mean@\d+", from_zero=False),
     Curve("Pinyin error rate in validation", (), r"val-aux/.*/pinyin_error_rate/mean@\d+", lambda v: f"{v:.1%}",
           note="By the reward's recogniser, with the reward's tones."),
-    Curve("Response length, tokens", ("response_length/mean",), r"val-aux/.*/num_speech_tokens/mean@\d+", from_zero=False),
+    Curve("Response length, tokens", ("response_length/mean",), r"val-aux/.*/num_speech_tokens/mean@\d+",
+          from_zero=False),
     Curve("Rollouts cut at the longest length", ("response_length/clip_ratio",), form=lambda v: f"{v:.1%}"),
     Curve("Entropy, nats a token", ("actor/entropy",), from_zero=False),
     Curve("KL between rollout and training policy", ("rollout_corr/kl", "training/rollout_kl"),
           note="How far the engine of the rollouts is from the network that learns."),
     Curve("KL of the update", ("actor/ppo_kl",),
-          note="Between the policy that spoke and the one updated, before the step: rounding, where a batch is one update."),
+          note="From the policy that spoke to the one that is updated: rounding, where a batch is one update."),
     Curve("KL to the SFT model", ("actor/kl_loss",)),
     Curve("Gradient norm", ("actor/grad_norm",)),
     Curve("Seconds a step", ("timing_s/step",)),

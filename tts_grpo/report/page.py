@@ -15,8 +15,11 @@ from tts_grpo.report.selection import select
 # Colours of the spectrograms: readable on light and on dark pages.
 RGB = {"prompt": (74, 140, 98), "sft": (92, 124, 158), "grpo": (214, 88, 38)}
 TITLES = MODEL_TITLES | {"prompt": "Prompt"}
-SEED_FIGURES = {"eos_share": ("ended by end token", "{:.1%}"), "tokens_per_character": ("speech tokens a character", "{:.2f}"),
-                "failed": ("utterances without usable audio, a seed", "{:.1f}")}  # fmt: skip
+SEED_FIGURES = {
+    "eos_share": ("ended by end token", "{:.1%}"),
+    "tokens_per_character": ("speech tokens a character", "{:.2f}"),
+    "failed": ("utterances without usable audio, a seed", "{:.1f}"),
+}
 
 OVERVIEW = (figures.drops, figures.by_seed, figures.by_length, figures.by_kind)
 
@@ -118,8 +121,8 @@ def headline(experiment: Experiment) -> dict:
     verdict = experiment.summary.get("verdict", {}).get(main, "")
     drop = error_rows(experiment)[list(experiment.metrics).index(main)]["drop"]
     return {
-        "title": _title(experiment.metrics[main], verdict, drop.lstrip("-")), "before": f"{before:.2%}", "after": f"{after:.2%}",
-        "drop": drop,
+        "title": _title(experiment.metrics[main], verdict, drop.lstrip("-")),
+        "before": f"{before:.2%}", "after": f"{after:.2%}", "drop": drop,
         "ci": f"{ci[0]:.1%} to {ci[1]:.1%}" if ci else "no interval",
         "verdict": verdict,
         "changes": {name: sum(1 for u in experiment.utterances if (u.change > 0) - (u.change < 0) == sign)
@@ -160,9 +163,11 @@ def _clip(audio: Path | None, fault: str | None, kind: str) -> Clip | str:
 def _player(kind: str, clip: Clip | str, longest: float, utterance: Utterance, seed: str, take: Take | None) -> Player:
     sound = clip if isinstance(clip, Clip) else None
     errors = [(s, t.errors, s == seed) for s, t in utterance.takes[kind].items()] if take else []
+    hypothesis = take.hypothesis if take else ""
     return Player(
-        kind, TITLES[kind], sound, clip if isinstance(clip, str) else "", 100 * sound.duration_s / longest if sound else 0,
-        errors, cells(utterance.target_text, take.hypothesis) if take else [], take.hypothesis if take else "",
+        kind, TITLES[kind], sound, clip if isinstance(clip, str) else "",
+        100 * sound.duration_s / longest if sound else 0, errors,
+        cells(utterance.target_text, hypothesis) if take else [], hypothesis,
     )  # fmt: skip
 
 
@@ -178,7 +183,8 @@ def provenance(experiment: Experiment) -> list[tuple[str, list[tuple[str, str]]]
         "peak memory": f"{summary['peak_rss_gib']:.1f} GiB" if summary.get("peak_rss_gib") else None,
     } | {f"stage {stage}": f"{seconds} s" for stage, seconds in summary.get("stage_seconds", {}).items()}  # fmt: skip
     parts = {"Run": run, "Settings": summary.get("settings", {}), "Versions": summary.get("versions", {})}
-    return [(title, [(k, str(v)) for k, v in part.items() if v not in (None, "")]) for title, part in parts.items() if part]
+    known = lambda part: [(name, str(value)) for name, value in part.items() if value not in (None, "")]  # noqa: E731
+    return [(title, known(part)) for title, part in parts.items() if part]
 
 
 def recogniser(experiment: Experiment) -> str:
@@ -205,8 +211,8 @@ def render(experiment: Experiment, examples: int) -> str:
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
     return environment.get_template("page.html").render(
-        name=experiment.name, headline=headline(experiment), errors=error_rows(experiment), quality=quality_rows(experiment),
-        per_seed=seed_rows(experiment), sample=experiment.scores["sft"].get("quality_sample"),
+        name=experiment.name, headline=headline(experiment), errors=error_rows(experiment),
+        quality=quality_rows(experiment), per_seed=seed_rows(experiment), sample=experiment.scores["sft"].get("quality_sample"),
         recogniser=recogniser(experiment), num_utterances=len(experiment.utterances), seeds=experiment.seeds,
         overview=[p for draw in OVERVIEW for p in [draw(experiment)] if p],
         curves=figures.curves(experiment.scalars), groups=groups, provenance=provenance(experiment),

@@ -37,7 +37,7 @@ def select(utterances: list[Utterance], count: int = 5) -> list[Group]:
               [(u, _seed_with_most(u, lambda a, b: a.errors - b.errors)) for u in better]),
         Group("Most worsened", "Most errors more over all seeds. Played: the seed that shows it most.",
               [(u, _seed_with_most(u, lambda a, b: b.errors - a.errors)) for u in worse]),
-        Group("Worst after GRPO", "Highest error rate of GRPO over all seeds. Played: the seed with most of its errors.",
+        Group("Worst after GRPO", "Highest error rate of GRPO over all seeds. Played: the seed with most of them.",
               [(u, _seed_with_most(u, lambda a, b: b.errors)) for u in worst]),
         Group("Drawn by chance", "From all others, for an ear of the ordinary. Played: the first seed.",
               [(u, next(iter(u.takes["sft"]))) for u in chance]),

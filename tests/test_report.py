@@ -1,0 +1,333 @@
+"""The report of a small but real experiment: recordings through the tiny stack, real scores, a real event file."""
+
+import base64
+import html
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile as sf
+
+from scripts import report, summarise
+from tts_grpo.audio import save_audio
+from tts_grpo.jsonl import read_jsonl, write_json, write_jsonl
+from tts_grpo.metrics import UNITS, count_errors, pinyin_error_rate
+from tts_grpo.report import figures
+from tts_grpo.report.alignment import cells
+from tts_grpo.report.clips import band_levels
+from tts_grpo.report.experiment import Take, Utterance, load_scalars
+from tts_grpo.report.selection import select
+from tts_grpo.token2wav import decode
+
+ROOT = Path(__file__).resolve().parent.parent
+NUM_UTTERANCES = 14
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+needs_browser = pytest.mark.skipif(
+    not (CHROMIUM and DRIVER), reason="no chromium and chromedriver on PATH (Debian: chromium, chromium-driver)"
+)
+
+
+def speak(token2wav, rows, output_dir, seeds, spoil) -> None:
+    """Manifests and recordings as infer_dist.py leaves them; ``spoil`` has the tokens of some lack their middle."""
+    for seed in seeds:
+        tokens = [
+            row["speech_tokens"][: len(row["speech_tokens"]) // 2] if spoil(i + seed) else row["speech_tokens"]
+            for i, row in enumerate(rows)
+        ]
+        lines = []
+        for row, said, waveform in zip(rows, tokens, decode(token2wav, tokens), strict=True):
+            save_audio(output_dir / f"seed_{seed}/wavs/{row['id']}.wav", waveform, 16000)
+            lines.append({
+                "id": row["id"], "target_text": row["text"], "seed": seed, "num_speech_tokens": len(said),
+                "error": None, "finish_reason": "eos", "wav": f"wavs/{row['id']}.wav", "duration_s": len(said) / 25,
+            })  # fmt: skip
+        write_jsonl(output_dir / f"seed_{seed}/manifest.jsonl", lines)
+
+
+def log_training(folder) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(folder)) as writer:
+        for step in range(1, 31):
+            values = {"critic/score/mean": 0.7 + step / 200, "response_length/mean": 50 - step / 10,
+                      "actor/grad_norm": 0.1, "actor/entropy": 2.0, "rollout_corr/kl": 0.001}  # fmt: skip
+            for tag, value in values.items():
+                writer.add_scalar(tag, value, step)
+        for step in (0, 15, 30):
+            writer.add_scalar("val-core/text-to-speech/reward/mean@1", 0.7 + step / 200, step)
+            writer.add_scalar("val-aux/text-to-speech/pinyin_error_rate/mean@1", 0.08 - step / 1000, step)
+
+
+@pytest.fixture(scope="module")
+def exp_dir(assets, token2wav, test_rows, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("an experiment") / "exp"
+    rows = test_rows[:NUM_UTTERANCES]
+    write_jsonl(folder / "set.jsonl", rows)
+    log_training(folder / "tensorboard")
+    for model, spoil in (("sft", lambda n: n % 3 == 0), ("grpo", lambda n: n % 9 == 4)):
+        output_dir = folder / "eval" / model
+        speak(token2wav, rows, output_dir, (0, 1), spoil)
+        command = ["bash", str(ROOT / "scripts/compute_wer.sh"), str(output_dir), str(folder / "set.jsonl")]
+        environment = os.environ | {"python": sys.executable, "eval_asr_dir": str(assets / "asr_eval")}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    edit_takes(folder, assets)
+    summarise.main(["--exp-dir", str(folder), "--settings", '{"seed": "42", "note": "<b>&</b>"}'])
+    return folder
+
+
+def edit_takes(folder, assets) -> None:
+    """Give an utterance a voice prompt, and another one no audio."""
+    prompt = assets / "prompts" / read_jsonl(assets / "prompts/prompts.jsonl")[0]["prompt_audio"]
+    for path in (folder / "eval/sft").glob("seed_*/utterances.jsonl"):
+        lines = read_jsonl(path)
+        lines[0] |= {"prompt_audio": str(prompt)}
+        lines[3] |= {"audio": None, "error": "no speech tokens"}
+        write_jsonl(path, lines)
+
+
+@pytest.fixture(scope="module")
+def page(exp_dir) -> str:
+    start = time.process_time()
+    report.main(["--exp-dir", str(exp_dir)])
+    assert time.process_time() - start < 20
+    return (exp_dir / "report.html").read_text(encoding="utf-8")
+
+
+def test_figures_of_the_page_are_those_of_the_summary(page, exp_dir):
+    summary = json.loads((exp_dir / "summary.json").read_text())
+    for metric in UNITS:
+        for model in ("sft", "grpo"):
+            assert f"{summary[model]['pooled'][metric]['rate']:.2%}" in page
+        low, high = summary["relative_drop_ci"][metric]
+        assert f"{summary['relative_drop'][metric]:.1%}" in page and f"{low:.1%} to {high:.1%}" in page
+    assert "&lt;b&gt;&amp;&lt;/b&gt;" in page and "<b>&</b>" not in page
+    assert page.count('<figure class="plot">') >= 9
+    for title in ("Reward", "Entropy, nats a token", "KL between rollout and training policy", "Gradient norm"):
+        assert f"<figcaption>{title}</figcaption>" in page
+    assert "KL of the update" not in page, "drawn without values"
+
+
+def test_nothing_comes_from_outside(page):
+    assert not re.search(r"""(src|href)=["'](?!data:|#)""", page)
+    assert not re.search(r"@import|url\((?!#)", page)
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r"url\(#([^)]+)\)", page)) <= set(ids)
+    assert len(page) < 6 * 2**20
+
+
+def test_the_sounds_say_the_texts(page, exp_dir, asr):
+    """MP3 back to words: every player has the sound of its own take."""
+    rows = {row["id"]: row for row in read_jsonl(exp_dir / "eval/grpo/seed_0/utterances.jsonl")}
+    heard, texts = [], []
+    for article in re.findall(r"<article .*?</article>", page, re.DOTALL):
+        utt_id = re.search(r'id="([^"]+)"', article)[1]
+        for kind, uri in re.findall(r'class="take (\w+)".*?src="data:audio/mpeg;base64,([^"]+)"', article, re.DOTALL):
+            speech, rate = sf.read(io.BytesIO(base64.b64decode(html.unescape(uri))), dtype="float32")
+            assert rate == 16000
+            if kind == "grpo":
+                heard.append(speech)
+                texts.append(rows[utt_id]["target_text"])
+    assert len(texts) >= 10
+    assert pinyin_error_rate(texts, asr.transcribe(heard), tones=False) < 0.35
+    assert pinyin_error_rate(texts[1:] + texts[:1], asr.transcribe(heard), tones=False) > 0.7
+    assert page.count('class="take prompt"') == 1 and "No sound: no speech tokens" in page
+
+
+def test_missing_parts(exp_dir, tmp_path):
+    shutil.copytree(exp_dir, tmp_path / "exp")
+    shutil.rmtree(tmp_path / "exp/tensorboard")
+    report.main(["--exp-dir", str(tmp_path / "exp"), "--examples", "1"])
+    assert "no training log" in (tmp_path / "exp/report.html").read_text()
+    path = tmp_path / "exp/eval/grpo/seed_1/utterances.jsonl"
+    write_jsonl(path, read_jsonl(path)[1:])
+    with pytest.raises(SystemExit, match="same utterances"):
+        report.main(["--exp-dir", str(tmp_path / "exp")])
+    (tmp_path / "exp/summary.json").unlink()
+    with pytest.raises(SystemExit, match=r"summary.json is missing: run bash run.sh 4 4"):
+        report.main(["--exp-dir", str(tmp_path / "exp")])
+
+
+def test_newer_scores_add_their_rows(exp_dir, tmp_path):
+    shutil.copytree(exp_dir, tmp_path / "exp")
+    for model in ("sft", "grpo"):
+        path = tmp_path / "exp/eval" / model / "scores.json"
+        scores = json.loads(path.read_text())
+        scores["quality"] = {"dnsmos_ovrl": {"title": "DNSMOS overall", "value": 2.5, "ci": [2.25, 2.75], "n": 8,
+                                             "model": "DNSMOS P.835", "unit": "MOS", "better": "higher"}}  # fmt: skip
+        write_json(path, scores)
+    path = tmp_path / "exp/summary.json"
+    summary = json.loads(path.read_text())
+    summary["metrics"] = {name: {"title": f"the {name}", "mean": "micro"} for name in UNITS}
+    summary["verdict"] = dict.fromkeys(UNITS, "better")
+    summary["quality_change"] = {"dnsmos_ovrl": {"difference": -0.3, "ci": [-0.5, -0.125], "verdict": "worse"}}
+    summary["relative_drop"]["cer"] = summary["relative_drop_ci"]["cer"] = None
+    write_json(path, summary)
+    report.main(["--exp-dir", str(tmp_path / "exp"), "--examples", "1"])
+    page = (tmp_path / "exp/report.html").read_text()
+    assert "<h1>GRPO lowers the the pinyin_error_rate_toneless by" in page
+    for part in ("DNSMOS overall, MOS", "DNSMOS P.835", "2.25 to 2.75", "-0.5 to -0.125", '"verdict worse"', "the cer"):
+        assert part in page
+
+
+@pytest.mark.parametrize(
+    ("said", "heard", "kinds"),
+    [
+        ("今天好", "今天好", ["same"] * 3),
+        ("他买花", "她卖画", ["homophone", "tone", "tone"]),
+        ("很好吃", "很吃了", ["same", "missing", "same", "extra"]),
+        ("好", "", ["missing"]),
+        ("用 GPU 算", "用 CPU 算", ["same", "other", "same"]),
+    ],
+)
+def test_alignment(said, heard, kinds):
+    assert [cell.kind for cell in cells(said, heard)] == kinds
+
+
+def test_alignments_agree_with_the_counts(exp_dir):
+    units = UNITS["pinyin_error_rate_toneless"]
+    for row in read_jsonl(exp_dir / "eval/sft/seed_0/utterances.jsonl"):
+        aligned = cells(row["target_text"], row["hypothesis"])
+        errors = sum(cell.kind in ("other", "missing", "extra") for cell in aligned)
+        assert errors == count_errors(units(row["target_text"]), units(row["hypothesis"])).errors
+
+
+def utterance(number: int, sft: list[int], grpo: list[int]) -> Utterance:
+    takes = {
+        model: {str(seed): Take(None, None, "", n, 1.0) for seed, n in enumerate(errors)}
+        for model, errors in (("sft", sft), ("grpo", grpo))
+    }
+    return Utterance(f"u{number}", "好" * 10, 10, takes)
+
+
+def test_selection():
+    utterances = [utterance(0, [3, 0], [0, 0]), utterance(1, [1, 0], [1, 2]), utterance(2, [5, 4], [4, 5])]
+    utterances += [utterance(n, [0, 0], [0, 0]) for n in range(3, 20)]
+    groups = {group.title: [(u.utt_id, seed) for u, seed in group.chosen] for group in select(utterances, 2)}
+    assert groups.pop("Drawn by chance") and groups == {
+        "Most improved": [("u0", "0")], "Most worsened": [("u1", "1")], "Worst after GRPO": [("u2", "1")]
+    }  # fmt: skip
+
+
+def test_length_bins_hold_everyone():
+    rng = np.random.default_rng(0)
+    for lengths in ([4], [4, 4, 9], rng.integers(1, 40, 300).tolist(), [1] * 50 + [9]):
+        bins = figures.length_bins(lengths)
+        members = [sum(first <= n <= last for n in lengths) for first, last in bins]
+        assert sum(members) == len(lengths) and min(members) > 0
+
+
+def test_a_resumed_training_counts_once(tmp_path):
+    from torch.utils.tensorboard import SummaryWriter
+
+    for suffix, steps, value in ((".a", range(1, 8), 1.0), (".b", range(5, 10), 2.0)):
+        with SummaryWriter(str(tmp_path), filename_suffix=suffix) as writer:
+            for step in steps:
+                writer.add_scalar("critic/score/mean", value, step)
+        time.sleep(1.1)  # the file's name has the second it was made
+    expected = [(step, 1.0 if step < 5 else 2.0) for step in range(1, 10)]
+    assert load_scalars(tmp_path) == {"critic/score/mean": expected}
+
+
+def test_spectrogram_shows_a_tone_where_it_is():
+    second = np.arange(16000) / 16000
+    tone = np.sin(2 * np.pi * 1000 * second).astype(np.float32)
+    levels = band_levels(np.concatenate([tone, np.zeros_like(tone)]), 16000)
+    loud, mel = levels[:, levels.shape[1] // 4], 2595 * np.log10(1 + np.array([1000, 8000]) / 700)
+    assert abs(int(loud.argmax()) - (len(loud) + 1) * mel[0] / mel[1] + 1) <= 1
+    assert levels[:, levels.shape[1] * 3 // 4].max() == 0.0
+    assert band_levels(np.zeros(16000, np.float32), 16000).max() == 0.0
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run",
+                 "disable-background-networking", "disable-component-update", "disable-sync", "autoplay-policy=no-user-gesture-required",
+                 f"user-data-dir={tmp_path_factory.mktemp('browser')}"):  # fmt: skip
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+def fetched(browser) -> set[str]:
+    """Addresses that the browser asked for since the last call, without those in the page itself."""
+    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    urls = {m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"}
+    return {url for url in urls if not url.startswith("data:")}
+
+
+@needs_browser
+def test_the_page_in_a_browser(browser, page, exp_dir):
+    address = (exp_dir / "report.html").resolve().as_uri()
+    browser.get(address)
+    assert len(browser.find_elements("css selector", "#headline tbody tr")) == len(UNITS)
+    plots = browser.find_elements("css selector", "figure.plot svg")
+    assert len(plots) >= 9 and all(plot.size["width"] > 150 and plot.size["height"] > 80 for plot in plots)
+    first, second = browser.find_elements("css selector", ".player button")[:2]
+    browser.execute_script("arguments[0].scrollIntoView()", first)
+    first.send_keys(" ")  # by the keyboard
+    position = "return arguments[0].closest('.player').querySelector('audio').currentTime"
+    wait_until(lambda: browser.execute_script(position, first) > 0.1)
+    assert first.get_attribute("aria-pressed") == "true"
+    second.click()
+    wait_until(lambda: browser.execute_script(position, second) > 0.1)
+    assert (first.get_attribute("aria-pressed"), second.get_attribute("aria-pressed")) == ("false", "true")
+    assert browser.get_log("browser") == []
+    assert fetched(browser) == {address}
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [400, 1400])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_and_is_legible(browser, page, exp_dir, width, scheme):
+    feature = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", feature)
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    browser.get((exp_dir / "report.html").resolve().as_uri())
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    contrasts = browser.execute_script(CONTRASTS)
+    assert len(contrasts) > 50
+    assert min(contrasts) >= 4.5, sorted(contrasts)[:5]
+
+
+# The contrast of each text with the ground it stands on (WCAG 2.2, relative luminance and contrast ratio).
+CONTRASTS = """
+const channel = (v) => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+const rgba = (css) => css.match(/[\\d.]+/g).map(Number);
+const light = ([r, g, b]) => 0.2126 * channel(r) + 0.7152 * channel(g) + 0.0722 * channel(b);
+const ground = (e) => {
+  for (; e; e = e.parentElement) {
+    const colour = rgba(getComputedStyle(e).backgroundColor);
+    if (colour.length === 3 || colour[3] > 0) return colour;
+  }
+};
+const own = (e) => [...e.childNodes].some((node) => node.nodeType === 3 && node.data.trim());
+return [...document.querySelectorAll("body *")].filter((e) => own(e) && e.checkVisibility()).map((e) => {
+  const style = getComputedStyle(e);
+  const a = light(rgba(e instanceof SVGElement ? style.fill : style.color)), b = light(ground(e));
+  return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+});
+"""
+
+
+def wait_until(condition, timeout_s: float = 20.0) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)

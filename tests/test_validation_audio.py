@@ -1,0 +1,99 @@
+import io
+import sys
+import wave
+
+import numpy as np
+import pytest
+
+from scripts import train, validation_audio
+from tests.conftest import free_ports
+from tts_grpo.jsonl import write_jsonl
+from tts_grpo.metrics import pinyin_error_rate
+from tts_grpo.tokens import format_speech_tokens
+
+
+def dump_of(rows, step=20) -> list[dict]:
+    """Lines as veRL dumps a validation."""
+    return [
+        {"input": "...", "output": format_speech_tokens(row["speech_tokens"]), "gts": row["text"], "step": step}
+        for row in rows
+    ]
+
+
+def sounds(folder) -> dict[str, list[tuple[int, str, bytes]]]:
+    """``tag -> [(step, title, WAV)]`` of a folder's event files, as TensorBoard reads them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = EventAccumulator(str(folder), size_guidance={"tensors": 0})
+    log.Reload()
+    title = lambda tag: log.SummaryMetadata(tag).display_name  # noqa: E731
+    return {
+        tag: [(event.step, title(tag), event.tensor_proto.string_val[0]) for event in log.Tensors(tag)]
+        for tag in log.Tags()["tensors"]
+    }
+
+
+def test_the_same_texts_in_whatever_order():
+    rows = [{"gts": "好" * n, "output": str(n)} for n in (5, 1, 9, 3, 7, 2, 4)]
+    chosen = [row["gts"] for row in validation_audio.choose(rows, 4)]
+    assert chosen == [row["gts"] for row in validation_audio.choose(rows[::-1], 4)]
+    assert [len(text) for text in chosen] == [1, 3, 5, 9]
+    assert len(validation_audio.choose(rows[:2], 4)) == 2
+
+
+def test_speech_of_two_steps_is_read_back_and_understood(reward_server, asr, test_rows, tmp_path):
+    for step in (0, 20):
+        dump = tmp_path / f"{step}.jsonl"
+        write_jsonl(dump, dump_of(test_rows[:12], step))
+        validation_audio.main(
+            ["--dump", str(dump), "--server-url", reward_server.url, "--tensorboard-dir", str(tmp_path)]
+        )
+    found = sounds(tmp_path / "validation")
+    assert sorted(found) == [f"validation/{number}" for number in (1, 2, 3, 4)]
+    texts, recordings = [], []
+    for events in found.values():
+        assert [step for step, _, _ in events] == [0, 20]
+        _, text, wav = events[1]
+        with wave.open(io.BytesIO(wav)) as file:
+            assert file.getframerate() == 16000 and file.getsampwidth() == 2
+            samples = np.frombuffer(file.readframes(file.getnframes()), "<i2").astype(np.float32) / 32768
+        texts.append(text)
+        recordings.append(samples)
+    assert set(texts) < {row["text"] for row in test_rows[:12]}
+    assert pinyin_error_rate(texts, asr.transcribe(recordings), tones=False) < 0.2
+    assert pinyin_error_rate(texts, asr.transcribe(recordings[::-1]), tones=False) > 0.7
+
+
+def test_what_was_not_said_is_left_out(reward_server, test_rows, tmp_path):
+    rows = dump_of(sorted(test_rows[:4], key=lambda row: (len(row["text"]), row["text"])))
+    rows[0]["output"], rows[1]["output"] = "nothing", "<|s_7000|>"
+    write_jsonl(tmp_path / "0.jsonl", rows)
+    flags = ["--dump", str(tmp_path / "0.jsonl"), "--server-url", reward_server.url, "--tensorboard-dir", str(tmp_path)]
+    validation_audio.main(flags)
+    assert sorted(sounds(tmp_path / "validation")) == ["validation/3", "validation/4"]
+    write_jsonl(tmp_path / "0.jsonl", rows[:2])
+    with pytest.raises(SystemExit, match="nothing to hear"):
+        validation_audio.main(flags)
+
+
+def wrapped(tmp_path, url: str, dump, status: int = 0) -> int:
+    """scripts/train.py around a command that says what veRL says after a dump."""
+    flags = ["--log-file", str(tmp_path / "log"), "--total-steps", "9", "--failure-file", str(tmp_path / "failure"),
+             "--server-url", url, "--tensorboard-dir", str(tmp_path / "tensorboard")]  # fmt: skip
+    code = f"print('(TaskRunnerV1 pid=1) Dumped generations to {dump}'); raise SystemExit({status})"
+    return train.main([*flags, "--", sys.executable, "-c", code])
+
+
+def test_training_lets_one_hear_each_dump(reward_server, test_rows, tmp_path):
+    write_jsonl(tmp_path / "a dump.jsonl", dump_of(test_rows[:4]))
+    assert wrapped(tmp_path, reward_server.url, tmp_path / "a dump.jsonl") == 0
+    assert len(sounds(tmp_path / "tensorboard/validation")) == 4
+
+
+def test_a_failure_is_told_and_disturbs_no_training(test_rows, tmp_path, capfd):
+    write_jsonl(tmp_path / "0.jsonl", dump_of(test_rows[:4]))
+    nobody = f"http://127.0.0.1:{free_ports(1)[0]}"
+    assert wrapped(tmp_path, nobody, tmp_path / "0.jsonl") == 0
+    assert "no sound of" in (shown := capfd.readouterr().out) and "does not speak" in shown
+    assert wrapped(tmp_path, nobody, tmp_path / "none.jsonl", status=3) == 3
+    assert not (tmp_path / "tensorboard").exists()
