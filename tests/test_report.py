@@ -254,9 +254,11 @@ def browser(tmp_path_factory):
 
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
-    for flag in ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run",
-                 "disable-background-networking", "disable-component-update", "disable-sync", "autoplay-policy=no-user-gesture-required",
-                 f"user-data-dir={tmp_path_factory.mktemp('browser')}"):  # fmt: skip
+    flags = (
+        "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking "
+        "disable-component-update disable-sync autoplay-policy=no-user-gesture-required"
+    )
+    for flag in [*flags.split(), f"user-data-dir={tmp_path_factory.mktemp('browser')}"]:
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))

@@ -212,7 +212,8 @@ def render(experiment: Experiment, examples: int) -> str:
     )  # fmt: skip
     return environment.get_template("page.html").render(
         name=experiment.name, headline=headline(experiment), errors=error_rows(experiment),
-        quality=quality_rows(experiment), per_seed=seed_rows(experiment), sample=experiment.scores["sft"].get("quality_sample"),
+        quality=quality_rows(experiment), per_seed=seed_rows(experiment),
+        sample=experiment.scores["sft"].get("quality_sample"),
         recogniser=recogniser(experiment), num_utterances=len(experiment.utterances), seeds=experiment.seeds,
         overview=[p for draw in OVERVIEW for p in [draw(experiment)] if p],
         curves=figures.curves(experiment.scalars), groups=groups, provenance=provenance(experiment),
