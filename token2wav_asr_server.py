@@ -3,8 +3,8 @@
 
 Tensors: see tts_grpo/protocol.py; a second model there, token2wav, lets one hear a rollout. Each instance is a process
 of its own with its own token2wav and recogniser, on a device of --devices, so that instances do not wait for each
-other's Python. Triton collects concurrent requests of one
-length bucket into batches and hands each to a free instance.
+other's Python. Triton collects concurrent requests of one length bucket into batches and hands each to a free
+instance.
 
 The server is ready only when every instance has scored a batch. If an instance dies, the server stops with an error:
 its clients then retry elsewhere or stop the training, but never see a reward that nobody measured.

@@ -130,7 +130,7 @@ def test_the_sounds_say_the_texts(page, exp_dir, asr):
     rows = {row["id"]: row for row in read_jsonl(exp_dir / "eval/grpo/seed_0/utterances.jsonl")}
     heard, texts = [], []
     for article in re.findall(r"<article .*?</article>", page, re.DOTALL):
-        utt_id = re.search(r'id="([^"]+)"', article)[1]
+        utt_id = re.search(r'id="utt-([^"]+)"', article)[1]
         for kind, uri in re.findall(r'class="take (\w+)".*?src="data:audio/mpeg;base64,([^"]+)"', article, re.DOTALL):
             speech, rate = sf.read(io.BytesIO(base64.b64decode(html.unescape(uri))), dtype="float32")
             assert rate == 16000
