@@ -232,19 +232,7 @@ def bind_models(triton, instances: list[Instance], config) -> None:
         Tensor(name="TOKENS", dtype=np.int32, shape=(-1,)),
         Tensor(name="TOKEN_LENS", dtype=np.int32, shape=(1,)),
     ]
-    triton.bind(
-        model_name=MODEL_NAME,
-        infer_func=[infer_function(instance) for instance in instances],
-        inputs=[*tokens, Tensor(name="GT_TEXT", dtype=bytes, shape=(1,))],
-        outputs=[
-            Tensor(name="REWARDS", dtype=np.float32, shape=(1,)),
-            Tensor(name="ERROR_RATES", dtype=np.float32, shape=(1,)),
-            Tensor(name="TRANSCRIPTS", dtype=bytes, shape=(1,)),
-            Tensor(name="ERRORS", dtype=bytes, shape=(1,)),
-        ],
-        config=config,
-        strict=True,
-    )
+    # Triton loads them in this order, so that the one whose readiness is waited for comes last.
     triton.bind(
         model_name=SPEECH_MODEL_NAME,
         infer_func=speech_function(instances[0]),
@@ -253,6 +241,19 @@ def bind_models(triton, instances: list[Instance], config) -> None:
             Tensor(name="WAVEFORM", dtype=np.int16, shape=(-1,)),
             Tensor(name="WAVEFORM_LENS", dtype=np.int32, shape=(1,)),
             Tensor(name="SAMPLE_RATE", dtype=np.int32, shape=(1,)),
+            Tensor(name="ERRORS", dtype=bytes, shape=(1,)),
+        ],
+        config=config,
+        strict=True,
+    )
+    triton.bind(
+        model_name=MODEL_NAME,
+        infer_func=[infer_function(instance) for instance in instances],
+        inputs=[*tokens, Tensor(name="GT_TEXT", dtype=bytes, shape=(1,))],
+        outputs=[
+            Tensor(name="REWARDS", dtype=np.float32, shape=(1,)),
+            Tensor(name="ERROR_RATES", dtype=np.float32, shape=(1,)),
+            Tensor(name="TRANSCRIPTS", dtype=bytes, shape=(1,)),
             Tensor(name="ERRORS", dtype=bytes, shape=(1,)),
         ],
         config=config,
