@@ -22,7 +22,7 @@ def dump_of(rows, step=20) -> list[dict]:
 
 def sounds(folder) -> dict[str, list[tuple[int, str, bytes]]]:
     """``tag -> [(step, title, WAV)]`` of a folder's event files, as TensorBoard reads them."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 
     log = EventAccumulator(str(folder), size_guidance={"tensors": 0})
     log.Reload()
