@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import free_ports
+from tests.test_validation_audio import sounds
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT_S = 400
@@ -64,6 +65,9 @@ def test_trains_survives_a_kill_and_merges(recipe):
     log = (exp_dir / "log/train.log").read_text()
     assert re.search(r"[Rr]esum\w* from .*global_step_1|Setting global step to 1", log)
     assert "step 2/2: reward" in done.stdout and "validation after step 2" in done.stdout
+    assert {"0.jsonl", "2.jsonl"} <= {path.name for path in (exp_dir / "validation").iterdir()}
+    heard = sounds(exp_dir / "tensorboard/validation")
+    assert len(heard) == 4 and all(events[-1][0] == 2 for events in heard.values()), done.stdout[-3000:]
     merged = exp_dir / "merged_hf_model"
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
