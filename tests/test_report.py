@@ -174,8 +174,8 @@ def test_newer_scores_add_their_rows(exp_dir, tmp_path):
     write_json(path, summary)
     report.main(["--exp-dir", str(tmp_path / "exp"), "--examples", "1"])
     page = (tmp_path / "exp/report.html").read_text()
-    assert "<h1>GRPO lowers the the pinyin_error_rate_toneless by" in page
-    for part in ("DNSMOS overall, MOS", "DNSMOS P.835", "2.25 to 2.75", "-0.5 to -0.125", '"verdict worse"', "the cer"):
+    assert "<h1>GRPO lowers the the pinyin_error_rate_toneless by " in page
+    for part in ("DNSMOS overall, MOS", "DNSMOS P.835", "2.250 to 2.750", "-0.500 to -0.125", '"verdict worse"', "the cer"):
         assert part in page
 
 

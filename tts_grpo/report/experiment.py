@@ -13,7 +13,7 @@ MAIN_METRICS = ("pinyin_error_rate_toneless", "wer")  # the first that was measu
 METRIC_TITLES = {  # where the summary names none
     "cer": "CER",
     "pinyin_error_rate": "pinyin error rate",
-    "pinyin_error_rate_toneless": "pinyin error rate without tones",
+    "pinyin_error_rate_toneless": "pinyin error rate, toneless",
 }
 
 

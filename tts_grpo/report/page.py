@@ -1,6 +1,7 @@
 """The report's page: what is shown of an experiment, filled into page.html."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import jinja2
@@ -54,11 +55,12 @@ class Example:
     players: list[Player]
 
 
-def number(value: float | None, unit: str = "") -> str:
-    """A figure of any size with three to four digits, a share in percent."""
-    if value is None:
-        return "–"
-    return f"{value:.1%}" if unit == "share" else f"{value:.4g}" if abs(value) >= 100 else f"{value:.3g}"
+def number_format(unit: str, values: list[float | None]) -> str:
+    """How to write a row's figures, all alike: shares in percent, others with four digits of the largest."""
+    if unit == "share":
+        return "z.1%"
+    largest = max((abs(value) for value in values if value), default=1.0)
+    return f"z.{min(3, max(0, 3 - math.floor(math.log10(largest))))}f"
 
 
 def error_rows(experiment: Experiment) -> list[dict]:
@@ -68,16 +70,12 @@ def error_rows(experiment: Experiment) -> list[dict]:
         drop, ci = summary["relative_drop"][name], summary["relative_drop_ci"].get(name)
         rows.append({
             "title": title, "main": name == experiment.main_metric,
-            "models": [_rate(experiment.scores[m]["pooled"][name]) for m in MODELS],
-            "drop": "–" if drop is None else f"{drop:.1%}", "ci": f"{ci[0]:.1%} to {ci[1]:.1%}" if ci else "",
+            "models": [_with_interval(rate["rate"], rate.get("ci"), ".2%")
+                       for rate in (experiment.scores[m]["pooled"][name] for m in MODELS)],
+            "drop": _with_interval(drop, ci, ".1%"),
             "verdict": summary.get("verdict", {}).get(name, ""),
         })  # fmt: skip
     return rows
-
-
-def _rate(entry: dict) -> tuple[str, str]:
-    ci = entry.get("ci")
-    return f"{entry['rate']:.2%}", f"{ci[0]:.2%} to {ci[1]:.2%}" if ci else ""
 
 
 def quality_rows(experiment: Experiment) -> list[dict]:
@@ -88,19 +86,20 @@ def quality_rows(experiment: Experiment) -> list[dict]:
         if name not in measured["grpo"]:
             continue
         change = experiment.summary.get("quality_change", {}).get(name, {})
-        ci = change.get("ci")
+        unit = entry.get("unit") or ""
+        form = number_format(unit, [measured[m][name]["value"] for m in MODELS])
         rows.append({
-            "title": entry["title"], "model": entry.get("model") or "", "unit": entry.get("unit") or "",
-            "models": [_quality(measured[m][name]) for m in MODELS],
-            "change": number(change["difference"]) if "difference" in change else "",
-            "ci": f"{number(ci[0])} to {number(ci[1])}" if ci else "", "verdict": change.get("verdict", ""),
+            "title": entry["title"], "model": entry.get("model") or "", "unit": "" if unit == "share" else unit,
+            "models": [_with_interval(measured[m][name]["value"], measured[m][name].get("ci"), form) for m in MODELS],
+            "change": _with_interval(change.get("difference"), change.get("ci"), "+" + form),
+            "verdict": change.get("verdict", ""),
         })  # fmt: skip
     return rows
 
 
-def _quality(entry: dict) -> tuple[str, str]:
-    ci = entry.get("ci")
-    return number(entry["value"]), f"{number(ci[0])} to {number(ci[1])}" if ci else ""
+def _with_interval(value: float | None, ci: list[float] | None, form: str) -> tuple[str, str]:
+    """A figure and its interval as text; "–" and "" where there is none."""
+    return "–" if value is None else f"{value:{form}}", f"{ci[0]:{form}} to {ci[1]:{form}}" if ci else ""
 
 
 def seed_rows(experiment: Experiment) -> list[tuple[str, list[str]]]:
@@ -117,14 +116,13 @@ def headline(experiment: Experiment) -> dict:
     """The result in words and in large figures."""
     main = experiment.main_metric
     before, after = (experiment.scores[m]["pooled"][main]["rate"] for m in MODELS)
-    ci = experiment.summary["relative_drop_ci"].get(main)
     verdict = experiment.summary.get("verdict", {}).get(main, "")
-    drop = error_rows(experiment)[list(experiment.metrics).index(main)]["drop"]
+    drops, intervals = experiment.summary["relative_drop"], experiment.summary["relative_drop_ci"]
+    drop, interval = _with_interval(drops[main], intervals.get(main), ".1%")
     return {
         "title": _title(experiment.metrics[main], verdict, drop.lstrip("-")),
         "before": f"{before:.2%}", "after": f"{after:.2%}", "drop": drop,
-        "ci": f"{ci[0]:.1%} to {ci[1]:.1%}" if ci else "no interval",
-        "verdict": verdict,
+        "interval": interval,
         "changes": {name: sum(1 for u in experiment.utterances if (u.change > 0) - (u.change < 0) == sign)
                     for name, sign in (("fewer", -1), ("as many", 0), ("more", 1))},
     }  # fmt: skip
@@ -133,7 +131,8 @@ def headline(experiment: Experiment) -> dict:
 def _title(metric: str, verdict: str, size: str) -> str:
     """The verdict as a sentence; without a clear one, what was compared."""
     if verdict in ("better", "worse"):
-        return f"GRPO {'lowers' if verdict == 'better' else 'raises'} the {metric} by {size}"
+        comma = "," if "," in metric else ""
+        return f"GRPO {'lowers' if verdict == 'better' else 'raises'} the {metric}{comma} by {size}"
     return f"{metric[:1].upper()}{metric[1:]}: {verdict or 'before and after GRPO'}"
 
 
