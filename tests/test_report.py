@@ -162,20 +162,35 @@ def test_newer_scores_add_their_rows(exp_dir, tmp_path):
     for model in ("sft", "grpo"):
         path = tmp_path / "exp/eval" / model / "scores.json"
         scores = json.loads(path.read_text())
-        scores["quality"] = {"dnsmos_ovrl": {"title": "DNSMOS overall", "value": 2.5, "ci": [2.25, 2.75], "n": 8,
-                                             "model": "DNSMOS P.835", "unit": "MOS", "better": "higher"}}  # fmt: skip
+        dnsmos = {"title": "DNSMOS overall", "model": "DNSMOS P.835", "unit": "MOS", "better": "higher"}
+        scores["quality"] = {
+            "dnsmos_ovrl": dnsmos | {"value": 2.5, "ci": [2.25, 2.75], "n": 8},
+            "eos_share": {"title": "ended", "value": 0.5, "ci": None, "n": 8, "unit": "share"},
+        }
         write_json(path, scores)
     path = tmp_path / "exp/summary.json"
     summary = json.loads(path.read_text())
     summary["metrics"] = {name: {"title": f"the {name}", "mean": "micro"} for name in UNITS}
     summary["verdict"] = dict.fromkeys(UNITS, "better")
-    summary["quality_change"] = {"dnsmos_ovrl": {"difference": -0.3, "ci": [-0.5, -0.125], "verdict": "worse"}}
+    summary["quality_change"] = {
+        "dnsmos_ovrl": {"difference": -0.3, "ci": [-0.5, -0.125], "verdict": "worse"},
+        "eos_share": {"difference": 0.05, "ci": [-0.1, 0.2], "verdict": "no difference at this size"},
+    }
     summary["relative_drop"]["cer"] = summary["relative_drop_ci"]["cer"] = None
     write_json(path, summary)
     report.main(["--exp-dir", str(tmp_path / "exp"), "--examples", "1"])
     page = (tmp_path / "exp/report.html").read_text()
     assert "<h1>GRPO lowers the the pinyin_error_rate_toneless by " in page
-    for part in ("DNSMOS overall, MOS", "DNSMOS P.835", "2.250 to 2.750", "-0.500 to -0.125", '"verdict worse"', "the cer"):
+    for part in (
+        "DNSMOS overall, MOS",
+        "DNSMOS P.835",
+        "2.250 to 2.750",
+        "-0.500 to -0.125",
+        "+5.0 points",
+        "-10.0 to +20.0",
+        '"verdict worse"',
+        "the cer",
+    ):
         assert part in page
 
 

@@ -91,10 +91,19 @@ def quality_rows(experiment: Experiment) -> list[dict]:
         rows.append({
             "title": entry["title"], "model": entry.get("model") or "", "unit": "" if unit == "share" else unit,
             "models": [_with_interval(measured[m][name]["value"], measured[m][name].get("ci"), form) for m in MODELS],
-            "change": _with_interval(change.get("difference"), change.get("ci"), "+" + form),
+            "change": _change(change, unit, form),
             "verdict": change.get("verdict", ""),
         })  # fmt: skip
     return rows
+
+
+def _change(change: dict, unit: str, form: str) -> tuple[str, str]:
+    """A difference of two figures and its interval; of two shares, in percentage points."""
+    value, ci = change.get("difference"), change.get("ci")
+    if unit != "share" or value is None:
+        return _with_interval(value, ci, "+" + form)
+    value, interval = _with_interval(100 * value, ci and [100 * limit for limit in ci], "+z.1f")
+    return f"{value} points", interval
 
 
 def _with_interval(value: float | None, ci: list[float] | None, form: str) -> tuple[str, str]:
