@@ -64,12 +64,17 @@ def wav_bytes(samples: list[int], rate: int) -> bytes:
 
 
 def audio_value(tag: str, text: str, samples: list[int], rate: int):
-    """One sound as a value of TensorBoard's summaries, shown under its text."""
-    from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+    """One sound as a value of TensorBoard's summaries, shown under its text.
 
-    sound = Summary.Audio(sample_rate=rate, num_channels=1, length_frames=len(samples), content_type="audio/wav",
-                          encoded_audio_string=wav_bytes(samples, rate))  # fmt: skip
-    return Summary.Value(tag=tag, audio=sound, metadata=SummaryMetadata(display_name=text))
+    It is a tensor of [WAV, label] as TensorBoard's audio plugin keeps it: the older kind of value, which torch writes,
+    has no place for a text.
+    """
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.plugins.audio import metadata
+    from tensorboard.util.tensor_util import make_tensor_proto
+
+    shown = metadata.create_summary_metadata(text, "", metadata.Encoding.Value("WAV"))
+    return Summary.Value(tag=tag, metadata=shown, tensor=make_tensor_proto([[wav_bytes(samples, rate), b""]]))
 
 
 def write_event(folder: Path, step: int, values: list) -> None:

@@ -33,6 +33,22 @@ def sounds(folder) -> dict[str, list[tuple[int, str, bytes]]]:
     }
 
 
+def test_values_are_as_tensorboards_own_reader_needs_them(tmp_path):
+    """Its data server passes on what a file holds: without this plug-in's metadata, no title and no type to play."""
+    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.plugins.audio import metadata
+
+    value = validation_audio.audio_value("validation/1", "今天天气很好。", [0, 5, -5], 16000)
+    validation_audio.write_event(tmp_path, 20, [value])
+    (path,) = tmp_path.iterdir()
+    event = [Event.FromString(raw) for raw in RawEventFileLoader(str(path)).Load()][-1]
+    (value,) = event.summary.value
+    plugin = value.metadata.plugin_data
+    assert event.step == 20 and value.metadata.display_name == "今天天气很好。" and plugin.plugin_name == "audio"
+    assert metadata.parse_plugin_metadata(plugin.content).encoding == metadata.Encoding.Value("WAV")
+
+
 def test_the_same_texts_in_whatever_order():
     rows = [{"gts": "好" * n, "output": str(n)} for n in (5, 1, 9, 3, 7, 2, 4)]
     chosen = [row["gts"] for row in validation_audio.choose(rows, 4)]
