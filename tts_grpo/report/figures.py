@@ -83,6 +83,7 @@ def new_axes(x_label: str, form: Callable[[float], str] | None = None, size=SIZE
     axes.set_axisbelow(True)
     for spine in axes.spines.values():
         spine.set_color(GRID)
+    axes.margins(y=0.1)
     axes.yaxis.set_major_locator(MaxNLocator(5))
     if form:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: form(value)))
