@@ -14,7 +14,6 @@ failure is told and goes no further.
 
 import argparse
 import collections
-import concurrent.futures
 import re
 import signal
 import subprocess
@@ -29,7 +28,7 @@ TAIL_LINES = 40
 SWALLOWED = "Error in _run_prompt"  # verl/trainer/ppo/v1/agent_loop_tq.py, veRL 0.9.1
 DUMPED = re.compile(r"Dumped generations to (.*\.jsonl)")  # verl/trainer/ppo/v1/trainer_base.py, when the file is whole
 STOP_TIMEOUT_S = 30.0
-AUDIO_TIMEOUT_S = 120.0
+AUDIO_TIMEOUT_S = 120.0  # after the training's end
 SHOWN = {  # veRL's name -> ours, format
     "critic/score/mean": "reward {:.3f}",
     "response_length/mean": "{:.0f} tokens",
@@ -112,16 +111,41 @@ class Training:
             self.process.kill()
 
 
-def add_validation_audio(dump: str, server_url: str, tensorboard_dir: Path) -> None:
-    """Let a validation be heard in TensorBoard; a failure is printed only."""
-    script = Path(__file__).with_name("validation_audio.py")
-    command = [sys.executable, script, "--dump", dump, "--server-url", server_url, "--tensorboard-dir", tensorboard_dir]
-    try:
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=AUDIO_TIMEOUT_S)
-    except subprocess.CalledProcessError as error:
-        print(f"no sound of {dump}: {error.stderr.strip()[-500:]}", flush=True)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        print(f"no sound of {dump}: {error}", flush=True)
+class ValidationAudio:
+    """Lets validations be heard in TensorBoard, each by a process of its own; a failure is printed only."""
+
+    def __init__(self, server_url: str, tensorboard_dir: Path):
+        script = str(Path(__file__).with_name("validation_audio.py"))
+        self.command = [sys.executable, script, "--server-url", server_url, "--tensorboard-dir", str(tensorboard_dir)]
+        self.running = []
+
+    def add(self, dump: str) -> None:
+        """Start on a dump, and tell of those that have ended since the last one."""
+        self.running = [(name, process) for name, process in self.running if not self._ended(name, process, 0.0)]
+        try:
+            process = subprocess.Popen([*self.command, "--dump", dump], stderr=subprocess.PIPE, text=True)
+        except OSError as error:
+            print(f"no sound of {dump}: {error}", flush=True)
+        else:
+            self.running.append((dump, process))
+
+    def finish(self, timeout_s: float) -> None:
+        """Wait for those that still run, and end what takes too long."""
+        end = time.monotonic() + timeout_s
+        for dump, process in self.running:
+            if not self._ended(dump, process, max(0.0, end - time.monotonic())):
+                process.kill()
+                print(f"no sound of {dump}: not done in time", flush=True)
+
+    @staticmethod
+    def _ended(dump: str, process: subprocess.Popen, timeout_s: float) -> bool:
+        try:
+            _, errors = process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            return False
+        if process.returncode:
+            print(f"no sound of {dump}: {errors.strip()[-500:]}", flush=True)
+        return True
 
 
 def main(argv=None):
@@ -130,7 +154,8 @@ def main(argv=None):
     tail = collections.deque(maxlen=TAIL_LINES)
     start = time.monotonic()
     print(f"training starts (a minute or two until the first step); log: {args.log_file}", flush=True)
-    with args.log_file.open("a", encoding="utf-8") as log, concurrent.futures.ThreadPoolExecutor(1) as audio:
+    audio = ValidationAudio(args.server_url, args.tensorboard_dir) if args.tensorboard_dir else None
+    with args.log_file.open("a", encoding="utf-8") as log:
         training = Training(args.command, args.failure_file)
         for line in training.process.stdout:
             log.write(line)
@@ -139,12 +164,14 @@ def main(argv=None):
             for text in summary(line, args.total_steps):
                 print(f"[{time.monotonic() - start:6.0f} s] {text}", flush=True)
             dumped = DUMPED.search(line)
-            if dumped and args.tensorboard_dir:
-                audio.submit(add_validation_audio, dumped[1], args.server_url, args.tensorboard_dir)
+            if dumped and audio:
+                audio.add(dumped[1])
             if SWALLOWED in line and training.failure is None:
                 reason = f"a rollout failed: {line.strip()}"
                 threading.Thread(target=training.stop, args=(reason,), daemon=True).start()
     status = training.process.wait()
+    if audio:
+        audio.finish(AUDIO_TIMEOUT_S if status == 0 else 0.0)
     if status == 0 and training.failure is None:
         return 0
     sys.stderr.writelines(tail)

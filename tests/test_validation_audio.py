@@ -112,4 +112,5 @@ def test_a_failure_is_told_and_disturbs_no_training(test_rows, tmp_path, capfd):
     assert wrapped(tmp_path, nobody, tmp_path / "0.jsonl") == 0
     assert "no sound of" in (shown := capfd.readouterr().out) and "does not speak" in shown
     assert wrapped(tmp_path, nobody, tmp_path / "none.jsonl", status=3) == 3
+    assert "no sound of" in capfd.readouterr().out
     assert not (tmp_path / "tensorboard").exists()
