@@ -48,8 +48,8 @@ def main(argv=None):
         raise SystemExit("infer_single.py: the model said nothing: try another --seed")
     if said.finish_reason != "eos":
         logger.warning("the speech was cut at %d tokens: raise --max-new-tokens", args.max_new_tokens)
-    waveforms, lens = token2wav([said.speech_tokens], voice, args.seed)
-    save_audio(args.output, waveforms[0, : lens[0]].numpy(), token2wav.sample_rate_hz)
+    waveforms, lens = token2wav([said.speech_tokens], [voice], args.seed)
+    save_audio(args.output, waveforms[0, : lens[0]].cpu().numpy(), token2wav.sample_rate_hz)
     print(args.output)
 
 

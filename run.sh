@@ -42,6 +42,7 @@ reference_audio=${reference_audio:-}                    # recordings of the voic
 speaker_model_dir=${speaker_model_dir:-}                # WavLM folder for the voice; empty: Resemblyzer
 prompt_audio=${prompt_audio:-}                          # recording whose voice speaks in stages 1 and 5
 prompt_text=${prompt_text:-}                            # its transcript
+prompt_list=${prompt_list:-}                            # instead of the two: JSONL of voices, one for each text (stage 1)
 single_text=${single_text:-}                            # said in stage 5; empty: the tongue-twister
 
 dry_run=0
@@ -215,12 +216,16 @@ configure() {
     "$speech_bin/python" "$root/token2wav_asr_server.py" --token2wav-dir "$token2wav_dir" --asr-dir "$reward_asr_dir"
     --instances "$server_instances" --threads "$server_threads" --max-batch-size "$server_batch_size"
     --reward-curve "$reward_curve" --address "$server_address" --http-port "$http_port" --grpc-port "$grpc_port"
-    --metrics-port "$metrics_port" --devices "${device_list[@]}"
+    --metrics-port "$metrics_port" --precision "$token2wav_precision" --devices "${device_list[@]}"
   )
   ((reward_tones)) || server_command+=(--no-tones)
   prompt_flags=()
   [[ -z $prompt_audio ]] || prompt_flags=(--prompt-audio "$prompt_audio" --prompt-text "$prompt_text")
-  server_command+=("${prompt_flags[@]}")
+  if [[ -n $prompt_list ]]; then
+    server_command+=(--prompt-list "$prompt_list" --seed "$seed")
+  else
+    server_command+=("${prompt_flags[@]}")
+  fi
   train_env=(
     "${profile_env[@]}" PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" TENSORBOARD_DIR="$exp_dir/tensorboard"
     OMP_NUM_THREADS="$train_threads" RAY_USAGE_STATS_ENABLED=0
@@ -254,10 +259,10 @@ configure() {
     trainer.val_before_train=True trainer.total_epochs=1000 trainer.total_training_steps="$total_steps"
   )
   recorded_settings=(
-    profile exp_name seed sft_path token2wav_dir prompt_audio reward_asr_dir eval_asr_dir train_jsonl test_jsonl
-    max_prompt_length reward_curve reward_tones num_gpus num_nodes total_steps train_batch_size rollout_n
-    max_response_length learning_rate learning_rate_schedule norm_adv_by_std eval_jsonl language seeds temperature
-    top_p top_k overrides
+    profile exp_name seed sft_path token2wav_dir prompt_audio prompt_list token2wav_precision reward_asr_dir
+    eval_asr_dir train_jsonl test_jsonl max_prompt_length reward_curve reward_tones num_gpus num_nodes total_steps
+    train_batch_size rollout_n max_response_length learning_rate learning_rate_schedule norm_adv_by_std eval_jsonl
+    language seeds temperature top_p top_k overrides
   )
 }
 
@@ -266,9 +271,9 @@ set_keys() {
   # shellcheck disable=SC2034  # read by name
   overrides=${verl_overrides[*]-}
   key_0=$(key train_jsonl test_jsonl sft_path max_prompt_length max_bad_ratio)
-  key_2=$(key key_0 seed token2wav_dir prompt_audio reward_asr_dir reward_curve reward_tones num_gpus num_nodes \
-    total_steps train_batch_size rollout_n max_response_length learning_rate learning_rate_schedule norm_adv_by_std \
-    overrides)
+  key_2=$(key key_0 seed token2wav_dir prompt_audio prompt_list token2wav_precision reward_asr_dir reward_curve \
+    reward_tones num_gpus num_nodes total_steps train_batch_size rollout_n max_response_length learning_rate \
+    learning_rate_schedule norm_adv_by_std overrides)
   key_3=$(key key_2 llm_path)
   key_4=$(key key_3 eval_asr_dir eval_jsonl language quality_utterances reference_audio speaker_model_dir seeds \
     infer_batch_size temperature top_p top_k)

@@ -31,6 +31,7 @@ from tts_grpo.tokens import NUM_SPEECH_TOKENS
 
 logger = logging.getLogger(__name__)
 
+ASR_BATCH_SIZE = 32  # recordings that the recogniser pads to the longest of them
 START_TIMEOUT_S = 600.0  # for an instance to load and warm up
 WARM_UP_TOKENS = (40, 75)  # tokens of the two kinds of batch that warm an instance up
 
@@ -41,6 +42,11 @@ def get_args(argv=None):
     parser.add_argument("--asr-dir", type=Path, required=True, help="SenseVoice folder of the reward recogniser")
     parser.add_argument("--prompt-audio", type=Path, default=None, help="recording whose voice speaks the rollouts")
     parser.add_argument("--prompt-text", default="", help="its transcript")
+    parser.add_argument(
+        "--prompt-list", type=Path, default=None, help="JSONL of prompt_audio, prompt_text: many voices"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="chooses one of them for each text")
+    parser.add_argument("--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help="of CosyVoice2's flow")
     parser.add_argument("--devices", nargs="+", default=["cpu"], help="torch devices, each gets --instances processes")
     parser.add_argument("--instances", type=int, default=1, help="processes on each device")
     parser.add_argument("--threads", type=int, default=1, help="torch threads of each process")
@@ -56,6 +62,8 @@ def get_args(argv=None):
     args = parser.parse_args(argv)
     if bool(args.prompt_audio) != bool(args.prompt_text):
         parser.error("a voice prompt needs both --prompt-audio and --prompt-text")
+    if args.prompt_list and args.prompt_audio:
+        parser.error("--prompt-list and --prompt-audio exclude each other")
     return args
 
 
@@ -66,16 +74,9 @@ def serve_instance(pipe, args, device: str) -> None:
     logging.disable(logging.INFO)  # funasr's
     import torch
 
-    from tts_grpo.asr import SenseVoice
-    from tts_grpo.scorer import RewardScorer
-    from tts_grpo.token2wav import load_prompt_voice, load_token2wav
-
     torch.set_num_threads(args.threads)
     try:
-        token2wav = load_token2wav(args.token2wav_dir, device)
-        voice = load_prompt_voice(token2wav, args.prompt_audio, args.prompt_text) if args.prompt_audio else None
-        asr = SenseVoice(args.asr_dir, device, args.max_batch_size)
-        scorer = RewardScorer(token2wav, asr, args.tones, args.reward_curve, voice)
+        scorer = load_scorer(args, device)
         warm_up(scorer, args.max_batch_size)
     except Exception as error:
         pipe.send(f"{type(error).__name__}: {error}")
@@ -89,12 +90,32 @@ def serve_instance(pipe, args, device: str) -> None:
         pipe.send(getattr(scorer, method)(*arguments))
 
 
+def load_scorer(args, device: str):
+    """Scorer of an instance, as the flags say."""
+    import torch
+
+    from tts_grpo.asr import SenseVoice
+    from tts_grpo.scorer import RewardScorer
+    from tts_grpo.token2wav import load_prompt_voice, load_prompt_voices, load_token2wav
+
+    torch.backends.cuda.matmul.allow_tf32 = args.precision != "fp32"  # the recogniser's
+    token2wav = load_token2wav(args.token2wav_dir, device, args.precision)
+    voices = []
+    if args.prompt_list:
+        voices = load_prompt_voices(token2wav, args.prompt_list)
+    elif args.prompt_audio:
+        voices = [load_prompt_voice(token2wav, args.prompt_audio, args.prompt_text)]
+    asr = SenseVoice(args.asr_dir, device, ASR_BATCH_SIZE)
+    return RewardScorer(token2wav, asr, args.tones, args.reward_curve, voices, args.seed)
+
+
 def warm_up(scorer, max_batch_size: int) -> None:
     """Score batches of random tokens, so that no first request waits for allocations and caches.
 
     Raises:
         RuntimeError: a batch could not be scored.
     """
+    scorer.token2wav.warm_up()
     rng = np.random.default_rng(0)
     for num_tokens in WARM_UP_TOKENS:
         tokens = rng.integers(0, NUM_SPEECH_TOKENS, (max_batch_size, num_tokens)).tolist()

@@ -22,11 +22,13 @@ known_answer_jsonl=${known_answer_jsonl:-$workspace/data/known_answer.jsonl} # t
 max_prompt_length=${max_prompt_length:-512}                                  # in tokens
 
 # reward server (stage 1)
-server_devices=${server_devices:-cuda:0}   # torch devices, separated by spaces
-server_instances=${server_instances:-1}    # processes on each device
-server_threads=${server_threads:-4}        # torch threads of each
-server_batch_size=${server_batch_size:-32} # rollouts scored at once
-reward_tones=${reward_tones:-1}            # 1: tones count in the reward's pinyin error rate
+server_devices=${server_devices:-cuda:0}         # torch devices, separated by spaces
+server_instances=${server_instances:-1}          # processes on each device
+server_threads=${server_threads:-4}              # torch threads of each
+server_batch_size=${server_batch_size:-64}       # rollouts scored at once
+token2wav_precision=${token2wav_precision:-fp16} # of the server's flow: fp32 (slow, exact), fp16 or bf16
+[[ $server_devices != cpu ]] || token2wav_precision=fp32
+reward_tones=${reward_tones:-1} # 1: tones count in the reward's pinyin error rate
 
 # GRPO (stage 2)
 train_device=${train_device:-cuda} # or cpu

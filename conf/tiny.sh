@@ -19,7 +19,8 @@ server_devices=${server_devices:-cpu}      # torch devices, separated by spaces
 server_instances=${server_instances:-2}    # processes on each device
 server_threads=${server_threads:-1}        # torch threads of each
 server_batch_size=${server_batch_size:-16} # rollouts scored at once
-reward_tones=${reward_tones:-0}            # 1: tones count in the reward's pinyin error rate
+token2wav_precision=${token2wav_precision:-fp32}
+reward_tones=${reward_tones:-0} # 1: tones count in the reward's pinyin error rate
 
 # GRPO (stage 2)
 num_gpus=${num_gpus:-1} num_nodes=${num_nodes:-1} # here one worker on the CPU

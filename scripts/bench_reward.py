@@ -1,9 +1,18 @@
-"""Measure the reward server: rollouts a second, and where the time goes.
+"""Measure the reward: rollouts a second behind the server and in this process, against one at a time.
 
-Two-second rollouts (50 tokens of real speech, cut from --jsonl) are scored by a running server, all requests in
-flight at once, and by the same code in this process on one thread. The parts' shares are those of the in-process
-run, scaled to the core-seconds that the server had (--cores); what is left is transport, batching and waiting.
-Prints one JSON object.
+    python scripts/bench_reward.py                                     # tiny stack, CPU: a running server, one thread
+    python scripts/bench_reward.py --random DIR --device cuda:0 --precision fp16 --baseline 12 ...
+
+Rollouts are as long as --seconds says and come in random order. Measured are, in this order and each only if asked for:
+
+* official: CosyVoice's own ``flow.inference`` and ``hift.inference`` and funasr's ``generate``, one rollout after the
+  other, the prompt's features computed anew for each, as the original recipe's server does (--baseline rollouts);
+* graph: the same networks one rollout after the other, with a CUDA graph for each length: a stand-in for TensorRT;
+* in process: the scorer of the server, batch by batch, with the seconds of each part;
+* server: the server at --server-url, all requests in flight at once.
+
+--random DIR makes CosyVoice2 and SenseVoiceSmall folders of the full shape (or of a small one, --small) with random
+weights in DIR, which is enough to measure speed and exactness. Prints one JSON object, and a table last.
 """
 
 import argparse
@@ -13,36 +22,73 @@ import logging
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from tts_grpo import random_weights
 from tts_grpo.asr import SenseVoice
+from tts_grpo.audio import ASR_HZ, resample_batch
 from tts_grpo.jsonl import read_jsonl
+from tts_grpo.metrics import count_errors
 from tts_grpo.reward_client import RewardClient
 from tts_grpo.scorer import RewardScorer
-from tts_grpo.token2wav import load_token2wav
-from tts_grpo.tokens import TOKEN_HZ
-
-ROLLOUT_S = 2
+from tts_grpo.text import pinyin
+from tts_grpo.token2wav import PromptVoice, load_prompt_voice, load_token2wav
+from tts_grpo.tokens import NUM_SPEECH_TOKENS, TOKEN_HZ
 
 
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--server-url", default="http://127.0.0.1:8000", help="the running server")
+    parser.add_argument("--server-url", default="http://127.0.0.1:8000", help="a running server; empty: none")
     parser.add_argument("--jsonl", type=Path, default=Path("assets/tiny/data/test.jsonl"), help="text, speech_tokens")
     parser.add_argument("--token2wav-dir", type=Path, default=Path("assets/tiny/token2wav"), help="as the server's")
     parser.add_argument("--asr-dir", type=Path, default=Path("assets/tiny/asr_reward"), help="as the server's")
+    parser.add_argument("--prompt-audio", type=Path, default=None, help="as the server's")
+    parser.add_argument("--random", type=Path, default=None, help="folder for networks with random weights")
+    parser.add_argument("--small", action="store_true", help="make them small, to try this program")
+    parser.add_argument("--make-only", action="store_true", help="make them and end")
+    parser.add_argument("--device", default="cpu", help="torch device")
+    parser.add_argument("--precision", default="fp32", help="of token2wav")
+    parser.add_argument("--seconds", type=float, nargs=3, default=(2, 2, 2), help="shortest, mean and longest rollout")
     parser.add_argument("--num-rollouts", type=int, default=512, help="how many are scored")
-    parser.add_argument("--batch-size", type=int, default=16, help="of the in-process run; as the server's")
-    parser.add_argument("--cores", type=int, default=2, help="cores that the server runs on")
+    parser.add_argument("--batch-size", type=int, nargs="*", default=[16], help="of the in-process runs")
+    parser.add_argument("--baseline", type=int, default=0, help="rollouts that are scored one at a time")
+    parser.add_argument("--cores", type=int, default=2, help="cores that the server runs on, where it has no GPU")
     return parser.parse_args(argv)
 
 
-def rollouts(path: Path, count: int) -> list[tuple[list[int], str]]:
-    """``count`` rollouts of two seconds with their texts; short recordings are said again and again."""
-    rows = read_jsonl(path)
-    size = ROLLOUT_S * TOKEN_HZ
-    chosen = (rows[i % len(rows)] for i in range(count))
-    return [((row["speech_tokens"] * size)[:size], row["text"]) for row in chosen]
+def make_random(args) -> None:
+    """Networks with random weights and a prompt, in the folder that --random names, unless they are there."""
+    args.token2wav_dir, args.asr_dir = args.random / "cosyvoice2", args.random / "sensevoice"
+    args.prompt_audio = args.random / "prompt.wav"
+    if args.prompt_audio.exists():
+        return
+    small = args.small
+    shapes = (random_weights.SMALL, random_weights.SENSEVOICE_SMALL) if small else (
+        random_weights.FULL, random_weights.SENSEVOICE_FULL)  # fmt: skip
+    random_weights.make_cosyvoice2_folder(args.token2wav_dir, shapes[0])
+    random_weights.make_sensevoice_folder(args.asr_dir, shapes[1])
+    random_weights.save_prompt(args.prompt_audio)
+
+
+def rollouts(args) -> list[tuple[list[int], str]]:
+    """Speech tokens and texts, in random order; short recordings are said again and again."""
+    rng = np.random.default_rng(0)
+    rows = read_jsonl(args.jsonl)
+    least, mean, most = args.seconds
+    lens = [least] * args.num_rollouts
+    if most > least:  # a beta distribution between the two, of that mean, with a long tail
+        a = 1.5
+        b = a * (most - mean) / (mean - least)
+        lens = least + (most - least) * rng.beta(a, b, args.num_rollouts)
+    chosen = []
+    for i, seconds in enumerate(lens):
+        row, size = rows[i % len(rows)], round(seconds * TOKEN_HZ)
+        tokens = (row["speech_tokens"] * size)[:size]
+        if args.random:
+            tokens = rng.integers(0, NUM_SPEECH_TOKENS, size).tolist()
+        chosen.append((tokens, row["text"]))
+    return chosen
 
 
 def served_seconds(url: str, pairs) -> float:
@@ -50,7 +96,7 @@ def served_seconds(url: str, pairs) -> float:
 
     async def go() -> float:
         client = RewardClient([url], max_in_flight=len(pairs), max_tries=1)
-        await asyncio.gather(*(client.score(*pair) for pair in pairs[:32]))  # connections and caches
+        await asyncio.gather(*(client.score(*pair) for pair in pairs[:128]))  # connections and caches
         start = time.perf_counter()
         await asyncio.gather(*(client.score(*pair) for pair in pairs))
         seconds = time.perf_counter() - start
@@ -60,35 +106,210 @@ def served_seconds(url: str, pairs) -> float:
     return asyncio.run(go())
 
 
-def in_process_seconds(args, pairs) -> dict[str, float]:
-    """Seconds in each part, on one thread."""
-    torch.set_num_threads(1)
-    scorer = RewardScorer(load_token2wav(args.token2wav_dir), SenseVoice(args.asr_dir, "cpu", args.batch_size), False)
-    batches = [pairs[i : i + args.batch_size] for i in range(0, len(pairs), args.batch_size)]
-    for number, batch in enumerate([batches[0], *batches]):
-        if number == 1:  # the first one warms up
-            scorer.seconds = dict.fromkeys(scorer.seconds, 0.0)
-        for score in scorer.score(*zip(*batch, strict=True)):
-            if score.error:
-                raise SystemExit(f"bench_reward.py: {score.error}")
-    return scorer.seconds
+def make_scorer(args, precision: str) -> RewardScorer:
+    torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"  # as the server does
+    token2wav = load_token2wav(args.token2wav_dir, args.device, precision)
+    voices = [load_prompt_voice(token2wav, args.prompt_audio, "你好")] if args.prompt_audio else []
+    return RewardScorer(token2wav, SenseVoice(args.asr_dir, args.device), args.random is not None, "tanh", voices)
+
+
+def scored(scorer: RewardScorer, pairs, batch_size: int) -> list:
+    """Scores of all rollouts, batch by batch."""
+    scores = []
+    for first in range(0, len(pairs), batch_size):
+        scores += scorer.score(*zip(*pairs[first : first + batch_size], strict=True))
+    for score in scores:
+        if score.error:
+            raise SystemExit(f"bench_reward.py: {score.error}")
+    return scores
+
+
+def in_process(args, scorer: RewardScorer, pairs, batch_size: int) -> dict:
+    """Rollouts a second of one process, and the seconds of each part."""
+    scored(scorer, pairs[:batch_size], batch_size)
+    scorer.seconds = dict.fromkeys(scorer.seconds, 0.0)
+    if args.device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    scored(scorer, pairs, batch_size)
+    wall_s = time.perf_counter() - start
+    result = {"rollouts_per_s": len(pairs) / wall_s, "wall_s": wall_s, "seconds": dict(scorer.seconds)}
+    if args.device != "cpu":
+        result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return result
+
+
+class OneByOne:
+    """CosyVoice's and funasr's own inference, a rollout at a time."""
+
+    def __init__(self, args):
+        from tts_grpo.cosyvoice2 import CosyVoice2Token2Wav, load_modules
+
+        self.device, self.asr = args.device, SenseVoice(args.asr_dir, args.device)
+        self.frontend = CosyVoice2Token2Wav(args.token2wav_dir)  # for the prompt's features alone
+        modules = load_modules(args.token2wav_dir)
+        flow = torch.load(args.token2wav_dir / "flow.pt", weights_only=True)
+        hift = torch.load(args.token2wav_dir / "hift.pt", weights_only=True)
+        modules["flow"].load_state_dict(flow)
+        modules["hift"].load_state_dict({key.removeprefix("generator."): value for key, value in hift.items()})
+        self.flow, self.hift = (modules[name].eval().to(self.device) for name in ("flow", "hift"))
+
+    @torch.inference_mode()
+    def decode(self, tokens: list[int], speech: np.ndarray) -> torch.Tensor:
+        """(1, T) waveform at 24 kHz in the voice of ``speech``, as CosyVoice's frontend and model do it."""
+        features = self.frontend.compute_prompt_features(speech)
+        prompt = {name: value[None].to(self.device) for name, value in features.items()}
+        row = torch.tensor([tokens], device=self.device)
+        length = lambda value: torch.tensor([value.shape[1]], device=self.device)  # noqa: E731
+        mel, _ = self.flow.inference(
+            row, length(row), prompt["tokens"], length(prompt["tokens"]), prompt["mel"], length(prompt["mel"]),
+            prompt["speaker_embedding"], streaming=False, finalize=True,
+        )  # fmt: skip
+        return self.hift.inference(speech_feat=mel)[0]
+
+    def measure(self, pairs, speech: np.ndarray) -> dict:
+        """Seconds of token2wav and of the recogniser, after one rollout to warm up."""
+        seconds = {"token2wav": 0.0, "asr": 0.0}
+        for number, (tokens, _) in enumerate([pairs[0], *pairs]):
+            start = time.perf_counter()
+            waveform = resample_batch(self.decode(tokens, speech), 24_000, ASR_HZ)[0].cpu().numpy()
+            decoded = time.perf_counter()
+            self.asr._model.generate(input=[waveform], language="zh", use_itn=False, cache={})
+            if number:
+                seconds["token2wav"] += decoded - start
+                seconds["asr"] += time.perf_counter() - decoded
+        return {"rollouts_per_s": len(pairs) / sum(seconds.values()), "seconds": seconds,
+                "token2wav_rollouts_per_s": len(pairs) / seconds["token2wav"]}  # fmt: skip
+
+
+def graph_one_by_one(args, pairs) -> dict:
+    """Seconds a rollout with the solver's ten steps as one CUDA graph for each length, batch 1, fp32.
+
+    Only replays are timed: an engine has its shapes beforehand.
+    """
+    import cosyvoice.flow.decoder as decoder
+
+    original = decoder.add_optional_chunk_mask
+    decoder.add_optional_chunk_mask = lambda x, mask, *_: mask  # the same mask, without waiting for the GPU to check it
+    scorer = make_scorer(args, "fp32")
+    token2wav, flow = scorer.token2wav, scorer.token2wav.flow
+    plain, graphs = flow.solve, {}
+
+    def solve(*inputs):
+        if inputs[0].shape not in graphs:
+            fixed = [value.clone() for value in inputs]
+            plain(*fixed)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                result = plain(*fixed)
+            graphs[inputs[0].shape] = graph, fixed, result
+        graph, fixed, result = graphs[inputs[0].shape]
+        for place, value in zip(fixed, inputs, strict=True):
+            place.copy_(value)
+        graph.replay()
+        return result
+
+    flow.solve = solve
+    torch.backends.cuda.matmul.allow_tf32 = False
+    for tokens, _ in pairs:
+        token2wav([tokens], scorer.prompt_voices)
+    scorer.seconds = dict.fromkeys(scorer.seconds, 0.0)
+    start = time.perf_counter()
+    for pair in pairs:
+        scored(scorer, [pair], 1)
+    wall_s = time.perf_counter() - start
+    decoder.add_optional_chunk_mask = original
+    return {"rollouts_per_s": len(pairs) / wall_s, "seconds": dict(scorer.seconds),
+            "token2wav_rollouts_per_s": len(pairs) / scorer.seconds["token2wav"]}  # fmt: skip
+
+
+@torch.inference_mode()
+def exactness(strict: RewardScorer, fast: RewardScorer, official: OneByOne, pairs, voice: PromptVoice) -> dict:
+    """What batching (fp32) and a faster precision change, on a batch of rollouts against the official code's."""
+    tokens, voices = [tokens for tokens, _ in pairs], [voice] * len(pairs)
+    batch, lens = strict.token2wav(tokens, voices)
+    quick, _ = fast.token2wav(tokens, voices)
+    prompts = [strict.token2wav.prompt_features(voice)] * len(pairs)
+    mels = [scorer.token2wav.flow(tokens, prompts) for scorer in (strict, fast)]
+    worst, mel_error, mel_size = 0.0, 0.0, 0.0
+    for i, (row, length) in enumerate(zip(tokens, lens.tolist(), strict=True)):
+        with strict.token2wav.vocoder.fixed_noise(0, length):
+            alone = official.decode(row, voice.prompt_speech_16k)[0]
+        worst = max(worst, (batch[i, :length] - alone).abs().max().item())
+        exact, quickly = (mel[i, :, : 2 * len(row)] for mel in mels)
+        mel_error += (exact - quickly).square().sum().item()
+        mel_size += exact.square().sum().item()
+    heard = [scorer.transcribe(tokens, voices) for scorer in (strict, fast)]
+    errors = [count_errors(pinyin(a, True), pinyin(b, True)) for a, b in zip(*heard, strict=True)]
+    return {
+        "fp32_batch_max_difference": worst, "waveform_peak": batch.abs().max().item(),
+        "precision_mel_relative_error": (mel_error / mel_size) ** 0.5,
+        "precision_waveform_relative_error": ((quick - batch).norm() / batch.norm()).item(),
+        "precision_transcript_difference": float(np.mean([error.rate for error in errors])),
+        "distinct_syllables": len({s for text in heard[0] for s in pinyin(text, True)}),
+    }  # fmt: skip
+
+
+def measure_baselines(args, pairs, result: dict) -> None:
+    """The one-by-one paths and what they tell about exactness."""
+    official = OneByOne(args)
+    few = pairs[: args.baseline]
+    strict = make_scorer(args, "fp32")
+    voice = strict.prompt_voices[0]
+    result["official"] = official.measure(few, voice.prompt_speech_16k)
+    if args.device != "cpu":
+        result["graph"] = graph_one_by_one(args, few)
+    official.flow.float()
+    torch.backends.cudnn.allow_tf32 = False
+    result["exactness"] = exactness(strict, make_scorer(args, args.precision), official, few, voice)
+    torch.backends.cudnn.allow_tf32 = True
+
+
+def table(result: dict, audio_s: float) -> str:
+    """Rollouts and audio-seconds a second of each way, and the ratio to the official one."""
+    rows = [("official", result.get("official")), ("graph", result.get("graph"))]
+    rows += [(f"in process, batch {size}", value) for size, value in result.get("in_process", {}).items()]
+    rows += [("server", result.get("server"))]
+    lines = [f"{'':24}{'rollouts/s':>12}{'audio-s/s':>12}{'x official':>12}{'x graph':>12}"]
+    for name, value in rows:
+        if value:
+            rate = value["rollouts_per_s"]
+            ratios = [rate / result[base]["rollouts_per_s"] if result.get(base) else float("nan") for base in
+                      ("official", "graph")]  # fmt: skip
+            lines.append(f"{name:24}{rate:12.2f}{rate * audio_s:12.1f}{ratios[0]:12.1f}{ratios[1]:12.1f}")
+    return "\n".join(lines)
 
 
 def main(argv=None):
     args = get_args(argv)
     logging.disable(logging.INFO)  # funasr's
-    pairs = rollouts(args.jsonl, args.num_rollouts)
-    wall_s = served_seconds(args.server_url, pairs)
-    parts = in_process_seconds(args, pairs)
-    core_s = wall_s * args.cores
-    shares = {name: seconds / core_s for name, seconds in parts.items()}
-    result = {
-        "rollouts_per_s": args.num_rollouts / wall_s,
-        "audio_s_per_s": args.num_rollouts * ROLLOUT_S / wall_s,
-        "in_process_one_thread_rollouts_per_s": args.num_rollouts / sum(parts.values()),
-        "shares": shares | {"transport_and_waiting": 1 - sum(shares.values())},
-    }
+    if args.random:
+        make_random(args)
+    if args.make_only:
+        return
+    if args.device == "cpu":
+        torch.set_num_threads(1)
+    pairs = rollouts(args)
+    audio_s = sum(len(tokens) for tokens, _ in pairs) / TOKEN_HZ / len(pairs)
+    result = {"num_rollouts": len(pairs), "mean_audio_s": audio_s}
+    if args.server_url:
+        result["server"] = {"rollouts_per_s": len(pairs) / served_seconds(args.server_url, pairs)}
+    if args.baseline:
+        measure_baselines(args, pairs, result)
+    if args.batch_size:
+        start = time.perf_counter()
+        scorer = make_scorer(args, args.precision)
+        scorer.token2wav.warm_up()
+        scored(scorer, pairs[:16], 16)
+        result["load_and_warm_up_s"] = time.perf_counter() - start
+        result["in_process"] = {size: in_process(args, scorer, pairs, size) for size in args.batch_size}
+    if args.server_url and args.device == "cpu" and args.batch_size:
+        core_s = args.cores * len(pairs) / result["server"]["rollouts_per_s"]
+        shares = {name: s / core_s for name, s in result["in_process"][args.batch_size[0]]["seconds"].items()}
+        result["server"]["shares"] = shares | {"transport_and_waiting": 1 - sum(shares.values())}
     print(json.dumps(result))
+    print(table(result, audio_s))
 
 
 if __name__ == "__main__":

@@ -6,12 +6,19 @@ import numpy as np
 import pytest
 import torch
 
-from tests.cosyvoice2_folder import FULL, SMALL, make_cosyvoice2_folder
+from tts_grpo import packed_flow
 from tts_grpo.cosyvoice2 import CosyVoice2Token2Wav, load_modules
+from tts_grpo.random_weights import FULL, SMALL, make_cosyvoice2_folder
 from tts_grpo.token2wav import PromptVoice, load_token2wav
 
 TOLERANCE = 1e-4
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "tts_grpo"
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +44,7 @@ def official(token2wav, folder, tokens, voice, seed):
     flow, hift = modules["flow"].eval(), modules["hift"].eval()
     flow.load_state_dict(torch.load(folder / "flow.pt"))
     hift.load_state_dict({k.removeprefix("generator."): v for k, v in torch.load(folder / "hift.pt").items()})
-    prompt = {name: value.cpu()[None] for name, value in token2wav.prompt_features(voice).items()}
+    prompt = {k: torch.as_tensor(v).cpu()[None] for k, v in token2wav.prompt_features(voice).items()}
     length = lambda value: torch.tensor([value.shape[1]])  # noqa: E731
     row = torch.tensor([tokens])
     mel, _ = flow.inference(
@@ -53,12 +60,12 @@ def test_a_batch_equals_the_official_code_one_by_one(folder, voice, device):
     token2wav = load_token2wav(folder, device)
     assert isinstance(token2wav, CosyVoice2Token2Wav)
     sequences = random_tokens([1, 7, 40, 23, 40])
-    waveforms, lens = token2wav(sequences, voice, seed=5)
+    waveforms, lens = token2wav(sequences, [voice] * 5, seed=5)
     assert lens.tolist() == [960 * len(tokens) for tokens in sequences]
     for tokens, waveform, length in zip(sequences, waveforms, lens, strict=True):
         _, expected = official(token2wav, folder, tokens, voice, seed=5)
         assert expected.abs().max() > 1e-3 and len(expected) == length
-        torch.testing.assert_close(waveform[:length], expected, rtol=0, atol=TOLERANCE)
+        torch.testing.assert_close(waveform[:length].cpu(), expected, rtol=0, atol=TOLERANCE)
         assert waveform[length:].abs().sum() == 0
 
 
@@ -67,30 +74,32 @@ def test_a_batch_equals_the_official_code_at_full_shape(tmp_path, voice):
     folder = make_cosyvoice2_folder(tmp_path, FULL)
     token2wav = load_token2wav(folder)
     sequences = random_tokens([50, 75, 120])
-    waveforms, lens = token2wav(sequences, voice)
+    waveforms, lens = token2wav(sequences, [voice] * 3)
     for tokens, waveform, length in zip(sequences, waveforms, lens, strict=True):
         _, expected = official(token2wav, folder, tokens, voice, seed=0)
-        torch.testing.assert_close(waveform[:length], expected, rtol=0, atol=TOLERANCE)
+        torch.testing.assert_close(waveform[:length].cpu(), expected, rtol=0, atol=TOLERANCE)
 
 
 def test_padding_would_change_the_result_without_the_masks(folder, voice):
     """What the hooks are for: without them the test above fails."""
     token2wav = load_token2wav(folder)
     sequences = random_tokens([10, 40])
-    right = token2wav(sequences, voice)[0][0, :9600]
+    right = token2wav(sequences, [voice] * 2)[0][0, :9600]
     token2wav.flow.module.encoder.pre_lookahead_layer._forward_pre_hooks.clear()
-    assert (token2wav(sequences, voice)[0][0, :9600] - right).abs().max() > TOLERANCE
+    assert (token2wav(sequences, [voice] * 2)[0][0, :9600] - right).abs().max() > TOLERANCE
     token2wav = load_token2wav(folder)
     token2wav.vocoder.module.conv_post._forward_pre_hooks.clear()
-    assert (token2wav(sequences, voice)[0][0, :9600] - right).abs().max() > TOLERANCE
+    assert (token2wav(sequences, [voice] * 2)[0][0, :9600] - right).abs().max() > TOLERANCE
 
 
 def test_seeds_and_prompts(folder, voice):
     token2wav = load_token2wav(folder)
     (tokens,) = random_tokens([20])
-    first = token2wav([tokens], voice, seed=1)[0]
-    torch.testing.assert_close(first, token2wav([tokens[:5], tokens], voice, seed=1)[0][1:], rtol=0, atol=TOLERANCE)
-    assert (first - token2wav([tokens], voice, seed=2)[0]).abs().max() > TOLERANCE
+    first = token2wav([tokens], [voice], seed=1)[0]
+    torch.testing.assert_close(
+        first, token2wav([tokens[:5], tokens], [voice, voice], seed=1)[0][1:], rtol=0, atol=TOLERANCE
+    )
+    assert (first - token2wav([tokens], [voice], seed=2)[0]).abs().max() > TOLERANCE
     with pytest.raises(ValueError, match="needs a prompt voice"):
         token2wav([tokens])
     features = token2wav.prompt_features(voice)
@@ -98,20 +107,67 @@ def test_seeds_and_prompts(folder, voice):
     assert token2wav.prompt_features(voice) is features
 
 
+@pytest.mark.parametrize(("sizes", "longest"), [((256, 2048), 1024), ((64,), 40)])
+def test_packed_utterances_equal_padded_ones(folder, voice, monkeypatch, sizes, longest):
+    """Rows of several sizes and, with the second setting, utterances that have a row of their own."""
+    monkeypatch.setattr(packed_flow, "SIZES", sizes)
+    monkeypatch.setattr(packed_flow, "LONGEST", longest)
+    token2wav = load_token2wav(folder)
+    other = PromptVoice("好", voice.prompt_speech_16k[:20_000], ())
+    sequences, voices = random_tokens([1, 40, 23, 12]), [voice, other, voice, other]
+    padded, _ = token2wav(sequences, voices)
+    flow = token2wav.flow
+    with torch.inference_mode():
+        flow.packed = packed_flow.PackedSolver(flow.module.decoder, flow.times, torch.float32)
+    torch.testing.assert_close(token2wav(sequences, voices)[0], padded, rtol=0, atol=TOLERANCE)
+    monkeypatch.setattr(packed_flow, "GAP", 0)
+    assert (token2wav(sequences, voices)[0] - padded).abs().max() > TOLERANCE / 100  # what the gaps are for
+
+
+def test_voices_of_a_batch_are_those_alone(folder, voice):
+    token2wav = load_token2wav(folder)
+    other = PromptVoice("好", voice.prompt_speech_16k[:20_000], ())
+    sequences = random_tokens([10, 10])
+    both, _ = token2wav(sequences, [voice, other])
+    for i, one in enumerate((voice, other)):
+        torch.testing.assert_close(token2wav([sequences[i]], [one])[0][0], both[i], rtol=0, atol=TOLERANCE)
+
+
+def test_half_precision_is_near(folder, voice, monkeypatch):
+    monkeypatch.setattr(packed_flow, "SIZES", (256,))
+    (tokens,) = random_tokens([20])
+    exact, _ = load_token2wav(folder)([tokens], [voice])
+    quick, _ = load_token2wav(folder, precision="bf16")([tokens], [voice])
+    difference = (quick - exact).norm() / exact.norm()
+    assert 0 < difference < 0.01
+
+
+def test_prompt_features_are_kept_on_disk(folder, voice, cache, monkeypatch):
+    first = load_token2wav(folder).prompt_features(voice)
+    assert len(list(cache.iterdir())) == 1
+    again = load_token2wav(folder)
+    monkeypatch.setattr(again, "compute_prompt_features", None)
+    kept = again.prompt_features(voice)
+    assert kept["tokens"] == first["tokens"] and torch.equal(kept["mel"], first["mel"])
+    other = PromptVoice("好", voice.prompt_speech_16k[:20_000], ())
+    load_token2wav(folder).prompt_features(other)
+    assert len(list(cache.iterdir())) == 2
+
+
 def test_memory_that_runs_out_halves_the_batch(folder, voice, monkeypatch):
     token2wav = load_token2wav(folder)
     sequences = random_tokens([9, 12, 5])
-    expected, _ = token2wav(sequences, voice)
+    expected, _ = token2wav(sequences, [voice] * 3)
     flow, sizes = token2wav.flow, []
 
-    def small_flow(tokens, lens, prompt):
+    def small_flow(tokens, prompts):
         sizes.append(len(tokens))
         if len(tokens) > 1:
             raise torch.cuda.OutOfMemoryError
-        return flow(tokens, lens, prompt)
+        return flow(tokens, prompts)
 
     monkeypatch.setattr(token2wav, "flow", small_flow)
-    torch.testing.assert_close(token2wav(sequences, voice)[0], expected, rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(token2wav(sequences, [voice] * 3)[0], expected, rtol=0, atol=TOLERANCE)
     assert sizes == [3, 1, 2, 1, 1]
 
 

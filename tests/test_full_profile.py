@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import free_ports, git_commit
-from tests.cosyvoice2_folder import make_cosyvoice2_folder
 from tests.hub import Hub
+from tts_grpo.random_weights import make_cosyvoice2_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 PARAFORMER = "iic/speech_seaco_paraformer_large_asr_nat-zh-cn-16k-common-vocab8404-pytorch"

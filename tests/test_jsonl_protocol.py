@@ -24,7 +24,7 @@ def test_jsonl_round_trip_and_named_faults(tmp_path):
 
 
 def test_buckets():
-    assert [bucket(n) for n in (1, 16, 17, 2048)] == [16, 16, 32, 2048]
+    assert [bucket(n) for n in (1, 512, 513, 2048)] == [512, 512, 2048, 2048]
     assert list(BUCKETS) == sorted(set(BUCKETS))
     with pytest.raises(ValueError, match="at most 2048"):
         bucket(2049)
@@ -32,7 +32,7 @@ def test_buckets():
 
 def test_request_is_padded_to_its_bucket():
     tokens, lens, text = encode_request([5, 6, 7], "你好")["inputs"]
-    assert tokens["shape"] == [1, 16] and tokens["data"] == [5, 6, 7] + [0] * 13
+    assert tokens["shape"] == [1, 512] and tokens["data"] == [5, 6, 7] + [0] * 509
     assert lens["data"] == [3] and text["data"] == ["你好"]
 
 

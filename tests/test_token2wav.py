@@ -4,7 +4,14 @@ import torch
 
 from tts_grpo.audio import load_audio
 from tts_grpo.tiny_codec import FiniteScalarQuantiser, LogMel
-from tts_grpo.token2wav import PromptVoice, decode, load_prompt_voice, load_token2wav
+from tts_grpo.token2wav import (
+    PromptVoice,
+    choose_voice,
+    decode,
+    load_prompt_voice,
+    load_prompt_voices,
+    load_token2wav,
+)
 
 TOLERANCE = 1e-4
 
@@ -26,25 +33,21 @@ def test_a_waveform_does_not_depend_on_its_batch(token2wav):
 
 
 def test_decode_keeps_order_and_voices(token2wav):
-    calls = []
+    spoken = {}
 
-    def spy(speech_tokens, voice, seed):
-        calls.append((sorted(map(len, speech_tokens)), voice, seed))
-        return token2wav(speech_tokens, voice, seed)
+    def spy(speech_tokens, voices, seed):
+        spoken.update({tuple(tokens): (voice, seed) for tokens, voice in zip(speech_tokens, voices, strict=True)})
+        return token2wav(speech_tokens, voices, seed)
 
     sequences = [*random_sequences(5), []]
     voices = [PromptVoice(name, np.zeros(1, np.float32), ()) for name in "ab"]
-    waveforms = decode(spy, sequences, [voices[0], voices[1], None, voices[0], None, None], seed=3)
+    given = [voices[0], voices[1], None, voices[0], None, None]
+    waveforms = decode(spy, sequences, given, seed=3, batch_size=2)
     for sequence, waveform in zip(sequences[:5], waveforms, strict=False):
         alone, _ = token2wav([sequence])
         assert np.abs(alone[0].numpy() - waveform).max() < TOLERANCE
     assert len(waveforms[5]) == 0
-    by_voice = {id(voice): lens for lens, voice, _ in calls}
-    assert by_voice == {
-        id(voices[0]): sorted(len(sequences[i]) for i in (0, 3)), id(voices[1]): [len(sequences[1])],
-        id(None): sorted(len(sequences[i]) for i in (2, 4)),
-    }  # fmt: skip
-    assert all(seed == 3 for *_, seed in calls)
+    assert [spoken[tuple(sequence)] for sequence in sequences[:5]] == [(voice, 3) for voice in given[:5]]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -110,3 +113,22 @@ def test_prompt_voices(token2wav, assets):
 def test_unknown_folder_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="no token2wav here"):
         load_token2wav(tmp_path)
+
+
+def test_a_list_of_voices(token2wav, assets, tmp_path):
+    voices = load_prompt_voices(token2wav, assets / "prompts" / "prompts.jsonl")
+    assert len(voices) == 3
+    texts = [f"text {i}" for i in range(60)]
+    chosen = [choose_voice(voices, text, seed=1) for text in texts]
+    assert {id(voice) for voice in chosen} == {id(voice) for voice in voices}
+    assert all(choose_voice(voices, text, seed=1) is voice for text, voice in zip(texts, chosen, strict=True))
+    assert any(choose_voice(voices, text, seed=2) is not voice for text, voice in zip(texts, chosen, strict=True))
+    assert choose_voice([], "text") is None
+    (tmp_path / "list.jsonl").write_text('{"prompt_audio": "a.wav"}\n')
+    with pytest.raises(ValueError, match="line 1: needs prompt_text"):
+        load_prompt_voices(token2wav, tmp_path / "list.jsonl")
+
+
+def test_the_tiny_decoder_has_one_precision(assets):
+    with pytest.raises(ValueError, match="use fp32"):
+        load_token2wav(assets / "token2wav", precision="fp16")

@@ -14,10 +14,12 @@ batch is undone at the borders of the modules:
 """
 
 import contextlib
+import functools
 import hashlib
 import io
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,14 +27,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.rnn import pad_sequence
 from torch.overrides import TorchFunctionMode
 
 from tts_grpo.audio import ASR_HZ, resample
-from tts_grpo.token2wav import PromptVoice, pad_speech_tokens
+from tts_grpo.packed_flow import PackedSolver
+from tts_grpo.token2wav import PromptVoice, check_speech_tokens, pad_speech_tokens
 
 NUM_STEPS = 10  # of the solver, as in CausalMaskedDiffWithXvec.inference
 MEL_PER_TOKEN = 2
+ENCODER_ROWS = VOCODER_ROWS = 16  # rows of a batch that are padded to the longest of them
 YAML_PARTS = ("flow", "hift", "feat_extractor")  # entries of cosyvoice2.yaml that are made, beside plain values
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FILES = ("cosyvoice2.yaml", "flow.pt", "hift.pt", "campplus.onnx", "speech_tokenizer_v2.onnx")
 
 
@@ -54,6 +60,20 @@ def load_modules(model_dir: Path) -> dict:
             f"CosyVoice's modules cannot be imported ({error}): put its source and its third_party/Matcha-TTS on "
             "PYTHONPATH (bash run.sh -1 -1 clones it and run.sh sets the path)"
         ) from error
+
+
+@contextlib.contextmanager
+def tf32(allowed: bool):
+    """Inside it, products of float32 matrices may, or must not, be computed in TF32."""
+    switches = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [switch.allow_tf32 for switch in switches]
+    try:
+        for switch in switches:
+            switch.allow_tf32 = allowed
+        yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.allow_tf32 = value
 
 
 class FixedNoise(TorchFunctionMode):
@@ -78,47 +98,78 @@ class FixedNoise(TorchFunctionMode):
 
 
 class Flow:
-    """Speech tokens -> mel, in batches."""
+    """Speech tokens -> mel, in batches.
 
-    def __init__(self, module: nn.Module):
+    Args:
+        module: CosyVoice's ``CausalMaskedDiffWithXvec``.
+        dtype: of the estimator; float32 runs it on padded batches, a half precision on packed ones.
+    """
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype = torch.float32):
         self.module, self.token_mask = module, None
         module.encoder.pre_lookahead_layer.register_forward_pre_hook(
             lambda _, args: (args[0] * self.token_mask[..., None], *args[1:])
         )
+        self.noise = module.decoder.rand_noise.to(self.device)
+        steps = torch.linspace(0, 1, NUM_STEPS + 1, device=self.device)
+        self.times = 1 - torch.cos(steps * 0.5 * torch.pi)
+        self.packed = None if dtype == torch.float32 else PackedSolver(module.decoder, self.times, dtype)
 
-    def __call__(self, tokens: torch.Tensor, lens: torch.Tensor, prompt: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Mel of utterances that continue a prompt.
+    @property
+    def device(self) -> torch.device:
+        return self.module.input_embedding.weight.device
+
+    def __call__(self, speech_tokens: Sequence[Sequence[int]], prompts: Sequence[dict]) -> torch.Tensor:
+        """Mel of utterances that each continue a prompt.
 
         Args:
-            tokens: int64 (B, T).
-            lens: int64 (B,), their lengths.
-            prompt: ``tokens`` int64 (P,), ``mel`` (2P, 80) and ``speaker_embedding`` (192,).
+            speech_tokens: B sequences of ids.
+            prompts: B times ``tokens`` (P ids), ``mel`` (2P, 80) and ``speaker_embedding`` (192,).
 
         Returns:
-            float32 (B, 80, 2T), undefined behind 2 * lens.
+            float32 (B, 80, 2T), where T is the longest, undefined behind each utterance's end.
         """
-        module, batch = self.module, len(tokens)
-        spks = module.spk_embed_affine_layer(F.normalize(prompt["speaker_embedding"][None], dim=1))
-        tokens = torch.cat([prompt["tokens"].expand(batch, -1), tokens], dim=1)
-        lens = lens + len(prompt["tokens"])
-        self.token_mask = torch.arange(tokens.shape[1], device=tokens.device) < lens[:, None]
-        embedded = module.input_embedding(tokens.clamp(min=0)) * self.token_mask[..., None]
-        encoded = module.encoder_proj(module.encoder(embedded, lens, streaming=False)[0]).transpose(1, 2)
-        given = len(prompt["mel"])
-        condition = torch.zeros_like(encoded)
-        condition[:, :, :given] = prompt["mel"].T
-        mask = self.token_mask.repeat_interleave(MEL_PER_TOKEN, dim=1)[:, None].to(encoded)
-        return self.solve(encoded, mask, spks.expand(batch, -1), condition)[:, :, given:].float()
+        tokens, lens = pad_speech_tokens(
+            [[*prompt["tokens"], *row] for prompt, row in zip(prompts, speech_tokens, strict=True)]
+        )
+        mu = torch.cat([
+            F.pad(part, (0, MEL_PER_TOKEN * tokens.shape[1] - part.shape[2]))
+            for part in self.encode(tokens.to(self.device), lens)
+        ])  # fmt: skip
+        given = pad_sequence([prompt["mel"] for prompt in prompts], batch_first=True).transpose(1, 2)
+        condition = F.pad(given, (0, mu.shape[2] - given.shape[2]))
+        embeddings = torch.stack([prompt["speaker_embedding"] for prompt in prompts])
+        spks = self.module.spk_embed_affine_layer(F.normalize(embeddings, dim=1))
+        if self.packed:
+            mel = self.packed(mu, spks, condition, (MEL_PER_TOKEN * lens).tolist())
+        else:
+            frames = torch.arange(mu.shape[2])
+            mask = (frames < MEL_PER_TOKEN * lens[:, None])[:, None].to(mu)
+            mel = self.solve(mu, mask, spks, condition)
+        starts = torch.tensor([len(prompt["mel"]) for prompt in prompts])
+        size = MEL_PER_TOKEN * max(map(len, speech_tokens))
+        places = (starts[:, None] + torch.arange(size)).clamp(max=mel.shape[2] - 1).to(self.device)
+        return mel.gather(2, places[:, None].expand(-1, mel.shape[1], -1))
+
+    def encode(self, tokens: torch.Tensor, lens: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The encoder's (B', 80, 2T') of parts of a batch of ids (B, T) with lengths (B,): its attention is large."""
+        module = self.module
+        for first in range(0, len(tokens), ENCODER_ROWS):
+            part_lens = lens[first : first + ENCODER_ROWS]
+            part = tokens[first : first + ENCODER_ROWS, : int(part_lens.max())]
+            self.token_mask = (torch.arange(part.shape[1]) < part_lens[:, None]).to(self.device)
+            embedded = module.input_embedding(part) * self.token_mask[..., None]
+            encoded = module.encoder(embedded, part_lens.to(self.device), streaming=False)[0]
+            yield module.encoder_proj(encoded).transpose(1, 2)
 
     def solve(self, mu, mask, spks, condition) -> torch.Tensor:
         """Euler steps of conditional flow matching with classifier-free guidance (``ConditionalCFM.solve_euler``)."""
         decoder = self.module.decoder
         rate = decoder.inference_cfg_rate
-        x = decoder.rand_noise[:, :, : mu.shape[2]].to(mu).expand_as(mu)
-        times = 1 - torch.cos(torch.linspace(0, 1, NUM_STEPS + 1, device=mu.device, dtype=mu.dtype) * 0.5 * torch.pi)
+        x = self.noise[:, :, : mu.shape[2]].expand_as(mu)
         both = lambda value: torch.cat([value, torch.zeros_like(value)])  # noqa: E731
         masks, mus, speakers, conditions = torch.cat([mask, mask]), both(mu), both(spks), both(condition)
-        for t, dt in zip(times[:-1], times.diff(), strict=True):
+        for t, dt in zip(self.times[:-1], self.times.diff(), strict=True):
             change = decoder.estimator(
                 torch.cat([x, x]), masks, mus, t.expand(len(masks)), speakers, conditions, streaming=False
             )
@@ -127,10 +178,31 @@ class Flow:
         return x
 
 
-class Vocoder:
-    """Mel -> waveform with HiFT, in batches."""
+def masked_snake(x: torch.Tensor, alpha: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """CosyVoice's activation ``Snake`` and the mask of the convolution behind it: one pass when compiled."""
+    return (x + torch.sin(x * alpha).square() / (alpha + 1e-9)) * mask
 
-    def __init__(self, module: nn.Module):
+
+class MaskedSnake(nn.Module):
+    """An activation (C channels) and the mask of the convolution that it feeds, in one kernel on a GPU."""
+
+    def __init__(self, snake: nn.Module, masks: dict[int, torch.Tensor], compute):
+        super().__init__()
+        self.alpha, self.masks, self.compute = snake.alpha[:, None], masks, compute
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.compute(x, self.alpha, self.masks[x.shape[-1]])
+
+
+class Vocoder:
+    """Mel -> waveform with HiFT, in batches.
+
+    Args:
+        module: CosyVoice's ``HiFTGenerator``.
+        compiled: whether its activations are compiled, with the masks of the convolutions that they feed.
+    """
+
+    def __init__(self, module: nn.Module, compiled: bool = False):
         self.module, self.masks = module, {}
         self.n_fft, self.hop = module.istft_params["n_fft"], module.istft_params["hop_len"]
         self.ups = [up.stride[0] for up in module.ups]
@@ -139,11 +211,23 @@ class Vocoder:
         for part in module.modules():
             if isinstance(part, nn.Conv1d | nn.ConvTranspose1d):
                 part.register_forward_pre_hook(lambda _, args: (args[0] * self.masks[args[0].shape[-1]],))
+        if compiled:
+            self.fuse_masks()
         self.stft = module._stft
         module._stft, module._istft = self.source_spectrum, self.waveform
 
+    def fuse_masks(self) -> None:
+        """Let the residual blocks' activations mask the convolutions behind them."""
+        compute = torch.compile(masked_snake, dynamic=True)
+        for block in [*self.module.resblocks, *self.module.source_resblocks]:
+            for snakes, convolutions in ((block.activations1, block.convs1), (block.activations2, block.convs2)):
+                for i, convolution in enumerate(convolutions):
+                    snakes[i] = MaskedSnake(snakes[i], self.masks, compute)
+                    convolution._forward_pre_hooks.clear()
+
     def __call__(self, mel: torch.Tensor, lens: torch.Tensor, seed: int) -> torch.Tensor:
         """float32 (B, 80, T) and int64 (B,) frames -> float32 (B, T * samples_per_frame), zeros behind the ends."""
+        lens = lens.to(mel.device)
         self.set_masks(lens, mel.shape[2])
         f0 = self.module.f0_predictor(mel) * self.masks[mel.shape[2]][:, 0]
         source = self.module.f0_upsamp(f0[:, None]).transpose(1, 2)
@@ -157,12 +241,10 @@ class Vocoder:
         """Masks (B, 1, L) by length L, one for each of HiFT's time scales."""
         scales = [int(n) for n in np.cumprod([1, *self.ups])]
         shapes = [(scale, 0) for scale in scales] + [(scales[-1], 1)]  # the last with the frame of a centred transform
-        self.masks = {
-            size * scale + more: (
-                torch.arange(size * scale + more, device=lens.device) < (lens * scale + more)[:, None]
-            ).float()[:, None]
-            for scale, more in shapes
-        }
+        self.masks.clear()
+        for scale, more in shapes:
+            position = torch.arange(size * scale + more, device=lens.device)
+            self.masks[len(position)] = (position < (lens * scale + more)[:, None]).float()[:, None]
         self.ends, self.frames = lens * self.samples_per_frame, self.masks[size * scales[-1] + 1]
 
     def fixed_noise(self, seed: int, length: int) -> FixedNoise:
@@ -200,6 +282,9 @@ class CosyVoice2Token2Wav:
     Args:
         model_dir: the folder.
         device: torch device of flow and vocoder; the prompt's networks run on the CPU, once a voice.
+        precision: "fp32", equal to the official code in fp32; or "fp16" or "bf16": the flow's estimator in half
+            precision on packed batches, TF32 elsewhere, compiled on a GPU.
+        cache_dir: where prompt features are kept; None is ``tts_grpo`` in the user's cache folder.
 
     Raises:
         ValueError: a file is missing, or its weights are not the modules'.
@@ -208,15 +293,20 @@ class CosyVoice2Token2Wav:
 
     sample_rate_hz = 24_000
 
-    def __init__(self, model_dir: str | Path, device: str = "cpu"):
-        self.model_dir, self.device = Path(model_dir), torch.device(device)
+    def __init__(
+        self, model_dir: str | Path, device: str = "cpu", precision: str = "fp32", cache_dir: Path | None = None
+    ):
+        self.model_dir, self.device, self.fast = Path(model_dir), torch.device(device), precision != "fp32"
+        self.cache_dir = cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tts_grpo"
         for name in FILES:
             if not (self.model_dir / name).exists():
                 raise ValueError(f"{model_dir}: no {name} here: not a CosyVoice2 folder")
         modules = load_modules(self.model_dir)
         self.prompt_mel = modules["feat_extractor"]
-        self.flow = Flow(self._with_weights(modules["flow"], "flow.pt"))
-        self.vocoder = Vocoder(self._with_weights(modules["hift"], "hift.pt", "generator."))
+        with torch.inference_mode(), tf32(self.fast):
+            self.flow = Flow(self._with_weights(modules["flow"], "flow.pt"), PRECISIONS[precision])
+            hift = self._with_weights(modules["hift"], "hift.pt", "generator.")
+        self.vocoder = Vocoder(hift, compiled=self.fast and self.device.type == "cuda")
         self.sessions, self.prompts = {}, {}
 
     def _with_weights(self, module: nn.Module, name: str, prefix: str = "") -> nn.Module:
@@ -256,20 +346,41 @@ class CosyVoice2Token2Wav:
             tokens.append(ids.ravel().astype(int).tolist())
         return tokens
 
-    def prompt_features(self, voice: PromptVoice) -> dict[str, torch.Tensor]:
-        """What :class:`Flow` takes of a voice; computed once, then kept."""
+    def prompt_features(self, voice: PromptVoice) -> dict:
+        """What :class:`Flow` takes of a voice: computed once, kept in memory and on disk."""
         speech = np.ascontiguousarray(voice.prompt_speech_16k, np.float32)
-        key = hashlib.sha256(speech.tobytes()).hexdigest()
-        if key not in self.prompts:
-            mel = self.prompt_mel(torch.from_numpy(resample(speech[None], ASR_HZ, self.sample_rate_hz)))[0].T
-            tokens = torch.tensor(voice.prompt_speech_tokens or self.encode([speech])[0])
-            count = min(len(mel) // MEL_PER_TOKEN, len(tokens))  # CosyVoiceFrontEnd.frontend_zero_shot
-            features = {
-                "tokens": tokens[:count], "mel": mel[: MEL_PER_TOKEN * count],
-                "speaker_embedding": self.speaker_embedding(speech),
+        digest = hashlib.sha256(speech.tobytes()).hexdigest()
+        if digest not in self.prompts:
+            path = self.cache_dir / f"prompt_{self.prompt_key}_{digest}.pt"
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                tmp = path.with_name(f"{path.name}.{os.getpid()}.part")
+                torch.save(self.compute_prompt_features(speech), tmp)
+                tmp.replace(path)
+            features = torch.load(path, weights_only=True)
+            self.prompts[digest] = {
+                "tokens": features["tokens"].tolist(), "mel": features["mel"].to(self.device),
+                "speaker_embedding": features["speaker_embedding"].to(self.device),
             }  # fmt: skip
-            self.prompts[key] = {name: value.to(self.device) for name, value in features.items()}
-        return self.prompts[key]
+        return self.prompts[digest]
+
+    @functools.cached_property
+    def prompt_key(self) -> str:
+        """Hash of what prompt features depend on beside the recording."""
+        digest = hashlib.sha256()
+        for name in ("cosyvoice2.yaml", "campplus.onnx", "speech_tokenizer_v2.onnx"):
+            digest.update((self.model_dir / name).read_bytes())
+        return digest.hexdigest()[:16]
+
+    def compute_prompt_features(self, speech: np.ndarray) -> dict[str, torch.Tensor]:
+        """Speech tokens (P,), mel (2P, 80) and speaker embedding (192,) of float32 (T,) at 16 kHz."""
+        mel = self.prompt_mel(torch.from_numpy(resample(speech[None], ASR_HZ, self.sample_rate_hz)))[0].T
+        tokens = torch.tensor(self.encode([speech])[0])
+        count = min(len(mel) // MEL_PER_TOKEN, len(tokens))  # CosyVoiceFrontEnd.frontend_zero_shot
+        return {
+            "tokens": tokens[:count], "mel": mel[: MEL_PER_TOKEN * count].clone(),
+            "speaker_embedding": self.speaker_embedding(speech),
+        }  # fmt: skip
 
     def speaker_embedding(self, speech: np.ndarray) -> torch.Tensor:
         """CAM++ embedding (192,) of float32 (T,) at 16 kHz (``CosyVoiceFrontEnd._extract_spk_embedding``)."""
@@ -280,22 +391,47 @@ class CosyVoice2Token2Wav:
         return torch.from_numpy(self._run("campplus.onnx", features[None].numpy())).flatten()
 
     @torch.inference_mode()
-    def __call__(self, speech_tokens, prompt_voice=None, seed=0):
-        if prompt_voice is None:
+    def __call__(self, speech_tokens, prompt_voices=None, seed=0):
+        check_speech_tokens(speech_tokens)
+        if not prompt_voices or None in prompt_voices:
             raise ValueError("CosyVoice2 needs a prompt voice: give prompt_audio and prompt_text")
-        tokens, lens = pad_speech_tokens(speech_tokens)
-        prompt = self.prompt_features(prompt_voice)
-        waveforms = self._decode(tokens.to(self.device), lens.to(self.device), prompt, seed)
-        return waveforms.cpu(), lens * MEL_PER_TOKEN * self.vocoder.samples_per_frame
+        prompts = [self.prompt_features(voice) for voice in prompt_voices]
+        lens = torch.tensor([len(tokens) for tokens in speech_tokens])
+        order = lens.argsort().tolist()  # like lengths together: less padding
+        size = MEL_PER_TOKEN * self.vocoder.samples_per_frame
+        waveforms = torch.zeros(len(lens), size * int(lens.max()), device=self.device)
+        with tf32(self.fast):
+            decoded = self._decode([speech_tokens[i] for i in order], [prompts[i] for i in order], seed)
+        for i, waveform in zip(order, decoded, strict=True):
+            waveforms[i, : len(waveform)] = waveform
+        return waveforms, lens * size
 
-    def _decode(self, tokens, lens, prompt, seed) -> torch.Tensor:
+    def _decode(self, speech_tokens, prompts, seed) -> list[torch.Tensor]:
         """Waveforms of a batch; of its halves one after the other if the GPU has not the memory for all."""
         with contextlib.suppress(torch.cuda.OutOfMemoryError):
-            mel = self.flow(tokens, lens, prompt)
-            return self.vocoder(mel, lens * MEL_PER_TOKEN, seed)
-        if len(tokens) == 1:
-            raise RuntimeError(f"{self.device} has not the memory for one utterance of {int(lens[0])} speech tokens")
+            return self._vocode(self.flow(speech_tokens, prompts), list(map(len, speech_tokens)), seed)
+        if len(speech_tokens) == 1:
+            raise RuntimeError(
+                f"{self.device} has not the memory for one utterance of {len(speech_tokens[0])} speech tokens"
+            )
         torch.cuda.empty_cache()
-        half = len(tokens) // 2
-        parts = [self._decode(tokens[part], lens[part], prompt, seed) for part in (slice(half), slice(half, None))]
-        return torch.cat(parts)
+        half = len(speech_tokens) // 2
+        parts = (slice(half), slice(half, None))
+        return [wave for part in parts for wave in self._decode(speech_tokens[part], prompts[part], seed)]
+
+    def _vocode(self, mel: torch.Tensor, lens: list[int], seed: int) -> list[torch.Tensor]:
+        """Waveforms of mels (B, 80, 2T) of ``lens`` tokens."""
+        waveforms = []
+        for first in range(0, len(lens), VOCODER_ROWS):
+            frames = MEL_PER_TOKEN * torch.tensor(lens[first : first + VOCODER_ROWS])
+            rows = self.vocoder(mel[first : first + VOCODER_ROWS, :, : int(frames.max())], frames, seed)
+            ends = (frames * self.vocoder.samples_per_frame).tolist()
+            waveforms += [row[:end] for row, end in zip(rows, ends, strict=True)]
+        return waveforms
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Compile what is compiled and capture what is captured, so that no utterance waits for it."""
+        if self.flow.packed:
+            with tf32(True):
+                self.flow.packed.warm_up()

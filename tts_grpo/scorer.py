@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from tts_grpo.asr import SenseVoice
-from tts_grpo.audio import ASR_HZ, resample
+from tts_grpo.audio import ASR_HZ, resample_batch
 from tts_grpo.metrics import count_errors, reward
 from tts_grpo.text import pinyin
-from tts_grpo.token2wav import PromptVoice, Token2Wav
+from tts_grpo.token2wav import PromptVoice, Token2Wav, choose_voice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,14 +42,23 @@ def reference_pinyin(ground_truth: str, tones: bool) -> tuple[str, ...]:
 class RewardScorer:
     """Scores batches of rollouts.
 
+    Args:
+        token2wav: speech tokens -> waveform.
+        asr: recogniser.
+        tones: whether tones count.
+        curve: see :func:`tts_grpo.metrics.reward`.
+        prompt_voices: what the rollouts are spoken in; one of several is chosen by ground truth, so that the
+            rollouts of a group, which are compared with each other, have the same.
+        seed: of that choice.
+
     Attributes:
         seconds: time spent so far in ``token2wav``, ``asr`` and ``text``.
     """
 
     def __init__(self, token2wav: Token2Wav, asr: SenseVoice, tones: bool = True, curve: str = "tanh",
-                 prompt_voice: PromptVoice | None = None):  # fmt: skip
+                 prompt_voices: Sequence[PromptVoice] = (), seed: int = 0):  # fmt: skip
         self.token2wav, self.asr, self.tones, self.curve = token2wav, asr, tones, curve
-        self.prompt_voice = prompt_voice
+        self.prompt_voices, self.seed = prompt_voices, seed
         self.seconds = {"token2wav": 0.0, "asr": 0.0, "text": 0.0}
 
     def score(self, speech_tokens: Sequence[Sequence[int]], ground_truths: Sequence[str]) -> list[SampleScore]:
@@ -72,7 +81,8 @@ class RewardScorer:
         for text, reference in zip(ground_truths, references, strict=True):
             if not reference:
                 raise ValueError(f"the ground truth {text!r} has no word")
-        transcripts = self.transcribe(speech_tokens)
+        voices = [choose_voice(self.prompt_voices, text, self.seed) for text in ground_truths]
+        transcripts = self.transcribe(speech_tokens, voices)
         start = time.perf_counter()
         scores = []
         for reference, transcript in zip(references, transcripts, strict=True):
@@ -84,24 +94,26 @@ class RewardScorer:
     def speak(self, speech_tokens: Sequence[Sequence[int]]) -> list[SampleSpeech]:
         """The speech that samples are scored by, one by one: for listening, where no speed is needed."""
         said, rate = [], self.token2wav.sample_rate_hz
+        voice = choose_voice(self.prompt_voices, "", self.seed)
         for tokens in speech_tokens:
             try:
-                waveforms, lens = self.token2wav([tokens], self.prompt_voice)
-                samples = np.round(np.clip(waveforms[0, : lens[0]].numpy(), -1, 1) * 32767).astype(np.int16)
+                waveforms, lens = self.token2wav([tokens], [voice])
+                samples = np.round(np.clip(waveforms[0, : lens[0]].cpu().numpy(), -1, 1) * 32767).astype(np.int16)
                 said.append(SampleSpeech(samples, rate))
             except Exception as error:
                 said.append(SampleSpeech(np.zeros(0, np.int16), rate, f"{type(error).__name__}: {error}"))
         return said
 
-    def transcribe(self, speech_tokens: Sequence[Sequence[int]]) -> list[str]:
-        """What the recogniser hears of speech tokens."""
+    def transcribe(self, speech_tokens: Sequence[Sequence[int]], voices=None) -> list[str]:
+        """What the recogniser hears of speech tokens, each spoken in its voice."""
         start = time.perf_counter()
-        waveforms, lens = self.token2wav(speech_tokens, self.prompt_voice)
-        waveforms = resample(waveforms.numpy(), self.token2wav.sample_rate_hz, ASR_HZ)
+        waveforms, lens = self.token2wav(speech_tokens, voices)
+        waveforms = resample_batch(waveforms, self.token2wav.sample_rate_hz, ASR_HZ)
         lens = (lens * ASR_HZ // self.token2wav.sample_rate_hz).tolist()
+        if not waveforms.isfinite().all():  # waits for the decoder too, so that its time is not counted as the other's
+            raise ValueError("the decoded speech is not finite: use token2wav_precision=bf16 or fp32")
         decoded = time.perf_counter()
-        recordings: list[np.ndarray] = [wave[:n] for wave, n in zip(waveforms, lens, strict=True)]
-        transcripts = self.asr.transcribe(recordings)
+        transcripts = self.asr.transcribe([wave[:n] for wave, n in zip(waveforms, lens, strict=True)])
         self.seconds["token2wav"] += decoded - start
         self.seconds["asr"] += time.perf_counter() - decoded
         return transcripts

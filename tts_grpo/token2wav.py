@@ -5,6 +5,7 @@ voice to speak in. Its result is deterministic for a seed and does not depend on
 """
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from tts_grpo.audio import ASR_HZ, load_audio
+from tts_grpo.jsonl import read_jsonl
 from tts_grpo.tiny_codec import SAMPLES_PER_TOKEN, FiniteScalarQuantiser, SpeechTokenizer, TokenDecoder
 from tts_grpo.tokens import NUM_SPEECH_TOKENS
 
@@ -42,18 +44,25 @@ class Token2Wav(Protocol):
     def encode(self, recordings: Sequence[np.ndarray]) -> list[list[int]]:
         """Speech tokens of recordings, each float32 (T,) at 16 kHz."""
 
+    def warm_up(self) -> None:
+        """Do what would make the first batches slow, such as compiling."""
+
     def __call__(
-        self, speech_tokens: Sequence[Sequence[int]], prompt_voice: PromptVoice | None = None, seed: int = 0
+        self,
+        speech_tokens: Sequence[Sequence[int]],
+        prompt_voices: Sequence[PromptVoice | None] | None = None,
+        seed: int = 0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Decode a batch.
 
         Args:
             speech_tokens: B sequences of ids in [0, 6561), none empty, lengths may differ.
-            prompt_voice: the voice to speak in; None is the decoder's own default.
+            prompt_voices: B voices to speak in; None is the decoder's own default.
             seed: of whatever is random in the decoder; the same for each sequence, wherever it stands in the batch.
 
         Returns:
-            waveforms, float32 (B, T) on the CPU, zero beyond each length, and their lengths in samples, int64 (B,).
+            waveforms, float32 (B, T) on the decoder's device, zero beyond each length, and their lengths in samples,
+            int64 (B,) on the CPU.
 
         Raises:
             ValueError: a sequence is empty or has an id out of range; the message names the item.
@@ -87,7 +96,7 @@ class TinyToken2Wav:
     """The tiny stack's decoder: feed-forward, of one speaker, at 16 kHz.
 
     Nothing in it is random, and its training data has one voice, which every prompt of the stack shares: ``seed``
-    and ``prompt_voice`` do not change its result.
+    and ``prompt_voices`` do not change its result.
     """
 
     sample_rate_hz = ASR_HZ
@@ -112,26 +121,36 @@ class TinyToken2Wav:
         return [row[:n].tolist() for row, n in zip(tokens, token_lens, strict=True)]
 
     @torch.inference_mode()
-    def __call__(self, speech_tokens, prompt_voice=None, seed=0):
+    def __call__(self, speech_tokens, prompt_voices=None, seed=0):
         tokens, lens = pad_speech_tokens(speech_tokens)
         with torch.backends.cudnn.flags(allow_tf32=False):
             digits = FiniteScalarQuantiser.to_digits(tokens.to(self.device))
             waveforms = self.decoder(digits, lens.to(self.device))
-        return waveforms.cpu(), lens * SAMPLES_PER_TOKEN
+        return waveforms, lens * SAMPLES_PER_TOKEN
+
+    def warm_up(self) -> None:
+        """Nothing is compiled here."""
 
 
-def load_token2wav(model_dir: str | Path, device: str = "cpu") -> Token2Wav:
+def load_token2wav(model_dir: str | Path, device: str = "cpu", precision: str = "fp32") -> Token2Wav:
     """The decoder that a folder holds.
+
+    Args:
+        model_dir: the folder.
+        device: torch device.
+        precision: fp32, fp16 or bf16, see :class:`tts_grpo.cosyvoice2.CosyVoice2Token2Wav`; the tiny one is fp32.
 
     Raises:
         ValueError: the folder holds none that is known.
     """
     if (Path(model_dir) / "token_decoder.safetensors").exists():
+        if precision != "fp32":
+            raise ValueError(f"{model_dir}: the tiny token2wav has no precision {precision}: use fp32")
         return TinyToken2Wav(model_dir, device)
     if (Path(model_dir) / "flow.pt").exists():
         from tts_grpo.cosyvoice2 import CosyVoice2Token2Wav
 
-        return CosyVoice2Token2Wav(model_dir, device)
+        return CosyVoice2Token2Wav(model_dir, device, precision)
     raise ValueError(f"{model_dir}: no token2wav here (expected token_decoder.safetensors, or CosyVoice2's flow.pt)")
 
 
@@ -142,7 +161,7 @@ def decode(
     seed: int = 0,
     batch_size: int = 32,
 ) -> list[np.ndarray]:
-    """Waveforms of any number of sequences, each float32 (T,), decoded in batches of one voice and of like lengths.
+    """Waveforms of any number of sequences, each float32 (T,), decoded in batches of like lengths.
 
     Args:
         speech_tokens: B sequences of ids; an empty one gives an empty waveform.
@@ -151,14 +170,12 @@ def decode(
     """
     voices = voices or [None] * len(speech_tokens)
     waveforms = [np.zeros(0, np.float32)] * len(speech_tokens)
-    for voice in {id(voice): voice for voice in voices}.values():
-        chosen = [i for i, tokens in enumerate(speech_tokens) if voices[i] is voice and tokens]
-        chosen.sort(key=lambda i: len(speech_tokens[i]))
-        for first in range(0, len(chosen), batch_size):
-            batch = chosen[first : first + batch_size]
-            waves, lens = token2wav([speech_tokens[i] for i in batch], voice, seed)
-            for i, wave, length in zip(batch, waves, lens, strict=True):
-                waveforms[i] = wave[:length].numpy()
+    chosen = sorted((i for i, tokens in enumerate(speech_tokens) if tokens), key=lambda i: len(speech_tokens[i]))
+    for first in range(0, len(chosen), batch_size):
+        batch = chosen[first : first + batch_size]
+        waves, lens = token2wav([speech_tokens[i] for i in batch], [voices[i] for i in batch], seed)
+        for i, wave, length in zip(batch, waves.cpu(), lens, strict=True):
+            waveforms[i] = wave[:length].numpy()
     return waveforms
 
 
@@ -166,3 +183,25 @@ def load_prompt_voice(token2wav: Token2Wav, audio_path: str | Path, prompt_text:
     """The voice of a recording, with its speech tokens."""
     speech = load_audio(audio_path)
     return PromptVoice(prompt_text, speech, tuple(token2wav.encode([speech])[0]))
+
+
+def load_prompt_voices(token2wav: Token2Wav, path: str | Path) -> list[PromptVoice]:
+    """The voices of a JSONL of ``prompt_text`` and ``prompt_audio`` (a path, relative to the list's folder).
+
+    Raises:
+        ValueError: a line lacks one of them, or there is no line.
+    """
+    rows = read_jsonl(path)
+    for number, row in enumerate(rows, 1):
+        if not row.get("prompt_text") or not row.get("prompt_audio"):
+            raise ValueError(f"{path}, line {number}: needs prompt_text and prompt_audio")
+    if not rows:
+        raise ValueError(f"{path}: no voice")
+    return [load_prompt_voice(token2wav, Path(path).parent / r["prompt_audio"], r["prompt_text"]) for r in rows]
+
+
+def choose_voice(voices: Sequence[PromptVoice], key: str, seed: int = 0) -> PromptVoice | None:
+    """One of the voices, always the same for a key and a seed; None if there are none."""
+    if not voices:
+        return None
+    return voices[int.from_bytes(hashlib.sha256(f"{seed}/{key}".encode()).digest()[:7], "big") % len(voices)]

@@ -1,11 +1,15 @@
-"""A CosyVoice2 folder in the official file formats, with small networks and random weights."""
+"""CosyVoice2 and SenseVoiceSmall folders in the official formats, with random weights: for tests and benchmarks."""
 
+import json
+import struct
 from pathlib import Path
 
 import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
+
+from tts_grpo.audio import ASR_HZ, save_audio
 
 YAML = """
 __set_seed: !apply:random.seed [1986]
@@ -165,3 +169,77 @@ def make_cosyvoice2_folder(folder: Path, shape: dict = SMALL) -> Path:
     save_campplus(folder / "campplus.onnx")
     save_speech_tokenizer(folder / "speech_tokenizer_v2.onnx")
     return folder
+
+
+SENSEVOICE_BPE = "chn_jpn_yue_eng_ko_spectok.bpe.model"
+SENSEVOICE_FULL = {  # shape of iic/SenseVoiceSmall (its config.yaml)
+    "output_size": 512, "attention_heads": 4, "linear_units": 2048, "num_blocks": 50, "tp_blocks": 20,
+    "vocab_size": 25055,
+}  # fmt: skip
+SENSEVOICE_SMALL = {
+    "output_size": 64, "attention_heads": 2, "linear_units": 128, "num_blocks": 2, "tp_blocks": 1, "vocab_size": 300,
+}  # fmt: skip
+
+
+def save_sentencepiece(path: Path, vocab_size: int) -> None:
+    """A vocabulary of single Chinese characters, as sentencepiece_model.proto's ModelProto says in bytes.
+
+    (The package's own generated module needs a newer protobuf than Triton's client takes.)
+    """
+    unknown, control, normal = b"\x18\x02", b"\x18\x03", b"\x18\x01"  # field 3, type
+    codes = [*range(0x4E00, 0x9FA5), *range(0x3400, 0x4DB5)][: vocab_size - 3]
+    pieces = [("<unk>", unknown), ("<s>", control), ("</s>", control), *((chr(code), normal) for code in codes)]
+    with path.open("wb") as file:
+        for piece, kind in pieces:
+            text = piece.encode()
+            body = b"\x0a" + bytes([len(text)]) + text + b"\x15" + struct.pack("<f", -1.0) + kind
+            file.write(b"\x0a" + bytes([len(body)]) + body)
+        file.write(b"\x12\x02\x18\x01")  # trainer_spec: model_type UNIGRAM
+        file.write(b"\x1a\x0a\x0a\x08identity")  # normalizer_spec: name
+
+
+def make_sensevoice_folder(folder: Path, shape: dict = SENSEVOICE_SMALL) -> Path:
+    """Write the files that ``SenseVoice`` reads."""
+    from funasr.models.sense_voice.model import SenseVoiceSmall
+
+    folder.mkdir(parents=True, exist_ok=True)
+    encoder = {name: value for name, value in shape.items() if name != "vocab_size"} | {
+        "dropout_rate": 0.1, "positional_dropout_rate": 0.1, "attention_dropout_rate": 0.1, "input_layer": "pe",
+        "pos_enc_class": "SinusoidalPositionEncoder", "normalize_before": True, "kernel_size": 11, "sanm_shfit": 0,
+        "selfattention_layer_type": "sanm",
+    }  # fmt: skip
+    model = {"length_normalized_loss": True, "sos": 1, "eos": 2, "ignore_id": -1}
+    config = {
+        "encoder": "SenseVoiceEncoderSmall", "encoder_conf": encoder, "model": "SenseVoiceSmall", "model_conf": model,
+        "tokenizer": "SentencepiecesTokenizer",
+        "tokenizer_conf": {"bpemodel": None, "unk_symbol": "<unk>", "split_with_space": True},
+        "frontend": "WavFrontend",
+        "frontend_conf": {"fs": 16000, "window": "hamming", "n_mels": 80, "frame_length": 25, "frame_shift": 10,
+                          "lfr_m": 7, "lfr_n": 6, "cmvn_file": None},
+    }  # fmt: skip
+    (folder / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
+    files = {"init_param": "model.pt", "config": "config.yaml", "tokenizer_conf": {"bpemodel": SENSEVOICE_BPE},
+             "frontend_conf": {"cmvn_file": "am.mvn"}}  # fmt: skip
+    (folder / "configuration.json").write_text(json.dumps({
+        "framework": "pytorch", "task": "auto-speech-recognition", "model": {"type": "funasr"},
+        "file_path_metas": files,
+    }))  # fmt: skip
+    rows = "".join(
+        f"<{name}> 560 560 \n<LearnRateCoef> 0 [ {' '.join([value] * 560)} ]\n"
+        for name, value in (("AddShift", "-8.0"), ("Rescale", "0.15"))
+    )
+    (folder / "am.mvn").write_text(f"<Nnet> \n<Splice> 560 560 \n[ 0 ]\n{rows}</Nnet> \n")
+    save_sentencepiece(folder / SENSEVOICE_BPE, shape["vocab_size"])
+    torch.manual_seed(0)
+    network = SenseVoiceSmall(
+        encoder="SenseVoiceEncoderSmall", encoder_conf=encoder, input_size=560, vocab_size=shape["vocab_size"], **model
+    )
+    torch.save(network.state_dict(), folder / "model.pt")
+    return folder
+
+
+def save_prompt(path: Path) -> None:
+    """Three seconds of a hum with noise, to stand for a recording of a voice."""
+    time = np.arange(3 * ASR_HZ) / ASR_HZ
+    hum = 0.3 * np.sin(2 * np.pi * 180 * time) + 0.05 * np.random.default_rng(1).standard_normal(len(time))
+    save_audio(path, hum.astype(np.float32), ASR_HZ)

@@ -1,0 +1,62 @@
+"""What the scorer makes of batches: voices, failures, and the recogniser's features on its device."""
+
+import numpy as np
+import torch
+
+from tts_grpo.audio import resample, resample_batch
+from tts_grpo.scorer import RewardScorer
+from tts_grpo.token2wav import PromptVoice
+
+
+class Spoken:
+    """A decoder that records the voices it was given; token 0 gives speech that is not finite."""
+
+    sample_rate_hz = 16_000
+
+    def __init__(self):
+        self.voices = []
+
+    def __call__(self, speech_tokens, prompt_voices=None, seed=0):
+        self.voices.append(list(prompt_voices))
+        lens = torch.tensor([640 * len(tokens) for tokens in speech_tokens])
+        waveforms = torch.zeros(len(lens), int(lens.max()))
+        for row, tokens in zip(waveforms, speech_tokens, strict=True):
+            row[0] = float("nan") if 0 in tokens else 0.0
+        return waveforms, lens
+
+
+class Heard:
+    def transcribe(self, recordings):
+        return ["你好"] * len(recordings)
+
+
+def test_rollouts_of_a_text_have_one_voice_and_texts_differ():
+    voices = [PromptVoice(name, np.zeros(1, np.float32), ()) for name in "abc"]
+    token2wav = Spoken()
+    texts = [f"第{i}句" for i in range(20)]
+    RewardScorer(token2wav, Heard(), True, "tanh", voices, seed=1).score([[1]] * 40, texts * 2)
+    (given,) = token2wav.voices
+    assert given[:20] == given[20:] and {voice.prompt_text for voice in given} == set("abc")
+
+
+def test_speech_that_is_not_finite_is_an_error_of_its_rollout_alone():
+    scores = RewardScorer(Spoken(), Heard()).score([[1], [0], [2]], ["你好"] * 3)
+    assert [score.reward for score in scores[::2]] == [1.0, 1.0]
+    assert "not finite" in scores[1].error and np.isnan(scores[1].reward)
+
+
+def test_resampling_of_a_batch_is_scipys():
+    speech = np.random.default_rng(0).standard_normal((2, 2401)).astype(np.float32)
+    batch = resample_batch(torch.from_numpy(speech), 24_000, 16_000).numpy()
+    np.testing.assert_allclose(batch, resample(speech, 24_000, 16_000), atol=1e-5)
+
+
+def test_features_of_a_batch_are_the_frontends(asr):
+    rng = np.random.default_rng(0)
+    speech = [torch.tensor(rng.standard_normal(n) * 0.1, dtype=torch.float32) for n in (400, 4000, 7777, 16000)]
+    features, lens = asr._features(speech)
+    frontend = asr._model.kwargs["frontend"]
+    for wave, row, length in zip(speech, features, lens, strict=True):
+        expected, expected_len = frontend(wave[None], torch.tensor([len(wave)]))
+        assert length == expected_len[0]
+        torch.testing.assert_close(row[:length], expected[0], rtol=1e-4, atol=1e-3)
