@@ -2,8 +2,10 @@
 # Train a speech language model with GRPO, stage by stage.
 #
 #   bash run.sh [--dry-run] [START [STOP]] [-- VERL_OVERRIDE...]
+#   bash run.sh --check
 #
 #   no stages: all, -1 to 5; START alone: that one. --dry-run prints the commands and runs none.
+#   --check: says in a minute all that would stop a run, and runs no stage
 #   VERL_OVERRIDE: veRL settings of stage 2, such as algorithm.norm_adv_by_std_in_grpo=False
 #
 #   -1  install: the speech and the trainer environment, and what the profile downloads
@@ -45,7 +47,7 @@ prompt_text=${prompt_text:-}                            # its transcript
 prompt_list=${prompt_list:-}                            # instead of the two: JSONL of voices, one for each text (stage 1)
 single_text=${single_text:-}                            # said in stage 5; empty: the tongue-twister
 
-dry_run=0
+dry_run=0 check=0
 server_pid='' memory_pid=''
 verl_overrides=()
 
@@ -130,6 +132,7 @@ stage_3() {
     --output-dir "$checkpoint/merged_hf_model.part"
   run mv -T "$checkpoint/merged_hf_model.part" "$checkpoint/merged_hf_model"
   run ln -sfnT "$checkpoint/merged_hf_model" "$exp_dir/merged_hf_model"
+  [[ -z $(type -t export_profile) ]] || export_profile "$checkpoint/merged_hf_model"
   mark_done 3 "$key_3"
   echo "merged model: $checkpoint/merged_hf_model"
 }
@@ -140,7 +143,7 @@ stage_4() {
   ((force)) && run rm -rf "$exp_dir/eval"
   infer sft "$sft_path"
   infer grpo "$exp_dir/merged_hf_model"
-  run "$speech_bin/python" "$root/scripts/summarise.py" --exp-dir "$exp_dir" --settings "$(settings_json)"
+  run "$speech_bin/python" "$root/scripts/summarise.py" --exp-dir "$exp_dir" --settings "$(settings_json "${recorded_settings[@]}")"
   run "$speech_bin/python" "$root/scripts/report.py" --exp-dir "$exp_dir"
   mark_done 4 "$key_4"
   echo "report: $exp_dir/report.html; figures: $exp_dir/summary.json; speech and alignments: $exp_dir/eval"
@@ -185,10 +188,12 @@ check_checkpoints() {
   echo "$key_2" >"$exp_dir/checkpoints/settings"
 }
 
+# settings_json NAME...: variables as JSON.
 settings_json() {
-  local name separator='{'
-  for name in "${recorded_settings[@]}"; do
-    printf '%s"%s": "%s"' "$separator" "$name" "${!name//\"/\\\"}"
+  local name value separator='{'
+  for name; do
+    value=${!name-}
+    printf '%s"%s": "%s"' "$separator" "$name" "${value//\"/\\\"}"
     separator=', '
   done
   printf '}'
@@ -206,7 +211,7 @@ configure() {
   [[ -f $root/conf/$profile.sh ]] || { log "no profile conf/$profile.sh" && usage; }
   # shellcheck source=conf/tiny.sh
   source "$root/conf/$profile.sh"
-  ((train_batch_size * rollout_n % (micro_batch_size * num_gpus * num_nodes) == 0)) ||
+  ((check || train_batch_size * rollout_n % (micro_batch_size * num_gpus * num_nodes) == 0)) ||
     die "train_batch_size * rollout_n = $((train_batch_size * rollout_n)) rollouts are no multiple of micro_batch_size * GPUs = $((micro_batch_size * num_gpus * num_nodes)): change one of them"
   local device_list
   read -ra device_list <<<"$server_devices"
@@ -264,6 +269,11 @@ configure() {
     train_batch_size rollout_n max_response_length learning_rate learning_rate_schedule norm_adv_by_std eval_jsonl
     language seeds temperature top_p top_k overrides
   )
+  checked_settings=(
+    exp_dir venv_root make_envs trainer_requirements prompt_text known_answer_jsonl server_address server_urls
+    http_port grpc_port metrics_port check_reward server_devices server_instances server_gib train_device micro_batch_size
+    vllm_memory_share max_checkpoints ray_address
+  )
 }
 
 # What each stage depends on, told anew before each: stage -1 may bring the files whose content counts.
@@ -284,6 +294,7 @@ main() {
   while (($#)); do
     case $1 in
     --dry-run) dry_run=1 ;;
+    --check) check=1 ;;
     --)
       shift
       verl_overrides=("$@")
@@ -301,6 +312,10 @@ main() {
   [[ $force =~ ^[01]$ ]] || usage
   cd "$root"
   configure
+  if ((check)); then
+    PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec "$base_python" "$root/scripts/check.py" \
+      --settings "$(settings_json "${recorded_settings[@]}" "${checked_settings[@]}")"
+  fi
   trap cleanup EXIT
   trap 'exit 130' INT
   trap 'exit 143' TERM

@@ -4,12 +4,38 @@
 #
 # State: token2wav is tested against the official code with random weights; nothing was run with the real ones yet.
 
+larger() { echo $(($1 > $2 ? $1 : $2)); }
+
+# smallest_gpu_gib DEFAULT: memory of the smallest GPU here, in GiB; DEFAULT where there is none.
+smallest_gpu_gib() {
+  local mib
+  mib=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null | sort -n | head -n 1) || true
+  [[ $mib =~ ^[0-9]+$ ]] && echo $((mib / 1024)) || echo "$1"
+}
+
+# first_gpus COUNT: the first GPUs of those that this shell may use, separated by commas.
+first_gpus() { cut -d , -f "1-$1" <<<"${CUDA_VISIBLE_DEVICES:-$(seq -s , 0 $(($1 - 1)))}"; }
+
+# micro_batch GIB: rollouts of full length whose activations fit beside 12 GiB of weights and optimizer, and the server.
+micro_batch() { echo $(($1 >= 70 ? 16 : $1 >= 38 ? 8 : 4)); }
+
+# vllm_share GIB: what trainer and reward server leave of a GPU, at most 40% of it: 256 rollouts of 1,536 tokens need 5 GiB of cache.
+vllm_share() {
+  local shared=0 device left
+  for device in $server_devices; do [[ $device != cuda:0 ]] || shared=$((server_gib * server_instances)); done
+  left=$((100 * ($1 - 12 - shared) / $1))
+  ((left <= 40)) || left=40
+  ((left > 0)) || left=1 # bash run.sh --check says that it is too little
+  printf '0.%02d\n' "$left"
+}
+
 workspace=${workspace:-/workspace} # folder of what is downloaded
 
 # models
-sft_path=${sft_path:-$workspace/llasa_cosyvoice2_token_qwen_0.5b} # language model to train, a Hugging Face folder
-token2wav_dir=${token2wav_dir:-$workspace/CosyVoice2-0.5B}        # speech tokens -> waveform
-cosyvoice_dir=${cosyvoice_dir:-$workspace/CosyVoice}              # its source
+llm=${llm:-llasa} # language model to train: llasa (yuekai's SFT model) or official (CosyVoice2-0.5B's own, converted)
+sft_path=${sft_path:-$workspace/$([[ $llm == official ]] && echo CosyVoice2-0.5B-llm || echo llasa_cosyvoice2_token_qwen_0.5b)}
+token2wav_dir=${token2wav_dir:-$workspace/CosyVoice2-0.5B} # speech tokens -> waveform
+cosyvoice_dir=${cosyvoice_dir:-$workspace/CosyVoice}       # its source
 prompt_audio=${prompt_audio:-$cosyvoice_dir/asset/zero_shot_prompt.wav}
 prompt_text=${prompt_text:-希望你以后能够做的比我还好呦。}
 reward_asr_dir=${reward_asr_dir:-$workspace/SenseVoiceSmall} # recogniser of the reward
@@ -21,29 +47,36 @@ test_jsonl=${test_jsonl:-$workspace/data/test.jsonl}                         # v
 known_answer_jsonl=${known_answer_jsonl:-$workspace/data/known_answer.jsonl} # text and speech_tokens of real speech
 max_prompt_length=${max_prompt_length:-512}                                  # in tokens
 
-# reward server (stage 1)
-server_devices=${server_devices:-cuda:0}         # torch devices, separated by spaces
-server_instances=${server_instances:-1}          # processes on each device
-server_threads=${server_threads:-4}              # torch threads of each
-server_batch_size=${server_batch_size:-64}       # rollouts scored at once
-token2wav_precision=${token2wav_precision:-fp16} # of the server's flow: fp32 (slow, exact), fp16 or bf16
+# GPUs
+num_gpus=${num_gpus:-1}                                  # for training, of a machine: the first ones
+num_nodes=${num_nodes:-1}                                # machines; several need ray_address
+ray_address=${ray_address:-}                             # of a running Ray cluster (ray start), such as 10.0.0.1:6379
+gpu_memory_gib=${gpu_memory_gib:-$(smallest_gpu_gib 80)} # of a GPU
+
+# reward server (stage 1): by default it shares the training's GPUs; cuda:8, say, is one of its own beside eight
+server_devices=${server_devices:-$(seq -s ' ' -f 'cuda:%g' 0 $((num_gpus - 1)))} # torch devices, separated by spaces
+server_instances=${server_instances:-1}                                          # processes on each device
+server_gib=${server_gib:-8}                                                      # what one of them may take of a GPU
+server_threads=${server_threads:-4}                                              # torch threads of each
+server_batch_size=${server_batch_size:-64}                                       # rollouts scored at once
+token2wav_precision=${token2wav_precision:-fp16}                                 # of the server's flow: fp32 (slow, exact), fp16 or bf16
 [[ $server_devices != cpu ]] || token2wav_precision=fp32
 reward_tones=${reward_tones:-1} # 1: tones count in the reward's pinyin error rate
 
 # GRPO (stage 2)
 train_device=${train_device:-cuda} # or cpu
-num_gpus=${num_gpus:-1} num_nodes=${num_nodes:-1}
 total_steps=${total_steps:-400}
-train_batch_size=${train_batch_size:-32} # prompts a step
-rollout_n=${rollout_n:-8}                # rollouts a prompt
+rollout_n=${rollout_n:-8}                                                        # rollouts a prompt
+train_batch_size=${train_batch_size:-$(larger 32 $((4 * num_gpus * num_nodes)))} # prompts a step: alike up to 8 GPUs
 max_response_length=${max_response_length:-1024}
 learning_rate=${learning_rate:-1e-6}
-learning_rate_schedule=${learning_rate_schedule:-constant} # constant or cosine, which ends at 0
-norm_adv_by_std=${norm_adv_by_std:-True}                   # False: as Dr. GRPO, no division by a group's deviation
-micro_batch_size=${micro_batch_size:-16}                   # rollouts in one backward pass
-test_freq=${test_freq:-50}                                 # steps between validations
-save_freq=${save_freq:-50}                                 # steps between checkpoints
-max_checkpoints=${max_checkpoints:-4}                      # kept of them
+learning_rate_schedule=${learning_rate_schedule:-constant}              # constant or cosine, which ends at 0
+norm_adv_by_std=${norm_adv_by_std:-True}                                # False: as Dr. GRPO, no division by a group's deviation
+micro_batch_size=${micro_batch_size:-$(micro_batch "$gpu_memory_gib")}  # rollouts in one backward pass
+vllm_memory_share=${vllm_memory_share:-$(vllm_share "$gpu_memory_gib")} # of a GPU, for vLLM's weights and cache
+test_freq=${test_freq:-50}                                              # steps between validations
+save_freq=${save_freq:-50}                                              # steps between checkpoints
+max_checkpoints=${max_checkpoints:-4}                                   # kept of them
 train_threads=${train_threads:-4}
 trainer_requirements=${trainer_requirements:-$root/requirements-verl-gpu.txt}
 
@@ -71,10 +104,28 @@ install_profile() {
     --require model.pt config.yaml am.mvn configuration.json
   download --hub modelscope --repo iic/speech_seaco_paraformer_large_asr_nat-zh-cn-16k-common-vocab8404-pytorch \
     --output-dir "$eval_asr_dir" --need-gib 2 --require model.pt config.yaml am.mvn configuration.json
-  download --hub huggingface --repo yuekai/llasa_cosyvoice2_token_qwen_0.5b --output-dir "$sft_path" --need-gib 2 \
-    --require config.json tokenizer_config.json
+  install_llm
   install_texts
   install_eval_set
+}
+
+# The official model's head has a bias, which stock Qwen2 has not: see scripts/convert_llm.py for what that costs.
+install_llm() {
+  if [[ $llm == official ]]; then
+    [[ -e $sft_path/config.json ]] || run "$speech_bin/python" "$root/scripts/convert_llm.py" to-hf \
+      --cosyvoice-dir "$token2wav_dir" --output "$sft_path" --without-head-bias
+  else
+    download --hub huggingface --repo yuekai/llasa_cosyvoice2_token_qwen_0.5b --output-dir "$sft_path" --need-gib 2 \
+      --require config.json tokenizer_config.json
+  fi
+}
+
+# export_profile MODEL: after stage 3, the trained official model also in CosyVoice's own format.
+export_profile() {
+  [[ $llm == official ]] || return 0
+  run "$speech_bin/python" "$root/scripts/convert_llm.py" to-official --hf "$1" --like "$token2wav_dir/llm.pt" \
+    --output "$exp_dir/llm.pt"
+  echo "for CosyVoice: $exp_dir/llm.pt"
 }
 
 clone_cosyvoice() {
@@ -113,14 +164,22 @@ export PYTHONPATH=$cosyvoice_dir:$cosyvoice_dir/third_party/Matcha-TTS${PYTHONPA
 
 profile_env=(PYTORCH_CUDA_ALLOC_CONF=)
 profile_verl_args=(
+  actor_rollout_ref.model.external_lib=tts_grpo.verl_steps
   actor_rollout_ref.model.use_remove_padding=True
   actor_rollout_ref.model.use_fused_kernels=True
   actor_rollout_ref.model.enable_gradient_checkpointing=True
   +actor_rollout_ref.model.override_config.attn_implementation=sdpa
   actor_rollout_ref.rollout.name=vllm
-  actor_rollout_ref.rollout.gpu_memory_utilization=0.4
+  actor_rollout_ref.rollout.gpu_memory_utilization="$vllm_memory_share"
 )
 if [[ $train_device == cpu ]]; then # to try the profile with small weights
   # shellcheck source=scripts/verl_cpu.sh
   source "$root/scripts/verl_cpu.sh"
+elif [[ -n $ray_address ]]; then # its processes were started elsewhere, without this environment
+  profile_env+=(RAY_ADDRESS="$ray_address")
+  profile_verl_args+=("+ray_kwargs.ray_init.runtime_env.env_vars={PYTHONPATH: '$root:$PYTHONPATH', TENSORBOARD_DIR: '$exp_dir/tensorboard', OMP_NUM_THREADS: '$train_threads'}")
+else
+  ((num_nodes == 1 || check)) || die "num_nodes=$num_nodes needs ray_address: start Ray on each machine (ray start), see README.md"
+  # Ray hands out any GPU that it sees: those beyond num_gpus may be the reward server's
+  profile_env+=(CUDA_VISIBLE_DEVICES="$(first_gpus "$num_gpus")")
 fi

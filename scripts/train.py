@@ -14,7 +14,6 @@ failure is told and goes no further.
 
 import argparse
 import collections
-import re
 import signal
 import subprocess
 import sys
@@ -22,8 +21,8 @@ import threading
 import time
 from pathlib import Path
 
-STEP = re.compile(r"step:(\d+) - (.*)")
-VALUE = re.compile(r"(\S+?):(?:np\.\w+\()?(-?[\d.]+(?:e[-+]?\d+)?)")
+from tts_grpo.verl_log import parse_step
+
 TAIL_LINES = 40
 SWALLOWED = "Error in _run_prompt"  # verl/trainer/ppo/v1/agent_loop_tq.py, veRL 0.9.1
 DUMPED = re.compile(r"Dumped generations to (.*\.jsonl)")  # verl/trainer/ppo/v1/trainer_base.py, when the file is whole
@@ -35,7 +34,8 @@ SHOWN = {  # veRL's name -> ours, format
     "response_length/clip_ratio": "{:.1%} cut",
     "actor/entropy": "entropy {:.2f}",
     "timing_s/step": "{:.1f} s",
-    "timing_s/gen": "(rollouts and rewards {:.1f}",
+    "timing_s/generation": "(rollouts {:.1f}",  # this one and the next: tts_grpo/verl_steps.py
+    "timing_s/reward_wait": "then waiting for rewards {:.1f}",
     "timing_s/update_actor": "update {:.1f})",
 }
 VALIDATION = {
@@ -65,10 +65,10 @@ def get_args(argv=None):
 
 def summary(line: str, total_steps: int) -> list[str]:
     """The lines to show for a line of veRL's console log: none, or one for training and one for validation."""
-    match = STEP.search(line)
-    if not match:
+    parsed = parse_step(line)
+    if not parsed:
         return []
-    step, values = int(match[1]), {name: float(value) for name, value in VALUE.findall(match[2])}
+    step, values = parsed
     shown = []
     training = [form.format(values[name]) for name, form in SHOWN.items() if name in values]
     if training:

@@ -1,6 +1,8 @@
 import pytest
+import torch
+from cosyvoice.utils.common import ras_sampling
 
-from tts_grpo.generate import Sampling, generate, generate_speech_tokens
+from tts_grpo.generate import Sampling, _next, _warpers, generate, generate_speech_tokens
 from tts_grpo.prompts import render_prompt
 from tts_grpo.token2wav import decode, load_prompt_voice
 
@@ -60,3 +62,27 @@ def test_responses_are_told_as_they_end(lm, tokenizer, prompts):
     told.clear()
     cut = generate(model, ids, range(10), Sampling(max_new_tokens=3), lambda i, response: told.append((i, response)))
     assert sorted(i for i, _ in told) == list(range(10)) and all(response in cut for _, response in told)
+
+
+def test_repetition_aware_sampling_is_the_official_one():
+    """The frequencies of drawn tokens, against CosyVoice's own function."""
+    torch.manual_seed(0)
+    logits, history = torch.randn(12) * 2, [3, 7, 7, 1]
+    for likely in history[:2]:
+        logits[likely] = 3.0  # what was said lately is likely again
+    sampling = Sampling(top_p=0.8, top_k=4, repetition_window=3)
+    recent = torch.tensor([history[-3:]]).expand(20000, -1)
+    drawn, log_probs = _next(logits.expand(20000, -1), _warpers(sampling), recent, torch.rand(20000, 2), sampling)
+    settings = {"top_p": 0.8, "top_k": 4, "win_size": 3, "tau_r": 1 / 3}
+    official = torch.cat([ras_sampling(logits.log_softmax(0), history, 4, **settings) for _ in range(9000)])
+    ours, theirs = (torch.bincount(x, minlength=12) / len(x) for x in (drawn, official))
+    assert (ours - theirs).abs().max() < 0.02
+    plain, _ = _next(logits.expand(20000, -1), _warpers(sampling), recent, torch.rand(20000, 2), Sampling())
+    assert (torch.bincount(plain, minlength=12) / 20000 - theirs).abs().max() > 0.1  # it makes a difference here
+    assert log_probs.max() <= 0
+
+
+def test_repetition_aware_sampling_does_not_depend_on_the_batch(lm, tokenizer, prompts):
+    sampling = Sampling(top_p=0.8, top_k=25, repetition_window=10, max_new_tokens=200)
+    together = generate_speech_tokens(lm, tokenizer, prompts, range(10), sampling)
+    assert together == generate_speech_tokens(lm, tokenizer, prompts, range(10), sampling, batch_size=3)

@@ -27,12 +27,19 @@ class Sampling:
         top_p: keep the likeliest tokens up to this probability; 1.0 keeps all.
         top_k: keep so many of the likeliest tokens; -1 keeps all.
         max_new_tokens: where an utterance that does not end is cut.
+        repetition_window: 0, or a token that is among so many last ones is drawn again, of all tokens: CosyVoice's
+            repetition aware sampling (``ras_sampling`` in cosyvoice/utils/common.py, after VALL-E 2, arXiv 2406.05370)
+            with tau_r = 1 / window. CosyVoice2 itself uses top_p 0.8, top_k 25, window 10.
     """
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = -1
     max_new_tokens: int = 512
+    repetition_window: int = 0
+
+
+OFFICIAL = Sampling(top_p=0.8, top_k=25, repetition_window=10)  # cosyvoice2.yaml of CosyVoice2-0.5B
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,14 +82,13 @@ def _uniform_numbers(seeds: Sequence[int], count: int) -> torch.Tensor:
 
 
 def _warpers(sampling: Sampling) -> LogitsProcessorList:
-    warpers = LogitsProcessorList()
-    if sampling.temperature > 0:
-        warpers.append(TemperatureLogitsWarper(float(sampling.temperature)))
-        if sampling.top_k > 0:
-            warpers.append(TopKLogitsWarper(sampling.top_k))
-        if sampling.top_p < 1.0:
-            warpers.append(TopPLogitsWarper(sampling.top_p))
-    return warpers
+    if sampling.temperature == 0:
+        return LogitsProcessorList()
+    cuts = [TopKLogitsWarper(sampling.top_k)] if sampling.top_k > 0 else []
+    if sampling.top_p < 1.0:
+        # vLLM and Transformers take top_p of what top_k leaves, CosyVoice's nucleus_sampling of all tokens
+        cuts.insert(0 if sampling.repetition_window else len(cuts), TopPLogitsWarper(sampling.top_p))
+    return LogitsProcessorList([TemperatureLogitsWarper(float(sampling.temperature)), *cuts])
 
 
 def _choose(scores: torch.Tensor, uniform: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,6 +101,24 @@ def _choose(scores: torch.Tensor, uniform: torch.Tensor | None) -> tuple[torch.T
         # right: an id of probability 0 is never chosen; the last sum stands for 1, from which rounding keeps it
         choice = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
     return choice[:, 0], log_probs.gather(1, choice)[:, 0]
+
+
+def _next(logits, warpers, recent, uniform, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
+    """Next ids (B,) and their log-probabilities (B,) as they were drawn.
+
+    Args:
+        logits: (B, V).
+        warpers: of ``sampling``.
+        recent: (B, window) ids said last, -1 where there are none yet; used with a repetition window.
+        uniform: (B, 2) numbers in [0, 1), the second for a second draw; None without sampling.
+        sampling: how tokens are chosen.
+    """
+    choice, log_probs = _choose(warpers(None, logits), None if uniform is None else uniform[:, 0])
+    if sampling.repetition_window and uniform is not None:
+        again = (recent == choice[:, None]).any(1)
+        other, other_log_probs = _choose(logits, uniform[:, 1])
+        choice, log_probs = torch.where(again, other, choice), torch.where(again, other_log_probs, log_probs)
+    return choice, log_probs
 
 
 @torch.inference_mode()
@@ -121,16 +145,17 @@ def generate(
         mask[i, size - len(prompt) :] = 1
     ids, mask = ids.to(device), mask.to(device)
     ends = torch.as_tensor(config.eos_token_id, device=device).reshape(-1)
-    uniform = _uniform_numbers(seeds, sampling.max_new_tokens).to(device) if sampling.temperature > 0 else None
+    uniform = _uniform_numbers(seeds, 2 * sampling.max_new_tokens).to(device) if sampling.temperature > 0 else None
+    recent = torch.full((len(prompts), max(1, sampling.repetition_window)), -1, device=device)
     warpers, cache = _warpers(sampling), DynamicCache(config=model.config)
     responses = [Response([], [], "length") for _ in prompts]
     rows = torch.arange(len(prompts), device=device)  # prompts that have not ended
     for step in range(sampling.max_new_tokens):
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         output = model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1)
-        choice, log_probs = _choose(
-            warpers(ids, output.logits[:, -1]), None if uniform is None else uniform[rows, step]
-        )
+        numbers = None if uniform is None else uniform[rows, step :: sampling.max_new_tokens]
+        choice, log_probs = _next(output.logits[:, -1], warpers, recent, numbers, sampling)
+        recent = torch.cat([recent[:, 1:], choice[:, None]], 1)
         going = ~torch.isin(choice, ends)
         for row, id_, log_prob, goes in zip(*(t.tolist() for t in (rows, choice, log_probs, going)), strict=True):
             responses[row].token_ids.append(id_)
@@ -139,7 +164,7 @@ def generate(
                 responses[row] = dataclasses.replace(responses[row], finish_reason="eos")
                 on_end(row, responses[row])
         if not going.all():
-            rows, choice, mask = rows[going], choice[going], mask[going]
+            rows, choice, mask, recent = rows[going], choice[going], mask[going], recent[going]
             if not len(rows):
                 break
             cache.batch_select_indices(going.nonzero()[:, 0])

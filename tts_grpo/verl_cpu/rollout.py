@@ -20,6 +20,7 @@ from verl.workers.rollout import base as rollout_base
 from verl.workers.rollout.base import BaseRollout
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry, TokenOutput
 
+from tts_grpo import verl_steps  # noqa: F401  # as on a GPU
 from tts_grpo.generate import Sampling, generate
 from tts_grpo.verl_cpu.log_probs import fused_linear
 
@@ -147,7 +148,6 @@ def _register_rollout() -> None:
 
 def _register_engine() -> None:
     """veRL's FSDP engine as it is, with what differs on a CPU."""
-    from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
     from verl.utils.distributed import initialize_global_process_group_ray
     from verl.utils.experimental.torch_functional import FusedLinearForPPO
     from verl.workers import engine_workers
@@ -163,14 +163,6 @@ def _register_engine() -> None:
     if "cpu" not in EngineRegistry._engines["language_model"]["fsdp"]:
         register = EngineRegistry.register(model_type="language_model", backend=["fsdp", "fsdp2"], device="cpu")
         register(transformer_impl.FSDPEngineWithLMHead)
-
-    wait_for_next_poll = ReplayBuffer._wait_for_next_poll
-
-    def wait_briefly(self, *args):
-        self.poll_interval = 0.1  # 2 s by default, which would be much of a tiny step
-        return wait_for_next_poll(self, *args)
-
-    ReplayBuffer._wait_for_next_poll = wait_briefly
 
 
 _register_rollout()

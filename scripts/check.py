@@ -1,0 +1,293 @@
+"""Say everything that would stop a run, before it starts: ``bash run.sh --check``.
+
+Prints a line for each thing checked, "wrong" with what to do about it, and exits with 1 if anything is wrong. Run by
+run.sh with its settings, by the Python that the environments are built on, as there may be no environment yet.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+from tts_grpo.prompts import GENERATION_END, GENERATION_START, IM_END, INSTRUCTION, SOS, TASK_ID, render_prompt
+from tts_grpo.protocol import MODEL_NAME
+from tts_grpo.tokens import NUM_SPEECH_TOKENS, format_speech_tokens, speech_token_str
+
+ROOT = Path(__file__).resolve().parent.parent
+GIB = 2**30
+TRAINER_GIB = 12  # weights, optimizer and activations of 0.5B on a GPU, beside vLLM and the reward server
+ADAM_BYTES = 12  # a parameter of a checkpoint: weight and two moments in float32
+TOKEN2WAV_FILES = {
+    "config.json": ("config.json", "token_decoder.safetensors", "speech_tokenizer.safetensors"),
+    "cosyvoice2.yaml": ("cosyvoice2.yaml", "flow.pt", "hift.pt", "campplus.onnx", "speech_tokenizer_v2.onnx"),
+}
+ASR_FILES = ("model.pt", "config.yaml", "am.mvn", "configuration.json")
+Finding = tuple[bool, str]  # whether it is as it should be, and what
+
+
+def get_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--settings", type=json.loads, help="run.sh's variables, as JSON")
+    what.add_argument("--pins", type=Path, help="only compare this Python's packages with a requirements file")
+    what.add_argument("--language-model", type=Path, help="only check this Hugging Face folder")
+    return parser.parse_args(argv)
+
+
+def finding(good: bool, what: str, remedy: str) -> Finding:
+    """``what``, followed by ``remedy`` if it is not as it should be."""
+    return good, what if good else f"{what}{remedy}"
+
+
+def run(command: list, timeout_s: float = 120.0) -> tuple[int, str]:
+    """Exit status and last line of a command, of its output or else of its errors."""
+    try:
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=timeout_s, cwd=ROOT)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return 1, str(error)
+    lines = (done.stdout if done.returncode == 0 else done.stderr or done.stdout).strip().splitlines()
+    return done.returncode, lines[-1] if lines else ""
+
+
+def findings_of(command: list) -> Iterator[Finding]:
+    """What this program says when another Python runs a part of it."""
+    status, line = run(command)
+    if status:
+        yield False, f"{command[0]} fails: {line}"
+    else:
+        yield from map(tuple, json.loads(line))
+
+
+def check_environments(s: dict) -> Iterator[Finding]:
+    pins = (("speech", ROOT / "requirements-cosyvoice.txt"), ("trainer", s["trainer_requirements"]))
+    for name, requirements in pins:
+        python = Path(s["venv_root"]) / name / "bin" / "python"
+        if not python.exists():
+            yield False, f"environment {name}: {python} is missing: bash run.sh -1 -1 makes it"
+        elif s["make_envs"] == "1":
+            yield from findings_of([python, __file__, "--pins", requirements])
+        else:
+            yield True, f"environment {name}: {python}, as it is (make_envs=0)"
+    speech = Path(s["venv_root"]) / "speech/bin/python"
+    if speech.exists():
+        status, line = run([speech, "-c", "import token2wav_asr_server as t; t.check_libpython()"])
+        yield status == 0, line or "libpython for the reward server"
+
+
+def check_pins(requirements: Path) -> Iterator[Finding]:
+    wrong = []
+    for line in requirements.read_text(encoding="utf-8").splitlines():
+        name, _, version = line.split("#")[0].split(";")[0].strip().partition("==")
+        if not version:
+            continue
+        try:
+            found = importlib.metadata.version(name).split("+")[0]
+        except importlib.metadata.PackageNotFoundError:
+            found = "missing"
+        if found != version.split("+")[0]:
+            wrong.append(f"{name} {found}, not {version}")
+    shown = "; ".join(wrong[:3]) + (f"; {len(wrong) - 3} more" if len(wrong) > 3 else "")
+    yield finding(not wrong, f"packages of {requirements.name}", f": {shown}: bash run.sh -1 -1")
+
+
+def check_files(s: dict) -> Iterator[Finding]:
+    folder = Path(s["token2wav_dir"])
+    kind = "config.json" if (folder / "config.json").exists() else "cosyvoice2.yaml"
+    wanted = [folder / name for name in TOKEN2WAV_FILES[kind]]
+    wanted += [Path(s[name]) / file for name in ("reward_asr_dir", "eval_asr_dir") for file in ASR_FILES]
+    wanted += [Path(s[name]) for name in ("eval_jsonl", "prompt_audio") if s[name]]
+    missing = [str(path) for path in wanted if not path.exists()]
+    yield from ((False, f"{path} is missing: bash run.sh -1 -1 brings it, or set its variable") for path in missing)
+    if Path(s["reward_asr_dir"]).resolve() == Path(s["eval_asr_dir"]).resolve():
+        yield False, "reward_asr_dir is eval_asr_dir: a model must not be graded by what trained it"
+    if bool(s["prompt_audio"]) != bool(s["prompt_text"]):
+        yield False, "a voice needs both prompt_audio and prompt_text"
+    if kind == "cosyvoice2.yaml":
+        status, _ = run([Path(s["venv_root"]) / "speech/bin/python", "-c", "import cosyvoice, matcha"])
+        yield finding(status == 0, "CosyVoice's modules", " cannot be imported: is cosyvoice_dir right?")
+    if not missing:
+        yield True, "files of token2wav, recognisers and evaluation set"
+
+
+def check_data(s: dict) -> Iterator[Finding]:
+    for name, keys in (("train_jsonl", ["text"]), ("test_jsonl", ["text"]), ("known_answer_jsonl", ["speech_tokens"])):
+        try:
+            with Path(s[name]).open(encoding="utf-8") as file:
+                row = json.loads(next(file, "{}"))
+            lacking = [key for key in keys if not row.get(key)]
+            yield finding(not lacking, f"{name} {s[name]}", f": its first line has no {', '.join(lacking)}")
+        except (OSError, ValueError, AttributeError) as error:
+            yield False, f"{name} {s[name]}: {error}"
+
+
+def check_language_model(s: dict) -> Iterator[Finding]:
+    python = Path(s["venv_root"]) / "trainer/bin/python"
+    if not (Path(s["sft_path"]) / "config.json").exists():
+        yield False, f"language model {s['sft_path']} is missing: bash run.sh -1 -1 brings it, or set sft_path"
+    elif python.exists():
+        yield from findings_of([python, __file__, "--language-model", s["sft_path"]])
+
+
+def language_model_findings(folder: Path) -> Iterator[Finding]:
+    """Runs in the trainer environment: what veRL and this recipe need of tokenizer, template and end tokens."""
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    try:
+        config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        message = str(error).strip().splitlines()[0]
+        yield (
+            False,
+            f"language model {folder}: {message} (an official model: scripts/convert_llm.py --without-head-bias)",
+        )
+        return
+    yield len(tokenizer) <= config.vocab_size, f"{len(tokenizer)} tokens, {config.vocab_size} rows of weights"
+    if not list(folder.glob("*.safetensors")) + list(folder.glob("*.bin")):
+        yield False, f"{folder} has no weights"
+    yield from speech_token_findings(tokenizer)
+    yield from prompt_findings(tokenizer)
+    try:
+        ends = GenerationConfig.from_pretrained(folder).eos_token_id
+    except OSError:
+        ends = config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    wanted = "<|eos1|>" if SOS in (tokenizer.chat_template or "") else GENERATION_END
+    good = tokenizer.convert_tokens_to_ids(wanted) in ends
+    yield finding(
+        good, f"end tokens {tokenizer.convert_ids_to_tokens(ends)}", f" lack {wanted}: generation_config.json"
+    )
+
+
+def speech_token_findings(tokenizer) -> Iterator[Finding]:
+    ids = tokenizer.convert_tokens_to_ids([speech_token_str(i) for i in range(NUM_SPEECH_TOKENS)])
+    first = ids[0]
+    in_order = first not in (None, tokenizer.unk_token_id) and ids == list(range(first, first + NUM_SPEECH_TOKENS))
+    names = f"<|s_0|> to <|s_{NUM_SPEECH_TOKENS - 1}|>"
+    yield finding(in_order, f"{names}: ids from {first} on", " are not in a row, or not in the vocabulary")
+    if in_order:
+        kept = tokenizer.decode([ids[0], ids[-1]], skip_special_tokens=True).replace(" ", "")
+        good = kept == format_speech_tokens([0, NUM_SPEECH_TOKENS - 1])
+        yield finding(good, f"{names} decode to {kept!r}", ": special tokens, which veRL leaves out")
+    break_ids = tokenizer("\n", add_special_tokens=False)["input_ids"]
+    if len(break_ids) != 1 or tokenizer.convert_tokens_to_ids(IM_END) in (None, tokenizer.unk_token_id):
+        yield False, f"the tokenizer must know {IM_END} and write a line break as one token, for veRL"
+
+
+def prompt_findings(tokenizer) -> Iterator[Finding]:
+    try:
+        prompt = render_prompt(tokenizer, "你好")
+    except Exception as error:  # whatever a foreign template raises
+        yield False, f"chat template: {error}"
+        return
+    start = TASK_ID if SOS in prompt else GENERATION_START
+    good = "你好" in prompt and (SOS in prompt or INSTRUCTION in prompt)
+    yield finding(good, f"prompt {prompt!r}", " does not hold instruction and text: see tts_grpo/prompts.py")
+    last = tokenizer.decode(tokenizer(prompt, add_special_tokens=False)["input_ids"][-1:])
+    yield finding(last == start, f"its last token is {last!r}", f": {start} is not in the vocabulary")
+
+
+def check_server(s: dict) -> Iterator[Finding]:
+    """The known answers of a server that runs; ports for one that stage 1 starts."""
+    here, running = f"http://127.0.0.1:{s['http_port']}", []
+    for url in s["server_urls"].replace(",", " ").split():
+        try:
+            urllib.request.urlopen(f"{url}/v2/models/{MODEL_NAME}/ready", timeout=5).close()
+            running.append(url)
+        except (OSError, ValueError):
+            if url != here:
+                yield False, f"no reward server is ready at {url}: there, server_address=0.0.0.0 bash run.sh 1 1"
+    for name in () if here in running else ("http_port", "grpc_port", "metrics_port"):
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                sock.bind((s["server_address"], int(s[name])))
+                yield True, f"{name} {s[name]} is free"
+            except OSError as error:
+                yield False, f"{name} {s[name]}: {error.strerror}: stop what is there, or set {name}"
+    if running and s["check_reward"] == "1":
+        python = Path(s["venv_root"]) / "trainer/bin/python"
+        command = [python, ROOT / "reward_tts.py", "--check", "--limit", "32", "--max-tries", "1"]
+        status, line = run([*command, "--jsonl", s["known_answer_jsonl"], "--server-urls", running[0]])
+        yield status == 0, f"known answers of {running[0]}: {line}"
+
+
+def check_gpus(s: dict) -> Iterator[Finding]:
+    if s["train_device"] != "cuda":
+        return
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,memory.used", "--format=csv,noheader,nounits"]
+    try:
+        lines = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip().splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        yield False, "nvidia-smi does not run: no GPU or no driver here (profile=tiny needs none)"
+        return
+    servers = [int(device[5:]) for device in s["server_devices"].split() if device.startswith("cuda:")]
+    wanted = max([int(s["num_gpus"]), *(index + 1 for index in servers)])
+    yield finding(
+        len(lines) >= wanted, f"{len(lines)} GPUs: {lines[0]}", f": num_gpus and server_devices ask for {wanted}"
+    )
+    for index, line in enumerate(lines[:wanted]):
+        total_gib, used_gib = (float(part) / 1024 for part in line.split(",")[1:])
+        need_gib = servers.count(index) * int(s["server_instances"]) * float(s["server_gib"])
+        if index < int(s["num_gpus"]):
+            need_gib += TRAINER_GIB + float(s["vllm_memory_share"]) * total_gib
+        what = f"GPU {index}: {total_gib - used_gib:.0f} GiB free, {need_gib:.0f} wanted"
+        remedy = ": end what uses it (nvidia-smi), or set vllm_memory_share, server_gib or server_devices"
+        yield finding(total_gib - used_gib >= need_gib, what, remedy)
+
+
+def check_batches(s: dict) -> Iterator[Finding]:
+    gpus = int(s["num_gpus"]) * int(s["num_nodes"])
+    rollouts, passes = int(s["train_batch_size"]) * int(s["rollout_n"]), int(s["micro_batch_size"]) * gpus
+    yield (
+        rollouts % passes == 0,
+        f"{rollouts} rollouts a step, {passes} at once on {gpus} GPUs"
+        + ("" if rollouts % passes == 0 else ": no multiple: change train_batch_size, rollout_n or micro_batch_size"),
+    )
+    if int(s["num_nodes"]) > 1 and not s.get("ray_address"):
+        yield False, "several machines need ray_address"
+
+
+def check_disk(s: dict) -> Iterator[Finding]:
+    folder = Path(s["exp_dir"])
+    weights = sum(path.stat().st_size for path in Path(s["sft_path"]).glob("*.safetensors"))
+    # a parameter has at least two bytes there
+    need_gib = 2 + (int(s["max_checkpoints"]) + 1) * weights / 2 * ADAM_BYTES / GIB
+    while not folder.exists():
+        folder = folder.parent
+    free_gib = shutil.disk_usage(folder).free / GIB
+    yield (
+        free_gib >= need_gib,
+        f"{folder}: {free_gib:.0f} GiB free, checkpoints may take {need_gib:.0f}"
+        + ("" if free_gib >= need_gib else ": set exp_dir, or lower max_checkpoints"),
+    )
+
+
+CHECKS = (
+    check_environments, check_files, check_data, check_language_model, check_batches, check_gpus, check_server,
+    check_disk,
+)  # fmt: skip
+
+
+def main(argv=None):
+    args = get_args(argv)
+    if args.pins or args.language_model:
+        found = check_pins(args.pins) if args.pins else language_model_findings(args.language_model)
+        print(json.dumps(list(found)))
+        return 0
+    findings = [finding for check in CHECKS for finding in check(args.settings)]
+    for good, text in findings:
+        print(f"{'ok   ' if good else 'WRONG'}  {text}", flush=True)
+    wrong = sum(not good for good, _ in findings)
+    print(f"{wrong} of {len(findings)} checks failed" if wrong else f"all {len(findings)} checks passed")
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

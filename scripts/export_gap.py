@@ -1,0 +1,127 @@
+"""What a model's error does between GRPO's rollouts and CosyVoice's own inference, each cause by itself.
+
+    python scripts/export_gap.py [--assets-dir assets/tiny] [--num-texts 150] [--seeds 0 1 2]
+
+The same sentences are said with the sampling of the rollouts (temperature 1, nothing cut) as the baseline, and with one
+thing changed: the sampling (CosyVoice's repetition aware one, top_p and top_k, lower temperature), the weights' type
+(veRL's merger writes bfloat16, CosyVoice runs float32 or float16), or the head's bias (one that training has not seen
+comes back at the export: a random one on the speech tokens, of the given standard deviation). A row is the toneless
+pinyin error rate by the evaluation recogniser, its difference to the baseline with a 95% interval (paired bootstrap
+over sentences), and the share that ended by itself.
+"""
+
+import argparse
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tts_grpo.asr import SenseVoice
+from tts_grpo.generate import OFFICIAL, Sampling, generate_speech_tokens, load_lm
+from tts_grpo.jsonl import read_jsonl
+from tts_grpo.metrics import pinyin_errors
+from tts_grpo.prompts import render_prompt
+from tts_grpo.token2wav import decode, load_token2wav
+from tts_grpo.tokens import NUM_SPEECH_TOKENS, speech_token_str
+
+NUM_DRAWS = 10_000
+ROLLOUTS = Sampling(max_new_tokens=300)
+SAMPLINGS = {
+    "official: RAS, top_p 0.8, top_k 25, window 10": OFFICIAL,
+    "top_p 0.8, top_k 25": Sampling(top_p=0.8, top_k=25),
+    "top_p 0.95, temperature 0.8": Sampling(temperature=0.8, top_p=0.95),
+    "temperature 0.6": Sampling(temperature=0.6),
+    "likeliest token": Sampling(temperature=0),
+}
+DTYPES = {"weights rounded to bfloat16": torch.bfloat16, "weights rounded to float16": torch.float16}
+BIASES = (0.1, 0.3, 1.0)
+
+
+def get_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--assets-dir", type=Path, default=Path("assets/tiny"), help="stack that speaks and listens")
+    parser.add_argument("--llm", type=Path, default=None, help="another language model, such as a trained one")
+    parser.add_argument("--num-texts", type=int, default=150, help="sentences of its test set")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="each sentence is said once with each")
+    return parser.parse_args(argv)
+
+
+class Stack:
+    """Language model, token2wav and evaluation recogniser on some sentences."""
+
+    def __init__(self, args):
+        self.llm, self.args = args.llm or args.assets_dir / "llm", args
+        self.token2wav = load_token2wav(args.assets_dir / "token2wav")
+        self.asr = SenseVoice(args.assets_dir / "asr_eval")
+        rows = read_jsonl(args.assets_dir / "data" / "test.jsonl")
+        self.texts = [row["text"] for row in rows[:: max(1, len(rows) // args.num_texts)]][: args.num_texts]
+
+    def errors(self, model, tokenizer, sampling: Sampling) -> tuple[np.ndarray, float]:
+        """(N, 2) errors and syllables of each sentence, over the seeds; share ended by the end token."""
+        counts, ended = np.zeros((len(self.texts), 2)), []
+        prompts = [render_prompt(tokenizer, text) for text in self.texts]
+        for seed in self.args.seeds:
+            seeds = [seed * len(prompts) + i for i in range(len(prompts))]
+            said = generate_speech_tokens(model, tokenizer, prompts, seeds, sampling)
+            heard = self.asr.transcribe(decode(self.token2wav, [utterance.speech_tokens for utterance in said]))
+            found = [pinyin_errors(text, hyp, tones=False) for text, hyp in zip(self.texts, heard, strict=True)]
+            counts += [(c.errors, c.length) for c in found]
+            ended += [utterance.finish_reason == "eos" for utterance in said]
+        return counts, float(np.mean(ended))
+
+
+class Biased(torch.nn.Module):
+    """A head with a bias on its logits."""
+
+    def __init__(self, head, bias: torch.Tensor):
+        super().__init__()
+        self.head, self.bias = head, bias
+
+    def forward(self, hidden):
+        return self.head(hidden) + self.bias
+
+
+def variants(llm: Path):
+    """``(name, model, tokenizer, sampling)`` of each row; the baseline is the first."""
+    model, tokenizer = load_lm(llm)
+    yield "as in the rollouts: temperature 1", model, tokenizer, ROLLOUTS
+    for name, sampling in SAMPLINGS.items():
+        yield name, model, tokenizer, sampling
+    for name, dtype in DTYPES.items():
+        yield name, load_lm(llm, dtype=dtype)[0].float(), tokenizer, ROLLOUTS
+    yield "computed in bfloat16", load_lm(llm, dtype=torch.bfloat16)[0], tokenizer, ROLLOUTS
+    first, head = tokenizer.convert_tokens_to_ids(speech_token_str(0)), model.lm_head
+    for scale in BIASES:
+        bias = torch.zeros(model.config.vocab_size)
+        torch.manual_seed(0)
+        bias[first : first + NUM_SPEECH_TOKENS] = scale * torch.randn(NUM_SPEECH_TOKENS)
+        model.lm_head = Biased(head, bias)
+        yield f"a bias of deviation {scale} comes back", model, tokenizer, ROLLOUTS
+        model.lm_head = head
+
+
+def difference(counts: np.ndarray, baseline: np.ndarray) -> list[float]:
+    """Difference of two error rates and its 95% interval, by paired bootstrap over sentences."""
+    draws = np.random.default_rng(0).multinomial(len(counts), np.full(len(counts), 1 / len(counts)), NUM_DRAWS)
+    rate = lambda c: c[..., 0] / c[..., 1]  # noqa: E731
+    drawn = rate(draws @ counts) - rate(draws @ baseline)
+    return [rate(counts.sum(0)) - rate(baseline.sum(0)), *np.percentile(drawn, (2.5, 97.5))]
+
+
+def main(argv=None):
+    args = get_args(argv)
+    logging.disable(logging.INFO)  # funasr's
+    stack, baseline = Stack(args), None
+    print(f"{len(stack.texts)} sentences, {len(args.seeds)} seeds, {stack.llm}")
+    print("| what differs | error | against the rollouts | ended |\n| --- | --- | --- | --- |")
+    for name, model, tokenizer, sampling in variants(stack.llm):
+        counts, ended = stack.errors(model, tokenizer, sampling)
+        baseline = counts if baseline is None else baseline
+        change, low, high = difference(counts, baseline)
+        against = "" if counts is baseline else f"{change:+.1%} ({low:+.1%} to {high:+.1%})"
+        print(f"| {name} | {counts[:, 0].sum() / counts[:, 1].sum():.1%} | {against} | {ended:.0%} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

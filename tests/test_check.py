@@ -1,0 +1,126 @@
+"""The pre-flight check: it passes where a run would, and names all that is wrong at once where it would not."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+
+import pytest
+from transformers import AddedToken, AutoTokenizer, GenerationConfig
+
+from scripts import check
+from tests.conftest import ROOT, free_ports
+from tts_grpo.tokens import speech_token_str
+
+
+def run_check(**variables) -> subprocess.CompletedProcess:
+    http, grpc, metrics = map(str, free_ports(3))
+    environment = os.environ | {"http_port": http, "grpc_port": grpc, "metrics_port": metrics} | variables
+    return subprocess.run(["bash", str(ROOT / "run.sh"), "--check"], env=environment, capture_output=True, text=True)
+
+
+def test_tiny_profile_passes(venv_root, tmp_path):
+    done = run_check(venv_root=str(venv_root), exp_dir=str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "checks passed" in done.stdout and "WRONG" not in done.stdout
+    assert "ids from 4833 on" in done.stdout and not list(tmp_path.iterdir())
+
+
+def test_a_running_server_is_asked_for_known_answers(reward_server, venv_root, tmp_path):
+    port = str(reward_server.http)
+    done = run_check(venv_root=str(venv_root), exp_dir=str(tmp_path), http_port=port, grpc_port=port)
+    assert done.returncode == 0, done.stdout
+    assert "known answers of" in done.stdout and '"mean_reward_of_wrong_texts"' in done.stdout
+
+
+def test_everything_wrong_is_named_at_once(tmp_path, assets):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        done = run_check(
+            venv_root=str(tmp_path / "none"), http_port=str(taken.getsockname()[1]), eval_jsonl="/nowhere/set.jsonl",
+            train_jsonl=str(tmp_path / "train.jsonl"), sft_path=str(tmp_path / "llm"), train_batch_size="3",
+            reward_asr_dir=str(assets / "asr_eval"), max_checkpoints="1000000000", prompt_text="你好",
+            server_urls="http://127.0.0.1:9", exp_dir=str(tmp_path),
+        )  # fmt: skip
+    assert done.returncode == 1
+    for text in (
+        "environment speech: ", "environment trainer: ", "/nowhere/set.jsonl is missing", "train_jsonl ",
+        "reward_asr_dir is eval_asr_dir", "prompt_audio and prompt_text", "24 rollouts a step, 16 at once",
+        "http_port ", "no reward server is ready at http://127.0.0.1:9", "llm is missing",
+    ):  # fmt: skip
+        assert any(line.startswith("WRONG") and text in line for line in done.stdout.splitlines()), (text, done.stdout)
+
+
+def wrong_of_model(folder) -> list[str]:
+    return [text for good, text in check.language_model_findings(folder) if not good]
+
+
+def without_template(folder, tokenizer):
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+
+
+def without_a_speech_token(folder, tokenizer):
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text(encoding="utf-8").replace("<|s_77|>", "<|t_77|>"), encoding="utf-8")
+    return False
+
+
+def with_special_speech_tokens(folder, tokenizer):
+    tokenizer.add_tokens([AddedToken(speech_token_str(0), special=True)], special_tokens=True)
+
+
+def without_its_end(folder, tokenizer):
+    GenerationConfig(eos_token_id=5).save_pretrained(folder)
+
+
+def without_weights(folder, tokenizer):
+    (folder / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without_template, "chat template: "),
+        (without_a_speech_token, "not in a row"),
+        (with_special_speech_tokens, "veRL leaves out"),
+        (without_its_end, "lack <|SPEECH_GENERATION_END|>"),
+        (without_weights, "has no weights"),
+    ],
+)
+def test_language_model(assets, tmp_path, change, message):
+    folder = tmp_path / "llm"
+    shutil.copytree(assets / "llm", folder)
+    assert wrong_of_model(folder) == []
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if change(folder, tokenizer) is not False:
+        tokenizer.save_pretrained(folder)
+    assert any(message in text for text in wrong_of_model(folder)), wrong_of_model(folder)
+
+
+def test_a_model_type_that_verl_does_not_know(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "cosyvoice2_lm_of_old"}))
+    assert any("llm=official" in text for text in wrong_of_model(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("gpus", "settings", "message"),
+    [
+        (2, {}, None),
+        (2, {"num_gpus": "4"}, "ask for 4"),
+        (2, {"server_devices": "cuda:2"}, "ask for 3"),
+        (2, {"server_gib": "60"}, "GPU 0: 79 GiB free, 104 wanted"),
+        (2, {"server_gib": "60", "server_devices": "cuda:1"}, None),
+        (0, {}, "nvidia-smi does not run"),
+    ],
+)
+def test_gpus(tmp_path, monkeypatch, gpus, settings, message):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\n" + 'echo "NVIDIA H100 80GB HBM3, 81920, 1024"\n' * gpus + f"exit {int(gpus == 0)}\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    s = {"train_device": "cuda", "num_gpus": "1", "server_devices": "cuda:0", "server_instances": "1",
+         "server_gib": "8", "vllm_memory_share": "0.40"} | settings  # fmt: skip
+    wrong = [text for good, text in check.check_gpus(s) if not good]
+    assert (wrong == []) if message is None else any(message in text for text in wrong), wrong
