@@ -143,10 +143,7 @@ def language_model_findings(folder: Path) -> Iterator[Finding]:
         config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         message = str(error).strip().splitlines()[0]
-        yield (
-            False,
-            f"language model {folder}: {message} (an official model: scripts/convert_llm.py --without-head-bias)",
-        )
+        yield False, f"language model {folder}: {message} (the official one as veRL loads it: llm=official)"
         return
     yield len(tokenizer) <= config.vocab_size, f"{len(tokenizer)} tokens, {config.vocab_size} rows of weights"
     if not list(folder.glob("*.safetensors")) + list(folder.glob("*.bin")):

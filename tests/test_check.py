@@ -40,14 +40,14 @@ def test_everything_wrong_is_named_at_once(tmp_path, assets):
         taken.listen()
         done = run_check(
             venv_root=str(tmp_path / "none"), http_port=str(taken.getsockname()[1]), eval_jsonl="/nowhere/set.jsonl",
-            train_jsonl=str(tmp_path / "train.jsonl"), sft_path=str(tmp_path / "llm"), train_batch_size="3",
+            train_jsonl=str(tmp_path / "train.jsonl"), sft_path=str(tmp_path / "llm"), train_batch_size="3", rollout_n="3",
             reward_asr_dir=str(assets / "asr_eval"), max_checkpoints="1000000000", prompt_text="你好",
             server_urls="http://127.0.0.1:9", exp_dir=str(tmp_path),
         )  # fmt: skip
     assert done.returncode == 1
     for text in (
         "environment speech: ", "environment trainer: ", "/nowhere/set.jsonl is missing", "train_jsonl ",
-        "reward_asr_dir is eval_asr_dir", "prompt_audio and prompt_text", "24 rollouts a step, 16 at once",
+        "reward_asr_dir is eval_asr_dir", "prompt_audio and prompt_text", "9 rollouts a step, 8 at once",
         "http_port ", "no reward server is ready at http://127.0.0.1:9", "llm is missing",
     ):  # fmt: skip
         assert any(line.startswith("WRONG") and text in line for line in done.stdout.splitlines()), (text, done.stdout)

@@ -164,6 +164,58 @@ def test_full_size_install(recipe, tmp_path):
     assert "--repo yuekai/seed_tts_cosy2 " in calls and "voxbox" not in calls
 
 
+def test_the_official_language_model_is_converted_and_comes_back(recipe, tmp_path):
+    workspace = tmp_path / "workspace"
+    (workspace / "CosyVoice/cosyvoice").mkdir(parents=True)
+    settings = {"profile": "cosyvoice2", "workspace": str(workspace), "llm": "official"}
+    assert recipe.run("-1", "-1", **settings).returncode == 0
+    calls = recipe.calls_path.read_text()
+    llm, official = workspace / "CosyVoice2-0.5B-llm", workspace / "CosyVoice2-0.5B"
+    assert f"convert_llm.py to-hf --cosyvoice-dir {official} --output {llm} --without-head-bias" in calls
+    assert "yuekai/llasa" not in calls
+    dry = recipe.run("--dry-run", "2", "3", **settings).stdout
+    assert f"actor_rollout_ref.model.path={llm} " in dry
+    merged = recipe.exp_dir / "checkpoints/global_step_N/merged_hf_model"
+    back = f"to-official --hf {merged} --like {official}/llm.pt --output {recipe.exp_dir}/llm.pt"
+    assert back in dry.replace("\\ ", " ")
+    assert "to-official" not in recipe.run("--dry-run", "2", "3", **settings | {"llm": "llasa"}).stdout
+
+
+SMI = "#!/bin/sh\nprintf '%s\\n' 81559 {memory}\n"
+
+
+@pytest.mark.parametrize(
+    ("memory", "settings", "expected"),
+    [
+        (81559, {}, ["train_batch_size=32 ", "n_gpus_per_node=1 ", "CUDA_VISIBLE_DEVICES=0 ", "per_gpu=16 ",
+                     "gpu_memory_utilization=0.40 ", "--devices cuda:0 --", "--nproc-per-node 1 "]),
+        (81559, {"num_gpus": "8"}, ["train_batch_size=32 ", "CUDA_VISIBLE_DEVICES=0,1,2,3,4,5,6,7 ", "per_gpu=16 ",
+                                    "cuda:6 cuda:7 --", "--nproc-per-node 8 "]),
+        (24564, {}, ["per_gpu=4 ", "gpu_memory_utilization=0.13 "]),
+        (24564, {"server_devices": "cuda:1"}, ["gpu_memory_utilization=0.40 ", "--devices cuda:1 --"]),
+        (46068, {"num_gpus": "2", "CUDA_VISIBLE_DEVICES": "4,5,7"}, ["CUDA_VISIBLE_DEVICES=4,5 ", "per_gpu=8 "]),
+        (81559, {"num_gpus": "8", "num_nodes": "4", "ray_address": "10.0.0.1:6379", "server_urls": "http://a:1,http://b:1"},
+         ["train_batch_size=128 ", "trainer.nnodes=4 ", "RAY_ADDRESS=10.0.0.1:6379 ", "runtime_env.env_vars=",
+          "http://a:1,http://b:1"]),
+    ],
+)  # fmt: skip
+def test_sizes_follow_the_gpus(recipe, memory, settings, expected):
+    smi = recipe.root / "bin/nvidia-smi"
+    smi.write_text(SMI.format(memory=memory))
+    smi.chmod(0o755)
+    done = recipe.run("--dry-run", "1", "4", profile="cosyvoice2", **settings)
+    assert done.returncode == 0, done.stderr
+    shown = done.stdout.replace("\\", "")
+    for text in expected:
+        assert text in shown, text
+    assert ("CUDA_VISIBLE_DEVICES" in done.stdout) == ("ray_address" not in settings)
+
+
+def test_several_machines_need_a_ray_cluster(recipe):
+    done = recipe.run("--dry-run", "2", "2", profile="cosyvoice2", num_nodes="2")
+    assert done.returncode == 1 and "needs ray_address" in done.stderr
+
+
 def test_rollouts_must_fill_the_micro_batches(recipe):
     done = recipe.run("0", "0", rollout_n="3", train_batch_size="3", micro_batch_size="8")
     assert done.returncode == 1 and "9 rollouts are no multiple of" in done.stderr
