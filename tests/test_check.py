@@ -40,9 +40,9 @@ def test_everything_wrong_is_named_at_once(tmp_path, assets):
         taken.listen()
         done = run_check(
             venv_root=str(tmp_path / "none"), http_port=str(taken.getsockname()[1]), eval_jsonl="/nowhere/set.jsonl",
-            train_jsonl=str(tmp_path / "train.jsonl"), sft_path=str(tmp_path / "llm"), train_batch_size="3", rollout_n="3",
+            train_jsonl=str(tmp_path / "train.jsonl"), sft_path=str(tmp_path / "llm"), train_batch_size="3",
             reward_asr_dir=str(assets / "asr_eval"), max_checkpoints="1000000000", prompt_text="你好",
-            server_urls="http://127.0.0.1:9", exp_dir=str(tmp_path),
+            server_urls="http://127.0.0.1:9", exp_dir=str(tmp_path), rollout_n="3",
         )  # fmt: skip
     assert done.returncode == 1
     for text in (

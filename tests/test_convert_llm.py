@@ -1,5 +1,6 @@
 """Conversion of the official CosyVoice2 language model, held against the official module with random weights."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -11,10 +12,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config
 from transformers import Qwen2ForCausalLM as Qwen2
 
-from scripts.convert_llm import NUM_OUTPUTS, main
+from scripts.check import language_model_findings
+from scripts.convert_llm import NUM_OUTPUTS, check_ids, main
 from tests.conftest import ROOT
 from tts_grpo.cosyvoice2_lm import CosyVoice2LMForCausalLM
-from tts_grpo.generate import Sampling, generate_speech_tokens, load_lm
+from tts_grpo.generate import OFFICIAL, Sampling, generate, load_lm
 from tts_grpo.prompts import render_prompt
 
 TEXT, PROMPT_TEXT, PROMPT_SPEECH, SPEECH = "今天 ok\n", "早。", [3, 6560], [7, 0, 4000, 6560, 12]
@@ -165,14 +167,27 @@ def test_tokenizer(converted):
     assert (ids[0], ids[-1]) == (rest[3], rest[4])
 
 
-def test_only_speech_and_ends_are_sampled(converted):
-    model, tokenizer = load_lm(converted)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.5), dataclasses.replace(OFFICIAL, top_k=3)])
+def test_only_speech_and_ends_are_sampled(converted, dtype, sampling):
+    model, tokenizer = load_lm(converted, dtype=dtype)
     with torch.no_grad():
         model.lm_head.weight *= 0.01  # nearly uniform over what can be reached
-    prompts = [render_prompt(tokenizer, TEXT)] * 4
-    utterances = generate_speech_tokens(model, tokenizer, prompts, range(4), Sampling(max_new_tokens=100))
-    assert all(len(u.speech_tokens) == 100 for u in utterances if u.finish_reason == "length")
-    assert any(u.finish_reason == "length" for u in utterances)
+    ids = tokenizer(render_prompt(tokenizer, TEXT), add_special_tokens=False)["input_ids"]
+    first = check_ids(tokenizer, converted)
+    sampling = dataclasses.replace(sampling, max_new_tokens=100)
+    said = [token for response in generate(model, [ids] * 8, range(8), sampling) for token in response.token_ids]
+    assert len(said) > 300 and all(first <= token < first + NUM_OUTPUTS for token in said)
+    with torch.no_grad():
+        probs = model(torch.tensor([ids])).logits[0, -1].float().softmax(-1)
+    assert probs[:first].sum() == probs[first + NUM_OUTPUTS :].sum() == 0
+
+
+def test_what_verl_loads_passes_the_pre_flight_check(tmp_path):
+    official = make_cosyvoice_dir(tmp_path, bias_scale=0.03, shared=3.0)
+    main(["to-hf", "--cosyvoice-dir", str(official), "--output", str(tmp_path / "hf"), "--without-head-bias"])
+    found = list(language_model_findings(tmp_path / "hf"))
+    assert len(found) > 4 and all(good for good, _ in found), found
 
 
 def test_who_does_not_know_the_bias_does_not_load_it(converted):
