@@ -23,6 +23,7 @@ from tts_grpo.tokens import NUM_SPEECH_TOKENS, format_speech_tokens, speech_toke
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
 TRAINER_GIB = 12  # weights, optimizer and activations of 0.5B on a GPU, beside vLLM and the reward server
+VLLM_GIB = 5  # weights, work space, and a cache for some dozens of rollouts
 ADAM_BYTES = 12  # a parameter of a checkpoint: weight and two moments in float32
 TOKEN2WAV_FILES = {
     "config.json": ("config.json", "token_decoder.safetensors", "speech_tokenizer.safetensors"),
@@ -190,16 +191,21 @@ def prompt_findings(tokenizer) -> Iterator[Finding]:
     yield finding(last == start, f"its last token is {last!r}", f": {start} is not in the vocabulary")
 
 
+def server_ready(url: str) -> bool:
+    try:
+        urllib.request.urlopen(f"{url}/v2/models/{MODEL_NAME}/ready", timeout=5).close()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def check_server(s: dict) -> Iterator[Finding]:
     """The known answers of a server that runs; ports for one that stage 1 starts."""
-    here, running = f"http://127.0.0.1:{s['http_port']}", []
-    for url in s["server_urls"].replace(",", " ").split():
-        try:
-            urllib.request.urlopen(f"{url}/v2/models/{MODEL_NAME}/ready", timeout=5).close()
-            running.append(url)
-        except (OSError, ValueError):
-            if url != here:
-                yield False, f"no reward server is ready at {url}: there, server_address=0.0.0.0 bash run.sh 1 1"
+    here, urls = f"http://127.0.0.1:{s['http_port']}", s["server_urls"].replace(",", " ").split()
+    running = [url for url in urls if server_ready(url)]
+    for url in urls:
+        if url not in (*running, here):
+            yield False, f"no reward server is ready at {url}: there, server_address=0.0.0.0 bash run.sh 1 1"
     for name in () if here in running else ("http_port", "grpc_port", "metrics_port"):
         with socket.socket() as sock:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -229,11 +235,16 @@ def check_gpus(s: dict) -> Iterator[Finding]:
     yield finding(
         len(lines) >= wanted, f"{len(lines)} GPUs: {lines[0]}", f": num_gpus and server_devices ask for {wanted}"
     )
+    if server_ready(f"http://127.0.0.1:{s['http_port']}"):
+        servers = []  # it has its memory already
     for index, line in enumerate(lines[:wanted]):
         total_gib, used_gib = (float(part) / 1024 for part in line.split(",")[1:])
         need_gib = servers.count(index) * int(s["server_instances"]) * float(s["server_gib"])
         if index < int(s["num_gpus"]):
-            need_gib += TRAINER_GIB + float(s["vllm_memory_share"]) * total_gib
+            vllm_gib = float(s["vllm_memory_share"]) * total_gib
+            need_gib += TRAINER_GIB + vllm_gib
+            if vllm_gib < VLLM_GIB:
+                yield False, f"GPU {index} leaves vLLM {vllm_gib:.0f} GiB, it needs {VLLM_GIB}: set server_devices"
         what = f"GPU {index}: {total_gib - used_gib:.0f} GiB free, {need_gib:.0f} wanted"
         remedy = ": end what uses it (nvidia-smi), or set vllm_memory_share, server_gib or server_devices"
         yield finding(total_gib - used_gib >= need_gib, what, remedy)

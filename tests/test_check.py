@@ -112,6 +112,7 @@ def test_a_model_type_that_verl_does_not_know(tmp_path):
         (2, {"server_devices": "cuda:2"}, "ask for 3"),
         (2, {"server_gib": "60"}, "GPU 0: 79 GiB free, 104 wanted"),
         (2, {"server_gib": "60", "server_devices": "cuda:1"}, None),
+        (2, {"vllm_memory_share": "0.04"}, "leaves vLLM 3 GiB"),
         (0, {}, "nvidia-smi does not run"),
     ],
 )
@@ -121,6 +122,6 @@ def test_gpus(tmp_path, monkeypatch, gpus, settings, message):
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     s = {"train_device": "cuda", "num_gpus": "1", "server_devices": "cuda:0", "server_instances": "1",
-         "server_gib": "8", "vllm_memory_share": "0.40"} | settings  # fmt: skip
+         "server_gib": "8", "vllm_memory_share": "0.40", "http_port": "9"} | settings  # fmt: skip
     wrong = [text for good, text in check.check_gpus(s) if not good]
     assert (wrong == []) if message is None else any(message in text for text in wrong), wrong

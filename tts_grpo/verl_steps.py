@@ -38,7 +38,7 @@ def _add_rollout_seconds() -> None:
 
     def with_rollout_seconds(self, batch, metrics, timing_raw, **kwargs):
         rows = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["metrics"])
-        timing_raw.update(rollout_seconds(rows["metrics"].tolist()))
+        timing_raw.update(rollout_seconds(rows["metrics"]))
         return compute_metrics(self, batch, metrics, timing_raw, **kwargs)
 
     PPOTrainer._compute_metrics = with_rollout_seconds
