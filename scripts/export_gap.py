@@ -34,7 +34,6 @@ SAMPLINGS = {
     "temperature 0.6": Sampling(temperature=0.6),
     "likeliest token": Sampling(temperature=0),
 }
-DTYPES = {"weights rounded to bfloat16": torch.bfloat16, "weights rounded to float16": torch.float16}
 BIASES = (0.1, 0.3, 1.0)
 
 
@@ -88,9 +87,9 @@ def variants(llm: Path):
     yield "as in the rollouts: temperature 1", model, tokenizer, ROLLOUTS
     for name, sampling in SAMPLINGS.items():
         yield name, model, tokenizer, sampling
-    for name, dtype in DTYPES.items():
-        yield name, load_lm(llm, dtype=dtype)[0].float(), tokenizer, ROLLOUTS
-    yield "computed in bfloat16", load_lm(llm, dtype=torch.bfloat16)[0], tokenizer, ROLLOUTS
+    half = load_lm(llm, dtype=torch.bfloat16)[0]
+    yield "computed in bfloat16", half, tokenizer, ROLLOUTS
+    yield "weights rounded to bfloat16", half.float(), tokenizer, ROLLOUTS
     first, head = tokenizer.convert_tokens_to_ids(speech_token_str(0)), model.lm_head
     for scale in BIASES:
         bias = torch.zeros(model.config.vocab_size)
