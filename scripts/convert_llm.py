@@ -18,6 +18,16 @@ state h it gives negated for -h, so that no row is low for all h. Hence two kind
   Text ids get a direction of the hidden states that is negative at every state this model has: it is fitted to what the
   model says, and the folder is written only if on other sentences all those ids together stay under MAX_TEXT_MASS.
   That is a measurement, no guarantee. On the way back the bias is 0, as in the trained model.
+
+Errors that grow on the way back to CosyVoice, causes by measurement (scripts/export_gap.py; figures in README.md):
+
+- Sampling is what changes the error most. CosyVoice's repetition aware sampling cuts the tail that rollouts at
+  temperature 1 draw from, before training as after it: an exported model is to be compared with the official one under
+  the same sampling, not with its own rollouts or another program's top_p and top_k.
+- The bias. What was trained without it must not get the official one back: hence 0 here.
+- Type. veRL trains in float32 and its merger writes bfloat16.
+- End tokens. Rollouts end at any of the three; older releases of CosyVoice end at the first only and pass over the
+  others, so that a model that learned to end with another one speaks on.
 """
 
 import argparse
