@@ -24,8 +24,8 @@ Errors that grow on the way back to CosyVoice, causes by measurement (scripts/ex
 - Sampling is what changes the error most. CosyVoice's repetition aware sampling cuts the tail that rollouts at
   temperature 1 draw from, before training as after it: an exported model is to be compared with the official one under
   the same sampling, not with its own rollouts or another program's top_p and top_k.
-- The bias. What was trained without it must not get the official one back: hence 0 here.
-- Type. veRL trains in float32 and its merger writes bfloat16.
+- The bias and the type matter less: a random bias that training had not seen, and weights rounded to the merger's
+  bfloat16, changed nothing beyond chance there. What was trained without the bias still gets 0 here, not the official one.
 - End tokens. Rollouts end at any of the three; older releases of CosyVoice end at the first only and pass over the
   others, so that a model that learned to end with another one speaks on.
 """
