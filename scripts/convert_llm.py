@@ -25,7 +25,7 @@ Errors that grow on the way back to CosyVoice, causes by measurement (scripts/ex
   temperature 1 draw from, before training as after it: an exported model is to be compared with the official one under
   the same sampling, not with its own rollouts or another program's top_p and top_k.
 - The bias and the type matter less: a random bias that training had not seen, and weights rounded to the merger's
-  bfloat16, changed nothing beyond chance there. What was trained without the bias still gets 0 here, not the official one.
+  bfloat16, changed nothing beyond chance there. What was trained without the bias still gets 0 back.
 - End tokens. Rollouts end at any of the three; older releases of CosyVoice end at the first only and pass over the
   others, so that a model that learned to end with another one speaks on.
 """
