@@ -21,7 +21,8 @@ def setup(device: str) -> tuple[int, int, str]:
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         torch.cuda.set_device(device)
     if world_size > 1:
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=12))
+        gpu = torch.device(device) if device.startswith("cuda") else None
+        dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=12), device_id=gpu)
     return rank, world_size, device
 
 
