@@ -47,7 +47,7 @@ prompt_text=${prompt_text:-}                            # its transcript
 prompt_list=${prompt_list:-}                            # instead of the two: JSONL of voices, one for each text (stage 1)
 single_text=${single_text:-}                            # said in stage 5; empty: the tongue-twister
 
-dry_run=0 check=0
+dry_run=0 preflight=0
 server_pid='' memory_pid=''
 verl_overrides=()
 
@@ -211,7 +211,7 @@ configure() {
   [[ -f $root/conf/$profile.sh ]] || { log "no profile conf/$profile.sh" && usage; }
   # shellcheck source=conf/tiny.sh
   source "$root/conf/$profile.sh"
-  ((check || train_batch_size * rollout_n % (micro_batch_size * num_gpus * num_nodes) == 0)) ||
+  ((preflight || train_batch_size * rollout_n % (micro_batch_size * num_gpus * num_nodes) == 0)) ||
     die "train_batch_size * rollout_n = $((train_batch_size * rollout_n)) rollouts are no multiple of micro_batch_size * GPUs = $((micro_batch_size * num_gpus * num_nodes)): change one of them"
   local device_list
   read -ra device_list <<<"$server_devices"
@@ -294,7 +294,7 @@ main() {
   while (($#)); do
     case $1 in
     --dry-run) dry_run=1 ;;
-    --check) check=1 ;;
+    --check) preflight=1 ;;
     --)
       shift
       verl_overrides=("$@")
@@ -312,7 +312,7 @@ main() {
   [[ $force =~ ^[01]$ ]] || usage
   cd "$root"
   configure
-  if ((check)); then
+  if ((preflight)); then
     PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec "$base_python" "$root/scripts/check.py" \
       --settings "$(settings_json "${recorded_settings[@]}" "${checked_settings[@]}")"
   fi

@@ -179,7 +179,7 @@ elif [[ -n $ray_address ]]; then # its processes were started elsewhere, without
   profile_env+=(RAY_ADDRESS="$ray_address")
   profile_verl_args+=("+ray_kwargs.ray_init.runtime_env.env_vars={PYTHONPATH: '$root:$PYTHONPATH', TENSORBOARD_DIR: '$exp_dir/tensorboard', OMP_NUM_THREADS: '$train_threads'}")
 else
-  ((num_nodes == 1 || check)) || die "num_nodes=$num_nodes needs ray_address: start Ray on each machine (ray start), see README.md"
+  ((num_nodes == 1 || preflight)) || die "num_nodes=$num_nodes needs ray_address: start Ray on each machine (ray start), see README.md"
   # Ray hands out any GPU that it sees: those beyond num_gpus may be the reward server's
   profile_env+=(CUDA_VISIBLE_DEVICES="$(first_gpus "$num_gpus")")
 fi

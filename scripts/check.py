@@ -102,8 +102,9 @@ def check_files(s: dict) -> Iterator[Finding]:
     folder = Path(s["token2wav_dir"])
     kind = "config.json" if (folder / "config.json").exists() else "cosyvoice2.yaml"
     wanted = [folder / name for name in TOKEN2WAV_FILES[kind]]
-    wanted += [Path(s[name]) / file for name in ("reward_asr_dir", "eval_asr_dir") for file in ASR_FILES]
-    wanted += [Path(s[name]) for name in ("eval_jsonl", "prompt_audio") if s[name]]
+    wanted += [Path(s["reward_asr_dir"]) / file for file in ASR_FILES]
+    # the evaluation's recogniser may be of several kinds (tts_grpo/asr.py)
+    wanted += [Path(s[name]) for name in ("eval_asr_dir", "eval_jsonl", "prompt_audio", "prompt_list") if s[name]]
     missing = [str(path) for path in wanted if not path.exists()]
     yield from ((False, f"{path} is missing: bash run.sh -1 -1 brings it, or set its variable") for path in missing)
     if Path(s["reward_asr_dir"]).resolve() == Path(s["eval_asr_dir"]).resolve():

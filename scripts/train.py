@@ -14,6 +14,7 @@ failure is told and goes no further.
 
 import argparse
 import collections
+import re
 import signal
 import subprocess
 import sys
