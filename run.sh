@@ -48,7 +48,7 @@ prompt_list=${prompt_list:-}                            # instead of the two: JS
 single_text=${single_text:-}                            # said in stage 5; empty: the tongue-twister
 
 dry_run=0 preflight=0
-server_pid='' memory_pid=''
+server_pid='' memory_pid='' beside_pids=()
 verl_overrides=()
 
 # shellcheck source=scripts/lib.sh
@@ -75,13 +75,10 @@ stage_-1() {
 }
 
 make_environments() {
-  local pids=() pid
   export base_python venv_root
-  run exec bash "$root/scripts/make_env.sh" speech "$root/requirements-cosyvoice.txt" &
-  pids+=($!)
-  run exec bash "$root/scripts/make_env.sh" trainer "$trainer_requirements" &
-  pids+=($!)
-  for pid in "${pids[@]}"; do wait "$pid" || die "an environment could not be made: see above"; done
+  beside bash "$root/scripts/make_env.sh" speech "$root/requirements-cosyvoice.txt"
+  beside bash "$root/scripts/make_env.sh" trainer "$trainer_requirements"
+  wait_for_all "an environment could not be made: see above"
 }
 
 stage_0() {
@@ -143,22 +140,28 @@ stage_4() {
   ((force)) && run rm -rf "$exp_dir/eval"
   infer sft "$sft_path"
   infer grpo "$exp_dir/merged_hf_model"
+  score sft
+  score grpo
+  wait_for_all "speech could not be scored: see above"
   run "$speech_bin/python" "$root/scripts/summarise.py" --exp-dir "$exp_dir" --settings "$(settings_json "${recorded_settings[@]}")"
   run "$speech_bin/python" "$root/scripts/report.py" --exp-dir "$exp_dir"
   mark_done 4 "$key_4"
   echo "report: $exp_dir/report.html; figures: $exp_dir/summary.json; speech and alignments: $exp_dir/eval"
 }
 
-# infer NAME MODEL: speech of the test set by a model, and its error rates.
+# infer NAME MODEL: speech of the test set by a model.
 infer() {
-  local output_dir=$exp_dir/eval/$1
   run_long env OMP_NUM_THREADS=1 "$speech_bin/torchrun" --standalone --nproc-per-node "$infer_procs" "$root/infer_dist.py" \
-    --llm-path "$2" --token2wav-dir "$token2wav_dir" --eval-set "$eval_jsonl" --output-dir "$output_dir" \
+    --llm-path "$2" --token2wav-dir "$token2wav_dir" --eval-set "$eval_jsonl" --output-dir "$exp_dir/eval/$1" \
     --seeds "${seed_list[@]}" --batch-size "$infer_batch_size" --device "$infer_device" --max-new-tokens "$max_response_length" \
     --temperature "$temperature" --top-p "$top_p" --top-k "$top_k"
-  run_long env python="$speech_bin/python" eval_asr_dir="$eval_asr_dir" device="$infer_device" language="$language" \
+}
+
+# score NAME: error rates of that speech, and what they do not see; on one core, beside the other model's.
+score() {
+  beside env OMP_NUM_THREADS=1 python="$speech_bin/python" eval_asr_dir="$eval_asr_dir" device="$infer_device" language="$language" \
     quality_utterances="$quality_utterances" reference_audio="$reference_audio" speaker_model_dir="$speaker_model_dir" \
-    bash "$root/scripts/compute_wer.sh" "$output_dir" "$eval_jsonl"
+    bash "$root/scripts/compute_wer.sh" "$exp_dir/eval/$1" "$eval_jsonl"
 }
 
 stage_5() {

@@ -28,6 +28,22 @@ run_long() {
   fi
 }
 
+# beside PROGRAM...: as run, side by side with what follows; wait_for_all MESSAGE: until all have ended, or fail.
+beside() {
+  if ((dry_run)); then
+    run "$@"
+  else
+    "$@" &
+    beside_pids+=($!)
+  fi
+}
+
+wait_for_all() {
+  local pid
+  for pid in "${beside_pids[@]}"; do wait "$pid" || die "$1"; done
+  beside_pids=()
+}
+
 # need FILE STAGE: fail if FILE, which STAGE makes, is missing.
 need() {
   ((dry_run)) || [[ -e $1 ]] || die "$1 is missing: run bash run.sh $2 $2 first"
