@@ -256,6 +256,7 @@ configure() {
     actor_rollout_ref.rollout.val_kwargs.do_sample=True actor_rollout_ref.rollout.val_kwargs.temperature=1.0
     # One update a batch of rollouts: their own log-probabilities are the old policy's.
     actor_rollout_ref.rollout.calculate_log_probs=True algorithm.rollout_correction.bypass_mode=True
+    actor_rollout_ref.actor.calculate_entropy=True # for its curve; entropy_coeff is 0
     reward.custom_reward_function.path="$root/reward_tts.py" reward.custom_reward_function.name=compute_score
     "+reward.custom_reward_function.reward_kwargs={server_urls: '$server_urls', failure_file: '$exp_dir/reward_failure'}"
     trainer.n_gpus_per_node="$num_gpus" trainer.nnodes="$num_nodes"

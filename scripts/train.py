@@ -33,7 +33,7 @@ SHOWN = {  # veRL's name -> ours, format
     "critic/score/mean": "reward {:.3f}",
     "response_length/mean": "{:.0f} tokens",
     "response_length/clip_ratio": "{:.1%} cut",
-    "actor/entropy": "entropy {:.2f}",
+    "actor/entropy_loss": "entropy {:.2f}",
     "timing_s/step": "{:.1f} s",
     "timing_s/generation": "(rollouts {:.1f}",  # this one and the next: tts_grpo/verl_steps.py
     "timing_s/reward_wait": "then waiting for rewards {:.1f}",

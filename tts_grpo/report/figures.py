@@ -233,7 +233,7 @@ CURVES = (
     Curve("Response length, tokens", ("response_length/mean",), r"val-aux/.*/num_speech_tokens/mean@\d+",
           from_zero=False),
     Curve("Rollouts cut at the longest length", ("response_length/clip_ratio",), form=lambda v: f"{v:.1%}"),
-    Curve("Entropy, nats a token", ("actor/entropy",), from_zero=False),
+    Curve("Entropy, nats a token", ("actor/entropy", "actor/entropy_loss"), from_zero=False),
     Curve("KL between rollout and training policy", ("rollout_corr/kl", "training/rollout_kl"),
           note="How far the engine of the rollouts is from the network that learns."),
     Curve("KL of the update", ("actor/ppo_kl",),

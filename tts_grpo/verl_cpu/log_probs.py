@@ -46,7 +46,8 @@ class LinearLogProbs(torch.autograd.Function):
                     scaled, chosen = hidden[rows] * scale, probs[rows]
                     grad_hidden[rows] += (weight[labels[rows]] - chosen @ weight) * scale
                     grad_weight.index_add_(0, labels[rows], scaled).addmm_(chosen.t(), scaled, alpha=-1)
-        if grad_entropy is not None:  # of the logits: -grad * probs * (log probs + entropy)
+        # of the logits: -grad * probs * (log probs + entropy); all 0 where only the entropy's curve is asked for
+        if grad_entropy is not None and grad_entropy.any():
             inner = probs * (probs.clamp(min=torch.finfo(probs.dtype).tiny).log() + entropy[:, None])
             scale = (grad_entropy / ctx.temperature)[:, None]
             grad_hidden -= inner @ weight * scale
