@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from tts_grpo.bootstrap import interval, ratio
 from tts_grpo.report.experiment import MODEL_TITLES, MODELS, Experiment, Utterance
 
 matplotlib.use("svg")
@@ -26,7 +27,6 @@ CSS = {INK: "--ink", MUTED: "--muted", GRID: "--rule", COLOURS["sft"]: "--sft", 
 SIZE = (4.4, 2.75)  # inches of 72 CSS pixels: the width of a column, so that letters keep their size
 MAX_BINS = 6  # of utterance length
 MAX_STEPS_OF_LINE = 20  # steps a running mean spans at most
-NUM_DRAWS = 2_000
 
 _numbers = itertools.count(1)
 
@@ -157,12 +157,9 @@ def length_bins(lengths: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def rate_and_interval(utterances: list[Utterance], model: str, num_seeds: int) -> tuple[float, float, float]:
-    """Errors of a model over units, and its 95% interval by bootstrap over utterances (Bisani and Ney, 2004)."""
-    errors = np.array([u.errors(model) for u in utterances], float)
-    lengths = np.array([u.length * num_seeds for u in utterances], float)
-    drawn = np.random.default_rng(0).integers(0, len(errors), (NUM_DRAWS, len(errors)))
-    low, high = np.percentile(errors[drawn].sum(1) / lengths[drawn].sum(1), (2.5, 97.5))
-    return errors.sum() / lengths.sum(), float(low), float(high)
+    """Errors of a model over units, and its 95% interval by bootstrap over utterances."""
+    parts = np.array([(u.errors(model), u.length * num_seeds) for u in utterances], float)
+    return ratio(parts), *interval(parts)
 
 
 @styled
