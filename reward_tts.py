@@ -12,6 +12,7 @@ import json
 import logging
 from pathlib import Path
 
+from tts_grpo import credit
 from tts_grpo.jsonl import read_jsonl, write_jsonl, write_text
 from tts_grpo.reward_client import RewardClient, RewardServerError
 from tts_grpo.tokens import parse_speech_tokens
@@ -26,8 +27,9 @@ _bad_rollouts = 0
 
 
 async def compute_score(
-    data_source, solution_str, ground_truth, extra_info=None, server_urls=DEFAULT_URL, failure_file=None, **_
-):
+    data_source, solution_str, ground_truth, extra_info=None, server_urls=DEFAULT_URL, failure_file=None,
+    by_syllable=False, **_
+):  # fmt: skip
     """Score one rollout.
 
     Args:
@@ -38,10 +40,12 @@ async def compute_score(
         server_urls: reward servers, separated by commas or spaces.
         failure_file: file that scripts/train.py watches to stop the training. veRL itself would go on: it logs an
             exception of a rollout and trains on the others.
+        by_syllable: note the errors of each syllable too, for tts_grpo/credit.py.
 
     Returns:
-        ``score`` in [0, 1]; ``pinyin_error_rate``, ``num_speech_tokens`` and ``bad_rollout`` for the metrics. A
-        rollout without speech tokens, or with an id that the codebook lacks, scores 0 on purpose and counts as bad.
+        ``score`` in [0, 1]; ``pinyin_error_rate``, ``num_speech_tokens`` and ``bad_rollout`` for the metrics;
+        ``syllable_errors`` if asked for. A rollout without speech tokens, or with an id that the codebook lacks,
+        scores 0 on purpose and counts as bad.
 
     Raises:
         RewardServerError: no reward could be had, and no ``failure_file`` is given.
@@ -50,9 +54,9 @@ async def compute_score(
     try:
         speech_tokens = parse_speech_tokens(solution_str)
     except ValueError as error:
-        return _bad_rollout(str(error), ground_truth)
+        return _bad_rollout(str(error), ground_truth, by_syllable)
     if not speech_tokens:
-        return _bad_rollout("no speech tokens", ground_truth)
+        return _bad_rollout("no speech tokens", ground_truth, by_syllable)
     if _client is None:
         _client = RewardClient(server_urls.replace(",", " ").split())
     try:
@@ -61,7 +65,8 @@ async def compute_score(
         if failure_file is None:
             raise
         await _stop_training(error, failure_file)
-    return _result(scored.reward, scored.error_rate, len(speech_tokens), bad=False)
+    result = _result(scored.reward, scored.error_rate, len(speech_tokens), bad=False)
+    return result | ({credit.KEY: credit.encode(scored.unit_errors, scored.unit_starts)} if by_syllable else {})
 
 
 async def _stop_training(error: RewardServerError, failure_file: str) -> None:
@@ -71,11 +76,12 @@ async def _stop_training(error: RewardServerError, failure_file: str) -> None:
     await asyncio.Event().wait()
 
 
-def _bad_rollout(reason: str, ground_truth: str) -> dict[str, float]:
+def _bad_rollout(reason: str, ground_truth: str, by_syllable: bool) -> dict[str, float | str]:
     global _bad_rollouts
     _bad_rollouts += 1
     logger.warning("bad rollout %d of this worker (%s) for %r scores 0", _bad_rollouts, reason, ground_truth[:40])
-    return _result(0.0, 1.0, 0, bad=True)
+    result = _result(0.0, 1.0, 0, bad=True)
+    return result | ({credit.KEY: credit.encode((), ())} if by_syllable else {})
 
 
 def _result(score: float, error_rate: float, num_speech_tokens: int, bad: bool) -> dict[str, float]:

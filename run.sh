@@ -216,6 +216,11 @@ configure() {
   source "$root/conf/$profile.sh"
   ((preflight || train_batch_size * rollout_n % (micro_batch_size * num_gpus * num_nodes) == 0)) ||
     die "train_batch_size * rollout_n = $((train_batch_size * rollout_n)) rollouts are no multiple of micro_batch_size * GPUs = $((micro_batch_size * num_gpus * num_nodes)): change one of them"
+  case $credit in
+  syllable) by_syllable=true ;;
+  utterance) by_syllable=false ;;
+  *) die "credit=$credit: it is syllable or utterance" ;;
+  esac
   local device_list
   read -ra device_list <<<"$server_devices"
   read -ra seed_list <<<"$seeds"
@@ -258,7 +263,7 @@ configure() {
     actor_rollout_ref.rollout.calculate_log_probs=True algorithm.rollout_correction.bypass_mode=True
     actor_rollout_ref.actor.calculate_entropy=True # for its curve; entropy_coeff is 0
     reward.custom_reward_function.path="$root/reward_tts.py" reward.custom_reward_function.name=compute_score
-    "+reward.custom_reward_function.reward_kwargs={server_urls: '$server_urls', failure_file: '$exp_dir/reward_failure'}"
+    "+reward.custom_reward_function.reward_kwargs={server_urls: '$server_urls', failure_file: '$exp_dir/reward_failure', by_syllable: $by_syllable}"
     trainer.n_gpus_per_node="$num_gpus" trainer.nnodes="$num_nodes"
     "trainer.logger=[console,tensorboard]" trainer.project_name=tts_grpo trainer.experiment_name="$exp_name"
     trainer.default_local_dir="$exp_dir/checkpoints" trainer.resume_mode=auto
@@ -270,7 +275,7 @@ configure() {
   recorded_settings=(
     profile exp_name seed sft_path token2wav_dir prompt_audio prompt_list token2wav_precision reward_asr_dir
     eval_asr_dir train_jsonl test_jsonl max_prompt_length reward_curve reward_tones num_gpus num_nodes total_steps
-    train_batch_size rollout_n max_response_length learning_rate learning_rate_schedule norm_adv_by_std eval_jsonl
+    train_batch_size rollout_n max_response_length learning_rate learning_rate_schedule credit norm_adv_by_std eval_jsonl
     language seeds temperature top_p top_k overrides
   )
   checked_settings=(
@@ -287,7 +292,7 @@ set_keys() {
   key_0=$(key train_jsonl test_jsonl sft_path max_prompt_length max_bad_ratio)
   key_2=$(key key_0 seed token2wav_dir prompt_audio prompt_list token2wav_precision reward_asr_dir reward_curve \
     reward_tones num_gpus num_nodes total_steps train_batch_size rollout_n max_response_length learning_rate \
-    learning_rate_schedule norm_adv_by_std overrides)
+    learning_rate_schedule credit norm_adv_by_std overrides)
   key_3=$(key key_2 llm_path)
   key_4=$(key key_3 eval_asr_dir eval_jsonl language quality_utterances reference_audio speaker_model_dir seeds \
     infer_batch_size temperature top_p top_k)

@@ -168,6 +168,14 @@ def text_tensor(values: list[str]) -> np.ndarray:
     return np.char.encode(np.array(values, dtype=np.str_), "utf-8")[:, None]
 
 
+def padded_tensor(rows: list[tuple[int, ...]]) -> np.ndarray:
+    """Rows of numbers as a tensor int32 (B, longest row), padded with -1."""
+    tensor = np.full((len(rows), max([1, *map(len, rows)])), -1, np.int32)
+    for values, row in zip(tensor, rows, strict=True):
+        values[: len(row)] = row
+    return tensor
+
+
 def infer_function(instance: Instance):
     """PyTriton's inference callable of one instance's scores."""
     from pytriton.decorators import batch
@@ -180,6 +188,8 @@ def infer_function(instance: Instance):
             "REWARDS": np.array([[score.reward] for score in scores], np.float32),
             "ERROR_RATES": np.array([[score.error_rate] for score in scores], np.float32),
             "TRANSCRIPTS": text_tensor([score.transcript for score in scores]),
+            "UNIT_ERRORS": padded_tensor([score.unit_errors for score in scores]),
+            "UNIT_STARTS": padded_tensor([score.unit_starts for score in scores]),
             "ERRORS": text_tensor([score.error for score in scores]),
         }
 
@@ -275,6 +285,8 @@ def bind_models(triton, instances: list[Instance], config) -> None:
             Tensor(name="REWARDS", dtype=np.float32, shape=(1,)),
             Tensor(name="ERROR_RATES", dtype=np.float32, shape=(1,)),
             Tensor(name="TRANSCRIPTS", dtype=bytes, shape=(1,)),
+            Tensor(name="UNIT_ERRORS", dtype=np.int32, shape=(-1,)),
+            Tensor(name="UNIT_STARTS", dtype=np.int32, shape=(-1,)),
             Tensor(name="ERRORS", dtype=bytes, shape=(1,)),
         ],
         config=config,

@@ -71,6 +71,7 @@ train_batch_size=${train_batch_size:-$(larger 32 $((4 * num_gpus * num_nodes)))}
 max_response_length=${max_response_length:-1024}
 learning_rate=${learning_rate:-1e-6}
 learning_rate_schedule=${learning_rate_schedule:-constant}              # constant or cosine, which ends at 0
+credit=${credit:-utterance}                                           # syllable: advantages where the errors are (tts_grpo/credit.py)
 norm_adv_by_std=${norm_adv_by_std:-True}                                # False: as Dr. GRPO, no division by a group's deviation
 micro_batch_size=${micro_batch_size:-$(micro_batch "$gpu_memory_gib")}  # rollouts in one backward pass
 vllm_memory_share=${vllm_memory_share:-$(vllm_share "$gpu_memory_gib")} # of a GPU, for vLLM's weights and cache

@@ -30,6 +30,7 @@ rollout_n=${rollout_n:-8}                # rollouts a prompt
 max_response_length=${max_response_length:-160}
 learning_rate=${learning_rate:-4.5e-4}
 learning_rate_schedule=${learning_rate_schedule:-constant} # constant or cosine, which ends at 0
+credit=${credit:-syllable}                                # whose advantage a token gets: syllable, or utterance as GRPO has it
 norm_adv_by_std=${norm_adv_by_std:-False}                  # True: GRPO's division by a group's deviation
 micro_batch_size=${micro_batch_size:-8}                    # rollouts in one backward pass
 test_freq=${test_freq:-25}                                 # steps between validations

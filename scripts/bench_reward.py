@@ -240,7 +240,7 @@ def exactness(strict: RewardScorer, fast: RewardScorer, official: OneByOne, pair
         exact, quickly = (mel[i, :, : 2 * len(row)] for mel in mels)
         mel_error += (exact - quickly).square().sum().item()
         mel_size += exact.square().sum().item()
-    heard = [scorer.transcribe(tokens, voices) for scorer in (strict, fast)]
+    heard = [[one.text for one in scorer.hear(tokens, voices)] for scorer in (strict, fast)]
     errors = [count_errors(pinyin(a, True), pinyin(b, True)) for a, b in zip(*heard, strict=True)]
     return {
         "fp32_batch_max_difference": worst, "waveform_peak": batch.abs().max().item(),

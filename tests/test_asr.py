@@ -7,6 +7,7 @@ import torch
 from tts_grpo.asr import SenseVoice
 from tts_grpo.audio import load_audio
 from tts_grpo.metrics import pinyin_error_rate
+from tts_grpo.text import written_units
 
 
 def recordings(assets, test_rows, count):
@@ -20,6 +21,18 @@ def test_it_hears_what_was_said_and_not_something_else(asr, assets, test_rows):
     assert pinyin_error_rate(texts, transcripts, tones=False) < 0.1
     assert pinyin_error_rate(texts[1:] + texts[:1], transcripts, tones=False) > 0.7
     assert not any("<|" in transcript for transcript in transcripts)
+
+
+def test_onsets_tell_when_each_syllable_came(asr, assets, test_rows):
+    _, (first, second) = recordings(assets, test_rows, 2)
+    gap = np.zeros(8000, np.float32)
+    alone, other, joined = asr.hear([first, second, np.concatenate([first, gap, second])])
+    count = len(alone.onsets_s)
+    assert len(written_units(joined.text)) == len(joined.onsets_s) >= count + len(other.onsets_s) - 2
+    assert list(joined.onsets_s) == sorted(joined.onsets_s)
+    np.testing.assert_allclose(joined.onsets_s[: count - 1], alone.onsets_s[:-1], atol=0.1)
+    later = (len(first) + len(gap)) / 16000
+    np.testing.assert_allclose(joined.onsets_s[-3:], np.array(other.onsets_s[-3:]) + later, atol=0.1)
 
 
 def test_order_and_batch_do_not_matter(asr, assets, test_rows):

@@ -8,7 +8,9 @@ from tts_grpo.protocol import BUCKETS, Scored, bucket, decode_response, encode_r
 
 def response(reward=0.5, error=""):
     values = {"REWARDS": reward, "ERROR_RATES": 0.25, "TRANSCRIPTS": "你好", "ERRORS": error}
-    return {"outputs": [{"name": name, "data": [value]} for name, value in values.items()]}
+    units = {"UNIT_ERRORS": [0, 1, -1], "UNIT_STARTS": [0, 7, -1]}
+    values = units | {name: [value] for name, value in values.items()}
+    return {"outputs": [{"name": name, "data": data} for name, data in values.items()]}
 
 
 def test_jsonl_round_trip_and_named_faults(tmp_path):
@@ -37,7 +39,7 @@ def test_request_is_padded_to_its_bucket():
 
 
 def test_response():
-    assert decode_response(response()) == Scored(0.5, 0.25, "你好")
+    assert decode_response(response()) == Scored(0.5, 0.25, "你好", (0, 1), (0, 7))
 
 
 @pytest.mark.parametrize("reward", [math.nan, -0.1, 1.1, None])

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from tts_grpo.asr import Heard
 from tts_grpo.audio import resample, resample_batch
 from tts_grpo.scorer import RewardScorer
 from tts_grpo.token2wav import PromptVoice
@@ -25,24 +26,33 @@ class Spoken:
         return waveforms, lens
 
 
-class Heard:
-    def transcribe(self, recordings):
-        return ["你好"] * len(recordings)
+class Hearing:
+    def __init__(self, text="你好", onsets_s=(0.04, 0.24)):
+        self.heard = Heard(text, onsets_s)
+
+    def hear(self, recordings):
+        return [self.heard] * len(recordings)
 
 
 def test_rollouts_of_a_text_have_one_voice_and_texts_differ():
     voices = [PromptVoice(name, np.zeros(1, np.float32), ()) for name in "abc"]
     token2wav = Spoken()
     texts = [f"第{i}句" for i in range(20)]
-    RewardScorer(token2wav, Heard(), True, "tanh", voices, seed=1).score([[1]] * 40, texts * 2)
+    RewardScorer(token2wav, Hearing(), True, "tanh", voices, seed=1).score([[1]] * 40, texts * 2)
     (given,) = token2wav.voices
     assert given[:20] == given[20:] and {voice.prompt_text for voice in given} == set("abc")
 
 
 def test_speech_that_is_not_finite_is_an_error_of_its_rollout_alone():
-    scores = RewardScorer(Spoken(), Heard()).score([[1], [0], [2]], ["你好"] * 3)
+    scores = RewardScorer(Spoken(), Hearing()).score([[1], [0], [2]], ["你好"] * 3)
     assert [score.reward for score in scores[::2]] == [1.0, 1.0]
     assert "not finite" in scores[1].error and np.isnan(scores[1].reward)
+
+
+def test_errors_are_placed_at_the_speech_tokens_of_their_syllable():
+    (score,) = RewardScorer(Spoken(), Hearing("你早", (0.08, 0.24))).score([[1] * 20], ["你好吗"])
+    assert score.unit_errors == (0, 1, 1) and score.error_rate == 2 / 3
+    assert score.unit_starts == (1, 5, 12)  # 25 a second, the recogniser names it a token late; the third of 0.8 s
 
 
 def test_resampling_of_a_batch_is_scipys():

@@ -67,6 +67,8 @@ def test_trains_survives_a_kill_and_merges(recipe):
     assert "step 2/2: reward" in done.stdout and "validation after step 2" in done.stdout
     assert {"0.jsonl", "2.jsonl"} <= {path.name for path in (exp_dir / "validation").iterdir()}
     heard = sounds(exp_dir / "tensorboard/validation")
+    (advantages,) = re.findall(r"step:2 - .*critic/advantages/nonzero:(?:np\.float64\()?([0-9.]+)", log)
+    assert 0 <= float(advantages) <= 1  # credit by syllable, the profile's setting
     assert len(heard) == 4 and all(events[-1][0] == 2 for events in heard.values()), done.stdout[-3000:]
     merged = exp_dir / "merged_hf_model"
     from transformers import AutoModelForCausalLM, AutoTokenizer

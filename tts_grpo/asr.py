@@ -4,6 +4,7 @@ Each recogniser has ``transcribe``. :func:`load_asr` chooses by what the folder 
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,8 +18,23 @@ import yaml
 from torch.nn.utils.rnn import pad_sequence
 
 from tts_grpo.audio import ASR_HZ
+from tts_grpo.text import characters, written_units
 
 MIN_SAMPLES = 400  # one analysis frame: funasr fails on less
+NUM_QUERIES = 4  # frames that SenseVoice puts before the speech: language, event, emotion, text normalisation
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What was heard of a recording.
+
+    Attributes:
+        text: the transcript.
+        onsets_s: when each of its units (:func:`tts_grpo.text.written_units`) came up, in seconds.
+    """
+
+    text: str = ""
+    onsets_s: tuple[float, ...] = ()
 
 
 class SenseVoice:
@@ -46,6 +62,13 @@ class SenseVoice:
             model=str(folder), device=device, disable_update=True, disable_pbar=True, ncpu=torch.get_num_threads()
         )
         self._check_weights(folder)
+        frontend = self._model.kwargs["frontend"]
+        self._frame_s = frontend.lfr_n * frontend.frame_shift / 1000
+        self._likeliest = None  # what CTC makes of each frame of the last batch, (B, T)
+        self._model.model.ctc.ctc_lo.register_forward_hook(self._keep_likeliest)
+
+    def _keep_likeliest(self, module, inputs, logits) -> None:
+        self._likeliest = logits.argmax(-1)
 
     def _check_weights(self, folder: Path) -> None:
         saved = torch.load(folder / "model.pt", map_location="cpu", weights_only=True)
@@ -63,26 +86,50 @@ class SenseVoice:
 
         One shorter than an analysis frame has the transcript "".
         """
-        from funasr.utils.postprocess_utils import rich_transcription_postprocess
+        return [heard.text for heard in self.hear(recordings)]
 
-        transcripts = [""] * len(recordings)
+    def hear(self, recordings: Sequence[np.ndarray | torch.Tensor]) -> list[Heard]:
+        """:meth:`transcribe`, with the time of each unit."""
+        heard = [Heard()] * len(recordings)
         # Like lengths together: less padding, and the same result.
         order = sorted((i for i, r in enumerate(recordings) if len(r) >= MIN_SAMPLES), key=lambda i: len(recordings[i]))
         for first in range(0, len(order), self.batch_size):
             batch = order[first : first + self.batch_size]
-            for i, text in zip(batch, self._recognise([recordings[i] for i in batch]), strict=True):
-                transcripts[i] = rich_transcription_postprocess(text)
-        return transcripts
+            for i, one in zip(batch, self._recognise([recordings[i] for i in batch]), strict=True):
+                heard[i] = one
+        return heard
 
     @torch.inference_mode()
-    def _recognise(self, recordings) -> list[str]:
+    def _recognise(self, recordings) -> list[Heard]:
         """``AutoModel.generate``, with the features of a batch computed together on the network's device."""
+        from funasr.utils.postprocess_utils import rich_transcription_postprocess
+
         features, lens = self._features([torch.as_tensor(r, device=self.device) for r in recordings])
+        num_frames = lens.tolist()  # inference counts the queries in
         results, _ = self._model.model.inference(
             features, lens, key=[""] * len(lens), tokenizer=self._model.kwargs["tokenizer"], device=self.device,
             data_type="fbank", language="zh", use_itn=False,
         )  # fmt: skip
-        return [result["text"] for result in results]
+        frames = (
+            row[NUM_QUERIES : NUM_QUERIES + n] for row, n in zip(self._likeliest.tolist(), num_frames, strict=True)
+        )
+        texts = [rich_transcription_postprocess(result["text"]) for result in results]
+        return [Heard(text, self._onsets(text, ids)) for text, ids in zip(texts, frames, strict=True)]
+
+    def _onsets(self, text: str, frames: Sequence[int]) -> tuple[float, ...]:
+        """When each unit of a transcript came up, by the likeliest piece of each frame."""
+        onsets, begin = [], 0  # one for each character of the pieces
+        for piece, same in itertools.groupby(frames):
+            if piece != self._model.model.blank_id:
+                written = self._model.kwargs["tokenizer"].decode([piece])
+                onsets += [begin * self._frame_s] * len(characters(written))
+            begin += len(list(same))
+        sizes = [len(unit) for unit in written_units(text)]
+        if not onsets:
+            return (0.0,) * len(sizes)
+        # The scale is 1 unless post-processing took characters away.
+        firsts = np.cumsum([0, *sizes[:-1]]) * len(onsets) // max(1, sum(sizes))
+        return tuple(onsets[first] for first in firsts[: len(sizes)])
 
     def _features(self, recordings: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """``WavFrontend.forward``, its filter bank once for all: (B, T, bands) and int64 (B,)."""

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from rapidfuzz.distance import Levenshtein
 
 from tts_grpo.text import pinyin
@@ -56,6 +57,43 @@ def align(reference: Sequence[str], hypothesis: Sequence[str]) -> list[tuple[str
         said, heard = reference[op.src_start : op.src_end], hypothesis[op.dest_start : op.dest_end]
         pairs += zip(said or [None] * len(heard), heard or [None] * len(said), strict=True)
     return pairs
+
+
+def locate_errors(
+    reference: Sequence[str], hypothesis: Sequence[str], onsets_s: Sequence[float], duration_s: float
+) -> tuple[list[int], list[float]]:
+    """Errors at each unit of a reference, and when that unit begins in the recording.
+
+    A unit too many counts at the reference unit before it (at the first one, if it comes first); a unit that was not
+    heard is placed between its neighbours. The errors' sum is the number of edits.
+
+    Args:
+        reference: N units that were to be said.
+        hypothesis: units that were heard.
+        onsets_s: when each of them was heard, in seconds.
+        duration_s: of the recording.
+
+    Returns:
+        N errors and N times in seconds, ascending.
+
+    Raises:
+        ValueError: hypothesis and onsets differ in length.
+    """
+    if len(hypothesis) != len(onsets_s):
+        raise ValueError(f"{len(hypothesis)} units were heard, {len(onsets_s)} times are given")
+    errors, heard_at = [0] * len(reference), {-1: 0.0, len(reference): duration_s}
+    onsets, unit = iter(onsets_s), 0  # unit: the reference's next one
+    for said, heard in align(reference, hypothesis):
+        onset = next(onsets) if heard is not None else None
+        if said is None:
+            errors[max(0, unit - 1)] += 1
+            continue
+        errors[unit] += said != heard
+        if onset is not None:
+            heard_at[unit] = onset
+        unit += 1
+    places = sorted(heard_at)
+    return errors, np.interp(range(len(reference)), places, [heard_at[place] for place in places]).tolist()
 
 
 def count_errors(reference: Sequence[str], hypothesis: Sequence[str]) -> ErrorCounts:

@@ -13,6 +13,8 @@ GT_TEXT        bytes   [B, 1] what was to be said, UTF-8
 REWARDS        float32 [B, 1] in [0, 1]; NaN where ERRORS is not empty
 ERROR_RATES    float32 [B, 1] pinyin error rate that the reward is made of; NaN likewise
 TRANSCRIPTS    bytes   [B, 1] what was heard
+UNIT_ERRORS    int32   [B, N] errors at each unit (syllable) of GT_TEXT, padded with -1
+UNIT_STARTS    int32   [B, N] the speech token with which each begins, padded with -1
 ERRORS         bytes   [B, 1] empty, or why this sample could not be scored
 ============== ======= ====== ============================================================
 
@@ -34,18 +36,20 @@ from dataclasses import dataclass
 MODEL_NAME = "token2wav_asr"
 SPEECH_MODEL_NAME = "token2wav"
 SPEECH_OUTPUT_NAMES = ("WAVEFORM", "WAVEFORM_LENS", "SAMPLE_RATE", "ERRORS")
-OUTPUT_NAMES = ("REWARDS", "ERROR_RATES", "TRANSCRIPTS", "ERRORS")
+OUTPUT_NAMES = ("REWARDS", "ERROR_RATES", "TRANSCRIPTS", "UNIT_ERRORS", "UNIT_STARTS", "ERRORS")
 # Few, so that batches fill: zeros cost next to nothing on the way, and the server sorts what it gets by length.
 BUCKETS = (512, 2048)
 
 
 @dataclass(frozen=True)
 class Scored:
-    """What the server found of one rollout."""
+    """What the server found of one rollout; see :class:`tts_grpo.scorer.SampleScore`."""
 
     reward: float
     error_rate: float
     transcript: str
+    unit_errors: tuple[int, ...]
+    unit_starts: tuple[int, ...]
 
 
 def bucket(num_tokens: int) -> int:
@@ -101,10 +105,13 @@ def decode_response(body: dict) -> Scored:
         KeyError: an output is missing: this is no server of this protocol.
         ValueError: the server could not score the sample, or its reward is not in [0, 1].
     """
-    outputs = {output["name"]: output["data"][0] for output in body["outputs"]}
-    reward, error_rate, transcript, error = (outputs[name] for name in OUTPUT_NAMES)
+    outputs = {output["name"]: output["data"] for output in body["outputs"]}
+    units, starts = (tuple(n for n in outputs[name] if n >= 0) for name in ("UNIT_ERRORS", "UNIT_STARTS"))
+    reward, error_rate, transcript, error = (
+        outputs[name][0] for name in ("REWARDS", "ERROR_RATES", "TRANSCRIPTS", "ERRORS")
+    )
     if error:
         raise ValueError(f"the reward server could not score a sample: {error}")
     if not isinstance(reward, int | float) or not 0.0 <= reward <= 1.0:
         raise ValueError(f"the reward server answered with a reward of {reward}")
-    return Scored(float(reward), float(error_rate), transcript)
+    return Scored(float(reward), float(error_rate), transcript, units, starts)

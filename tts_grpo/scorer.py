@@ -7,20 +7,30 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tts_grpo.asr import SenseVoice
+from tts_grpo.asr import Heard, SenseVoice
 from tts_grpo.audio import ASR_HZ, resample_batch
-from tts_grpo.metrics import count_errors, reward
+from tts_grpo.metrics import locate_errors, reward
 from tts_grpo.text import pinyin
 from tts_grpo.token2wav import PromptVoice, Token2Wav, choose_voice
+from tts_grpo.tokens import TOKEN_HZ
+
+ONSET_DELAY_S = 0.04  # from a syllable's first speech token to the frame at which a CTC recogniser names it
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleScore:
-    """One sample's score; ``error`` says why there is none, and is empty otherwise."""
+    """One sample's score; ``error`` says why there is none, and is empty otherwise.
+
+    Attributes:
+        unit_errors: errors at each unit (syllable) of the ground truth; their sum over the units is the error rate.
+        unit_starts: the speech token with which each of them begins.
+    """
 
     reward: float = float("nan")
     error_rate: float = float("nan")
     transcript: str = ""
+    unit_errors: tuple[int, ...] = ()
+    unit_starts: tuple[int, ...] = ()
     error: str = ""
 
 
@@ -82,14 +92,20 @@ class RewardScorer:
             if not reference:
                 raise ValueError(f"the ground truth {text!r} has no word")
         voices = [choose_voice(self.prompt_voices, text, self.seed) for text in ground_truths]
-        transcripts = self.transcribe(speech_tokens, voices)
+        heard = self.hear(speech_tokens, voices)
         start = time.perf_counter()
-        scores = []
-        for reference, transcript in zip(references, transcripts, strict=True):
-            error_rate = count_errors(reference, pinyin(transcript, self.tones)).rate
-            scores.append(SampleScore(reward(error_rate, self.curve), error_rate, transcript))
+        scores = [
+            self._compare(reference, one, len(tokens) / TOKEN_HZ)
+            for reference, one, tokens in zip(references, heard, speech_tokens, strict=True)
+        ]
         self.seconds["text"] += time.perf_counter() - start
         return scores
+
+    def _compare(self, reference: tuple[str, ...], heard: Heard, duration_s: float) -> SampleScore:
+        errors, onsets_s = locate_errors(reference, pinyin(heard.text, self.tones), heard.onsets_s, duration_s)
+        starts = tuple(max(0, round((onset_s - ONSET_DELAY_S) * TOKEN_HZ)) for onset_s in onsets_s)
+        error_rate = sum(errors) / len(reference)
+        return SampleScore(reward(error_rate, self.curve), error_rate, heard.text, tuple(errors), starts)
 
     def speak(self, speech_tokens: Sequence[Sequence[int]]) -> list[SampleSpeech]:
         """The speech that samples are scored by, one by one: for listening, where no speed is needed."""
@@ -104,7 +120,7 @@ class RewardScorer:
                 said.append(SampleSpeech(np.zeros(0, np.int16), rate, f"{type(error).__name__}: {error}"))
         return said
 
-    def transcribe(self, speech_tokens: Sequence[Sequence[int]], voices=None) -> list[str]:
+    def hear(self, speech_tokens: Sequence[Sequence[int]], voices=None) -> list[Heard]:
         """What the recogniser hears of speech tokens, each spoken in its voice."""
         start = time.perf_counter()
         waveforms, lens = self.token2wav(speech_tokens, voices)
@@ -113,7 +129,7 @@ class RewardScorer:
         if not waveforms.isfinite().all():  # waits for the decoder too, so that its time is not counted as the other's
             raise ValueError("the decoded speech is not finite: use token2wav_precision=bf16 or fp32")
         decoded = time.perf_counter()
-        transcripts = self.asr.transcribe([wave[:n] for wave, n in zip(waveforms, lens, strict=True)])
+        heard = self.asr.hear([wave[:n] for wave, n in zip(waveforms, lens, strict=True)])
         self.seconds["token2wav"] += decoded - start
         self.seconds["asr"] += time.perf_counter() - decoded
-        return transcripts
+        return heard

@@ -1,6 +1,6 @@
 """What is added to veRL's training loop, on any device; written for veRL 0.9.1.
 
-Loaded in veRL's processes through ``actor_rollout_ref.model.external_lib``. Two things:
+Loaded in veRL's processes through ``actor_rollout_ref.model.external_lib``. Three things:
 
 - The wait for rewards becomes a metric. veRL scores a rollout as soon as it has ended, while others are still being
   generated, so the seconds of a request to the reward server say little. What training waits for rewards is the time
@@ -9,13 +9,21 @@ Loaded in veRL's processes through ``actor_rollout_ref.model.external_lib``. Two
   step start together, or the sum would be none of the clock's.
 - veRL looks every 2 s whether the rollouts of a step are there (``ReplayBuffer.poll_interval``, which no setting
   reaches): a second of each step on average. Here it looks ten times a second.
+- Where the reward notes the errors of each syllable (``credit=syllable``), GRPO's advantages are made of them
+  (tts_grpo/credit.py); ``critic/advantages/nonzero`` is the share of tokens that have one.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable
 
+import numpy as np
+import torch
 import transfer_queue as tq
+from tensordict import TensorDict
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
+
+from tts_grpo.credit import KEY, syllable_advantages
 
 POLL_S = 0.1
 
@@ -54,5 +62,55 @@ def _poll_often() -> None:
     ReplayBuffer._wait_for_next_poll = wait_briefly
 
 
+def group_advantages(
+    uids: Iterable[str], notes: list[str | None], scores: list[float], num_tokens: list[int], by_std: bool
+) -> list[np.ndarray] | None:
+    """Advantages of a step's rollouts by syllable, or None where the reward notes no syllables.
+
+    Raises:
+        ValueError: it does for some rollouts only.
+    """
+    noted = [note is not None for note in notes]
+    if not any(noted):
+        return None
+    if not all(noted):
+        raise ValueError(f"{noted.count(False)} of {len(noted)} rollouts lack {KEY}: no credit by syllable")
+    groups = defaultdict(list)
+    for row, uid in enumerate(uids):
+        groups[uid].append(row)
+    advantages = [None] * len(notes)
+    for rows in groups.values():
+        of_group = syllable_advantages(
+            *([values[row] for row in rows] for values in (notes, scores, num_tokens)), by_std
+        )
+        for row, values in zip(rows, of_group, strict=True):
+            advantages[row] = values
+    return advantages
+
+
+def _credit_syllables() -> None:
+    compute_advantage = PPOTrainer._compute_advantage
+
+    def with_credit(self, batch, metrics):
+        batch = compute_advantage(self, batch, metrics)
+        fields = ["uid", "rm_scores", "extra_fields"]
+        rows = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
+        notes = [(extra or {}).get("reward_extra_info", {}).get(KEY) for extra in rows["extra_fields"].tolist()]
+        scores = rows["rm_scores"].unbind()  # of each token
+        advantages = group_advantages(
+            rows["uid"].tolist(), notes, [row.sum().item() for row in scores], [len(row) for row in scores],
+            self.config.algorithm.get("norm_adv_by_std_in_grpo", True),
+        )  # fmt: skip
+        if advantages is None:
+            return batch
+        metrics["critic/advantages/nonzero"] = float(np.mean(np.concatenate(advantages) != 0))
+        nested = torch.nested.as_nested_tensor([torch.from_numpy(row) for row in advantages], layout=torch.jagged)
+        output = TensorDict({"advantages": nested, "returns": nested}, batch_size=len(advantages))
+        return tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=output)
+
+    PPOTrainer._compute_advantage = with_credit
+
+
 _add_rollout_seconds()
 _poll_often()
+_credit_syllables()

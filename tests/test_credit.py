@@ -1,0 +1,94 @@
+"""Credit by syllable: where errors are, and what becomes of them among veRL's advantages."""
+
+import subprocess
+
+import numpy as np
+import pytest
+
+from tests.conftest import ROOT
+from tts_grpo.credit import encode, syllable_advantages
+from tts_grpo.metrics import count_errors, locate_errors
+
+# Three syllables that begin with tokens 0, 4 and 9.
+STARTS = (0, 4, 9)
+
+
+def test_an_error_is_charged_to_the_tokens_of_its_syllable():
+    right, wrong = encode((0, 0, 0), STARTS), encode((0, 1, 0), (0, 3, 7))
+    first, second = syllable_advantages([right, wrong], [1.0, 0.4], [12, 10])
+    np.testing.assert_allclose(first, [0] * 4 + [0.3] * 5 + [0] * 3, atol=1e-7)
+    np.testing.assert_allclose(second, [0] * 3 + [-0.3] * 4 + [0] * 3, atol=1e-7)
+
+
+def test_over_the_syllables_it_adds_up_to_grpos_advantage():
+    rng = np.random.default_rng(0)
+    errors = rng.integers(0, 3, (8, 3))
+    scores = np.where(errors.any(1), rng.uniform(0, 0.9, 8), 1.0)
+    advantages = syllable_advantages([encode(row.tolist(), STARTS) for row in errors], scores, [12] * 8)
+    totals = [row[list(STARTS)].sum() for row in advantages]
+    np.testing.assert_allclose(totals, scores - scores.mean(), atol=1e-6)
+
+
+def test_a_bad_rollout_loses_everywhere():
+    bad, right = encode((), ()), encode((0, 0, 0), STARTS)
+    first, second = syllable_advantages([bad, right], [0.0, 1.0], [2, 12])
+    np.testing.assert_allclose(first, [-0.5] * 2, atol=1e-6)
+    np.testing.assert_allclose(second, [1 / 6] * 12, atol=1e-6)
+    assert not np.concatenate(syllable_advantages([bad, bad], [0.0, 0.0], [2, 3])).any()
+
+
+def test_division_by_the_groups_deviation():
+    notes = [encode((0, 0, 0), STARTS), encode((0, 1, 0), STARTS)]
+    plain, divided = (syllable_advantages(notes, [1.0, 0.4], [12, 12], by_std) for by_std in (False, True))
+    np.testing.assert_allclose(divided[0], plain[0] / np.std([1.0, 0.4], ddof=1), rtol=1e-4)
+
+
+def test_rollouts_of_other_texts_are_no_group():
+    with pytest.raises(ValueError, match="the same"):
+        syllable_advantages([encode((0, 1), (0, 4)), encode((0, 0, 0), STARTS)], [0.5, 1.0], [8, 12])
+
+
+@pytest.mark.parametrize(
+    ("hypothesis", "onsets_s", "errors", "times_s"),
+    [
+        ("abcd", (0.1, 0.3, 0.5, 0.7), [0, 0, 0, 0], [0.1, 0.3, 0.5, 0.7]),
+        ("axcd", (0.1, 0.3, 0.5, 0.7), [0, 1, 0, 0], [0.1, 0.3, 0.5, 0.7]),
+        ("acd", (0.1, 0.5, 0.7), [0, 1, 0, 0], [0.1, 0.3, 0.5, 0.7]),  # between its neighbours
+        ("abcxd", (0.1, 0.3, 0.5, 0.6, 0.7), [0, 0, 1, 0], [0.1, 0.3, 0.5, 0.7]),
+        ("xabcd", (0.0, 0.1, 0.3, 0.5, 0.7), [1, 0, 0, 0], [0.1, 0.3, 0.5, 0.7]),
+        ("abc", (0.1, 0.3, 0.5), [0, 0, 0, 1], [0.1, 0.3, 0.5, 0.7]),
+        ("", (), [1, 1, 1, 1], [0.18, 0.36, 0.54, 0.72]),
+    ],
+)
+def test_errors_have_a_place(hypothesis, onsets_s, errors, times_s):
+    found, times = locate_errors("abcd", hypothesis, onsets_s, 0.9)
+    assert found == errors and sum(found) == count_errors("abcd", hypothesis).errors
+    np.testing.assert_allclose(times, times_s, atol=1e-9)
+
+
+def test_units_without_times_are_an_error():
+    with pytest.raises(ValueError, match="2 units were heard, 1 times"):
+        locate_errors("ab", "ab", (0.1,), 1.0)
+
+
+VERL = """
+from tts_grpo.credit import encode
+from tts_grpo.verl_steps import group_advantages
+right, wrong = encode((0, 0), (0, 2)), encode((0, 1), (0, 2))
+found = group_advantages("abab", [right, right, wrong, right], [1.0, 1.0, 0.5, 1.0], [3, 3, 4, 3], False)
+print([row.tolist() for row in found])
+print(group_advantages("ab", [None, None], [1.0, 0.5], [3, 3], False))
+try:
+    group_advantages("ab", [None, right], [1.0, 0.5], [3, 3], False)
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_each_group_has_its_own_mean_and_a_missing_note_is_an_error(trainer_python):
+    run = subprocess.run([trainer_python, "-c", VERL], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+    groups, none, error = run.stdout.splitlines()[-3:]
+    assert groups == "[[0.0, 0.0, 0.25], [0.0, 0.0, 0.0], [0.0, 0.0, -0.25, -0.25], [0.0, 0.0, 0.0]]"
+    assert none == "None"
+    assert error == "1 of 2 rollouts lack syllable_errors: no credit by syllable"
