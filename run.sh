@@ -252,6 +252,7 @@ configure() {
     actor_rollout_ref.model.path="$sft_path"
     actor_rollout_ref.actor.optim.lr="$learning_rate" actor_rollout_ref.actor.use_kl_loss=False
     actor_rollout_ref.actor.optim.lr_scheduler_type="$learning_rate_schedule"
+    "actor_rollout_ref.actor.optim.override_optimizer_config={eps: $adam_eps}"
     actor_rollout_ref.actor.ppo_mini_batch_size="$train_batch_size"
     actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu="$micro_batch_size"
     actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu="$micro_batch_size"
@@ -275,7 +276,7 @@ configure() {
   recorded_settings=(
     profile exp_name seed sft_path token2wav_dir prompt_audio prompt_list token2wav_precision reward_asr_dir
     eval_asr_dir train_jsonl test_jsonl max_prompt_length reward_curve reward_tones num_gpus num_nodes total_steps
-    train_batch_size rollout_n max_response_length learning_rate learning_rate_schedule credit norm_adv_by_std eval_jsonl
+    train_batch_size rollout_n max_response_length learning_rate learning_rate_schedule adam_eps credit norm_adv_by_std eval_jsonl
     language seeds temperature top_p top_k overrides
   )
   checked_settings=(
@@ -292,7 +293,7 @@ set_keys() {
   key_0=$(key train_jsonl test_jsonl sft_path max_prompt_length max_bad_ratio)
   key_2=$(key key_0 seed token2wav_dir prompt_audio prompt_list token2wav_precision reward_asr_dir reward_curve \
     reward_tones num_gpus num_nodes total_steps train_batch_size rollout_n max_response_length learning_rate \
-    learning_rate_schedule credit norm_adv_by_std overrides)
+    learning_rate_schedule adam_eps credit norm_adv_by_std overrides)
   key_3=$(key key_2 llm_path)
   key_4=$(key key_3 eval_asr_dir eval_jsonl language quality_utterances reference_audio speaker_model_dir seeds \
     infer_batch_size temperature top_p top_k)

@@ -24,17 +24,18 @@ reward_tones=${reward_tones:-0} # 1: tones count in the reward's pinyin error ra
 
 # GRPO (stage 2)
 num_gpus=${num_gpus:-1} num_nodes=${num_nodes:-1} # here one worker on the CPU
-total_steps=${total_steps:-50}
+total_steps=${total_steps:-36}
 train_batch_size=${train_batch_size:-16} # prompts a step
 rollout_n=${rollout_n:-8}                # rollouts a prompt
 max_response_length=${max_response_length:-160}
 learning_rate=${learning_rate:-4.5e-4}
 learning_rate_schedule=${learning_rate_schedule:-constant} # constant or cosine, which ends at 0
-credit=${credit:-syllable}                                # whose advantage a token gets: syllable, or utterance as GRPO has it
+adam_eps=${adam_eps:-1e-5}                                 # about a weight's gradient here: those without one, such as rare tokens', stay
+credit=${credit:-syllable}                                 # whose advantage a token gets: syllable, or utterance as GRPO has it
 norm_adv_by_std=${norm_adv_by_std:-False}                  # True: GRPO's division by a group's deviation
 micro_batch_size=${micro_batch_size:-8}                    # rollouts in one backward pass
-test_freq=${test_freq:-25}                                 # steps between validations
-save_freq=${save_freq:-25}                                 # steps between checkpoints
+test_freq=${test_freq:-18}                                 # steps between validations
+save_freq=${save_freq:-18}                                 # steps between checkpoints
 max_checkpoints=${max_checkpoints:-1}                      # kept of them
 train_threads=${train_threads:-2}
 trainer_requirements=${trainer_requirements:-$root/requirements-verl.txt}
