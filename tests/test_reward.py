@@ -17,6 +17,7 @@ from tts_grpo.jsonl import read_jsonl
 from tts_grpo.protocol import MODEL_NAME, encode_request
 from tts_grpo.reward_client import RewardClient, RewardServerError
 from tts_grpo.scorer import RewardScorer
+from tts_grpo.text import pinyin
 from tts_grpo.tokens import format_speech_tokens
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,15 +100,21 @@ def test_known_answers(reward_server, assets, capsys):
 def test_compute_score(reward_server, rows, monkeypatch):
     async def go():
         monkeypatch.setattr(reward_tts, "_client", None)
-        score = lambda text: reward_tts.compute_score("", text, rows[0]["text"], server_urls=reward_server.url)  # noqa: E731
+        score = lambda text: reward_tts.compute_score(  # noqa: E731
+            "", text, rows[0]["text"], server_urls=reward_server.url, by_syllable=True
+        )
         results = [await score(s) for s in (format_speech_tokens(rows[0]["speech_tokens"]), "hello", "<|s_7000|>")]
         await reward_tts._client.close()
         return results
 
     good, silent, out_of_range = asyncio.run(go())
     assert good["score"] > 0.3 and good["bad_rollout"] == 0.0
+    errors, starts = json.loads(good["syllable_errors"])
+    syllables = pinyin(rows[0]["text"], tones=False)
+    assert len(errors) == len(starts) == len(syllables) and sum(errors) / len(errors) == good["pinyin_error_rate"]
+    assert starts == sorted(starts) and 0 <= starts[0] < starts[-1] < len(rows[0]["speech_tokens"])
     for bad in (silent, out_of_range):
-        assert (bad["score"], bad["bad_rollout"]) == (0.0, 1.0)
+        assert (bad["score"], bad["bad_rollout"], bad["syllable_errors"]) == (0.0, 1.0, "[[], []]")
 
 
 def test_no_server_is_an_error_and_never_a_reward(rows):

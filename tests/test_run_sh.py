@@ -222,6 +222,14 @@ def test_rollouts_must_fill_the_micro_batches(recipe):
     assert recipe.calls() == []
 
 
+def test_credit_reaches_the_reward(recipe):
+    for credit, by_syllable in (("syllable", "true"), ("utterance", "false")):
+        done = recipe.run("--dry-run", "2", "2", credit=credit)
+        assert f"by_syllable: {by_syllable}}}" in done.stdout.replace("\\", ""), done.stdout
+    done = recipe.run("0", "0", credit="word")
+    assert done.returncode == 1 and "credit=word: it is syllable or utterance" in done.stderr
+
+
 @pytest.mark.parametrize("profile", ["tiny", "cosyvoice2"])
 def test_dry_run_prints_and_runs_nothing(recipe, profile):
     done = recipe.run("--dry-run", "-1", "5", "--", "trainer.foo=1", profile=profile)

@@ -95,10 +95,10 @@ def _credit_syllables() -> None:
         batch = compute_advantage(self, batch, metrics)
         fields = ["uid", "rm_scores", "extra_fields"]
         rows = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
-        notes = [(extra or {}).get("reward_extra_info", {}).get(KEY) for extra in rows["extra_fields"].tolist()]
+        notes = [(extra or {}).get("reward_extra_info", {}).get(KEY) for extra in rows["extra_fields"]]
         scores = rows["rm_scores"].unbind()  # of each token
         advantages = group_advantages(
-            rows["uid"].tolist(), notes, [row.sum().item() for row in scores], [len(row) for row in scores],
+            list(rows["uid"]), notes, [row.sum().item() for row in scores], [len(row) for row in scores],
             self.config.algorithm.get("norm_adv_by_std_in_grpo", True),
         )  # fmt: skip
         if advantages is None:
