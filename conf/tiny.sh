@@ -24,7 +24,7 @@ reward_tones=${reward_tones:-0} # 1: tones count in the reward's pinyin error ra
 
 # GRPO (stage 2)
 num_gpus=${num_gpus:-1} num_nodes=${num_nodes:-1} # here one worker on the CPU
-total_steps=${total_steps:-36}
+total_steps=${total_steps:-30}
 train_batch_size=${train_batch_size:-16} # prompts a step
 rollout_n=${rollout_n:-8}                # rollouts a prompt
 max_response_length=${max_response_length:-160}
@@ -34,15 +34,15 @@ adam_eps=${adam_eps:-1e-5}                                 # about a weight's gr
 credit=${credit:-syllable}                                 # whose advantage a token gets: syllable, or utterance as GRPO has it
 norm_adv_by_std=${norm_adv_by_std:-False}                  # True: GRPO's division by a group's deviation
 micro_batch_size=${micro_batch_size:-8}                    # rollouts in one backward pass
-test_freq=${test_freq:-18}                                 # steps between validations
-save_freq=${save_freq:-18}                                 # steps between checkpoints
+test_freq=${test_freq:-15}                                 # steps between validations
+save_freq=${save_freq:-15}                                 # steps between checkpoints
 max_checkpoints=${max_checkpoints:-1}                      # kept of them
 train_threads=${train_threads:-2}
 trainer_requirements=${trainer_requirements:-$root/requirements-verl.txt}
 
 # evaluation (stages 4 and 5)
 eval_jsonl=${eval_jsonl:-$root/assets/tiny/data/test.jsonl}
-quality_utterances=${quality_utterances:-40}                  # whose voice, DNSMOS and F0 are measured; 0: none
+quality_utterances=${quality_utterances:-25}                  # whose voice, DNSMOS and F0 are measured; 0: none
 reference_audio=${reference_audio:-$root/assets/tiny/prompts} # of the one voice: the set has no prompts
 infer_procs=${infer_procs:-2}                                 # processes of torchrun, one for each GPU where there are any
 infer_device=${infer_device:-cpu}
