@@ -31,7 +31,6 @@ from tts_grpo.tokens import NUM_SPEECH_TOKENS
 
 logger = logging.getLogger(__name__)
 
-ASR_BATCH_SIZE = 32  # recordings that the recogniser pads to the longest of them
 START_TIMEOUT_S = 600.0  # for an instance to load and warm up
 WARM_UP_TOKENS = (40, 75)  # tokens of the two kinds of batch that warm an instance up
 
@@ -105,7 +104,7 @@ def load_scorer(args, device: str):
         voices = load_prompt_voices(token2wav, args.prompt_list)
     elif args.prompt_audio:
         voices = [load_prompt_voice(token2wav, args.prompt_audio, args.prompt_text)]
-    asr = SenseVoice(args.asr_dir, device, ASR_BATCH_SIZE)
+    asr = SenseVoice(args.asr_dir, device)
     return RewardScorer(token2wav, asr, args.tones, args.reward_curve, voices, args.seed)
 
 

@@ -42,6 +42,14 @@ def test_order_and_batch_do_not_matter(asr, assets, test_rows):
     assert [asr.transcribe([s])[0] for s in speech] == together
 
 
+def test_transcripts_are_those_of_funasr_one_by_one(asr, assets, test_rows):
+    from funasr.utils.postprocess_utils import rich_transcription_postprocess
+
+    _, speech = recordings(assets, test_rows, 20)
+    theirs = [asr._model.generate(input=[s], language="zh", use_itn=False, cache={})[0]["text"] for s in speech]
+    assert asr.transcribe(speech) == [rich_transcription_postprocess(text) for text in theirs]
+
+
 def test_hardly_any_audio_is_an_empty_transcript(asr, assets, test_rows):
     _, speech = recordings(assets, test_rows, 1)
     assert asr.transcribe([np.zeros(0, np.float32), speech[0], np.zeros(399, np.float32)])[0::2] == ["", ""]

@@ -107,7 +107,7 @@ def test_seeds_and_prompts(folder, voice):
     assert token2wav.prompt_features(voice) is features
 
 
-@pytest.mark.parametrize(("sizes", "longest"), [((256, 2048), 1024), ((64,), 40)])
+@pytest.mark.parametrize(("sizes", "longest"), [((256, 2048), (64, 1024)), ((64,), (40,))])
 def test_packed_utterances_equal_padded_ones(folder, voice, monkeypatch, sizes, longest):
     """Rows of several sizes and, with the second setting, utterances that have a row of their own."""
     monkeypatch.setattr(packed_flow, "SIZES", sizes)

@@ -21,7 +21,6 @@ from tts_grpo.audio import ASR_HZ
 from tts_grpo.text import characters, written_units
 
 MIN_SAMPLES = 400  # one analysis frame: funasr fails on less
-NUM_QUERIES = 4  # frames that SenseVoice puts before the speech: language, event, emotion, text normalisation
 
 
 @dataclass(frozen=True)
@@ -43,32 +42,29 @@ class SenseVoice:
     Args:
         model_dir: folder with config.yaml, model.pt, am.mvn and the SentencePiece model.
         device: torch device.
-        batch_size: recordings decoded at once.
+        batch_size: recordings decoded at once; None is 64 on a GPU, where a batch takes as long as the launches of its
+            70 layers, and 32 on a CPU, where padding costs.
 
     Raises:
         ValueError: the folder lacks a file, or a weight of the network is not in ``model.pt`` in its shape. (funasr
             itself would leave such a weight at its random start, without an error.)
     """
 
-    def __init__(self, model_dir: str | Path, device: str = "cpu", batch_size: int = 32):
+    def __init__(self, model_dir: str | Path, device: str = "cpu", batch_size: int | None = None):
         from funasr import AutoModel
 
         folder = Path(model_dir)
         for name in ("config.yaml", "model.pt", "am.mvn"):
             if not (folder / name).exists():
                 raise ValueError(f"{folder}: no {name} here: not a SenseVoiceSmall folder")
-        self.batch_size, self.device = batch_size, torch.device(device)
+        self.device = torch.device(device)
+        self.batch_size = batch_size or (32 if self.device.type == "cpu" else 64)
         self._model = AutoModel(
             model=str(folder), device=device, disable_update=True, disable_pbar=True, ncpu=torch.get_num_threads()
         )
         self._check_weights(folder)
         frontend = self._model.kwargs["frontend"]
         self._frame_s = frontend.lfr_n * frontend.frame_shift / 1000
-        self._likeliest = None  # what CTC makes of each frame of the last batch, (B, T)
-        self._model.model.ctc.ctc_lo.register_forward_hook(self._keep_likeliest)
-
-    def _keep_likeliest(self, module, inputs, logits) -> None:
-        self._likeliest = logits.argmax(-1)
 
     def _check_weights(self, folder: Path) -> None:
         saved = torch.load(folder / "model.pt", map_location="cpu", weights_only=True)
@@ -101,20 +97,22 @@ class SenseVoice:
 
     @torch.inference_mode()
     def _recognise(self, recordings) -> list[Heard]:
-        """``AutoModel.generate``, with the features of a batch computed together on the network's device."""
+        """``AutoModel.generate``, with features and decoding of a batch computed together on the network's device."""
         from funasr.utils.postprocess_utils import rich_transcription_postprocess
 
+        model, tokenizer = self._model.model, self._model.kwargs["tokenizer"]
         features, lens = self._features([torch.as_tensor(r, device=self.device) for r in recordings])
-        num_frames = lens.tolist()  # inference counts the queries in
-        results, _ = self._model.model.inference(
-            features, lens, key=[""] * len(lens), tokenizer=self._model.kwargs["tokenizer"], device=self.device,
-            data_type="fbank", language="zh", use_itn=False,
-        )  # fmt: skip
-        frames = (
-            row[NUM_QUERIES : NUM_QUERIES + n] for row, n in zip(self._likeliest.tolist(), num_frames, strict=True)
-        )
-        texts = [rich_transcription_postprocess(result["text"]) for result in results]
-        return [Heard(text, self._onsets(text, ids)) for text, ids in zip(texts, frames, strict=True)]
+        # The queries that SenseVoiceSmall.inference puts before the speech: language, event, emotion, written form
+        ids = [model.lid_dict["zh"], 1, 2, model.textnorm_dict["woitn"]]
+        queries = model.embed(torch.tensor([ids], device=self.device)).expand(len(features), -1, -1)
+        ends = lens + len(ids)
+        encoded, _ = model.encoder(torch.cat([queries, features], dim=1), ends.to(self.device))
+        heard = []
+        for pieces, end in zip(model.ctc.ctc_lo(encoded).argmax(-1).tolist(), ends.tolist(), strict=True):
+            said = [piece for piece, _ in itertools.groupby(pieces[:end]) if piece != model.blank_id]
+            text = rich_transcription_postprocess(tokenizer.decode(said))
+            heard.append(Heard(text, self._onsets(text, pieces[len(ids) : end])))
+        return heard
 
     def _onsets(self, text: str, frames: Sequence[int]) -> tuple[float, ...]:
         """When each unit of a transcript came up, by the likeliest piece of each frame."""

@@ -36,7 +36,7 @@ from tts_grpo.token2wav import PromptVoice, check_speech_tokens, pad_speech_toke
 
 NUM_STEPS = 10  # of the solver, as in CausalMaskedDiffWithXvec.inference
 MEL_PER_TOKEN = 2
-ENCODER_ROWS = VOCODER_ROWS = 16  # rows of a batch that are padded to the longest of them
+ENCODER_ROWS = VOCODER_ROWS = 32  # rows of a batch that are padded to the longest of them
 YAML_PARTS = ("flow", "hift", "feat_extractor")  # entries of cosyvoice2.yaml that are made, beside plain values
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FILES = ("cosyvoice2.yaml", "flow.pt", "hift.pt", "campplus.onnx", "speech_tokenizer_v2.onnx")

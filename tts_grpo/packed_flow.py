@@ -20,9 +20,12 @@ from torch.nn.attention.varlen import varlen_attn
 
 GAP = 2  # frames of zeros behind each utterance
 SIZES = (2048, 4096, 8192)  # frames of a row; the mean rollout has 371, three seconds of prompt included
-LONGEST = 1024  # frames of an utterance in these rows (20 s with the prompt); longer ones have rows of their own
-TAIL = 512  # frames of unused row that attend to each other, so that nothing is left undefined
-MEAN_AT_LEAST = 128  # frames an utterance; sets how many fit into a row
+# Frames of an utterance in these rows; a longer one (over 20 s with the prompt) has a row of its own. The attention
+# kernel starts a block for each 128 frames of the longest that there may be, of each utterance that there may be: most
+# of them for nothing, and that takes as long as the rest. So rows of short utterances have a graph of their own.
+LONGEST = (512, 1024)
+TAIL = 512  # frames of unused row that attend to each other, so that nothing is left undefined; at most LONGEST[0]
+MEAN_AT_LEAST = 256  # frames an utterance; sets how many fit into a row
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, borders: torch.Tensor, longest: int) -> torch.Tensor:
@@ -61,7 +64,7 @@ class Row:
     def __init__(self, lens: Sequence[int], size: int | None = None):
         self.size = size or sum(lens) + GAP * len(lens)
         self.starts = [0, *itertools.accumulate(n + GAP for n in lens)][:-1]
-        self.longest = max(LONGEST, *lens) if size is None else LONGEST
+        self.longest = next((n for n in LONGEST if n >= max(lens)), max(lens))
         utterance, frame, used = (torch.zeros(self.size, dtype=torch.int64) for _ in range(3))
         for i, (start, n) in enumerate(zip(self.starts, lens, strict=True)):
             utterance[start : start + n], frame[start : start + n], used[start : start + n] = i, torch.arange(n), 1
@@ -81,7 +84,7 @@ class Row:
     @staticmethod
     def fits(lens: Sequence[int], size: int) -> bool:
         """Whether utterances go into a row of a size."""
-        return sum(lens) + GAP * len(lens) <= size and len(lens) <= size // MEAN_AT_LEAST and max(lens) <= LONGEST
+        return sum(lens) + GAP * len(lens) <= size and len(lens) <= size // MEAN_AT_LEAST and max(lens) <= LONGEST[-1]
 
 
 def fill_rows(lens: Sequence[int]) -> list[list[int]]:
@@ -118,7 +121,7 @@ class PackedSolver:
         for part in self.estimator.modules():
             if hasattr(part, "fuse_projections"):
                 part.fuse_projections()
-        self.graphs = {}
+        self.graphs, self.memory = {}, None
         self.block, self.resnet = transformer_block, resnet_block
         if times.is_cuda:
             self.block, self.resnet = (torch.compile(f, dynamic=True) for f in (transformer_block, resnet_block))
@@ -158,25 +161,27 @@ class PackedSolver:
         """(80, N) of one row, through the graph of its size where there is one."""
         if row.size not in SIZES or not inputs[0].is_cuda:
             return self.solve(*inputs, row.longest)
-        if row.size not in self.graphs:
-            self.graphs[row.size] = self.capture(inputs)
-        graph, fixed, result = self.graphs[row.size]
+        key = row.size, row.longest
+        if key not in self.graphs:
+            self.graphs[key] = self.capture(inputs, row.longest)
+        graph, fixed, result = self.graphs[key]
         for place, value in zip(fixed, inputs, strict=True):
             place.copy_(value)
         graph.replay()
         return result.clone()
 
-    def capture(self, inputs):
+    def capture(self, inputs, longest: int):
         """A CUDA graph of all steps, the tensors that it reads, and the one that it writes."""
         fixed = [value.clone() for value in inputs]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self.solve(*fixed, LONGEST)  # compiles
+            self.solve(*fixed, longest)  # compiles
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            result = self.solve(*fixed, LONGEST)
+        self.memory = self.memory or torch.cuda.graph_pool_handle()  # one for all: results are copied out at once
+        with torch.cuda.graph(graph, pool=self.memory):
+            result = self.solve(*fixed, longest)
         return graph, fixed, result
 
     def solve(self, x, mu, spks, condition, used, borders, longest: int) -> torch.Tensor:
@@ -210,10 +215,10 @@ class PackedSolver:
         return frames.T[None].contiguous()
 
     def warm_up(self) -> None:
-        """Compile, and capture the graph of each size."""
+        """Compile, and capture all graphs."""
         device = self.noise.device
-        for size in SIZES if self.noise.is_cuda else ():
-            row = Row([LONGEST] * (size // (LONGEST + GAP)), size)
+        for size, longest in itertools.product(SIZES, LONGEST) if self.noise.is_cuda else ():
+            row = Row([longest] * (size // (longest + GAP)), size)
             channels = torch.zeros(80, size, device=device)
             inputs = (channels, channels, channels, channels, row.used.to(device), row.borders.to(device))
             self.run(inputs, row)
