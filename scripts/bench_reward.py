@@ -5,20 +5,23 @@
 
 Rollouts are as long as --seconds says and come in random order. Measured are, in this order and each only if asked for:
 
+* server: the server at --server-url, all requests in flight at once;
+* in process: the scorer of the server, batch by batch, with the seconds of each part;
 * official: CosyVoice's own ``flow.inference`` and ``hift.inference`` and funasr's ``generate``, one rollout after the
   other, the prompt's features computed anew for each, as the original recipe's server does (--baseline rollouts);
-* graph: the same networks one rollout after the other, with a CUDA graph for each length: a stand-in for TensorRT;
-* in process: the scorer of the server, batch by batch, with the seconds of each part;
-* server: the server at --server-url, all requests in flight at once.
+* what batching in fp32 and the --compare-precisions change in mel, waveform and transcript;
+* graph: the same networks one rollout after the other, with a CUDA graph for each length: a stand-in for TensorRT.
 
 --random DIR makes CosyVoice2 and SenseVoiceSmall folders of the full shape (or of a small one, --small) with random
-weights in DIR, which is enough to measure speed and exactness. Prints one JSON object, and a table last.
+weights in DIR, which is enough to measure speed and exactness. Prints one JSON object, and a table last; each part as
+soon as it is measured on stderr.
 """
 
 import argparse
 import asyncio
 import json
 import logging
+import sys
 import time
 from pathlib import Path
 
@@ -53,6 +56,7 @@ def get_args(argv=None):
     parser.add_argument("--num-rollouts", type=int, default=512, help="how many are scored")
     parser.add_argument("--batch-size", type=int, nargs="*", default=[16], help="of the in-process runs")
     parser.add_argument("--baseline", type=int, default=0, help="rollouts that are scored one at a time")
+    parser.add_argument("--compare-precisions", nargs="*", default=[], help="tell what these change; with --baseline")
     parser.add_argument("--cores", type=int, default=2, help="cores that the server runs on, where it has no GPU")
     return parser.parse_args(argv)
 
@@ -182,16 +186,15 @@ class OneByOne:
                 "token2wav_rollouts_per_s": len(pairs) / seconds["token2wav"]}  # fmt: skip
 
 
-def graph_one_by_one(args, pairs) -> dict:
-    """Seconds a rollout with the solver's ten steps as one CUDA graph for each length, batch 1, fp32.
+def graph_one_by_one(scorer: RewardScorer, pairs) -> dict:
+    """Seconds a rollout with the solver's ten steps as one CUDA graph for each length, batch 1, TF32.
 
-    Only replays are timed: an engine has its shapes beforehand.
+    Only replays are timed: an engine has its shapes beforehand. ``scorer`` is of no use afterwards.
     """
     import cosyvoice.flow.decoder as decoder
 
     original = decoder.add_optional_chunk_mask
     decoder.add_optional_chunk_mask = lambda x, mask, *_: mask  # the same mask, without waiting for the GPU to check it
-    scorer = make_scorer(args, "fp32")
     token2wav, flow = scorer.token2wav, scorer.token2wav.flow
     plain, graphs = flow.solve, {}
 
@@ -210,8 +213,8 @@ def graph_one_by_one(args, pairs) -> dict:
         graph.replay()
         return result
 
-    flow.solve = solve
-    torch.backends.cuda.matmul.allow_tf32 = False
+    flow.solve, token2wav.fast = solve, True
+    torch.backends.cuda.matmul.allow_tf32 = True
     for tokens, _ in pairs:
         token2wav([tokens], scorer.prompt_voices)
     scorer.seconds = dict.fromkeys(scorer.seconds, 0.0)
@@ -225,92 +228,28 @@ def graph_one_by_one(args, pairs) -> dict:
 
 
 @torch.inference_mode()
-def exactness(strict: RewardScorer, fast: RewardScorer, official: OneByOne, pairs, voice: PromptVoice) -> dict:
-    """What batching (fp32) and a faster precision change, on a batch of rollouts against the official code's."""
+def exactness(strict: RewardScorer, official: OneByOne, pairs, voice: PromptVoice) -> dict:
+    """What batching changes, in fp32: the largest difference of a batch's waveforms to the official code's."""
+    batch, lens = strict.token2wav([tokens for tokens, _ in pairs], [voice] * len(pairs))
+    worst = 0.0
+    for waveform, length, (tokens, _) in zip(batch, lens.tolist(), pairs, strict=True):
+        with strict.token2wav.vocoder.fixed_noise(0, length):
+            alone = official.decode(tokens, voice.prompt_speech_16k)[0]
+        worst = max(worst, (waveform[:length] - alone).abs().max().item())
+    return {"fp32_batch_max_difference": worst, "waveform_peak": batch.abs().max().item()}
+
+
+@torch.inference_mode()
+def precision_effect(strict: RewardScorer, fast: RewardScorer, pairs, voice: PromptVoice) -> dict:
+    """What a faster precision changes against fp32: relative errors, and the pinyin of the transcripts."""
     tokens, voices = [tokens for tokens, _ in pairs], [voice] * len(pairs)
-    batch, lens = strict.token2wav(tokens, voices)
-    quick, _ = fast.token2wav(tokens, voices)
+    exact, quick = (scorer.token2wav(tokens, voices)[0] for scorer in (strict, fast))
     prompts = [strict.token2wav.prompt_features(voice)] * len(pairs)
     mels = [scorer.token2wav.flow(tokens, prompts) for scorer in (strict, fast)]
-    worst, mel_error, mel_size = 0.0, 0.0, 0.0
-    for i, (row, length) in enumerate(zip(tokens, lens.tolist(), strict=True)):
-        with strict.token2wav.vocoder.fixed_noise(0, length):
-            alone = official.decode(row, voice.prompt_speech_16k)[0]
-        worst = max(worst, (batch[i, :length] - alone).abs().max().item())
-        exact, quickly = (mel[i, :, : 2 * len(row)] for mel in mels)
-        mel_error += (exact - quickly).square().sum().item()
-        mel_size += exact.square().sum().item()
-    heard = [[one.text for one in scorer.hear(tokens, voices)] for scorer in (strict, fast)]
-    errors = [count_errors(pinyin(a, True), pinyin(b, True)) for a, b in zip(*heard, strict=True)]
-    return {
-        "fp32_batch_max_difference": worst, "waveform_peak": batch.abs().max().item(),
-        "precision_mel_relative_error": (mel_error / mel_size) ** 0.5,
-        "precision_waveform_relative_error": ((quick - batch).norm() / batch.norm()).item(),
-        "precision_transcript_difference": float(np.mean([error.rate for error in errors])),
-        "distinct_syllables": len({s for text in heard[0] for s in pinyin(text, True)}),
-    }  # fmt: skip
-
-
-def measure_baselines(args, pairs, result: dict) -> None:
-    """The one-by-one paths and what they tell about exactness."""
-    official = OneByOne(args)
-    few = pairs[: args.baseline]
-    strict = make_scorer(args, "fp32")
-    voice = strict.prompt_voices[0]
-    result["official"] = official.measure(few, voice.prompt_speech_16k)
-    if args.device != "cpu":
-        result["graph"] = graph_one_by_one(args, few)
-    official.flow.float()
-    torch.backends.cudnn.allow_tf32 = False
-    result["exactness"] = exactness(strict, make_scorer(args, args.precision), official, few, voice)
-    torch.backends.cudnn.allow_tf32 = True
-
-
-def table(result: dict, audio_s: float) -> str:
-    """Rollouts and audio-seconds a second of each way, and the ratio to the official one."""
-    rows = [("official", result.get("official")), ("graph", result.get("graph"))]
-    rows += [(f"in process, batch {size}", value) for size, value in result.get("in_process", {}).items()]
-    rows += [("server", result.get("server"))]
-    lines = [f"{'':24}{'rollouts/s':>12}{'audio-s/s':>12}{'x official':>12}{'x graph':>12}"]
-    for name, value in rows:
-        if value:
-            rate = value["rollouts_per_s"]
-            ratios = [rate / result[base]["rollouts_per_s"] if result.get(base) else float("nan") for base in
-                      ("official", "graph")]  # fmt: skip
-            lines.append(f"{name:24}{rate:12.2f}{rate * audio_s:12.1f}{ratios[0]:12.1f}{ratios[1]:12.1f}")
-    return "\n".join(lines)
-
-
-def main(argv=None):
-    args = get_args(argv)
-    logging.disable(logging.INFO)  # funasr's
-    if args.random:
-        make_random(args)
-    if args.make_only:
-        return
-    if args.device == "cpu":
-        torch.set_num_threads(1)
-    pairs = rollouts(args)
-    audio_s = sum(len(tokens) for tokens, _ in pairs) / TOKEN_HZ / len(pairs)
-    result = {"num_rollouts": len(pairs), "mean_audio_s": audio_s}
-    if args.server_url:
-        result["server"] = {"rollouts_per_s": len(pairs) / served_seconds(args.server_url, pairs)}
-    if args.baseline:
-        measure_baselines(args, pairs, result)
-    if args.batch_size:
-        start = time.perf_counter()
-        scorer = make_scorer(args, args.precision)
-        scorer.token2wav.warm_up()
-        scored(scorer, pairs[:16], 16)
-        result["load_and_warm_up_s"] = time.perf_counter() - start
-        result["in_process"] = {size: in_process(args, scorer, pairs, size) for size in args.batch_size}
-    if args.server_url and args.device == "cpu" and args.batch_size:
-        core_s = args.cores * len(pairs) / result["server"]["rollouts_per_s"]
-        shares = {name: s / core_s for name, s in result["in_process"][args.batch_size[0]]["seconds"].items()}
-        result["server"]["shares"] = shares | {"transport_and_waiting": 1 - sum(shares.values())}
-    print(json.dumps(result))
-    print(table(result, audio_s))
-
-
-if __name__ == "__main__":
-    main()
+    used = torch.arange(mels[0].shape[2]) < 2 * torch.tensor(list(map(len, tokens)))[:, None]
+    mels = [mel.transpose(1, 2)[used.to(mel.device)] for mel in mels]
+    relative = lambda a, b: ((a - b).norm() / a.norm()).item()  # noqa: E731
+    heard = []
+    for scorer in (strict, fast):
+        torch.manual_seed(0)  # the recogniser's features have noise of one bit: the same for both
+        heard.append([pinyin(one.text, True) for one in scorer.hear(tokens, voices)])
