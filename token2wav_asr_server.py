@@ -74,6 +74,8 @@ def serve_instance(pipe, args, device: str) -> None:
     import torch
 
     torch.set_num_threads(args.threads)
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)  # CUDA graphs are captured on the current device
     try:
         scorer = load_scorer(args, device)
         warm_up(scorer, args.max_batch_size)

@@ -72,8 +72,10 @@ def make_model(tokenizer, shape: dict[str, int], mean_tokens: float, seed: int) 
     logits[end] = math.log(NUM_SPEECH_TOKENS / (mean_tokens - 1))
     with torch.no_grad():
         model.model.embed_tokens.weight[:, 0] = 10.0
-        for layer in model.model.layers:  # what a layer adds has no part in it
-            layer.self_attn.o_proj.weight[0] = layer.mlp.down_proj.weight[0] = 0.0
+        for layer in model.model.layers:  # what a layer adds has no part in it, and all of them together add little
+            for weight in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight):
+                weight.mul_(0.01)
+                weight[0] = 0.0
         model.lm_head.weight.mul_(0.1)
         model.lm_head.weight[:, 0] = logits / math.sqrt(size)  # RMSNorm: an outweighing component becomes sqrt(size)
     model.generation_config = GenerationConfig(

@@ -36,7 +36,7 @@ from tts_grpo.token2wav import PromptVoice, check_speech_tokens, pad_speech_toke
 
 NUM_STEPS = 10  # of the solver, as in CausalMaskedDiffWithXvec.inference
 MEL_PER_TOKEN = 2
-ENCODER_ROWS = VOCODER_ROWS = 32  # rows of a batch that are padded to the longest of them
+PADDED_TOKENS = 4096  # of utterances that encoder and vocoder take at once, each padded to the longest: about 1 GiB
 YAML_PARTS = ("flow", "hift", "feat_extractor")  # entries of cosyvoice2.yaml that are made, beside plain values
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FILES = ("cosyvoice2.yaml", "flow.pt", "hift.pt", "campplus.onnx", "speech_tokenizer_v2.onnx")
@@ -60,6 +60,16 @@ def load_modules(model_dir: Path) -> dict:
             f"CosyVoice's modules cannot be imported ({error}): put its source and its third_party/Matcha-TTS on "
             "PYTHONPATH (bash run.sh -1 -1 clones it and run.sh sets the path)"
         ) from error
+
+
+def padded_parts(lens: Sequence[int]) -> list[slice]:
+    """Parts of a batch that have ``PADDED_TOKENS`` when padded, or one utterance."""
+    parts, first = [], 0
+    for end in range(1, len(lens) + 1):
+        if end == len(lens) or max(lens[first : end + 1]) * (end + 1 - first) > PADDED_TOKENS:
+            parts.append(slice(first, end))
+            first = end
+    return parts
 
 
 @contextlib.contextmanager
@@ -154,9 +164,9 @@ class Flow:
     def encode(self, tokens: torch.Tensor, lens: torch.Tensor) -> Iterator[torch.Tensor]:
         """The encoder's (B', 80, 2T') of parts of a batch of ids (B, T) with lengths (B,): its attention is large."""
         module = self.module
-        for first in range(0, len(tokens), ENCODER_ROWS):
-            part_lens = lens[first : first + ENCODER_ROWS]
-            part = tokens[first : first + ENCODER_ROWS, : int(part_lens.max())]
+        for rows in padded_parts(lens.tolist()):
+            part_lens = lens[rows]
+            part = tokens[rows, : int(part_lens.max())]
             self.token_mask = (torch.arange(part.shape[1]) < part_lens[:, None]).to(self.device)
             embedded = module.input_embedding(part) * self.token_mask[..., None]
             encoded = module.encoder(embedded, part_lens.to(self.device), streaming=False)[0]
@@ -422,11 +432,11 @@ class CosyVoice2Token2Wav:
     def _vocode(self, mel: torch.Tensor, lens: list[int], seed: int) -> list[torch.Tensor]:
         """Waveforms of mels (B, 80, 2T) of ``lens`` tokens."""
         waveforms = []
-        for first in range(0, len(lens), VOCODER_ROWS):
-            frames = MEL_PER_TOKEN * torch.tensor(lens[first : first + VOCODER_ROWS])
-            rows = self.vocoder(mel[first : first + VOCODER_ROWS, :, : int(frames.max())], frames, seed)
+        for rows in padded_parts(lens):
+            frames = MEL_PER_TOKEN * torch.tensor(lens[rows])
+            batch = self.vocoder(mel[rows, :, : int(frames.max())], frames, seed)
             ends = (frames * self.vocoder.samples_per_frame).tolist()
-            waveforms += [row[:end] for row, end in zip(rows, ends, strict=True)]
+            waveforms += [waveform[:end] for waveform, end in zip(batch, ends, strict=True)]
         return waveforms
 
     @torch.inference_mode()
