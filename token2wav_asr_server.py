@@ -74,8 +74,6 @@ def serve_instance(pipe, args, device: str) -> None:
     import torch
 
     torch.set_num_threads(args.threads)
-    if device.startswith("cuda"):
-        torch.cuda.set_device(device)  # CUDA graphs are captured on the current device
     try:
         scorer = load_scorer(args, device)
         warm_up(scorer, args.max_batch_size)
@@ -99,6 +97,8 @@ def load_scorer(args, device: str):
     from tts_grpo.scorer import RewardScorer
     from tts_grpo.token2wav import load_prompt_voice, load_prompt_voices, load_token2wav
 
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)  # CUDA graphs are captured on the current device
     torch.backends.cuda.matmul.allow_tf32 = args.precision != "fp32"  # the recogniser's
     token2wav = load_token2wav(args.token2wav_dir, device, args.precision)
     voices = []

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tts_grpo import packed_flow
+from tts_grpo import cosyvoice2, packed_flow
 from tts_grpo.cosyvoice2 import CosyVoice2Token2Wav, load_modules
 from tts_grpo.random_weights import FULL, SMALL, make_cosyvoice2_folder
 from tts_grpo.token2wav import PromptVoice, load_token2wav
@@ -83,13 +83,19 @@ def test_a_batch_equals_the_official_code_at_full_shape(tmp_path, voice):
 def test_padding_would_change_the_result_without_the_masks(folder, voice):
     """What the hooks are for: without them the test above fails."""
     token2wav = load_token2wav(folder)
-    sequences = random_tokens([10, 40])
-    right = token2wav(sequences, [voice] * 2)[0][0, :9600]
+    sequences = random_tokens([20, 40])
+    right = token2wav(sequences, [voice] * 2)[0][0, :19200]
     token2wav.flow.module.encoder.pre_lookahead_layer._forward_pre_hooks.clear()
-    assert (token2wav(sequences, [voice] * 2)[0][0, :9600] - right).abs().max() > TOLERANCE
+    assert (token2wav(sequences, [voice] * 2)[0][0, :19200] - right).abs().max() > TOLERANCE
     token2wav = load_token2wav(folder)
     token2wav.vocoder.module.conv_post._forward_pre_hooks.clear()
-    assert (token2wav(sequences, [voice] * 2)[0][0, :9600] - right).abs().max() > TOLERANCE
+    assert (token2wav(sequences, [voice] * 2)[0][0, :19200] - right).abs().max() > TOLERANCE
+
+
+def test_parts_of_a_batch_are_bounded_once_padded(monkeypatch):
+    monkeypatch.setattr(cosyvoice2, "PADDED_TOKENS", 100)
+    lens = [10, 20, 30, 30, 60, 120]
+    assert [lens[part] for part in cosyvoice2.padded_parts(lens)] == [[10, 20, 30], [30], [60], [120]]
 
 
 def test_seeds_and_prompts(folder, voice):

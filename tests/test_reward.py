@@ -10,9 +10,11 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import torch
 
 import reward_tts
 from tests.conftest import RewardServer
+from token2wav_asr_server import get_args, load_scorer
 from tts_grpo.jsonl import read_jsonl
 from tts_grpo.protocol import MODEL_NAME, encode_request
 from tts_grpo.reward_client import RewardClient, RewardServerError
@@ -170,3 +172,13 @@ def test_a_broken_model_folder_is_named_at_start(assets, tmp_path):
                str(assets / "asr_reward")]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "no token2wav here" in done.stderr
+
+
+def test_an_instance_on_a_second_gpu_makes_it_the_current_one(monkeypatch):
+    """CUDA graphs are captured there; on another GPU than the current one the capture fails."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr("tts_grpo.token2wav.load_token2wav", lambda *_: pytest.fail(f"on {chosen}"))
+    args = get_args(["--token2wav-dir", "x", "--asr-dir", "y", "--devices", "cuda:1"])
+    with pytest.raises(pytest.fail.Exception, match="cuda:1"):
+        load_scorer(args, args.devices[0])
