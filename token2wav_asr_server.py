@@ -71,6 +71,8 @@ def serve_instance(pipe, args, device: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logging.disable(logging.INFO)  # funasr's
+    # Batches differ in shape: with blocks of fixed size the memory that torch keeps would grow to three times its need.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     import torch
 
     torch.set_num_threads(args.threads)

@@ -2,7 +2,7 @@
 # Profile "cosyvoice2": the CosyVoice2 LLM (0.5B), CosyVoice2's token2wav and SenseVoice, on GPUs.
 # Every variable can also be set in the environment: num_gpus=8 profile=cosyvoice2 bash run.sh
 #
-# State: token2wav is tested against the official code with random weights; nothing was run with the real ones yet.
+# State: run on an H100 with random weights of the full shape (README.md has the figures); nobody has used the real ones.
 
 larger() { echo $(($1 > $2 ? $1 : $2)); }
 
@@ -56,7 +56,7 @@ gpu_memory_gib=${gpu_memory_gib:-$(smallest_gpu_gib 80)} # of a GPU
 # reward server (stage 1): by default it shares the training's GPUs; cuda:8, say, is one of its own beside eight
 server_devices=${server_devices:-$(seq -s ' ' -f 'cuda:%g' 0 $((num_gpus - 1)))} # torch devices, separated by spaces
 server_instances=${server_instances:-1}                                          # processes on each device
-server_gib=${server_gib:-8}                                                      # what one of them may take of a GPU
+server_gib=${server_gib:-$((gpu_memory_gib >= 40 ? 9 : 6))}                      # what one of them may take of a GPU
 server_threads=${server_threads:-4}                                              # torch threads of each
 server_batch_size=${server_batch_size:-64}                                       # rollouts scored at once
 token2wav_precision=${token2wav_precision:-fp16}                                 # of the server's flow: fp32 (slow, exact), fp16 or bf16

@@ -93,9 +93,11 @@ def test_padding_would_change_the_result_without_the_masks(folder, voice):
 
 
 def test_parts_of_a_batch_are_bounded_once_padded(monkeypatch):
-    monkeypatch.setattr(cosyvoice2, "PADDED_TOKENS", 100)
-    lens = [10, 20, 30, 30, 60, 120]
-    assert [lens[part] for part in cosyvoice2.padded_parts(lens)] == [[10, 20, 30], [30], [60], [120]]
+    monkeypatch.setattr(cosyvoice2, "ROWS", 4)
+    lens = [1, 1, 1, 1, 1, 20, 30, 30, 60, 120]
+    parts = [lens[part] for part in cosyvoice2.padded_parts(lens, 100)]
+    assert parts == [[1, 1, 1, 1], [1, 20, 30], [30], [60], [120]]
+    assert cosyvoice2.padded_parts([], 100) == []
 
 
 def test_seeds_and_prompts(folder, voice):
