@@ -253,3 +253,78 @@ def precision_effect(strict: RewardScorer, fast: RewardScorer, pairs, voice: Pro
     for scorer in (strict, fast):
         torch.manual_seed(0)  # the recogniser's features have noise of one bit: the same for both
         heard.append([pinyin(one.text, True) for one in scorer.hear(tokens, voices)])
+    return {
+        "mel_relative_error": relative(*mels), "waveform_relative_error": relative(exact, quick),
+        "transcript_difference": float(np.mean([count_errors(a, b).rate for a, b in zip(*heard, strict=True)])),
+        "distinct_syllables": len({syllable for syllables in heard[0] for syllable in syllables}),
+    }  # fmt: skip
+
+
+def measure_baselines(args, pairs, measured) -> None:
+    """The one-by-one paths and what they tell about exactness."""
+    few = pairs[: args.baseline]
+    official, strict = OneByOne(args), make_scorer(args, "fp32")
+    voice = strict.prompt_voices[0]
+    measured("official", official.measure(few, voice.prompt_speech_16k))
+    torch.backends.cudnn.allow_tf32 = False
+    measured("exactness", exactness(strict, official, few, voice))
+    torch.backends.cudnn.allow_tf32 = True
+    for precision in args.compare_precisions:
+        measured(precision, precision_effect(strict, make_scorer(args, precision), few, voice))
+    if args.device != "cpu":
+        measured("graph", graph_one_by_one(strict, few))
+
+
+def table(result: dict, audio_s: float) -> str:
+    """Rollouts and audio-seconds a second of each way, and the ratio to the official one."""
+    rows = [("official", result.get("official")), ("graph", result.get("graph"))]
+    rows += [(f"in process, batch {size}", value) for size, value in result.get("in_process", {}).items()]
+    rows += [("server", result.get("server"))]
+    lines = [f"{'':24}{'rollouts/s':>12}{'audio-s/s':>12}{'x official':>12}{'x graph':>12}"]
+    for name, value in rows:
+        if value:
+            rate = value["rollouts_per_s"]
+            ratios = [rate / result[base]["rollouts_per_s"] if result.get(base) else float("nan") for base in
+                      ("official", "graph")]  # fmt: skip
+            lines.append(f"{name:24}{rate:12.2f}{rate * audio_s:12.1f}{ratios[0]:12.1f}{ratios[1]:12.1f}")
+    return "\n".join(lines)
+
+
+def main(argv=None):
+    args = get_args(argv)
+    logging.disable(logging.INFO)  # funasr's
+    if args.random:
+        make_random(args)
+    if args.make_only:
+        return
+    if args.device == "cpu":
+        torch.set_num_threads(1)
+    pairs = rollouts(args)
+    audio_s = sum(len(tokens) for tokens, _ in pairs) / TOKEN_HZ / len(pairs)
+    result = {"num_rollouts": len(pairs), "mean_audio_s": audio_s}
+
+    def measured(name: str, value) -> None:
+        result[name] = value
+        print(json.dumps({name: value}), file=sys.stderr, flush=True)  # at once: what follows may fail
+
+    if args.server_url:
+        measured("server", {"rollouts_per_s": len(pairs) / served_seconds(args.server_url, pairs)})
+    if args.batch_size:
+        start = time.perf_counter()
+        scorer = make_scorer(args, args.precision)
+        scorer.token2wav.warm_up()
+        scored(scorer, pairs[:16], 16)
+        measured("load_and_warm_up_s", time.perf_counter() - start)
+        measured("in_process", {size: in_process(args, scorer, pairs, size) for size in args.batch_size})
+    if args.server_url and args.device == "cpu" and args.batch_size:
+        core_s = args.cores * len(pairs) / result["server"]["rollouts_per_s"]
+        shares = {name: s / core_s for name, s in result["in_process"][args.batch_size[0]]["seconds"].items()}
+        result["server"]["shares"] = shares | {"transport_and_waiting": 1 - sum(shares.values())}
+    if args.baseline:
+        measure_baselines(args, pairs, measured)
+    print(json.dumps(result))
+    print(table(result, audio_s))
+
+
+if __name__ == "__main__":
+    main()
