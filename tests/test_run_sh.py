@@ -191,7 +191,7 @@ SMI = "#!/bin/sh\nprintf '%s\\n' 81559 {memory}\n"
                      "gpu_memory_utilization=0.40 ", "--devices cuda:0 --", "--nproc-per-node 1 "]),
         (81559, {"num_gpus": "8"}, ["train_batch_size=32 ", "CUDA_VISIBLE_DEVICES=0,1,2,3,4,5,6,7 ", "per_gpu=16 ",
                                     "cuda:6 cuda:7 --", "--nproc-per-node 8 "]),
-        (24564, {}, ["per_gpu=4 ", "gpu_memory_utilization=0.13 "]),
+        (24564, {}, ["per_gpu=4 ", "gpu_memory_utilization=0.21 "]),
         (24564, {"server_devices": "cuda:1"}, ["gpu_memory_utilization=0.40 ", "--devices cuda:1 --"]),
         (46068, {"num_gpus": "2", "CUDA_VISIBLE_DEVICES": "4,5,7"}, ["CUDA_VISIBLE_DEVICES=4,5 ", "per_gpu=8 "]),
         (81559, {"num_gpus": "8", "num_nodes": "4", "ray_address": "10.0.0.1:6379", "server_urls": "http://a:1,http://b:1"},
