@@ -340,6 +340,9 @@ main() {
     "stage_$stage"
     echo "== stage $stage took $((SECONDS - begin)) s"
     record "$stage" "$((SECONDS - begin))"
+    if ((stage >= 4 && dry_run == 0)) && [[ -f $exp_dir/summary.json ]]; then # it was written before they were known
+      "$speech_bin/python" "$root/scripts/summarise.py" --exp-dir "$exp_dir" --costs-only
+    fi
   done
   exit # bash reads no further: an edit of this file does not disturb a run
 }

@@ -23,6 +23,7 @@ def get_args(argv=None):
         "--exp-dir", type=Path, required=True, help="folder of the experiment, with eval/sft, eval/grpo"
     )
     parser.add_argument("--settings", default="{}", help="JSON of the settings, to be recorded")
+    parser.add_argument("--costs-only", action="store_true", help="only renew the times and the memory in summary.json")
     return parser.parse_args(argv)
 
 
@@ -33,6 +34,14 @@ def stage_seconds(exp_dir: Path) -> dict[str, int]:
     for row in read_jsonl(path) if path.exists() else ():
         seconds[str(row["stage"])] = max(row["seconds"], seconds.get(str(row["stage"]), 0))
     return seconds
+
+
+def costs(exp_dir: Path) -> dict:
+    """Time of the stages and most memory so far."""
+    peak = exp_dir / "peak_memory_gib"
+    return {
+        "stage_seconds": stage_seconds(exp_dir), "peak_rss_gib": float(peak.read_text()) if peak.exists() else None
+    }  # fmt: skip
 
 
 def git_commit(root: Path) -> str | None:
@@ -49,7 +58,6 @@ def summarise(exp_dir: Path, settings: dict) -> dict:
     scores = {m: json.loads((exp_dir / "eval" / m / "scores.json").read_text(encoding="utf-8")) for m in MODELS}
     utterances = [read_utterances(exp_dir / "eval" / m) for m in MODELS]
     changes = compare_rates(*utterances, scores["sft"]["language"])
-    peak = exp_dir / "peak_memory_gib"
     return {
         **{m: {key: scores[m][key] for key in ("pooled", "seeds", "quality", "quality_sample")} for m in MODELS},
         "metrics": scores["grpo"]["metrics"],
@@ -58,8 +66,7 @@ def summarise(exp_dir: Path, settings: dict) -> dict:
         "verdict": {metric: change["verdict"] for metric, change in changes.items()},
         "quality_change": compare_quality(*utterances),
         "asr": scores["grpo"]["asr"],
-        "stage_seconds": stage_seconds(exp_dir),
-        "peak_rss_gib": float(peak.read_text()) if peak.exists() else None,
+        **costs(exp_dir),
         "versions": scores["grpo"]["versions"] | {"python": platform.python_version()},
         "git_commit": git_commit(Path(__file__).resolve().parent.parent),
         "settings": settings,
@@ -98,11 +105,15 @@ def table(summary: dict) -> str:
 
 def main(argv=None):
     args = get_args(argv)
+    path = args.exp_dir / "summary.json"
+    if args.costs_only:
+        write_json(path, json.loads(path.read_text(encoding="utf-8")) | costs(args.exp_dir))
+        return
     for model in MODELS:
         if not (args.exp_dir / "eval" / model / "scores.json").exists():
             raise SystemExit(f"summarise.py: eval/{model}/scores.json is missing in {args.exp_dir}: run stage 4")
     summary = summarise(args.exp_dir, json.loads(args.settings))
-    write_json(args.exp_dir / "summary.json", summary)
+    write_json(path, summary)
     print(table(summary))
 
 

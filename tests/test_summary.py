@@ -1,6 +1,8 @@
+import json
+
 import pytest
 
-from scripts.summarise import stage_seconds, summarise, table
+from scripts.summarise import main, stage_seconds, summarise, table
 from tts_grpo.error_rates import METRICS
 from tts_grpo.jsonl import write_json, write_jsonl
 from tts_grpo.scoring import quality, rates
@@ -38,6 +40,17 @@ def test_summary(exp_dir):
     assert summary["quality_change"]["dnsmos_ovrl"]["difference"] == pytest.approx(-0.5)
     assert summary["quality_change"]["duration_s"]["verdict"] == "no difference at this size"
     assert stage_seconds(exp_dir) == {"2": 50} == summary["stage_seconds"]
+
+
+def test_costs_of_later_stages_come_into_a_summary_that_is_there(exp_dir):
+    main(["--exp-dir", str(exp_dir), "--settings", '{"seed": "42"}'])
+    before = json.loads((exp_dir / "summary.json").read_text())
+    with (exp_dir / "stage_seconds.jsonl").open("a") as times:
+        times.write('{"stage": 4, "seconds": 9}\n')
+    (exp_dir / "peak_memory_gib").write_text("6.5")
+    main(["--exp-dir", str(exp_dir), "--costs-only"])
+    after = json.loads((exp_dir / "summary.json").read_text())
+    assert after == before | {"stage_seconds": {"2": 50, "4": 9}, "peak_rss_gib": 6.5}
 
 
 def test_the_table_has_rates_verdicts_and_the_networks_names(exp_dir):
