@@ -13,7 +13,7 @@ if ! { command -v chromium && command -v chromedriver; } >/dev/null && ((EUID ==
   { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends chromium chromium-driver; } \
     >/dev/null || echo "chromium and chromium-driver could not be installed" >&2
 fi
-export PATH=$bin:$PATH PYTHONPATH=$PWD OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
+export PATH=$bin:$PATH PYTHONPATH=$PWD OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 mapfile -t shell_files < <(git ls-files '*.sh' .ci/run)
 echo "== ruff, shellcheck, shfmt"
@@ -22,4 +22,5 @@ ruff format --check .
 shellcheck "${shell_files[@]}"
 shfmt -i 2 -d "${shell_files[@]}"
 echo "== pytest"
-python -m pytest -q "$@"
+# Two at once, a file's tests by one of them: many wait for a server or for Ray to start.
+python -m pytest -q -n 2 --dist loadfile "$@"
