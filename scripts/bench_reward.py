@@ -284,9 +284,9 @@ def table(result: dict, audio_s: float) -> str:
     for name, value in rows:
         if value:
             rate = value["rollouts_per_s"]
-            ratios = [rate / result[base]["rollouts_per_s"] if result.get(base) else float("nan") for base in
-                      ("official", "graph")]  # fmt: skip
-            lines.append(f"{name:24}{rate:12.2f}{rate * audio_s:12.1f}{ratios[0]:12.1f}{ratios[1]:12.1f}")
+            bases = [result[base]["rollouts_per_s"] if result.get(base) else None for base in ("official", "graph")]
+            ratios = [f"{rate / base:.1f}" if base else "-" for base in bases]
+            lines.append(f"{name:24}{rate:12.2f}{rate * audio_s:12.1f}{ratios[0]:>12}{ratios[1]:>12}")
     return "\n".join(lines)
 
 
