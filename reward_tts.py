@@ -65,8 +65,8 @@ async def compute_score(
         if failure_file is None:
             raise
         await _stop_training(error, failure_file)
-    result = _result(scored.reward, scored.error_rate, len(speech_tokens), bad=False)
-    return result | ({credit.KEY: credit.encode(scored.unit_errors, scored.unit_starts)} if by_syllable else {})
+    note = credit.encode(scored.unit_errors, scored.unit_starts) if by_syllable else None
+    return _result(scored.reward, scored.error_rate, len(speech_tokens), note, bad=False)
 
 
 async def _stop_training(error: RewardServerError, failure_file: str) -> None:
@@ -80,17 +80,18 @@ def _bad_rollout(reason: str, ground_truth: str, by_syllable: bool) -> dict[str,
     global _bad_rollouts
     _bad_rollouts += 1
     logger.warning("bad rollout %d of this worker (%s) for %r scores 0", _bad_rollouts, reason, ground_truth[:40])
-    result = _result(0.0, 1.0, 0, bad=True)
-    return result | ({credit.KEY: credit.encode((), ())} if by_syllable else {})
+    return _result(0.0, 1.0, 0, credit.encode((), ()) if by_syllable else None, bad=True)
 
 
-def _result(score: float, error_rate: float, num_speech_tokens: int, bad: bool) -> dict[str, float]:
+def _result(
+    score: float, error_rate: float, num_speech_tokens: int, note: str | None, bad: bool
+) -> dict[str, float | str]:
     return {
         "score": score,
         "pinyin_error_rate": error_rate,
         "num_speech_tokens": float(num_speech_tokens),
         "bad_rollout": float(bad),
-    }
+    } | ({} if note is None else {credit.KEY: note})
 
 
 def get_args(argv=None):

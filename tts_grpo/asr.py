@@ -109,19 +109,19 @@ class SenseVoice:
         encoded, _ = model.encoder(torch.cat([queries, features], dim=1), ends.to(self.device))
         heard = []
         for pieces, end in zip(model.ctc.ctc_lo(encoded).argmax(-1).tolist(), ends.tolist(), strict=True):
-            said = [piece for piece, _ in itertools.groupby(pieces[:end]) if piece != model.blank_id]
-            text = rich_transcription_postprocess(tokenizer.decode(said))
-            heard.append(Heard(text, self._onsets(text, pieces[len(ids) : end])))
+            runs = (next(run) for _, run in itertools.groupby(enumerate(pieces[:end]), key=lambda frame: frame[1]))
+            said = [(begin, piece) for begin, piece in runs if piece != model.blank_id]
+            text = rich_transcription_postprocess(tokenizer.decode([piece for _, piece in said]))
+            spoken = [(begin - len(ids), piece) for begin, piece in said if begin >= len(ids)]
+            heard.append(Heard(text, self._onsets(text, spoken)))
         return heard
 
-    def _onsets(self, text: str, frames: Sequence[int]) -> tuple[float, ...]:
-        """When each unit of a transcript came up, by the likeliest piece of each frame."""
-        onsets, begin = [], 0  # one for each character of the pieces
-        for piece, same in itertools.groupby(frames):
-            if piece != self._model.model.blank_id:
-                written = self._model.kwargs["tokenizer"].decode([piece])
-                onsets += [begin * self._frame_s] * len(characters(written))
-            begin += len(list(same))
+    def _onsets(self, text: str, spoken: Sequence[tuple[int, int]]) -> tuple[float, ...]:
+        """When each unit of a transcript came up, by its pieces and the frames with which they begin."""
+        onsets = []  # one for each character of the pieces
+        for begin, piece in spoken:
+            written = self._model.kwargs["tokenizer"].decode([piece])
+            onsets += [begin * self._frame_s] * len(characters(written))
         sizes = [len(unit) for unit in written_units(text)]
         if not onsets:
             return (0.0,) * len(sizes)
