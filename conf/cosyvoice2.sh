@@ -55,7 +55,7 @@ gpu_memory_gib=${gpu_memory_gib:-$(smallest_gpu_gib 80)} # of a GPU
 
 # reward server (stage 1): by default it shares the training's GPUs; cuda:8, say, is one of its own beside eight
 server_devices=${server_devices:-$(seq -s ' ' -f 'cuda:%g' 0 $((num_gpus - 1)))} # torch devices, separated by spaces
-server_instances=${server_instances:-1}                                          # processes on each device
+server_instances=${server_instances:-$((gpu_memory_gib >= 70 ? 2 : 1))}          # processes on each device
 server_gib=${server_gib:-$((gpu_memory_gib >= 40 ? 9 : 6))}                      # what one of them may take of a GPU
 server_threads=${server_threads:-4}                                              # torch threads of each
 server_batch_size=${server_batch_size:-64}                                       # rollouts scored at once
@@ -88,7 +88,7 @@ eval_jsonl=${eval_jsonl:-$workspace/data/$dataset.jsonl}
 quality_utterances=${quality_utterances:-100} # whose voice, DNSMOS and F0 are measured; 0: none
 infer_procs=${infer_procs:-$num_gpus}
 infer_device=${infer_device:-cuda}
-infer_batch_size=${infer_batch_size:-32}
+infer_batch_size=${infer_batch_size:-$((gpu_memory_gib >= 40 ? 128 : 32))}
 temperature=${temperature:-0.8} top_p=${top_p:-0.95} top_k=${top_k:--1}
 
 # stage -1: everything is resumed, and skipped when it is there

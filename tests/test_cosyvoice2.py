@@ -115,14 +115,15 @@ def test_seeds_and_prompts(folder, voice):
     assert token2wav.prompt_features(voice) is features
 
 
-@pytest.mark.parametrize(("sizes", "longest"), [((256, 2048), (64, 1024)), ((64,), (40,))])
-def test_packed_utterances_equal_padded_ones(folder, voice, monkeypatch, sizes, longest):
+@pytest.mark.parametrize("sizes", [(256, 512), (64,)])
+def test_packed_utterances_equal_padded_ones(folder, voice, monkeypatch, sizes):
     """Rows of several sizes and, with the second setting, utterances that have a row of their own."""
     monkeypatch.setattr(packed_flow, "SIZES", sizes)
-    monkeypatch.setattr(packed_flow, "LONGEST", longest)
+    monkeypatch.setattr(cosyvoice2, "NUM_STEPS", 2)  # Triton's interpreter is slow
     token2wav = load_token2wav(folder)
-    other = PromptVoice("好", voice.prompt_speech_16k[:20_000], ())
-    sequences, voices = random_tokens([1, 40, 23, 12]), [voice, other, voice, other]
+    other = PromptVoice("好", voice.prompt_speech_16k[:10_000], ())
+    voice = PromptVoice("你", voice.prompt_speech_16k[:8_000], ())
+    sequences, voices = random_tokens([1, 40, 23]), [voice, other, voice]
     padded, _ = token2wav(sequences, voices)
     flow = token2wav.flow
     with torch.inference_mode():
@@ -143,11 +144,19 @@ def test_voices_of_a_batch_are_those_alone(folder, voice):
 
 def test_half_precision_is_near(folder, voice, monkeypatch):
     monkeypatch.setattr(packed_flow, "SIZES", (256,))
-    (tokens,) = random_tokens([20])
+    monkeypatch.setattr(cosyvoice2, "NUM_STEPS", 2)
+    (tokens,) = random_tokens([5])
+    voice = PromptVoice("你", voice.prompt_speech_16k[:8_000], ())
     exact, _ = load_token2wav(folder)([tokens], [voice])
-    quick, _ = load_token2wav(folder, precision="bf16")([tokens], [voice])
+    quick, _ = load_token2wav(folder, precision="fp16")([tokens], [voice])
     difference = (quick - exact).norm() / exact.norm()
-    assert 0 < difference < 0.01
+    assert 0 < difference < 0.002
+
+
+def test_half_precision_needs_a_gpu(folder, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ValueError, match="fp16 needs a GPU"):
+        load_token2wav(folder, precision="fp16")
 
 
 def test_prompt_features_are_kept_on_disk(folder, voice, cache, monkeypatch):

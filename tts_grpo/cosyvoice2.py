@@ -31,7 +31,6 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.overrides import TorchFunctionMode
 
 from tts_grpo.audio import ASR_HZ, resample
-from tts_grpo.packed_flow import PackedSolver
 from tts_grpo.token2wav import PromptVoice, check_speech_tokens, pad_speech_tokens
 
 NUM_STEPS = 10  # of the solver, as in CausalMaskedDiffWithXvec.inference
@@ -136,7 +135,11 @@ class Flow:
         self.noise = module.decoder.rand_noise.to(self.device)
         steps = torch.linspace(0, 1, NUM_STEPS + 1, device=self.device)
         self.times = 1 - torch.cos(steps * 0.5 * torch.pi)
-        self.packed = None if dtype == torch.float32 else PackedSolver(module.decoder, self.times, dtype)
+        self.packed = None
+        if dtype != torch.float32:
+            from tts_grpo.packed_flow import PackedSolver  # needs Triton, which comes with torch for GPUs
+
+            self.packed = PackedSolver(module.decoder, self.times, dtype)
 
     @property
     def device(self) -> torch.device:
@@ -201,31 +204,15 @@ class Flow:
         return x
 
 
-def masked_snake(x: torch.Tensor, alpha: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """CosyVoice's activation ``Snake`` and the mask of the convolution behind it: one pass when compiled."""
-    return (x + torch.sin(x * alpha).square() / (alpha + 1e-9)) * mask
-
-
-class MaskedSnake(nn.Module):
-    """An activation (C channels) and the mask of the convolution that it feeds, in one kernel on a GPU."""
-
-    def __init__(self, snake: nn.Module, masks: dict[int, torch.Tensor], compute):
-        super().__init__()
-        self.alpha, self.masks, self.compute = snake.alpha[:, None], masks, compute
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.compute(x, self.alpha, self.masks[x.shape[-1]])
-
-
 class Vocoder:
     """Mel -> waveform with HiFT, in batches.
 
     Args:
         module: CosyVoice's ``HiFTGenerator``.
-        compiled: whether its activations are compiled, with the masks of the convolutions that they feed.
+        dtype: of the residual blocks' products; float32 leaves the module as it is.
     """
 
-    def __init__(self, module: nn.Module, compiled: bool = False):
+    def __init__(self, module: nn.Module, dtype: torch.dtype = torch.float32):
         self.module, self.masks = module, {}
         self.n_fft, self.hop = module.istft_params["n_fft"], module.istft_params["hop_len"]
         self.ups = [up.stride[0] for up in module.ups]
@@ -234,19 +221,14 @@ class Vocoder:
         for part in module.modules():
             if isinstance(part, nn.Conv1d | nn.ConvTranspose1d):
                 part.register_forward_pre_hook(lambda _, args: (args[0] * self.masks[args[0].shape[-1]],))
-        if compiled:
-            self.fuse_masks()
+        if dtype != torch.float32:
+            from tts_grpo.kernels import SnakeResBlock
+
+            for blocks in (module.resblocks, module.source_resblocks):
+                for i, block in enumerate(blocks):
+                    blocks[i] = SnakeResBlock(block, self.masks, dtype)
         self.stft = module._stft
         module._stft, module._istft = self.source_spectrum, self.waveform
-
-    def fuse_masks(self) -> None:
-        """Let the residual blocks' activations mask the convolutions behind them."""
-        compute = torch.compile(masked_snake, dynamic=True)
-        for block in [*self.module.resblocks, *self.module.source_resblocks]:
-            for snakes, convolutions in ((block.activations1, block.convs1), (block.activations2, block.convs2)):
-                for i, convolution in enumerate(convolutions):
-                    snakes[i] = MaskedSnake(snakes[i], self.masks, compute)
-                    convolution._forward_pre_hooks.clear()
 
     def __call__(self, mel: torch.Tensor, lens: torch.Tensor, seed: int) -> torch.Tensor:
         """float32 (B, 80, T) and int64 (B,) frames -> float32 (B, T * samples_per_frame), zeros behind the ends."""
@@ -305,12 +287,12 @@ class CosyVoice2Token2Wav:
     Args:
         model_dir: the folder.
         device: torch device of flow and vocoder; the prompt's networks run on the CPU, once a voice.
-        precision: "fp32", equal to the official code in fp32; or "fp16" or "bf16": the flow's estimator in half
-            precision on packed batches, TF32 elsewhere, compiled on a GPU.
+        precision: "fp32", equal to the official code in fp32; or, on a GPU, "fp16" or "bf16": the flow's estimator, on
+            packed batches, and the vocoder's residual blocks in half precision, TF32 elsewhere.
         cache_dir: where prompt features are kept; None is ``tts_grpo`` in the user's cache folder.
 
     Raises:
-        ValueError: a file is missing, or its weights are not the modules'.
+        ValueError: a file is missing, or its weights are not the modules'; or half precision without a GPU.
         ImportError: CosyVoice's source is not importable.
     """
 
@@ -321,6 +303,8 @@ class CosyVoice2Token2Wav:
     ):
         self.model_dir, self.device, self.fast = Path(model_dir), torch.device(device), precision != "fp32"
         self.cache_dir = cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tts_grpo"
+        if self.fast and self.device.type == "cpu" and "TRITON_INTERPRET" not in os.environ:
+            raise ValueError(f"precision {precision} needs a GPU: on a CPU, token2wav runs in fp32")
         for name in FILES:
             if not (self.model_dir / name).exists():
                 raise ValueError(f"{model_dir}: no {name} here: not a CosyVoice2 folder")
@@ -329,7 +313,7 @@ class CosyVoice2Token2Wav:
         with torch.inference_mode(), tf32(self.fast):
             self.flow = Flow(self._with_weights(modules["flow"], "flow.pt"), PRECISIONS[precision])
             hift = self._with_weights(modules["hift"], "hift.pt", "generator.")
-        self.vocoder = Vocoder(hift, compiled=self.fast and self.device.type == "cuda")
+            self.vocoder = Vocoder(hift, PRECISIONS[precision])
         self.sessions, self.prompts = {}, {}
 
     def _with_weights(self, module: nn.Module, name: str, prefix: str = "") -> nn.Module:

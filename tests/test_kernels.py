@@ -1,0 +1,108 @@
+"""Triton kernels against the modules whose layers they are, by Triton's interpreter on a CPU."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tts_grpo import kernels
+from tts_grpo.cosyvoice2 import load_modules
+from tts_grpo.packed_flow import GAP, Row
+from tts_grpo.random_weights import make_cosyvoice2_folder
+
+LENS = (200, 77, 130)
+TOLERANCE = 1e-3  # of half precision, relative
+
+
+@pytest.fixture(scope="module")
+def modules(tmp_path_factory):
+    """CosyVoice2's, small, with weights that let nothing hide behind a one or a zero."""
+    torch.manual_seed(0)
+    modules = load_modules(make_cosyvoice2_folder(tmp_path_factory.mktemp("cosyvoice2")))
+    for part in (modules["flow"].decoder.estimator.eval(), modules["hift"].eval()):
+        for parameter in part.parameters():
+            parameter.data = 0.1 * torch.randn_like(parameter) + (0.5 if parameter.dim() == 1 else 0)
+    return modules
+
+
+@pytest.fixture(scope="module")
+def row():
+    return Row(LENS, 512)
+
+
+def attention_of_each(q, k, v, row):
+    """(N, heads, size), one utterance after the other."""
+    out = torch.zeros_like(q)
+    for start, n in zip(row.starts, LENS, strict=True):
+        queries, keys = slice(start, start + n + GAP), slice(start, start + n)
+        parts = (part.transpose(0, 1) for part in (q[queries], k[keys], v[keys]))
+        out[queries] = F.scaled_dot_product_attention(*parts).transpose(0, 1)
+    return out
+
+
+def assert_near(value, expected):
+    assert expected.norm() > 0
+    assert (value.float() - expected).norm() / expected.norm() < TOLERANCE
+
+
+@torch.inference_mode()
+def test_attention_stays_within_utterances_and_leaves_nothing_undefined(row):
+    heads, size = 2, 64
+    qkv = torch.randn(512, 3 * heads * size)
+    expected = attention_of_each(*qkv.view(512, 3, heads, size).unbind(1), row).flatten(1)
+    half = len(row.tiles) // 2
+    assert torch.equal(row.tiles[half:, 0], row.tiles[:half, 0] + 512)  # the second copy
+    value = kernels.attention(qkv.half(), row.tiles[:half], heads)
+    assert_near(value, expected)
+    assert not value[sum(LENS) + GAP * len(LENS) :].any()
+
+
+@torch.inference_mode()
+def test_transformer_blocks(modules, row):
+    blocks = copy.deepcopy(modules["flow"].decoder.estimator.mid_blocks[0][1])
+    blocks.extend(copy.deepcopy(modules["flow"].decoder.estimator.up_blocks[0][1]))
+    x = torch.randn(512, len(blocks[0].norm1.weight))
+    half = kernels.TransformerBlocks(copy.deepcopy(blocks).half())
+    expected = x
+    for block in blocks:
+        block.attn1.fuse_projections()
+        qkv = block.attn1.to_qkv(block.norm1(expected)).unflatten(-1, (3, block.attn1.heads, -1))
+        expected = expected + block.attn1.to_out[0](attention_of_each(*qkv.unbind(1), row).flatten(1))
+        expected = expected + block.ff(block.norm3(expected))
+    value = half(x.half(), row.used, row.tiles[: len(row.tiles) // 2])
+    assert len(half.layers) == 2
+    assert_near(value, expected * row.used[:, None])
+    assert not value[row.used == 0].any()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("part", ["down_blocks", "mid_blocks", "up_blocks"])
+def test_resnet_block(modules, row, part):
+    resnet = getattr(modules["flow"].decoder.estimator, part)[0][0]
+    x = torch.randn(512, resnet.res_conv.in_channels) * row.used[:, None]
+    time = torch.randn(3, resnet.mlp[1].in_features)
+    expected = resnet(x.T[None], row.used[None, None], time[1:2])[0].T * row.used[:, None]
+    value = kernels.CausalResnetBlock(copy.deepcopy(resnet).half(), time.half())(x.half(), row.used, 1)
+    assert_near(value, expected)
+    assert not value[row.used == 0].any()
+
+
+@torch.inference_mode()
+def test_convolution_alone(modules, row):
+    conv = modules["flow"].decoder.estimator.up_blocks[0][2]
+    x = torch.randn(512, conv.in_channels) * row.used[:, None]
+    value = kernels.CausalConv(copy.deepcopy(conv).half())(x.half(), row.used)
+    assert_near(value, conv(x.T[None])[0].T * row.used[:, None])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("number", [0, 5])
+def test_vocoder_block_reads_nothing_behind_an_utterance(modules, number):
+    block = modules["hift"].resblocks[number]
+    lens, length = (150, 90, 33), 150
+    x = torch.randn(3, block.convs1[0].in_channels, length)
+    mask = (torch.arange(length) < torch.tensor(lens)[:, None]).float()[:, None]
+    value = kernels.SnakeResBlock(block, {length: mask}, torch.float16)(x)
+    for one, padded, n in zip(x, value, lens, strict=True):
+        assert_near(padded[:, :n], block(one[None, :, :n])[0])
