@@ -1,4 +1,7 @@
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from tts_grpo.verl_cpu import log_probs
 from tts_grpo.verl_cpu.log_probs import fused_linear
@@ -24,3 +27,18 @@ def test_values_and_gradients_equal_those_of_log_softmax(monkeypatch):
             results.append([*values, *torch.autograd.grad(loss, (hidden, weight))])
         for ours, theirs in zip(*results, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_a_sharded_head_is_gathered(tmp_path):
+    """As FSDP2 leaves the head of a model that is not tied to the embedding."""
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        weight = torch.randn(40, 8)
+        sharded = distribute_tensor(weight, init_device_mesh("cpu", (1,)), [Shard(0)]).requires_grad_()
+        hidden, labels = torch.randn(3, 8), torch.tensor([1, 2, 3])
+        log_probs, _ = fused_linear(None, hidden, sharded, labels)
+        torch.testing.assert_close(log_probs, reference(hidden, weight, labels, 1.0)[0])
+        log_probs.sum().backward()
+        assert isinstance(sharded.grad, DTensor) and sharded.grad.to_local().any()
+    finally:
+        dist.destroy_process_group()

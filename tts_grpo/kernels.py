@@ -8,7 +8,8 @@ without more to them are left to cuBLAS.
 Frames are rows: (N, C), contiguous. Those between and behind utterances are zeros in whatever a convolution reads; each
 kernel that writes such a tensor sees to it.
 
-Sizes of blocks, warps and stages are the fastest on an H100 among some dozens of each.
+Sizes of blocks, warps and stages are about the fastest on an H100 among some dozens of each, and need no more than the
+99 KiB of shared memory that other GPUs have.
 """
 
 import math
@@ -350,7 +351,7 @@ class SnakeResBlock(nn.Module):
             out = torch.empty_like(active)
             _dilated_conv[(triton.cdiv(length, 64), rows)](
                 active, total, out, used, length, weight, bias, bias if alpha is None else alpha, dilation,
-                i % 2 == 1, alpha is not None, channels, self.taps, 64, min(64, channels),
+                i % 2 == 1, alpha is not None, channels, self.taps, 64, min(32, channels),
                 num_warps=8 if channels > 128 else 4, num_stages=3,
             )  # fmt: skip
             active = out
