@@ -9,7 +9,8 @@ a line an utterance of the set, in its order, with ``wav`` (null if there is non
 ``num_speech_tokens``, ``finish_reason`` ("eos", or "length" where it was cut), ``duration_s`` and ``seed``.
 
 The batches are the same for any number of processes, and what an utterance draws depends on the seed and its id only:
-so does the result. A run that was stopped goes on where it was, batch by batch.
+so does the result, to the byte on a CPU; on a GPU, waveforms differ by rounding from run to run. A run that was stopped
+goes on where it was, batch by batch.
 """
 
 import argparse
@@ -40,6 +41,7 @@ def get_args(argv=None):
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="the set is spoken once with each")
     parser.add_argument("--batch-size", type=int, default=32, help="utterances generated and decoded at once")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda: a GPU for each process")
+    parser.add_argument("--precision", default="fp32", help="of CosyVoice2's token2wav on a GPU: fp32, fp16 or bf16")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token")
     parser.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling; 1.0 keeps all")
     parser.add_argument("--top-k", type=int, default=-1, help="-1 keeps all")
@@ -101,7 +103,7 @@ class Speaker:
     def __init__(self, args, device: str):
         self.args = args
         self.model, self.tokenizer = load_lm(args.llm_path, device)
-        self.token2wav = load_token2wav(args.token2wav_dir, device)
+        self.token2wav = load_token2wav(args.token2wav_dir, device, args.precision)
         self.sampling = Sampling(args.temperature, args.top_p, args.top_k, args.max_new_tokens)
         self.voices = {}
 

@@ -153,8 +153,8 @@ stage_4() {
 infer() {
   run_long env OMP_NUM_THREADS=1 "$speech_bin/torchrun" --standalone --nproc-per-node "$infer_procs" "$root/infer_dist.py" \
     --llm-path "$2" --token2wav-dir "$token2wav_dir" --eval-set "$eval_jsonl" --output-dir "$exp_dir/eval/$1" \
-    --seeds "${seed_list[@]}" --batch-size "$infer_batch_size" --device "$infer_device" --max-new-tokens "$max_response_length" \
-    --temperature "$temperature" --top-p "$top_p" --top-k "$top_k"
+    --seeds "${seed_list[@]}" --batch-size "$infer_batch_size" --device "$infer_device" --precision "$infer_precision" \
+    --max-new-tokens "$max_response_length" --temperature "$temperature" --top-p "$top_p" --top-k "$top_k"
 }
 
 # score NAME: error rates of that speech, and what they do not see; on one core, beside the other model's.
@@ -277,7 +277,7 @@ configure() {
     profile exp_name seed sft_path token2wav_dir prompt_audio prompt_list token2wav_precision reward_asr_dir
     eval_asr_dir train_jsonl test_jsonl max_prompt_length reward_curve reward_tones num_gpus num_nodes total_steps
     train_batch_size rollout_n max_response_length learning_rate learning_rate_schedule adam_eps credit norm_adv_by_std eval_jsonl
-    language seeds temperature top_p top_k overrides
+    language seeds infer_precision temperature top_p top_k overrides
   )
   checked_settings=(
     exp_dir venv_root make_envs trainer_requirements prompt_text known_answer_jsonl server_address server_urls
@@ -296,7 +296,7 @@ set_keys() {
     learning_rate_schedule adam_eps credit norm_adv_by_std overrides)
   key_3=$(key key_2 llm_path)
   key_4=$(key key_3 eval_asr_dir eval_jsonl language quality_utterances reference_audio speaker_model_dir seeds \
-    infer_batch_size temperature top_p top_k)
+    infer_batch_size infer_precision temperature top_p top_k)
 }
 
 main() {

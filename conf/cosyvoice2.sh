@@ -59,7 +59,7 @@ server_instances=${server_instances:-$((gpu_memory_gib >= 70 ? 2 : 1))}         
 server_gib=${server_gib:-$((gpu_memory_gib >= 40 ? 9 : 6))}                      # what one of them may take of a GPU
 server_threads=${server_threads:-4}                                              # torch threads of each
 server_batch_size=${server_batch_size:-64}                                       # rollouts scored at once
-token2wav_precision=${token2wav_precision:-fp16}                                 # of the server's flow: fp32 (slow, exact), fp16 or bf16
+token2wav_precision=${token2wav_precision:-fp16}                                 # of the server's token2wav: fp32 (slow, exact), fp16 or bf16
 [[ $server_devices != cpu ]] || token2wav_precision=fp32
 reward_tones=${reward_tones:-1} # 1: tones count in the reward's pinyin error rate
 
@@ -89,6 +89,7 @@ quality_utterances=${quality_utterances:-100} # whose voice, DNSMOS and F0 are m
 infer_procs=${infer_procs:-$num_gpus}
 infer_device=${infer_device:-cuda}
 infer_batch_size=${infer_batch_size:-$((gpu_memory_gib >= 40 ? 128 : 32))}
+infer_precision=${infer_precision:-fp32} # of token2wav in the evaluation; fp16, the server's, is several times as fast
 temperature=${temperature:-0.8} top_p=${top_p:-0.95} top_k=${top_k:--1}
 
 # stage -1: everything is resumed, and skipped when it is there

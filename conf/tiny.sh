@@ -47,6 +47,7 @@ reference_audio=${reference_audio:-$root/assets/tiny/prompts} # of the one voice
 infer_procs=${infer_procs:-2}                                 # processes of torchrun, one for each GPU where there are any
 infer_device=${infer_device:-cpu}
 infer_batch_size=${infer_batch_size:-50}
+infer_precision=${infer_precision:-fp32}
 temperature=${temperature:-1.0} top_p=${top_p:-1.0} top_k=${top_k:--1}
 
 # shellcheck source=scripts/verl_cpu.sh

@@ -25,8 +25,8 @@ def test_table_compares_with_what_was_measured():
 def test_all_is_measured_in_one_run(tmp_path):
     """The official code, one at a time, is the baseline of the same run, and a batch gives what it gives."""
     command = [
-        sys.executable, "scripts/bench_reward.py", "--server-url", "", "--random", tmp_path, "--small", "--seconds", "1",
-        "1", "1", "--num-rollouts", "4", "--batch-size", "2", "--baseline", "2", "--compare-precisions", "fp32",
+        sys.executable, "scripts/bench_reward.py", "--server-url", "", "--random", tmp_path, "--small", "--seconds",
+        "1", "1", "1", "--num-rollouts", "4", "--batch-size", "2", "--baseline", "2", "--compare-precisions", "fp32",
     ]  # fmt: skip
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
     result, rows = next(line for line in done.stdout.split("\n") if line.startswith("{")), done.stdout.split("\n")

@@ -60,6 +60,11 @@ def test_manifest_is_complete(one_process, eval_set):
     assert results(one_process)["seed_0/manifest.jsonl"] != results(one_process)["seed_7/manifest.jsonl"]
 
 
+def test_precision_is_the_decoders(assets, eval_set, tmp_path):
+    done = infer(assets, eval_set, tmp_path, 1, "--precision", "fp16")
+    assert done.returncode and "the tiny token2wav has no precision fp16" in done.stderr
+
+
 def test_two_processes_and_a_resumed_run_give_the_same_bytes(assets, eval_set, one_process, tmp_path):
     done = infer(assets, eval_set, tmp_path, 2)
     assert done.returncode == 0, done.stderr
