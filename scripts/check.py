@@ -7,10 +7,12 @@ run.sh with its settings, by the Python that the environments are built on, as t
 import argparse
 import importlib.metadata
 import json
+import os
 import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -251,6 +253,16 @@ def check_gpus(s: dict) -> Iterator[Finding]:
         yield finding(total_gib - used_gib >= need_gib, what, remedy)
 
 
+def check_compiler(s: dict) -> Iterator[Finding]:
+    """What Triton builds its kernels' launchers with, for reward server and vLLM."""
+    if s["train_device"] != "cuda":
+        return
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    yield finding(compiler is not None, f"C compiler for Triton's kernels: {compiler}", ": install gcc, or set CC")
+    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    yield finding(headers.exists(), str(headers), " is missing, Triton's kernels need it: install it (Debian: python3-dev)")
+
+
 def check_batches(s: dict) -> Iterator[Finding]:
     gpus = int(s["num_gpus"]) * int(s["num_nodes"])
     rollouts, passes = int(s["train_batch_size"]) * int(s["rollout_n"]), int(s["micro_batch_size"]) * gpus
@@ -279,8 +291,8 @@ def check_disk(s: dict) -> Iterator[Finding]:
 
 
 CHECKS = (
-    check_environments, check_files, check_data, check_language_model, check_batches, check_gpus, check_server,
-    check_disk,
+    check_environments, check_files, check_data, check_language_model, check_batches, check_gpus, check_compiler,
+    check_server, check_disk,
 )  # fmt: skip
 
 

@@ -125,3 +125,15 @@ def test_gpus(tmp_path, monkeypatch, gpus, settings, message):
          "server_gib": "8", "vllm_memory_share": "0.40", "http_port": "9"} | settings  # fmt: skip
     wrong = [text for good, text in check.check_gpus(s) if not good]
     assert (wrong == []) if message is None else any(message in text for text in wrong), wrong
+
+
+def test_compiler(tmp_path, monkeypatch):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(check.sysconfig, "get_path", lambda name: str(tmp_path))
+    wrong = [text for good, text in check.check_compiler({"train_device": "cuda"}) if not good]
+    assert len(wrong) == 2 and "install gcc" in wrong[0] and "python3-dev" in wrong[1]
+    (tmp_path / "Python.h").touch()
+    (tmp_path / "gcc").touch(0o755)
+    assert all(good for good, _ in check.check_compiler({"train_device": "cuda"}))
+    assert list(check.check_compiler({"train_device": "cpu"})) == []
