@@ -260,7 +260,7 @@ def check_compiler(s: dict) -> Iterator[Finding]:
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     yield finding(compiler is not None, f"C compiler for Triton's kernels: {compiler}", ": install gcc, or set CC")
     headers = Path(sysconfig.get_path("include")) / "Python.h"
-    yield finding(headers.exists(), str(headers), " is missing, Triton's kernels need it: install it (Debian: python3-dev)")
+    yield finding(headers.exists(), str(headers), " is missing, for Triton's kernels: install it (Debian: python3-dev)")
 
 
 def check_batches(s: dict) -> Iterator[Finding]:
