@@ -41,7 +41,9 @@ def get_args(argv=None):
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="the set is spoken once with each")
     parser.add_argument("--batch-size", type=int, default=32, help="utterances generated and decoded at once")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda: a GPU for each process")
-    parser.add_argument("--precision", default="fp32", help="of CosyVoice2's token2wav on a GPU: fp32, fp16 or bf16")
+    parser.add_argument(
+        "--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help="of CosyVoice2's token2wav on a GPU"
+    )
     parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token")
     parser.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling; 1.0 keeps all")
     parser.add_argument("--top-k", type=int, default=-1, help="-1 keeps all")

@@ -45,7 +45,9 @@ def get_args(argv=None):
         "--prompt-list", type=Path, default=None, help="JSONL of prompt_audio, prompt_text: many voices"
     )
     parser.add_argument("--seed", type=int, default=0, help="chooses one of them for each text")
-    parser.add_argument("--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help="of CosyVoice2's flow")
+    parser.add_argument(
+        "--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help="of CosyVoice2's token2wav"
+    )
     parser.add_argument("--devices", nargs="+", default=["cpu"], help="torch devices, each gets --instances processes")
     parser.add_argument("--instances", type=int, default=1, help="processes on each device")
     parser.add_argument("--threads", type=int, default=1, help="torch threads of each process")

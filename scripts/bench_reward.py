@@ -299,6 +299,8 @@ def main(argv=None):
         return
     if args.device == "cpu":
         torch.set_num_threads(1)
+    else:
+        torch.cuda.set_device(args.device)  # kernels and graphs run on the current one
     pairs = rollouts(args)
     audio_s = sum(len(tokens) for tokens, _ in pairs) / TOKEN_HZ / len(pairs)
     result = {"num_rollouts": len(pairs), "mean_audio_s": audio_s}

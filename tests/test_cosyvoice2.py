@@ -115,7 +115,7 @@ def test_seeds_and_prompts(folder, voice):
     assert token2wav.prompt_features(voice) is features
 
 
-@pytest.mark.parametrize("sizes", [(256, 512), (64,)])
+@pytest.mark.parametrize("sizes", [(128, 256), (64,)])
 def test_packed_utterances_equal_padded_ones(folder, voice, monkeypatch, sizes):
     """Rows of several sizes and, with the second setting, utterances that have a row of their own."""
     monkeypatch.setattr(packed_flow, "SIZES", sizes)
@@ -128,7 +128,7 @@ def test_packed_utterances_equal_padded_ones(folder, voice, monkeypatch, sizes):
     flow = token2wav.flow
     with torch.inference_mode():
         flow.packed = packed_flow.PackedSolver(flow.module.decoder, flow.times, torch.float32)
-    torch.testing.assert_close(token2wav(sequences, voices)[0], padded, rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(token2wav(sequences, voices)[0], padded, rtol=0, atol=TOLERANCE / 100)
     monkeypatch.setattr(packed_flow, "GAP", 0)
     assert (token2wav(sequences, voices)[0] - padded).abs().max() > TOLERANCE / 100  # what the gaps are for
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from tts_grpo import kernels
 from tts_grpo.cosyvoice2 import load_modules
@@ -106,3 +107,12 @@ def test_vocoder_block_reads_nothing_behind_an_utterance(modules, number):
     value = kernels.SnakeResBlock(block, {length: mask}, torch.float16)(x)
     for one, padded, n in zip(x, value, lens, strict=True):
         assert_near(padded[:, :n], block(one[None, :, :n])[0])
+
+
+def test_other_networks_are_refused(modules):
+    blocks = copy.deepcopy(modules["flow"].decoder.estimator.mid_blocks[0][1])
+    blocks[0].ff.net[0] = nn.Identity()
+    with pytest.raises(ValueError, match="activation Identity"):
+        kernels.TransformerBlocks(blocks)
+    with pytest.raises(ValueError, match="80 channels"):
+        kernels.CausalConv(nn.Conv1d(80, 64, 3))

@@ -1,7 +1,7 @@
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from tts_grpo.verl_cpu import log_probs
 from tts_grpo.verl_cpu.log_probs import fused_linear
@@ -29,16 +29,21 @@ def test_values_and_gradients_equal_those_of_log_softmax(monkeypatch):
             torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
-def test_a_sharded_head_is_gathered(tmp_path):
-    """As FSDP2 leaves the head of a model that is not tied to the embedding."""
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
-    try:
-        weight = torch.randn(40, 8)
-        sharded = distribute_tensor(weight, init_device_mesh("cpu", (1,)), [Shard(0)]).requires_grad_()
-        hidden, labels = torch.randn(3, 8), torch.tensor([1, 2, 3])
-        log_probs, _ = fused_linear(None, hidden, sharded, labels)
-        torch.testing.assert_close(log_probs, reference(hidden, weight, labels, 1.0)[0])
-        log_probs.sum().backward()
-        assert isinstance(sharded.grad, DTensor) and sharded.grad.to_local().any()
-    finally:
-        dist.destroy_process_group()
+def gradient_of_a_sharded_head(rank: int, folder: str) -> None:
+    """A worker of two, each with hidden states of its own: writes its part of the gradient."""
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
+    torch.manual_seed(0)
+    weight, hidden, labels = torch.randn(40, 8), torch.randn(2, 3, 8), torch.tensor([1, 2, 33])
+    sharded = distribute_tensor(weight, init_device_mesh("cpu", (2,)), [Shard(0)]).requires_grad_()
+    log_probs, _ = fused_linear(None, hidden[rank], sharded, labels)
+    log_probs.sum().backward()
+    expected = weight.requires_grad_()
+    sum(reference(part, expected, labels, 1.0)[0].sum() / 2 for part in hidden).backward()
+    torch.testing.assert_close(log_probs, reference(hidden[rank], weight, labels, 1.0)[0])
+    torch.testing.assert_close(sharded.grad.full_tensor(), expected.grad)
+    dist.destroy_process_group()
+
+
+def test_a_sharded_head_is_gathered_and_its_gradient_averaged(tmp_path):
+    """As FSDP2 leaves the head of a model that is not tied to the embedding, and treats all other weights."""
+    torch.multiprocessing.spawn(gradient_of_a_sharded_head, (str(tmp_path),), nprocs=2)

@@ -132,3 +132,11 @@ def test_a_list_of_voices(token2wav, assets, tmp_path):
 def test_the_tiny_decoder_has_one_precision(assets):
     with pytest.raises(ValueError, match="use fp32"):
         load_token2wav(assets / "token2wav", precision="fp16")
+
+
+def test_speech_that_is_not_finite_is_an_error():
+    def decoder(speech_tokens, voices, seed):
+        return torch.full((len(speech_tokens), 640), torch.nan), torch.tensor([640] * len(speech_tokens))
+
+    with pytest.raises(ValueError, match="not finite"):
+        decode(decoder, [[1]])

@@ -1,8 +1,8 @@
 """CosyVoice2's token2wav: its own flow and HiFT modules, run on whole batches with the result of one by one.
 
 The modules are those of https://github.com/FunAudioLLM/CosyVoice (or of a packaging of it), which must be importable;
-nothing of the networks is written again here. Their inference takes one utterance. What padding would change in a
-batch is undone at the borders of the modules:
+in fp32 nothing of the networks is written again; half precision has its own layers (packed_flow.py, kernels.py). The
+modules' inference takes one utterance. What padding would change in a batch is undone at their borders:
 
 * flow: the encoder's look-ahead convolution gets zeros behind the end of each utterance, not the embedding's bias
   (``PreLookaheadLayer``); attention and the causal decoder respect masks already. The solver's classifier-free
@@ -438,7 +438,7 @@ class CosyVoice2Token2Wav:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Compile what is compiled and capture what is captured, so that no utterance waits for it."""
+        """Compile the flow's kernels and capture its graphs; the vocoder's are compiled by its first batch."""
         if self.flow.packed:
             with tf32(True):
                 self.flow.packed.warm_up()

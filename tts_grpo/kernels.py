@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import nn
 
 QUERIES = 64  # of a block of attention
+CHUNK = 32  # channels that a convolution multiplies at once
 LOG2_E = math.log2(math.e)
 
 
@@ -144,6 +145,9 @@ class TransformerBlocks:
 
     Args:
         blocks: the modules, in half precision; their projections are fused.
+
+    Raises:
+        ValueError: their activation is not GELU.
     """
 
     def __init__(self, blocks: nn.ModuleList):
@@ -151,6 +155,9 @@ class TransformerBlocks:
         added = torch.zeros_like(blocks[0].norm1.bias, dtype=torch.float32)
         for block in blocks:
             block.attn1.fuse_projections()
+            activation = type(block.ff.net[0]).__name__
+            if activation != "GELU":
+                raise ValueError(f"no kernel for the activation {activation}: use token2wav_precision=fp32")
             out, up, down = block.attn1.to_out[0], block.ff.net[0].proj, block.ff.net[2]
             between = added + out.bias.float()
             self.layers.append((block.attn1, block.norm1, added, out.weight.T, block.norm3, between, up, down.weight.T))
@@ -230,9 +237,14 @@ class CausalConv:
         conv: the module.
         norm: the layer norm behind it, with Mish behind that; None for neither.
         residual: a convolution of one tap whose result is added in the end.
+
+    Raises:
+        ValueError: the channels are no multiple of 32.
     """
 
     def __init__(self, conv: nn.Conv1d, norm: nn.LayerNorm | None = None, residual: nn.Conv1d | None = None):
+        if conv.in_channels % CHUNK or (residual and residual.in_channels % CHUNK):
+            raise ValueError(f"no kernel for {conv.in_channels} channels: use token2wav_precision=fp32")
         self.weight, self.bias, self.norm, self.taps = frames_first(conv), conv.bias, norm, conv.kernel_size[0]
         self.residual = self.weight if residual is None else frames_first(residual)
         self.added = torch.zeros_like(conv.bias) if residual is None else residual.bias
@@ -251,7 +263,7 @@ class CausalConv:
             x, x if source is None else source, out, used, len(x), self.weight, self.bias, *norm,
             self.added if added is None else added, self.residual, self.norm.eps if self.norm else 0.0,
             self.norm is not None,
-            0 if source is None else source.shape[1], x.shape[1], out.shape[1], self.taps, 64, 32, num_warps=8,
+            0 if source is None else source.shape[1], x.shape[1], out.shape[1], self.taps, 64, CHUNK, num_warps=8,
             num_stages=4,
         )  # fmt: skip
         return out
@@ -278,7 +290,7 @@ class CausalResnetBlock:
 
 @triton.jit
 def _snake(x, alpha):
-    """``x + sin(alpha x)^2 / alpha``: the square's period is pi; a polynomial in a half of it, to 3e-9."""
+    """``x + sin(alpha x)^2 / alpha``: the square's period is pi; a polynomial in a half of it, to 4e-9."""
     turns = x * alpha * 0.3183098861837907
     r = turns - tl.floor(turns + 0.5)
     q = r * r
@@ -351,7 +363,7 @@ class SnakeResBlock(nn.Module):
             out = torch.empty_like(active)
             _dilated_conv[(triton.cdiv(length, 64), rows)](
                 active, total, out, used, length, weight, bias, bias if alpha is None else alpha, dilation,
-                i % 2 == 1, alpha is not None, channels, self.taps, 64, min(32, channels),
+                i % 2 == 1, alpha is not None, channels, self.taps, 64, min(CHUNK, channels),
                 num_warps=8 if channels > 128 else 4, num_stages=3,
             )  # fmt: skip
             active = out

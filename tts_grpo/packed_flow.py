@@ -95,7 +95,7 @@ class PackedSolver:
         dtype: of the estimator's weights and activations.
 
     Raises:
-        ValueError: the estimator is not built as CosyVoice2's is.
+        ValueError: the estimator is not built as CosyVoice2's is: one frame rate, GELU, widths that kernels can take.
     """
 
     def __init__(self, decoder: nn.Module, times: torch.Tensor, dtype: torch.dtype):

@@ -11,7 +11,7 @@ from tts_grpo.asr import Heard, SenseVoice
 from tts_grpo.audio import ASR_HZ, resample_batch
 from tts_grpo.metrics import locate_errors, reward
 from tts_grpo.text import pinyin
-from tts_grpo.token2wav import PromptVoice, Token2Wav, choose_voice
+from tts_grpo.token2wav import PromptVoice, Token2Wav, check_finite, choose_voice
 from tts_grpo.tokens import TOKEN_HZ
 
 ONSET_DELAY_S = 0.04  # from a syllable's first speech token to the frame at which a CTC recogniser names it
@@ -126,8 +126,7 @@ class RewardScorer:
         waveforms, lens = self.token2wav(speech_tokens, voices)
         waveforms = resample_batch(waveforms, self.token2wav.sample_rate_hz, ASR_HZ)
         lens = (lens * ASR_HZ // self.token2wav.sample_rate_hz).tolist()
-        if not waveforms.isfinite().all():  # waits for the decoder too, so that its time is not counted as the other's
-            raise ValueError("the decoded speech is not finite: use token2wav_precision=bf16 or fp32")
+        check_finite(waveforms)  # waits for the decoder too, so that its time is not counted as the other's
         decoded = time.perf_counter()
         heard = self.asr.hear([wave[:n] for wave, n in zip(waveforms, lens, strict=True)])
         self.seconds["token2wav"] += decoded - start

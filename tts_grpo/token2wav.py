@@ -154,6 +154,12 @@ def load_token2wav(model_dir: str | Path, device: str = "cpu", precision: str = 
     raise ValueError(f"{model_dir}: no token2wav here (expected token_decoder.safetensors, or CosyVoice2's flow.pt)")
 
 
+def check_finite(waveforms: torch.Tensor) -> None:
+    """Raises ValueError if decoded speech is no sound."""
+    if not waveforms.isfinite().all():
+        raise ValueError("the decoded speech is not finite: half precision may be too narrow, use bf16 or fp32")
+
+
 def decode(
     token2wav: Token2Wav,
     speech_tokens: Sequence[Sequence[int]],
@@ -167,6 +173,9 @@ def decode(
         speech_tokens: B sequences of ids; an empty one gives an empty waveform.
         voices: a prompt voice, or None, for each sequence.
         seed: of the decoder.
+
+    Raises:
+        ValueError: a waveform is not finite.
     """
     voices = voices or [None] * len(speech_tokens)
     waveforms = [np.zeros(0, np.float32)] * len(speech_tokens)
@@ -174,6 +183,7 @@ def decode(
     for first in range(0, len(chosen), batch_size):
         batch = chosen[first : first + batch_size]
         waves, lens = token2wav([speech_tokens[i] for i in batch], [voices[i] for i in batch], seed)
+        check_finite(waves)
         for i, wave, length in zip(batch, waves.cpu(), lens, strict=True):
             waveforms[i] = wave[:length].numpy()
     return waveforms

@@ -9,7 +9,7 @@ Loaded in veRL's processes through ``actor_rollout_ref.model.external_lib``. Thr
   step start together, or the sum would be none of the clock's.
 - veRL looks every 2 s whether the rollouts of a step are there (``ReplayBuffer.poll_interval``, which no setting
   reaches): a second of each step on average. Here it looks ten times a second.
-- Where the reward notes the errors of each syllable (``credit=syllable``), GRPO's advantages are made of them
+- Where the reward is told to note the errors of each syllable (``credit=syllable``), GRPO's advantages are made of them
   (tts_grpo/credit.py); ``critic/advantages/nonzero`` is the share of tokens that have one.
 """
 
@@ -64,17 +64,18 @@ def _poll_often() -> None:
 
 def group_advantages(
     uids: Iterable[str], notes: list[str | None], scores: list[float], num_tokens: list[int], by_std: bool
-) -> list[np.ndarray] | None:
-    """Advantages of a step's rollouts by syllable, or None where the reward notes no syllables.
+) -> list[np.ndarray]:
+    """Advantages of a step's rollouts by syllable.
 
     Raises:
-        ValueError: it does for some rollouts only.
+        ValueError: the reward noted no syllables of a rollout.
     """
-    noted = [note is not None for note in notes]
-    if not any(noted):
-        return None
-    if not all(noted):
-        raise ValueError(f"{noted.count(False)} of {len(noted)} rollouts lack {KEY}: no credit by syllable")
+    lacking = notes.count(None)
+    if lacking:
+        raise ValueError(
+            f"the reward of {lacking} of {len(notes)} rollouts has no {KEY}, which credit=syllable needs: return it as "
+            "reward_tts.py does, or set credit=utterance"
+        )
     groups = defaultdict(list)
     for row, uid in enumerate(uids):
         groups[uid].append(row)
@@ -93,6 +94,8 @@ def _credit_syllables() -> None:
 
     def with_credit(self, batch, metrics):
         batch = compute_advantage(self, batch, metrics)
+        if not self.config.reward.custom_reward_function.reward_kwargs.by_syllable:
+            return batch
         fields = ["uid", "rm_scores", "extra_fields"]
         rows = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
         notes = [(extra or {}).get("reward_extra_info", {}).get(KEY) for extra in rows["extra_fields"]]
@@ -101,8 +104,6 @@ def _credit_syllables() -> None:
             list(rows["uid"]), notes, [row.sum().item() for row in scores], [len(row) for row in scores],
             self.config.algorithm.get("norm_adv_by_std_in_grpo", True),
         )  # fmt: skip
-        if advantages is None:
-            return batch
         metrics["critic/advantages/nonzero"] = float(np.mean(np.concatenate(advantages) != 0))
         nested = torch.nested.as_nested_tensor([torch.from_numpy(row) for row in advantages], layout=torch.jagged)
         output = TensorDict({"advantages": nested, "returns": nested}, batch_size=len(advantages))
