@@ -8,7 +8,7 @@ from pathlib import Path
 from tts_grpo.audio import save_audio
 from tts_grpo.generate import Sampling, generate_speech_tokens, load_lm
 from tts_grpo.prompts import render_prompt
-from tts_grpo.token2wav import load_prompt_voice, load_token2wav
+from tts_grpo.token2wav import decode, load_prompt_voice, load_token2wav
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +48,8 @@ def main(argv=None):
         raise SystemExit("infer_single.py: the model said nothing: try another --seed")
     if said.finish_reason != "eos":
         logger.warning("the speech was cut at %d tokens: raise --max-new-tokens", args.max_new_tokens)
-    waveforms, lens = token2wav([said.speech_tokens], [voice], args.seed)
-    save_audio(args.output, waveforms[0, : lens[0]].cpu().numpy(), token2wav.sample_rate_hz)
+    (waveform,) = decode(token2wav, [said.speech_tokens], [voice], args.seed)
+    save_audio(args.output, waveform, token2wav.sample_rate_hz)
     print(args.output)
 
 

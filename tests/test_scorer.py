@@ -47,6 +47,9 @@ def test_speech_that_is_not_finite_is_an_error_of_its_rollout_alone():
     scores = RewardScorer(Spoken(), Hearing()).score([[1], [0], [2]], ["你好"] * 3)
     assert [score.reward for score in scores[::2]] == [1.0, 1.0]
     assert "not finite" in scores[1].error and np.isnan(scores[1].reward)
+    said = RewardScorer(Spoken(), Hearing()).speak([[1], [0]])
+    assert (said[0].error, len(said[0].waveform)) == ("", 640)
+    assert "not finite" in said[1].error and not len(said[1].waveform)
 
 
 def test_errors_are_placed_at_the_speech_tokens_of_their_syllable():

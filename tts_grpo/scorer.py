@@ -114,6 +114,7 @@ class RewardScorer:
         for tokens in speech_tokens:
             try:
                 waveforms, lens = self.token2wav([tokens], [voice])
+                check_finite(waveforms)
                 samples = np.round(np.clip(waveforms[0, : lens[0]].cpu().numpy(), -1, 1) * 32767).astype(np.int16)
                 said.append(SampleSpeech(samples, rate))
             except Exception as error:
