@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from tts_grpo.jsonl import dump_line
-from tts_grpo.prompts import chat_messages, render_prompt
+from tts_grpo.prompts import chat_messages, load_tokenizer, render_prompt
 from tts_grpo.text import normalise
 
 SPLITS = ("train", "test")
@@ -156,9 +156,11 @@ def main(argv=None):
     for path in (args.train_file, args.test_file):
         if not path.is_file():
             raise SystemExit(f"prepare_data.py: {path} is missing")
-    from transformers import AutoTokenizer
-
-    converter = Converter(args, AutoTokenizer.from_pretrained(args.llm_path))
+    try:
+        tokenizer = load_tokenizer(args.llm_path)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"prepare_data.py: {error}") from error
+    converter = Converter(args, tokenizer)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     rejects_path = args.output_dir / "rejects.jsonl"
     parts = {split: args.output_dir / f"{split}.parquet.part" for split in SPLITS}

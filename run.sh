@@ -9,7 +9,7 @@
 #   VERL_OVERRIDE: veRL settings of stage 2, such as algorithm.norm_adv_by_std_in_grpo=False
 #
 #   -1  install: the speech and the trainer environment, and what the profile downloads
-#    0  data: JSONL with a text a line -> parquet for veRL
+#    0  data: JSONL with one text per line -> parquet for veRL; the language model as veRL can train it
 #    1  reward server; alone it stays in the foreground, in a range it serves stage 2 and ends
 #    2  GRPO on veRL; goes on from its last checkpoint
 #    3  merge the last checkpoint into $llm_path/merged_hf_model, a Hugging Face folder
@@ -82,9 +82,10 @@ make_environments() {
 }
 
 stage_0() {
-  done_with 0 "$key_0" && skip 0 && return
+  [[ -e $sft_model/config.json ]] && done_with 0 "$key_0" && skip 0 && return
+  run "$trainer_bin/python" "$root/scripts/prepare_llm.py" --sft-path "$sft_path" --output-dir "$sft_model"
   run "$trainer_bin/python" "$root/prepare_data.py" --train-file "$train_jsonl" --test-file "$test_jsonl" \
-    --output-dir "$exp_dir/data" --llm-path "$sft_path" --max-prompt-length "$max_prompt_length" \
+    --output-dir "$exp_dir/data" --llm-path "$sft_model" --max-prompt-length "$max_prompt_length" \
     --max-bad-ratio "$max_bad_ratio"
   mark_done 0 "$key_0"
   echo "data: $exp_dir/data"
@@ -103,6 +104,7 @@ stage_1() {
 stage_2() {
   done_with 2 "$key_2" && skip 2 && return
   need "$exp_dir/data/train.parquet" 0
+  need "$sft_model/config.json" 0
   check_checkpoints
   if ((dry_run == 0)) && ! server_ready "${server_urls%%[, ]*}"; then
     die "no reward server is ready at ${server_urls%%[, ]*}: start one with bash run.sh 1 1"
@@ -124,8 +126,9 @@ stage_3() {
   done_with 3 "$key_3" && skip 3 && return
   local checkpoint=${llm_path:-$(last_checkpoint)}
   need "$checkpoint/actor" 2
+  need "$sft_model/config.json" 0
   run rm -rf "$checkpoint/merged_hf_model.part" "$checkpoint/merged_hf_model"
-  run "$trainer_bin/python" "$root/scripts/merge.py" --checkpoint "$checkpoint/actor" --sft-path "$sft_path" \
+  run "$trainer_bin/python" "$root/scripts/merge.py" --checkpoint "$checkpoint/actor" --sft-path "$sft_model" \
     --output-dir "$checkpoint/merged_hf_model.part"
   run mv -T "$checkpoint/merged_hf_model.part" "$checkpoint/merged_hf_model"
   run ln -sfnT "$checkpoint/merged_hf_model" "$exp_dir/merged_hf_model"
@@ -137,8 +140,9 @@ stage_3() {
 stage_4() {
   done_with 4 "$key_4" && skip 4 && return
   need "$exp_dir/merged_hf_model/config.json" 3
+  need "$sft_model/config.json" 0
   ((force)) && run rm -rf "$exp_dir/eval"
-  infer sft "$sft_path"
+  infer sft "$sft_model"
   infer grpo "$exp_dir/merged_hf_model"
   score sft
   score grpo
@@ -224,6 +228,7 @@ configure() {
   local device_list
   read -ra device_list <<<"$server_devices"
   read -ra seed_list <<<"$seeds"
+  sft_model=$exp_dir/sft_model # sft_path as veRL can train it: stage 0 makes it
   speech_bin=$venv_root/speech/bin trainer_bin=$venv_root/trainer/bin
   server_command=(
     "$speech_bin/python" "$root/token2wav_asr_server.py" --token2wav-dir "$token2wav_dir" --asr-dir "$reward_asr_dir"
@@ -249,7 +254,7 @@ configure() {
     data.train_batch_size="$train_batch_size" data.seed="$seed"
     data.max_prompt_length="$max_prompt_length" data.max_response_length="$max_response_length"
     data.truncation=error data.filter_overlong_prompts=False data.dataloader_num_workers=0
-    actor_rollout_ref.model.path="$sft_path"
+    actor_rollout_ref.model.path="$sft_model"
     actor_rollout_ref.actor.optim.lr="$learning_rate" actor_rollout_ref.actor.use_kl_loss=False
     actor_rollout_ref.actor.optim.lr_scheduler_type="$learning_rate_schedule"
     "actor_rollout_ref.actor.optim.override_optimizer_config={eps: $adam_eps}"

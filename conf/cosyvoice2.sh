@@ -33,7 +33,10 @@ workspace=${workspace:-/workspace} # folder of what is downloaded
 
 # models
 llm=${llm:-llasa} # language model to train: llasa (yuekai's SFT model) or official (CosyVoice2-0.5B's own, converted)
-sft_path=${sft_path:-$workspace/$([[ $llm == official ]] && echo CosyVoice2-0.5B-llm || echo llasa_cosyvoice2_token_qwen_0.5b)}
+llasa_dir=$workspace/llasa_cosyvoice2_token_qwen_0.5b
+sft_checkpoint=${sft_checkpoint-checkpoint-885000} # of llm=llasa: the folder of its repository to train; empty: the root
+default_sft_path=$([[ $llm == official ]] && echo "$workspace/CosyVoice2-0.5B-llm" || echo "$llasa_dir${sft_checkpoint:+/$sft_checkpoint}")
+sft_path=${sft_path:-$default_sft_path}                    # or a folder of your own, which is left as it is
 token2wav_dir=${token2wav_dir:-$workspace/CosyVoice2-0.5B} # speech tokens -> waveform
 cosyvoice_dir=${cosyvoice_dir:-$workspace/CosyVoice}       # its source
 prompt_audio=${prompt_audio:-$cosyvoice_dir/asset/zero_shot_prompt.wav}
@@ -114,12 +117,18 @@ install_profile() {
 
 # The official model's head has a bias, which stock Qwen2 has not: see scripts/convert_llm.py for what that costs.
 install_llm() {
-  if [[ $llm == official ]]; then
+  if [[ $sft_path != "$default_sft_path" ]]; then
+    ((dry_run)) || [[ -e $sft_path/config.json ]] || die "sft_path $sft_path has no config.json: it is no folder of a language model"
+  elif [[ $llm == official ]]; then
     [[ -e $sft_path/config.json ]] || run "$speech_bin/python" "$root/scripts/convert_llm.py" to-hf \
       --cosyvoice-dir "$token2wav_dir" --output "$sft_path" --without-head-bias
   else
-    download --hub huggingface --repo yuekai/llasa_cosyvoice2_token_qwen_0.5b --output-dir "$sft_path" --need-gib 2 \
-      --require config.json tokenizer_config.json
+    # The repository has dozens of checkpoints beside logs and samples: fetch one, without the state of its optimizer.
+    local inside=${sft_checkpoint:+$sft_checkpoint/}
+    download --hub huggingface --repo yuekai/llasa_cosyvoice2_token_qwen_0.5b --output-dir "$llasa_dir" --need-gib 1.2 \
+      --include "$inside"{config,generation_config,tokenizer,tokenizer_config,special_tokens_map,added_tokens,vocab}.json \
+      "$inside"{merges.txt,chat_template.jinja,model.safetensors} \
+      --require "$inside"{config.json,tokenizer_config.json,model.safetensors}
   fi
 }
 

@@ -18,7 +18,17 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from tts_grpo.prompts import GENERATION_END, GENERATION_START, IM_END, INSTRUCTION, SOS, TASK_ID, render_prompt
+from tts_grpo.llm_folder import as_list, check_folder, generation_config
+from tts_grpo.prompts import (
+    GENERATION_END,
+    GENERATION_START,
+    IM_END,
+    INSTRUCTION,
+    SOS,
+    TASK_ID,
+    load_tokenizer,
+    render_prompt,
+)
 from tts_grpo.protocol import MODEL_NAME
 from tts_grpo.tokens import NUM_SPEECH_TOKENS, format_speech_tokens, speech_token_str
 
@@ -133,7 +143,7 @@ def check_data(s: dict) -> Iterator[Finding]:
 
 def check_language_model(s: dict) -> Iterator[Finding]:
     python = Path(s["venv_root"]) / "trainer/bin/python"
-    if not (Path(s["sft_path"]) / "config.json").exists():
+    if not Path(s["sft_path"]).exists():
         yield False, f"language model {s['sft_path']} is missing: bash run.sh -1 -1 brings it, or set sft_path"
     elif python.exists():
         yield from findings_of([python, __file__, "--language-model", s["sft_path"]])
@@ -141,29 +151,31 @@ def check_language_model(s: dict) -> Iterator[Finding]:
 
 def language_model_findings(folder: Path) -> Iterator[Finding]:
     """Runs in the trainer environment: what veRL and this recipe need of tokenizer, template and end tokens."""
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+    from transformers import AutoConfig
 
     try:
-        config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        check_folder(folder)
+        config, tokenizer = AutoConfig.from_pretrained(folder), load_tokenizer(folder)
+        generation, left_out = generation_config(folder, tokenizer)
     except (OSError, ValueError, KeyError) as error:
         message = str(error).strip().splitlines()[0]
         yield False, f"language model {folder}: {message} (the official one as veRL loads it: llm=official)"
         return
     yield len(tokenizer) <= config.vocab_size, f"{len(tokenizer)} tokens, {config.vocab_size} rows of weights"
-    if not list(folder.glob("*.safetensors")) + list(folder.glob("*.bin")):
-        yield False, f"{folder} has no weights"
     yield from speech_token_findings(tokenizer)
     yield from prompt_findings(tokenizer)
-    try:
-        ends = GenerationConfig.from_pretrained(folder).eos_token_id
-    except OSError:
-        ends = config.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
-    wanted = "<|eos1|>" if SOS in (tokenizer.chat_template or "") else GENERATION_END
-    good = tokenizer.convert_tokens_to_ids(wanted) in ends
-    yield finding(
-        good, f"end tokens {tokenizer.convert_ids_to_tokens(ends)}", f" lack {wanted}: generation_config.json"
+    vocabulary, ends = tokenizer.get_vocab(), as_list(generation["eos_token_id"])
+    # The SFT model ends as a chat does; the tiny one has an end token of its own.
+    wanted = (
+        "<|eos1|>" if SOS in tokenizer.chat_template else GENERATION_END if GENERATION_END in vocabulary else IM_END
     )
+    yield finding(
+        vocabulary.get(wanted) in ends,
+        f"end tokens {tokenizer.convert_ids_to_tokens(ends)}",
+        f" lack {wanted}: correct eos_token_id in generation_config.json",
+    )
+    if left_out:
+        yield True, f"settings of generation_config.json that are not used: {json.dumps(left_out)}"
 
 
 def speech_token_findings(tokenizer) -> Iterator[Finding]:

@@ -99,6 +99,19 @@ def fetch(args) -> None:
     )  # fmt: skip
 
 
+def top_level(args) -> str:
+    """What a repository of Hugging Face holds at its top level, for an error message; nothing if it cannot be had."""
+    if args.hub != "huggingface":
+        return ""
+    from huggingface_hub import list_repo_files
+
+    try:
+        files = list_repo_files(args.repo, repo_type=args.repo_type, revision=args.revision)
+    except Exception:  # the message that it would complete says enough
+        return ""
+    return f" It holds {', '.join(sorted({name.split('/')[0] for name in files}))}."
+
+
 def causes(error: BaseException) -> list[BaseException]:
     """An exception and what it was raised from."""
     chain = []
@@ -132,7 +145,9 @@ def main(argv=None):
     missing = [name for name in args.require if not there.get(name)]
     if missing:
         names = ", ".join(missing)
-        raise SystemExit(f"download.py: {args.repo} came without {names} (missing or empty): is it the right one?")
+        raise SystemExit(
+            f"download.py: {args.repo} came without {names} (missing or empty): is it the right one?{top_level(args)}"
+        )
     write_json(args.output_dir / MARKER, {"wanted": wanted(args), "sizes": there})
     print(f"{args.repo}: {sum(there.values()) / GIB:.2f} GiB in {args.output_dir}")
 

@@ -1,7 +1,7 @@
 """Merge veRL's FSDP shards into a Hugging Face folder that generates as the SFT model did.
 
-veRL's merger writes the weights; tokenizer, chat template and generation config (all end tokens) are the SFT model's
-own files. The result is loaded once, so that a folder that does not load is never taken for done.
+veRL's merger writes the weights; tokenizer, chat template and generation config (all end tokens) are copied from the
+folder that was trained (scripts/prepare_llm.py). The result is loaded once: a folder that does not load is an error.
 """
 
 import argparse
@@ -21,7 +21,7 @@ TOKENIZER_FILES = (
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, help="folder of the shards, global_step_N/actor")
-    parser.add_argument("--sft-path", type=Path, required=True, help="model that the training began with")
+    parser.add_argument("--sft-path", type=Path, required=True, help="folder that was trained, exp/NAME/sft_model")
     parser.add_argument("--output-dir", type=Path, required=True, help="folder to write")
     return parser.parse_args(argv)
 

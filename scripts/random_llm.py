@@ -1,95 +1,225 @@
-"""A language model of the full profile's shape with random weights, to measure speed and memory without a download.
+"""Write a language model with random weights in the exact form of the SFT model that the full profile trains.
 
     python scripts/random_llm.py --output DIR [--mean-tokens 124]
 
-It is a Qwen2 of 0.5B with the vocabulary, template and special tokens of the SFT model that the full profile trains.
-What it says means nothing, but it says speech tokens only, and ends after ``--mean-tokens`` of them on average (the
-lengths are geometric), so that its rollouts fill a trainer and a reward server as real ones do. Text is split into
-bytes: prompts are about three times as long as with the real vocabulary.
+For measuring speed and memory, and for tests, without a download. The folder has the files, names and dtypes of one
+checkpoint of yuekai/llasa_cosyvoice2_token_qwen_0.5b as transformers 4 wrote it: Qwen2.5-0.5B-Instruct, whose
+tokenizer got 6,561 speech tokens and ``<|SPEECH_GENERATION_START|>`` by ``add_tokens`` and whose embedding was resized
+to these 158,227 ids (icefall, egs/emilia/TTS/llasa_cosyvoice2_token/train.py); the head tied to the embedding, float16,
+Qwen's default chat template with its system prompt, and Qwen's generation config with a repetition penalty of 1.1.
 
-How: one component of every token's embedding outweighs the others and no layer writes enough to change that, so it is
-nearly constant where the head sees it. The head's weights there decide what is said and how often the end token.
+The text vocabulary is Qwen's own: its 151,643 byte-pair ranks come with the package ``dashscope``
+(``pip install --no-deps dashscope``), or from a file given as ``--qwen-ranks``.
+
+The speech tokens that the model generates mean nothing, but it generates nothing else, and it ends after
+``--mean-tokens`` of them on average (the lengths are geometric), so its rollouts keep a trainer and a reward server as
+busy as real ones do. How: the first layer turns component 0, equal in all embeddings, into a constant in component 1 of
+the residual stream, and no later layer writes to either. The final norm removes component 0, so component 1 of the tied
+embedding holds each id's logit.
 """
 
 import argparse
+import base64
+import importlib.util
+import itertools
 import json
 import math
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from safetensors.torch import save_file
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from tts_grpo.prompts import GENERATION_END, GENERATION_START, IM_END, IM_START, LLASA_CHAT_TEMPLATE
+from tts_grpo.jsonl import write_json
+from tts_grpo.prompts import GENERATION_START, IM_END
 from tts_grpo.tokens import NUM_SPEECH_TOKENS, speech_token_str
 
-TEXT_TOKENS = 151_643  # of Qwen2's vocabulary
 PAD = "<|endoftext|>"
-ROW_MULTIPLE = 128
-SHAPES = {  # Qwen2-0.5B; "tiny" is for tests
+# Qwen2.5's special tokens, from id 151,643 on; those of the second line are ordinary words to the tokenizer.
+SPECIAL_TOKENS = (
+    PAD, "<|im_start|>", IM_END, "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>",
+    "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
+    "<|video_pad|>",
+)  # fmt: skip
+NAMED_TOKENS = (
+    "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>",
+    "<|repo_name|>", "<|file_sep|>",
+)  # fmt: skip
+# Renders as Qwen2.5-Instruct's template does where there are no tools.
+DEFAULT_CHAT_TEMPLATE = (
+    "{%- if messages[0]['role'] == 'system' %}{%- set system = messages[0]['content'] %}"
+    "{%- else %}{%- set system = 'You are Qwen, created by Alibaba Cloud. You are a helpful assistant.' %}{%- endif %}"
+    "{{- '<|im_start|>system\\n' + system + '<|im_end|>\\n' }}"
+    "{%- for message in messages %}{%- if not (loop.first and message['role'] == 'system') %}"
+    "{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+)
+SHAPES = {  # Qwen2.5-0.5B; "tiny" is for tests
     "0.5b": {"hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
              "intermediate_size": 4864},
     "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
              "intermediate_size": 128},
 }  # fmt: skip
-NEVER = -50.0  # logit of what is never said
+NEVER = -50.0  # logit of ids that are never sampled
+GAIN = 8.0  # of component 1 in the final norm: what the embeddings themselves have there stays small
+CONSTANT = 10.0  # components 0 and 1 of the residual stream; all others stay well below
 
 
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--shape", choices=sorted(SHAPES), default="0.5b", help="size of the network")
-    parser.add_argument("--mean-tokens", type=float, default=124.0, help="speech tokens before the end, on average")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights")
+    parser.add_argument("--mean-tokens", type=float, default=124.0, help="mean number of speech tokens per response")
+    parser.add_argument("--seed", type=int, default=0, help="random seed for the weights")
+    parser.add_argument("--qwen-ranks", type=Path, default=None, help="qwen.tiktoken; dashscope's by default")
     return parser.parse_args(argv)
 
 
-def make_tokenizer(text_tokens: int) -> PreTrainedTokenizerFast:
-    """Bytes, as many stand-ins as make up ``text_tokens``, and the SFT model's special and speech tokens."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    names = letters + [f"\u0120text{i}" for i in range(text_tokens - len(letters))]
-    core = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[]))
-    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token=PAD, eos_token=GENERATION_END)
-    tokenizer.add_tokens([IM_START, IM_END, GENERATION_START, GENERATION_END], special_tokens=True)
-    # veRL decodes without special tokens: as such, speech tokens would be gone
-    tokenizer.add_tokens([speech_token_str(i) for i in range(NUM_SPEECH_TOKENS)])
-    tokenizer.chat_template = LLASA_CHAT_TEMPLATE
+def read_ranks(path: Path | None) -> dict[bytes, int]:
+    """Qwen's byte-pair ranks, ``{token: rank}``, from a file in tiktoken's format.
+
+    Raises:
+        SystemExit: no file is given and the package ``dashscope``, which carries it, is not installed.
+    """
+    if path is None:
+        package = importlib.util.find_spec("dashscope")
+        if package is None:
+            raise SystemExit(
+                "random_llm.py: Qwen's vocabulary is in the package dashscope: pip install --no-deps dashscope, "
+                "or pass --qwen-ranks"
+            )
+        path = Path(package.submodule_search_locations[0]) / "resources/qwen.tiktoken"
+    pairs = (line.split() for line in path.read_bytes().splitlines() if line)
+    return {base64.b64decode(token): int(rank) for token, rank in pairs}
+
+
+def last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
+    """The two tokens whose merge gives ``token``, found as byte-pair encoding finds them: by the lowest rank first."""
+    splits = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
+    if len(splits) == 1:
+        return splits[0]
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        merged = [ranks.get(a + b, len(ranks)) for a, b in itertools.pairwise(parts)]
+        i = merged.index(min(merged))
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts[0], parts[1]
+
+
+def byte_characters() -> dict[int, str]:
+    """The printable character that stands for each byte in byte-level BPE (GPT-2's encoder.py, bytes_to_unicode)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+def make_tokenizer(ranks: dict[bytes, int]) -> Qwen2Tokenizer:
+    """Qwen2.5's tokenizer with the SFT model's speech tokens: ids 151,665 to 158,225, and the start token's 158,226."""
+    letters = byte_characters()
+    name = lambda token: "".join(letters[byte] for byte in token)  # noqa: E731
+    vocab = {name(token): rank for token, rank in ranks.items()}
+    longer = sorted((rank, token) for token, rank in ranks.items() if len(token) > 1)
+    merges = [tuple(map(name, last_merge(token, ranks))) for _, token in longer]
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges, unk_token=None, eos_token=PAD, pad_token=PAD)  # PAD is first
+    tokenizer.add_tokens(list(SPECIAL_TOKENS), special_tokens=True)
+    tokenizer.eos_token = IM_END
+    tokenizer.add_tokens(list(NAMED_TOKENS))
+    tokenizer.add_tokens([*map(speech_token_str, range(NUM_SPEECH_TOKENS)), GENERATION_START])
     return tokenizer
 
 
+def save_tokenizer(tokenizer: Qwen2Tokenizer, folder: Path) -> None:
+    """The files that transformers 4 writes for a Qwen2 tokenizer."""
+    backend = tokenizer.backend_tokenizer
+    backend.save(str(folder / "tokenizer.json"))
+    backend.model.save(str(folder))  # vocab.json and merges.txt
+    added = tokenizer.added_tokens_decoder
+    write_json(folder / "added_tokens.json", {token.content: index for index, token in added.items()})
+    attributes = ("content", "lstrip", "normalized", "rstrip", "single_word")
+    described = {
+        str(i): {name: getattr(token, name) for name in attributes} | {"special": token.special}
+        for i, token in added.items()
+    }
+    write_json(folder / "tokenizer_config.json", {
+        "add_bos_token": False, "add_prefix_space": False, "added_tokens_decoder": described,
+        "additional_special_tokens": list(SPECIAL_TOKENS[1:]), "bos_token": None,
+        "chat_template": DEFAULT_CHAT_TEMPLATE, "clean_up_tokenization_spaces": False, "eos_token": IM_END,
+        "errors": "replace", "extra_special_tokens": {}, "model_max_length": 131072, "pad_token": PAD,
+        "split_special_tokens": False, "tokenizer_class": "Qwen2Tokenizer", "unk_token": None,
+    })  # fmt: skip
+    names = {"eos_token": IM_END, "pad_token": PAD}
+    plain = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    write_json(
+        folder / "special_tokens_map.json",
+        {"additional_special_tokens": list(SPECIAL_TOKENS[1:])}
+        | {kind: {"content": content} | plain for kind, content in names.items()},
+    )
+
+
 def make_model(tokenizer, shape: dict[str, int], mean_tokens: float, seed: int) -> Qwen2ForCausalLM:
-    """A model that says speech tokens, each of the same probability, and ends each time with ``1 / mean_tokens``."""
-    rows, end = -(-len(tokenizer) // ROW_MULTIPLE) * ROW_MULTIPLE, tokenizer.eos_token_id
+    """A model whose next token is a speech token, all equally likely, or with ``1 / mean_tokens`` the end token.
+
+    Args:
+        tokenizer: of :func:`make_tokenizer`.
+        shape: an entry of ``SHAPES``.
+        mean_tokens: mean number of tokens of a response, the end token included.
+        seed: random seed for the weights.
+    """
+    rows, end = len(tokenizer), tokenizer.eos_token_id
     torch.manual_seed(seed)
     model = Qwen2ForCausalLM(
-        Qwen2Config(vocab_size=rows, tie_word_embeddings=False, max_position_embeddings=32768, rope_theta=1e6,
-                    bos_token_id=None, eos_token_id=end, pad_token_id=tokenizer.pad_token_id, **shape)
-    )  # fmt: skip
+        Qwen2Config(vocab_size=rows, tie_word_embeddings=True, max_position_embeddings=32768, **shape)
+    )
     first, size = tokenizer.convert_tokens_to_ids(speech_token_str(0)), shape["hidden_size"]
     logits = torch.full((rows,), NEVER)
     logits[first : first + NUM_SPEECH_TOKENS] = 0.0
     logits[end] = math.log(NUM_SPEECH_TOKENS / (mean_tokens - 1))
+    network, root = model.model, math.sqrt(size)
     with torch.no_grad():
-        model.model.embed_tokens.weight[:, 0] = 10.0
-        for layer in model.model.layers:  # what a layer adds has no part in it, and all of them together add little
+        for layer in network.layers:
             for weight in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight):
-                weight.mul_(0.01)
-                weight[0] = 0.0
-        model.lm_head.weight.mul_(0.1)
-        model.lm_head.weight[:, 0] = logits / math.sqrt(size)  # RMSNorm: an outweighing component becomes sqrt(size)
-    model.generation_config = GenerationConfig(
-        eos_token_id=[end, tokenizer.convert_tokens_to_ids(IM_END)], pad_token_id=tokenizer.pad_token_id
-    )
-    return model.to(torch.bfloat16)
+                weight.mul_(0.01)  # the random components of all layers together stay small
+                weight[:2] = 0.0
+        mlp = network.layers[0].mlp
+        for weight in (mlp.gate_proj.weight, mlp.up_proj.weight):
+            weight[0] = 0.0
+            weight[0, 0] = 2.0 / root  # RMSNorm turns the one large component into sqrt(size)
+        mlp.down_proj.weight[:, 0] = 0.0
+        mlp.down_proj.weight[1, 0] = CONSTANT / (2.0 * torch.nn.functional.silu(torch.tensor(2.0)))
+        network.embed_tokens.weight[:, 0] = CONSTANT
+        network.norm.weight[0], network.norm.weight[1] = 0.0, GAIN
+        # Components 0 and 1 have the same size: the norm makes each of them sqrt(size / 2).
+        network.embed_tokens.weight[:, 1] = logits / (GAIN * root / math.sqrt(2.0))
+    return model.to(torch.float16)
+
+
+def save_model(model: Qwen2ForCausalLM, folder: Path, tokenizer) -> None:
+    """Weights and configs as transformers 4 writes them; the tied head is not in the file."""
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    config, pad, end = model.config, tokenizer.pad_token_id, tokenizer.eos_token_id
+    shape = {name: getattr(config, name) for name in SHAPES["0.5b"]}
+    write_json(folder / "config.json", {
+        "_name_or_path": "./Qwen2.5-0.5B-Instruct", "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0,
+        "bos_token_id": pad, "eos_token_id": end, "hidden_act": "silu", "initializer_range": 0.02,
+        "max_position_embeddings": 32768, "max_window_layers": 21, "model_type": "qwen2", "rms_norm_eps": 1e-06,
+        "rope_scaling": None, "rope_theta": 1000000.0, "sliding_window": None, "tie_word_embeddings": True,
+        "torch_dtype": "float16", "transformers_version": "4.48.3", "use_cache": True, "use_sliding_window": False,
+        "vocab_size": config.vocab_size, **shape,
+    })  # fmt: skip
+    write_json(folder / "generation_config.json", {
+        "bos_token_id": pad, "do_sample": True, "eos_token_id": [end, pad], "pad_token_id": pad,
+        "repetition_penalty": 1.1, "temperature": 0.7, "top_k": 20, "top_p": 0.8, "transformers_version": "4.48.3",
+    })  # fmt: skip
 
 
 def main(argv=None):
     args = get_args(argv)
-    tokenizer = make_tokenizer(TEXT_TOKENS if args.shape == "0.5b" else 300)
+    tokenizer = make_tokenizer(read_ranks(args.qwen_ranks))
     model = make_model(tokenizer, SHAPES[args.shape], args.mean_tokens, args.seed)
-    model.save_pretrained(args.output)
-    tokenizer.save_pretrained(args.output)
+    args.output.mkdir(parents=True, exist_ok=True)
+    save_tokenizer(tokenizer, args.output)
+    save_model(model, args.output, tokenizer)
     print(json.dumps({"output": str(args.output), "parameters": model.num_parameters(), "vocabulary": len(tokenizer)}))
 
 

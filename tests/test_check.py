@@ -79,10 +79,28 @@ def without_weights(folder, tokenizer):
     (folder / "model.safetensors").unlink()
 
 
+def test_the_published_sft_model_passes(sft_checkpoint):
+    findings = list(check.language_model_findings(sft_checkpoint))
+    assert all(good for good, _ in findings), findings
+    texts = "\n".join(text for _, text in findings)
+    assert "ids from 151665 on" in texts and "'<|im_end|>'" in texts and '"repetition_penalty": 1.1' in texts
+
+
+def test_faults_of_the_published_form_are_named(sft_checkpoint, tmp_path):
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    (repository / "checkpoint-885000").symlink_to(sft_checkpoint)
+    assert any("it has checkpoint-885000: set sft_path" in text for text in wrong_of_model(repository))
+    folder = tmp_path / "llm"
+    shutil.copytree(sft_checkpoint, folder)
+    GenerationConfig(eos_token_id=151643).save_pretrained(folder)
+    assert any("lack <|im_end|>" in text for text in wrong_of_model(folder))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (without_template, "chat template: "),
+        (without_template, "chat template renders"),
         (without_a_speech_token, "not in a row"),
         (with_special_speech_tokens, "veRL leaves out"),
         (without_its_end, "lack <|SPEECH_GENERATION_END|>"),

@@ -1,33 +1,69 @@
-"""The random language model that speed is measured with: its lengths and what it says."""
+"""The language model with random weights: the form of the published SFT model, and what it generates."""
+
+import json
 
 import torch
+from safetensors import safe_open
 
-from scripts.random_llm import SHAPES, main, make_model, make_tokenizer
+from scripts.random_llm import SHAPES, make_model, make_tokenizer, read_ranks
 from tts_grpo.generate import Sampling, generate, load_lm
-from tts_grpo.prompts import GENERATION_END, render_prompt
+from tts_grpo.prompts import GENERATION_START, IM_END, render_prompt
 from tts_grpo.tokens import NUM_SPEECH_TOKENS, speech_token_str
 
 
-def test_it_says_speech_tokens_and_ends_as_often_as_asked(tmp_path):
-    main(["--output", str(tmp_path), "--shape", "tiny", "--mean-tokens", "20"])
-    model, tokenizer = load_lm(tmp_path)
+def test_its_form_is_the_published_models(sft_checkpoint):
+    assert {path.name for path in sft_checkpoint.iterdir()} == {
+        "added_tokens.json", "config.json", "generation_config.json", "merges.txt", "model.safetensors",
+        "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.json",
+    }  # fmt: skip
+    config = json.loads((sft_checkpoint / "config.json").read_text())
+    assert (config["vocab_size"], config["tie_word_embeddings"], config["torch_dtype"]) == (158_227, True, "float16")
+    generation = json.loads((sft_checkpoint / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [151_645, 151_643] and generation["repetition_penalty"] == 1.1
+    with safe_open(sft_checkpoint / "model.safetensors", "pt") as weights:
+        assert "lm_head.weight" not in weights.keys()  # noqa: SIM118
+        assert weights.get_slice("model.embed_tokens.weight").get_shape()[0] == 158_227
+        assert {weights.get_tensor(name).dtype for name in weights.keys()} == {torch.float16}  # noqa: SIM118
+    assert len((sft_checkpoint / "merges.txt").read_text(encoding="utf-8").splitlines()) == 1 + 151_387
+    added = json.loads((sft_checkpoint / "added_tokens.json").read_text())
+    assert added["<|endoftext|>"] == 151_643 and added["<|file_sep|>"] == 151_664
+    assert added["<|s_0|>"] == 151_665 and added[GENERATION_START] == 158_226
+    template = json.loads((sft_checkpoint / "tokenizer_config.json").read_text())["chat_template"]
+    assert "You are Qwen" in template
+
+
+def test_text_gets_qwens_ids(sft_checkpoint):
+    """Ids of words that Qwen's own tokenizer is known by."""
+    _, tokenizer = load_lm(sft_checkpoint)
+    assert tokenizer("你好Hello world\n", add_special_tokens=False)["input_ids"] == [108386, 9707, 1879, 198]
+    text = "Convert the text to speech: 四十四只石狮子，it's 3.5 km。"
+    assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+
+
+def test_it_says_speech_tokens_and_ends_as_often_as_asked(sft_checkpoint):
+    model, tokenizer = load_lm(sft_checkpoint)
     assert tokenizer.decode(tokenizer.convert_tokens_to_ids(["<|s_7|>"]), skip_special_tokens=True) == "<|s_7|>"
     prompt = tokenizer(render_prompt(tokenizer, "今天"), add_special_tokens=False)["input_ids"]
-    responses = generate(model, [prompt] * 200, range(200), Sampling(max_new_tokens=150))
-    first, end = tokenizer.convert_tokens_to_ids([speech_token_str(0), GENERATION_END])
+    responses = generate(model, [prompt] * 100, range(100), Sampling(max_new_tokens=120))
+    first, end = tokenizer.convert_tokens_to_ids([speech_token_str(0), IM_END])
     said = [token for response in responses for token in response.token_ids if token != end]
     assert all(first <= token < first + NUM_SPEECH_TOKENS for token in said)
-    assert len(set(said)) > 1000  # not one and the same
-    mean = sum(len(response.token_ids) for response in responses) / 200
-    assert 16 < mean < 24  # the standard error is 1.4
+    assert len(set(said)) > 500  # not one and the same
+    mean = sum(len(response.token_ids) for response in responses) / 100
+    assert 14 < mean < 26  # the standard error is 1.9
 
 
 def test_many_wide_layers_do_not_change_how_often_it_ends():
     """At full size all layers together may outweigh the component that the head reads."""
-    tokenizer = make_tokenizer(300)
+    tokenizer = make_tokenizer({bytes([byte]): byte for byte in range(256)})
     shape = SHAPES["0.5b"] | {"hidden_size": 448, "num_attention_heads": 7, "num_key_value_heads": 1}
-    model = make_model(tokenizer, shape, 100.0, seed=0)
-    prompt = tokenizer(render_prompt(tokenizer, "今天"), return_tensors="pt", add_special_tokens=False)["input_ids"]
+    model = make_model(tokenizer, shape, 100.0, seed=0).float()
+    prompt = tokenizer("今天", return_tensors="pt", add_special_tokens=False)["input_ids"]
     with torch.inference_mode():
-        ends = model(prompt).logits.float().softmax(-1)[0, :, tokenizer.eos_token_id]
+        ends = model(prompt).logits.softmax(-1)[0, :, tokenizer.eos_token_id]
     assert 0.006 < ends.mean() < 0.015
+
+
+def test_ranks_are_qwens():
+    ranks = read_ranks(None)
+    assert len(ranks) == 151_643 and ranks["你好".encode()] == 108386

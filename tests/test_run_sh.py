@@ -26,6 +26,7 @@ case $all in
   *download.py*voxbox*) mkdir -p "$workspace/data/voxbox/metadata"
     seq 1 9 >"$workspace/data/voxbox/metadata/aishell-3.jsonl" ;;
   *download.py*|*prepare_eval_set.py*|*encode_prompts.py*) ;;
+  *prepare_llm.py*) mkdir -p "$exp_dir/sft_model" && touch "$exp_dir/sft_model/config.json" ;;
   *prepare_data.py*) mkdir -p "$exp_dir/data" && touch "$exp_dir/data/train.parquet" ;;
   *token2wav_asr_server.py\ --*) [[ -z ${SERVER_DIES-} ]] || { echo "no memory" >&2; exit 1; }
     echo $$ >"$READY"; trap 'rm -f "$READY"; echo stopped >>"$CALLS"; exit 0' TERM INT
@@ -38,9 +39,9 @@ case $all in
 esac
 """
 PROGRAMS = (
-    "make_env speech", "make_env trainer", "main_ppo", "prepare_data.py", "token2wav_asr_server.py --",
-    "reward_tts.py", "merge.py", "infer_dist.py", "compute_wer", "summarise.py", "report.py",
-    "infer_single.py", "stopped",
+    "make_env speech", "make_env trainer", "main_ppo", "prepare_llm.py", "prepare_data.py",
+    "token2wav_asr_server.py --", "reward_tts.py", "merge.py", "infer_dist.py", "compute_wer", "summarise.py",
+    "report.py", "infer_single.py", "stopped",
 )  # fmt: skip
 CURL = """#!/usr/bin/env bash
 [[ -e $READY ]] || exit 22
@@ -96,7 +97,8 @@ def test_all_stages_in_order_then_skipped_then_forced(recipe):
     calls = recipe.calls()
     assert set(calls[:2]) == {"make_env speech", "make_env trainer"}
     assert calls[2:] == [
-        "prepare_data.py", "token2wav_asr_server.py --", "reward_tts.py", "main_ppo", "stopped", "merge.py",
+        "prepare_llm.py", "prepare_data.py", "token2wav_asr_server.py --", "reward_tts.py", "main_ppo", "stopped",
+        "merge.py",
         "infer_dist.py", "infer_dist.py", "compute_wer", "compute_wer", "summarise.py", "report.py", "infer_single.py",
     ]  # fmt: skip
     assert not (recipe.root / "ready").exists(), "the server was not stopped"
@@ -164,6 +166,35 @@ def test_full_size_install(recipe, tmp_path):
     assert "--repo yuekai/seed_tts_cosy2 " in calls and "voxbox" not in calls
 
 
+def test_one_checkpoint_of_the_sft_model_is_fetched(recipe, tmp_path):
+    (tmp_path / "workspace/CosyVoice/cosyvoice").mkdir(parents=True)
+    settings = {"profile": "cosyvoice2", "workspace": str(tmp_path / "workspace")}
+    llasa = f"{tmp_path}/workspace/llasa_cosyvoice2_token_qwen_0.5b"
+    fetched = lambda **more: recipe.run("--dry-run", "-1", "0", **settings | more).stdout  # noqa: E731
+    dry = fetched()
+    assert f"--output-dir {llasa} " in dry and f"--sft-path {llasa}/checkpoint-885000 " in dry
+    assert " checkpoint-885000/model.safetensors " in dry and " model.safetensors " not in dry
+    assert f"--sft-path {llasa}/checkpoint-800000 " in fetched(sft_checkpoint="checkpoint-800000")
+    dry = fetched(sft_checkpoint="")
+    assert f"--sft-path {llasa} " in dry and " model.safetensors " in dry and "checkpoint-" not in dry
+
+
+def test_a_language_model_of_ones_own_is_left_as_it_is(recipe, tmp_path):
+    (tmp_path / "workspace/CosyVoice/cosyvoice").mkdir(parents=True)
+    settings = {"profile": "cosyvoice2", "workspace": str(tmp_path / "workspace"), "sft_path": str(tmp_path / "own")}
+    missing = recipe.run("-1", "-1", **settings)
+    assert missing.returncode == 1 and "own has no config.json" in missing.stderr
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/config.json").touch()
+    assert recipe.run("-1", "-1", **settings).returncode == 0
+    assert "llasa" not in recipe.calls_path.read_text()
+    dry = recipe.run("--dry-run", "0", "4", **settings).stdout.replace("\\ ", " ")
+    prepared = recipe.exp_dir / "sft_model"
+    assert f"--sft-path {tmp_path}/own --output-dir {prepared} " in dry
+    for text in (f"actor_rollout_ref.model.path={prepared} ", f"--llm-path {prepared} ", f"--sft-path {prepared} "):
+        assert text in dry
+
+
 def test_the_official_language_model_is_converted_and_comes_back(recipe, tmp_path):
     workspace = tmp_path / "workspace"
     (workspace / "CosyVoice/cosyvoice").mkdir(parents=True)
@@ -174,7 +205,7 @@ def test_the_official_language_model_is_converted_and_comes_back(recipe, tmp_pat
     assert f"convert_llm.py to-hf --cosyvoice-dir {official} --output {llm} --without-head-bias" in calls
     assert "yuekai/llasa" not in calls
     dry = recipe.run("--dry-run", "2", "3", **settings).stdout
-    assert f"actor_rollout_ref.model.path={llm} " in dry
+    assert f"prepare_llm.py --sft-path {llm} " in recipe.run("--dry-run", "0", **settings).stdout
     merged = recipe.exp_dir / "checkpoints/global_step_N/merged_hf_model"
     back = f"to-official --hf {merged} --like {official}/llm.pt --output {recipe.exp_dir}/llm.pt"
     assert back in dry.replace("\\ ", " ")

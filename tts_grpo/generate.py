@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     DynamicCache,
     LogitsProcessorList,
     TemperatureLogitsWarper,
@@ -15,6 +14,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from tts_grpo.prompts import load_tokenizer
 from tts_grpo.tokens import NUM_SPEECH_TOKENS, speech_token_str
 
 
@@ -77,7 +77,7 @@ def load_lm(folder: str | Path, device: str = "cpu", dtype: torch.dtype | None =
     dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
     attention = "sdpa" if device == "cpu" else "eager"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention).to(device).eval()
-    return model, AutoTokenizer.from_pretrained(folder)
+    return model, load_tokenizer(folder)
 
 
 def _uniform_numbers(seeds: Sequence[int], count: int) -> torch.Tensor:

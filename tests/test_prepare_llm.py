@@ -1,0 +1,107 @@
+"""The folder that is trained: made from the SFT model as published, in both environments, without changing it."""
+
+import hashlib
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer, GenerationConfig
+
+from scripts import prepare_llm
+from scripts.random_llm import DEFAULT_CHAT_TEMPLATE
+from tests.conftest import ROOT
+from tts_grpo.prompts import chat_messages, load_tokenizer, render_prompt
+
+# Renders as the template that the original recipe passes with each call: it adds instruction and start token itself.
+UPSTREAM_CHAT_TEMPLATE = (
+    "{%- for message in messages %}{%- if message.role == 'user' %}"
+    "{{- '<|im_start|>user\\nConvert the text to speech: ' + message.content + '<|im_end|>\\n' }}"
+    "{%- elif message.role == 'assistant' %}"
+    "{{- '<|im_start|>assistant\\n<|SPEECH_GENERATION_START|>' + message.content }}"
+    "{%- endif %}{%- endfor %}"
+)
+PROMPT_IDS = [  # <|im_start|>user\nConvert the text to speech: 你好<|im_end|>\n<|im_start|>assistant\n<|SPEECH_GEN...
+    151644, 872, 198, 12012, 279, 1467, 311, 8806, 25, 220, 108386, 151645, 198, 151644, 77091, 198, 158226,
+]  # fmt: skip
+
+
+def copy_with_template(folder: Path, checkpoint: Path, template: str | None) -> Path:
+    """A folder of links to a checkpoint's files, with another chat template."""
+    folder.mkdir(parents=True)
+    for path in checkpoint.iterdir():
+        if path.name != "tokenizer_config.json":
+            (folder / path.name).symlink_to(path)
+    config = json.loads((checkpoint / "tokenizer_config.json").read_text(encoding="utf-8")) | {
+        "chat_template": template
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("template", [DEFAULT_CHAT_TEMPLATE, UPSTREAM_CHAT_TEMPLATE, None])
+def test_prompts_of_the_published_folder_are_upstreams(sft_checkpoint, template, tmp_path):
+    source = copy_with_template(tmp_path / "sft", sft_checkpoint, template)
+    before = digests(source)
+    changed = prepare_llm.prepare(source, tmp_path / "out")
+    assert changed["chat_template"] == "replaced" and digests(source) == before
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")  # as veRL loads it
+    ids = tokenizer.apply_chat_template(chat_messages(tokenizer, "你好"), add_generation_prompt=True)["input_ids"]
+    assert ids == PROMPT_IDS
+    zero_shot = render_prompt(tokenizer, "好", "你", [0, 6560])
+    assert tokenizer(zero_shot, add_special_tokens=False)["input_ids"] == [*PROMPT_IDS, 151665, 158225]
+    assert render_prompt(load_tokenizer(source), "好", "你", [0, 6560]) == zero_shot
+
+
+def test_the_trainers_environment_makes_and_reads_the_same(trainer_python, sft_checkpoint, tmp_path):
+    command = [trainer_python, str(ROOT / "scripts/prepare_llm.py"), "--sft-path", str(sft_checkpoint)]
+    environment = {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, "--output-dir", str(tmp_path / "out")], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = json.loads(done.stdout)
+    assert said["end_tokens"] == ["<|im_end|>", "<|endoftext|>"]
+    assert said["generation_settings_left_out"]["repetition_penalty"] == 1.1
+    read = """if True:
+        import sys
+        from transformers import AutoTokenizer, GenerationConfig
+        tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+        messages = [{"role": "user", "content": "Convert the text to speech: 你好"}]
+        print(tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"])
+    """
+    done = subprocess.run([trainer_python, "-c", read, str(tmp_path / "out")], capture_output=True, text=True)
+    assert json.loads(done.stdout) == PROMPT_IDS, done.stderr[-2000:]
+
+
+def test_nothing_of_qwens_sampling_is_left(sft_checkpoint, tmp_path):
+    prepare_llm.prepare(sft_checkpoint, tmp_path / "out")
+    config = GenerationConfig.from_pretrained(tmp_path / "out")
+    assert config.eos_token_id == [151645, 151643] and config.pad_token_id == 151643
+    assert not config.repetition_penalty and not config.top_k and not config.temperature
+
+
+def test_a_folder_in_the_recipes_form_is_kept_and_an_older_result_replaced(assets, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/stale").touch()
+    changed = prepare_llm.prepare(assets / "llm", tmp_path / "out")
+    assert changed["chat_template"] == "kept" and not (tmp_path / "out/stale").exists()
+    assert (tmp_path / "out/model.safetensors").resolve() == (assets / "llm/model.safetensors").resolve()
+    assert render_prompt(AutoTokenizer.from_pretrained(tmp_path / "out"), "好").endswith("GENERATION_START|>")
+
+
+def test_what_cannot_be_trained_is_named(sft_checkpoint, tmp_path):
+    (tmp_path / "repository/checkpoint-5").mkdir(parents=True)
+    (tmp_path / "repository/checkpoint-5/config.json").write_text("{}")
+    with pytest.raises(SystemExit, match=r"has no config.json; it has checkpoint-5: set sft_path"):
+        prepare_llm.main(["--sft-path", str(tmp_path / "repository"), "--output-dir", str(tmp_path / "out")])
+    with pytest.raises(ValueError, match="no weights"):
+        prepare_llm.prepare(tmp_path / "repository/checkpoint-5", tmp_path / "out")
+    foreign = copy_with_template(tmp_path / "foreign", sft_checkpoint, "[INST] {{ messages[0]['content'] }} [/INST]")
+    with pytest.raises(ValueError, match=r"foreign: the tokenizer's chat template renders .*\[INST\]"):
+        prepare_llm.prepare(foreign, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

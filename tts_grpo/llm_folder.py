@@ -1,0 +1,44 @@
+"""A language model's Hugging Face folder: whether it is one, and which tokens end a response."""
+
+import json
+from pathlib import Path
+
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def check_folder(folder: Path) -> None:
+    """Raises ValueError if a folder is no model's, and names the checkpoints in it that may have been meant."""
+    if not (folder / "config.json").is_file():
+        found = sorted(path.parent.name for path in folder.glob("*/config.json"))
+        hint = (
+            f"it has {', '.join(found)}: set sft_path to one of them" if found else "set sft_path to a model's folder"
+        )
+        raise ValueError(f"{folder} has no config.json; {hint}")
+    if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+        raise ValueError(f"{folder} has no weights (*.safetensors or *.bin)")
+
+
+def read_json(path: Path) -> dict:
+    """The object in a file; an empty one if there is no file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def generation_config(folder: Path, tokenizer) -> tuple[dict, dict]:
+    """The generation config to write, and the settings of the folder's own that it leaves out.
+
+    Raises:
+        ValueError: neither generation_config.json nor config.json names an end token.
+    """
+    own, config = read_json(folder / "generation_config.json"), read_json(folder / "config.json")
+    ids = {name: own.get(name, config.get(name)) for name in TOKEN_IDS}
+    if ids["eos_token_id"] is None:
+        raise ValueError(f"{folder}: neither generation_config.json nor config.json has an eos_token_id")
+    if ids["pad_token_id"] is None:
+        ids["pad_token_id"] = tokenizer.pad_token_id
+    left_out = {name: value for name, value in own.items() if name not in (*TOKEN_IDS, "transformers_version")}
+    return {name: value for name, value in ids.items() if value is not None}, left_out
+
+
+def as_list(value) -> list:
+    """A list as it is, anything else as the only item of one."""
+    return value if isinstance(value, list) else [value]
