@@ -214,6 +214,11 @@ def main(argv=None):
     mine = todo[rank::world_size]
     if mine:
         speaker = Speaker(args, device)
+        if speaker.token2wav.needs_voice and (without := [row["id"] for row in rows if not row["prompt_audio"]]):
+            raise SystemExit(
+                f"infer_dist.py: {args.eval_set}: {len(without)} utterances have no prompt, {without[0]} first, and "
+                "this token2wav needs one: give them prompt_audio and prompt_text, or take them out"
+            )
         progress = tqdm(mine, desc=f"{args.output_dir.name}, process {rank}", unit="batch", disable=rank > 0)
         with (args.output_dir / f"batches.rank{rank}.jsonl").open("a", encoding="utf-8") as record:
             record.write("\n")  # after a line that a crash cut short

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Prepare GRPO data: JSONL with a ``text`` a line -> train.parquet and test.parquet for veRL.
+"""Prepare GRPO data: JSONL, or a JSON array, of objects with a ``text`` -> train.parquet and test.parquet for veRL.
 
-The files are read as streams: a million lines need no more memory than a thousand. Lines that cannot be used (not
-JSON, no text, nothing left of it after normalisation, too long a prompt) are left out, counted and listed with their
-number and reason in rejects.jsonl; too many of them stop the run, and nothing is written.
+JSONL is streamed: a million lines need no more memory than a thousand. Lines that cannot be used (not JSON, no text,
+nothing left of it after normalisation, too long a prompt) are left out, counted and listed with their number and
+reason in rejects.jsonl (in an array, the number of the element); too many of them stop the run, and nothing is written.
+Other keys than ``text`` are ignored.
 
 Columns: ``data_source``, ``prompt`` (chat messages; the checkpoint's template renders them), ``ability``,
 ``reward_model`` (``ground_truth`` is the text), ``extra_info`` (split, index, text).
@@ -12,15 +13,15 @@ Columns: ``data_source``, ``prompt`` (chat messages; the checkpoint's template r
 import argparse
 import collections
 import itertools
-import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from tts_grpo.jsonl import dump_line
+from tts_grpo.jsonl import dump_line, numbered_rows
 from tts_grpo.prompts import chat_messages, load_tokenizer, render_prompt
 from tts_grpo.text import normalise
 
@@ -39,8 +40,8 @@ SCHEMA = pa.schema(
 
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train-file", type=Path, required=True, help="JSONL to train on")
-    parser.add_argument("--test-file", type=Path, required=True, help="JSONL to validate on")
+    parser.add_argument("--train-file", type=Path, required=True, help="JSONL or JSON array to train on")
+    parser.add_argument("--test-file", type=Path, required=True, help="JSONL or JSON array to validate on")
     parser.add_argument("--output-dir", type=Path, required=True, help="folder for the parquet and rejects files")
     parser.add_argument("--llm-path", type=Path, required=True, help="checkpoint whose template and tokenizer are used")
     parser.add_argument("--data-source", default="text-to-speech", help="name of the data in veRL's metrics")
@@ -49,20 +50,18 @@ def get_args(argv=None):
     return parser.parse_args(argv)
 
 
-def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """``(number, line)`` of each line that is not blank, with a progress bar in bytes."""
-    with path.open("rb") as file, tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.name) as bar:
-        for number, line in enumerate(file, 1):
-            bar.update(len(line))
-            if line.strip():
-                yield number, line
+def rows_with_progress(path: Path) -> Iterator[tuple[int, Any]]:
+    """:func:`tts_grpo.jsonl.numbered_rows`, with a progress bar in bytes."""
+    with tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.name) as bar:
+        try:
+            yield from numbered_rows(path, bar.update)
+        except ValueError as error:
+            raise SystemExit(f"prepare_data.py: {error}") from error
 
 
-def parse_line(line: bytes) -> tuple[str, str]:
-    """``(text, "")`` of a line, or ``("", reason)``."""
-    try:
-        row = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError):
+def parse_row(row: Any) -> tuple[str, str]:
+    """``(text, "")`` of a row, or ``("", reason)``."""
+    if isinstance(row, ValueError):
         return "", "not JSON"
     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
         return "", "no text"
@@ -98,9 +97,9 @@ class Converter:
         self.overlap = 0
 
     def convert(self, path: Path, split: str, output: Path, rejects) -> None:
-        """Stream one JSONL into ``output``; rejected lines go to the file object ``rejects``."""
+        """Stream one file into ``output``; rejected lines go to the file object ``rejects``."""
         with pq.ParquetWriter(output, SCHEMA) as writer:
-            for batch in batched(numbered_lines(path), BATCH_LINES):
+            for batch in batched(rows_with_progress(path), BATCH_LINES):
                 texts = self._usable(batch, path, split, rejects)
                 rows = [
                     sample(self.tokenizer, text, split, self.kept[split] + i, self.args.data_source)
@@ -111,7 +110,7 @@ class Converter:
                     writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
 
     def _usable(self, batch, path: Path, split: str, rejects) -> list[str]:
-        parsed = [(number, *parse_line(line)) for number, line in batch]
+        parsed = [(number, *parse_row(row)) for number, row in batch]
         long = iter(too_long(self.tokenizer, [text for _, text, _ in parsed if text], self.args.max_prompt_length))
         texts = []
         for number, text, reason in parsed:

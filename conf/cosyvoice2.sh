@@ -102,14 +102,18 @@ num_train=${num_train:-80000} num_test=${num_test:-100} # first and last lines o
 
 download() { run "$speech_bin/python" "$root/scripts/download.py" "$@"; }
 
+cosyvoice2_files=(cosyvoice2.yaml flow.pt hift.pt llm.pt campplus.onnx speech_tokenizer_v2.onnx)
+
 install_profile() {
   clone_cosyvoice
-  download --hub modelscope --repo iic/CosyVoice2-0.5B --output-dir "$token2wav_dir" --need-gib 6 \
-    --require cosyvoice2.yaml flow.pt hift.pt llm.pt campplus.onnx speech_tokenizer_v2.onnx
-  download --hub modelscope --repo iic/SenseVoiceSmall --output-dir "$reward_asr_dir" --need-gib 2 \
+  # 3.8 GiB of the repository's 5.2: without the exports for TensorRT, TorchScript and batches
+  download --hub modelscope --repo iic/CosyVoice2-0.5B --output-dir "$token2wav_dir" --need-gib 4 \
+    --include "${cosyvoice2_files[@]}" 'CosyVoice-BlankEN/*' configuration.json README.md \
+    --require "${cosyvoice2_files[@]}" CosyVoice-BlankEN/config.json
+  download --hub modelscope --repo iic/SenseVoiceSmall --output-dir "$reward_asr_dir" --need-gib 1 \
     --require model.pt config.yaml am.mvn configuration.json
   download --hub modelscope --repo iic/speech_seaco_paraformer_large_asr_nat-zh-cn-16k-common-vocab8404-pytorch \
-    --output-dir "$eval_asr_dir" --need-gib 2 --require model.pt config.yaml am.mvn configuration.json
+    --output-dir "$eval_asr_dir" --need-gib 2 --require model.pt config.yaml am.mvn configuration.json tokens.json
   install_llm
   install_texts
   install_eval_set
@@ -162,7 +166,8 @@ install_eval_set() {
   local repo=yuekai/CV3-Eval
   [[ $dataset == zero_shot_zh ]] || repo=yuekai/seed_tts_cosy2
   if [[ ! -e $eval_jsonl ]]; then
-    download --hub huggingface --repo "$repo" --repo-type dataset --include "*$dataset*" \
+    # data/SPLIT-00000-of-0000N.parquet; the README.md says so if it is otherwise
+    download --hub huggingface --repo "$repo" --repo-type dataset --include README.md "*$dataset*" \
       --output-dir "$workspace/data/$repo" --need-gib 2
     run "$trainer_bin/python" "$root/scripts/prepare_eval_set.py" --source "$workspace/data/$repo" --split "$dataset" \
       --output "$eval_jsonl"

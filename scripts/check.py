@@ -18,7 +18,16 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from tts_grpo.llm_folder import as_list, check_folder, generation_config
+from tts_grpo.jsonl import numbered_rows
+from tts_grpo.model_folders import (
+    SENSEVOICE_FILES,
+    TOKEN2WAV_FILES,
+    as_list,
+    check_llm_folder,
+    generation_config,
+    missing_files,
+    token2wav_kind,
+)
 from tts_grpo.prompts import (
     GENERATION_END,
     GENERATION_START,
@@ -37,11 +46,6 @@ GIB = 2**30
 TRAINER_GIB = 12  # weights, optimizer and activations of 0.5B on a GPU, beside vLLM and the reward server
 VLLM_GIB = 5  # weights, work space, and a cache for some dozens of rollouts
 ADAM_BYTES = 12  # a parameter of a checkpoint: weight and two moments in float32
-TOKEN2WAV_FILES = {
-    "config.json": ("config.json", "token_decoder.safetensors", "speech_tokenizer.safetensors"),
-    "cosyvoice2.yaml": ("cosyvoice2.yaml", "flow.pt", "hift.pt", "campplus.onnx", "speech_tokenizer_v2.onnx"),
-}
-ASR_FILES = ("model.pt", "config.yaml", "am.mvn", "configuration.json")
 Finding = tuple[bool, str]  # whether it is as it should be, and what
 
 
@@ -111,19 +115,18 @@ def check_pins(requirements: Path) -> Iterator[Finding]:
 
 
 def check_files(s: dict) -> Iterator[Finding]:
-    folder = Path(s["token2wav_dir"])
-    kind = "config.json" if (folder / "config.json").exists() else "cosyvoice2.yaml"
-    wanted = [folder / name for name in TOKEN2WAV_FILES[kind]]
-    wanted += [Path(s["reward_asr_dir"]) / file for file in ASR_FILES]
+    kind = token2wav_kind(s["token2wav_dir"]) or "cosyvoice2"
+    missing = missing_files(s["token2wav_dir"], TOKEN2WAV_FILES[kind])
+    missing += missing_files(s["reward_asr_dir"], SENSEVOICE_FILES)
     # the evaluation's recogniser may be of several kinds (tts_grpo/asr.py)
-    wanted += [Path(s[name]) for name in ("eval_asr_dir", "eval_jsonl", "prompt_audio", "prompt_list") if s[name]]
-    missing = [str(path) for path in wanted if not path.exists()]
+    others = (Path(s[name]) for name in ("eval_asr_dir", "eval_jsonl", "prompt_audio", "prompt_list") if s[name])
+    missing += [path for path in others if not path.exists()]
     yield from ((False, f"{path} is missing: bash run.sh -1 -1 brings it, or set its variable") for path in missing)
     if Path(s["reward_asr_dir"]).resolve() == Path(s["eval_asr_dir"]).resolve():
         yield False, "reward_asr_dir is eval_asr_dir: a model must not be graded by what trained it"
     if bool(s["prompt_audio"]) != bool(s["prompt_text"]):
         yield False, "a voice needs both prompt_audio and prompt_text"
-    if kind == "cosyvoice2.yaml":
+    if kind == "cosyvoice2":
         status, _ = run([Path(s["venv_root"]) / "speech/bin/python", "-c", "import cosyvoice, matcha"])
         yield finding(status == 0, "CosyVoice's modules", " cannot be imported: is cosyvoice_dir right?")
     if not missing:
@@ -133,8 +136,9 @@ def check_files(s: dict) -> Iterator[Finding]:
 def check_data(s: dict) -> Iterator[Finding]:
     for name, keys in (("train_jsonl", ["text"]), ("test_jsonl", ["text"]), ("known_answer_jsonl", ["speech_tokens"])):
         try:
-            with Path(s[name]).open(encoding="utf-8") as file:
-                row = json.loads(next(file, "{}"))
+            _, row = next(numbered_rows(s[name]), (0, {}))
+            if isinstance(row, ValueError):
+                raise row
             lacking = [key for key in keys if not row.get(key)]
             yield finding(not lacking, f"{name} {s[name]}", f": its first line has no {', '.join(lacking)}")
         except (OSError, ValueError, AttributeError) as error:
@@ -154,7 +158,7 @@ def language_model_findings(folder: Path) -> Iterator[Finding]:
     from transformers import AutoConfig
 
     try:
-        check_folder(folder)
+        check_llm_folder(folder)
         config, tokenizer = AutoConfig.from_pretrained(folder), load_tokenizer(folder)
         generation, left_out = generation_config(folder, tokenizer)
     except (OSError, ValueError, KeyError) as error:

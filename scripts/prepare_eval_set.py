@@ -1,72 +1,122 @@
 """Make an evaluation set: JSONL of id, prompt_text, prompt_audio and target_text, with the prompts' recordings.
 
-    python scripts/prepare_eval_set.py --source FOLDER_OF_PARQUET --output data/zero_shot_zh.jsonl
+    python scripts/prepare_eval_set.py --source FOLDER_OF_PARQUET --split zero_shot_zh --output data/zero_shot_zh.jsonl
     python scripts/prepare_eval_set.py --source seedtts_testset/zh/meta.lst --output data/test_zh.jsonl
 
-Sources: a folder of parquet files with the columns id, prompt_text, target_text and prompt_audio (an encoded file), as
-the Hugging Face sets yuekai/CV3-Eval and yuekai/seed_tts_cosy2 have them; or the meta.lst of seed-tts-eval, whose lines
-are ``id|prompt text|prompt wav|target text``. Recordings go into a folder beside the JSONL, of its name.
+Sources: a folder of parquet files with the columns id, prompt_text, target_text and prompt_audio (bytes of an encoded
+file), as the Hugging Face sets yuekai/CV3-Eval and yuekai/seed_tts_cosy2 have them; or the meta.lst of seed-tts-eval,
+whose lines are ``id|prompt text|prompt wav|target text``. Recordings go into a folder beside the JSONL, of its name.
+A row without a recording has the prompt_audio null and no prompt_text.
 """
 
 import argparse
+import fnmatch
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from tts_grpo.jsonl import write_jsonl
 
 COLUMNS = ("id", "prompt_text", "target_text", "prompt_audio")
-FORMATS = {b"RIFF": ".wav", b"fLaC": ".flac", b"OggS": ".ogg", b"ID3": ".mp3", b"\xff\xfb": ".mp3"}
+FORMATS = {b"RIFF": ".wav", b"fLaC": ".flac", b"OggS": ".ogg", b"ID3": ".mp3"}
+Row = tuple[str, str, str, bytes | None]  # id, prompt text, target text, encoded recording (None if there is none)
 
 
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, required=True, help="folder of parquet files, or a meta.lst")
-    parser.add_argument("--split", default="", help="take only parquet files with this in their name")
+    parser.add_argument("--split", default="", help="read only the parquet files of this split; all otherwise")
     parser.add_argument("--output", type=Path, required=True, help="JSONL to write")
     return parser.parse_args(argv)
 
 
 def suffix(audio: bytes, where: str) -> str:
-    """File ending of an encoded recording.
+    """File name extension of an encoded recording.
 
     Raises:
-        ValueError: the bytes are of no audio file that is known.
+        ValueError: the bytes are no wav, flac, ogg or mp3 file.
     """
-    for magic, ending in FORMATS.items():
+    for magic, extension in FORMATS.items():
         if audio.startswith(magic):
-            return ending
-    raise ValueError(f"{where}: the prompt's audio is no wav, flac, ogg or mp3 file")
+            return extension
+    # An MP3 without tags begins with a frame: 11 bits of sync, two of version, layer III (ISO 11172-3, 2.4.1.3).
+    if len(audio) > 1 and audio[0] == 0xFF and audio[1] & 0xE6 == 0xE2:
+        return ".mp3"
+    raise ValueError(
+        f"{where}: the prompt's audio is no wav, flac, ogg or mp3 file (it begins with {audio[:4].hex(' ')})"
+    )
 
 
-def from_parquet(folder: Path, split: str) -> Iterator[tuple[str, str, str, bytes]]:
-    """``(id, prompt text, target text, encoded recording)`` of each row.
+def split_patterns(folder: Path, split: str) -> list[str]:
+    """Path patterns of a split's files, as the folder's README.md maps them (``configs: data_files``), if it does."""
+    import yaml
+
+    readme = folder / "README.md"
+    header = readme.read_text(encoding="utf-8-sig").split("---\n") if readme.exists() else []
+    configs = (yaml.safe_load(header[1]) or {}).get("configs", []) if len(header) > 2 and not header[0] else []
+    files = [f for config in configs for f in config.get("data_files", []) if isinstance(f, dict)]
+    paths = [f["path"] for f in files if f.get("split") == split]
+    return [pattern for path in paths for pattern in ([path] if isinstance(path, str) else path)]
+
+
+def parquet_files(folder: Path, split: str) -> list[Path]:
+    """The files of a split: those that the README.md maps it to, or else those with its name in their path.
+
+    Raises:
+        ValueError: there are none.
+    """
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.parquet"))
+    chosen = names
+    if split:
+        patterns = split_patterns(folder, split)
+        chosen = [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
+        whole = re.compile(rf"(?<![A-Za-z0-9_]){re.escape(split)}(?![A-Za-z0-9_])")  # test_zh is not test_zh_hard
+        chosen = chosen or [name for name in names if whole.search(name)]
+    if not chosen:
+        found = f"; there are {', '.join(names[:5])}" if names else ""
+        raise ValueError(f"{folder}: no parquet file" + (f" of the split {split!r}{found}" if split else ""))
+    return [folder / name for name in chosen]
+
+
+def from_parquet(folder: Path, split: str) -> Iterator[Row]:
+    """The rows of a split.
 
     Raises:
         ValueError: there are no files, or a column is missing.
     """
     import pyarrow.parquet as pq
 
-    paths = [path for path in sorted(folder.rglob("*.parquet")) if split in path.name]
-    if not paths:
-        raise ValueError(f"{folder}: no parquet file with {split!r} in its name" if split else f"{folder}: no parquet")
-    for path in paths:
+    for path in parquet_files(folder, split):
         file = pq.ParquetFile(path)
         missing = [name for name in COLUMNS if name not in file.schema_arrow.names]
         if missing:
             raise ValueError(f"{path}: no column {', '.join(missing)}")
         for batch in file.iter_batches(batch_size=64, columns=list(COLUMNS)):
             for row in batch.to_pylist():
-                yield str(row["id"]), row["prompt_text"], row["target_text"], row["prompt_audio"]["bytes"]
+                yield str(row["id"]), row["prompt_text"], row["target_text"], embedded(row["prompt_audio"], row["id"])
 
 
-def from_meta(path: Path) -> Iterator[tuple[str, str, str, bytes]]:
+def embedded(audio: dict | None, utt_id: str) -> bytes | None:
+    """The bytes of a cell of the kind ``Audio`` of Hugging Face's datasets; None if the cell is null.
+
+    Raises:
+        ValueError: the cell names a file and does not hold it.
+    """
+    if not audio or not (audio.get("bytes") or audio.get("path")):
+        return None
+    if not audio.get("bytes"):
+        raise ValueError(f"{utt_id}: its recording {audio['path']} is not in the parquet file")
+    return audio["bytes"]
+
+
+def from_meta(path: Path) -> Iterator[Row]:
     """As :func:`from_parquet`, of seed-tts-eval's list.
 
     Raises:
         ValueError: a line has not its four parts, or a recording is missing.
     """
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         if not line.strip():
             continue
         parts = line.strip().split("|")
@@ -78,8 +128,8 @@ def from_meta(path: Path) -> Iterator[tuple[str, str, str, bytes]]:
         yield parts[0], parts[1], parts[3], wav.read_bytes()
 
 
-def write_set(rows: Iterator[tuple[str, str, str, bytes]], output: Path) -> int:
-    """Write recordings, then the JSONL; the number of utterances.
+def write_set(rows: Iterator[Row], output: Path) -> tuple[int, int]:
+    """Write recordings, then the JSONL; the number of utterances, and of those without a prompt.
 
     Raises:
         ValueError: an id is no file name or comes twice, a text is missing, or there is no row.
@@ -89,30 +139,32 @@ def write_set(rows: Iterator[tuple[str, str, str, bytes]], output: Path) -> int:
     for utt_id, prompt_text, target_text, audio in rows:
         if not re.fullmatch(r"[\w][\w.\-]*", utt_id) or utt_id in lines:
             raise ValueError(f"the id {utt_id!r} comes twice or is no file name")
-        if not (prompt_text and target_text and audio):
-            raise ValueError(f"{utt_id}: prompt_text, target_text or prompt_audio is empty")
-        wav = folder / f"{utt_id}{suffix(audio, utt_id)}"
-        wav.write_bytes(audio)
-        prompt_audio = str(wav.relative_to(output.parent))
+        if not target_text or (audio is not None and not prompt_text):
+            raise ValueError(f"{utt_id}: {'prompt_text' if target_text else 'target_text'} is empty")
+        prompt_audio = None
+        if audio is not None:
+            wav = folder / f"{utt_id}{suffix(audio, utt_id)}"
+            wav.write_bytes(audio)
+            prompt_audio = str(wav.relative_to(output.parent))
         lines[utt_id] = {
-            "id": utt_id,
-            "prompt_text": prompt_text,
-            "prompt_audio": prompt_audio,
+            "id": utt_id, "prompt_text": prompt_text if prompt_audio else "", "prompt_audio": prompt_audio,
             "target_text": target_text,
-        }
+        }  # fmt: skip
     if not lines:
         raise ValueError("the set is empty")
     write_jsonl(output, lines.values())
-    return len(lines)
+    return len(lines), sum(line["prompt_audio"] is None for line in lines.values())
 
 
 def main(argv=None):
     args = get_args(argv)
     try:
         rows = from_meta(args.source) if args.source.is_file() else from_parquet(args.source, args.split)
-        count = write_set(rows, args.output)
+        count, without = write_set(rows, args.output)
     except (ValueError, OSError) as error:
         raise SystemExit(f"prepare_eval_set.py: {error}") from error
+    if without:
+        print(f"{without} utterances have no prompt: CosyVoice2 cannot speak those", file=sys.stderr)
     print(f"{count} utterances: {args.output}")
 
 

@@ -19,7 +19,7 @@ import shutil
 from pathlib import Path
 
 from tts_grpo.jsonl import write_json, write_text
-from tts_grpo.llm_folder import as_list, check_folder, generation_config, read_json
+from tts_grpo.model_folders import as_list, check_llm_folder, generation_config, read_json
 from tts_grpo.prompts import load_tokenizer
 
 REWRITTEN = ("chat_template.jinja", "tokenizer_config.json", "generation_config.json")
@@ -38,7 +38,7 @@ def prepare(sft_path: Path, output_dir: Path) -> dict:
     Raises:
         ValueError: ``sft_path`` is no folder of a language model that can be trained; the message says why.
     """
-    check_folder(sft_path)
+    check_llm_folder(sft_path)
     tokenizer, source = load_tokenizer(sft_path), sft_path.resolve()
     generation, left_out = generation_config(source, tokenizer)
     tokenizer_config = read_json(source / "tokenizer_config.json")

@@ -113,13 +113,18 @@ def byte_characters() -> dict[int, str]:
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
-def make_tokenizer(ranks: dict[bytes, int]) -> Qwen2Tokenizer:
-    """Qwen2.5's tokenizer with the SFT model's speech tokens: ids 151,665 to 158,225, and the start token's 158,226."""
+def vocabulary(ranks: dict[bytes, int]) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """What vocab.json and merges.txt hold: ids by name, and the pairs to merge in their order."""
     letters = byte_characters()
     name = lambda token: "".join(letters[byte] for byte in token)  # noqa: E731
-    vocab = {name(token): rank for token, rank in ranks.items()}
     longer = sorted((rank, token) for token, rank in ranks.items() if len(token) > 1)
     merges = [tuple(map(name, last_merge(token, ranks))) for _, token in longer]
+    return {name(token): rank for token, rank in ranks.items()}, merges
+
+
+def make_tokenizer(ranks: dict[bytes, int]) -> Qwen2Tokenizer:
+    """Qwen2.5's tokenizer with the SFT model's speech tokens: ids 151,665 to 158,225, and the start token's 158,226."""
+    vocab, merges = vocabulary(ranks)
     tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges, unk_token=None, eos_token=PAD, pad_token=PAD)  # PAD is first
     tokenizer.add_tokens(list(SPECIAL_TOKENS), special_tokens=True)
     tokenizer.eos_token = IM_END

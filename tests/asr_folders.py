@@ -5,10 +5,69 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 
-TOKENS = ["<blank>", "<s>", "</s>", *"你好我们去他是不在有大小上下来吗", "<unk>"]
-SMALL = {"attention_heads": 2, "linear_units": 32, "num_blocks": 1, "dropout_rate": 0.0, "kernel_size": 3}
+from tts_grpo.random_weights import save_cmvn, save_funasr_configs
+
+TOKENS = ["<blank>", "<s>", "</s>", *map(chr, range(0x4E00, 0x4E00 + 8400)), "<unk>"]  # 8,404, as paraformer-zh has
+
+
+def paraformer_config(seaco: bool) -> dict:
+    """config.yaml of Paraformer-large or SeACo-Paraformer, in a small size.
+
+    Source: FunASR's funasr/models/seaco_paraformer/template.yaml, and paraformer/template.yaml, which has a part of it.
+    The template sets ``dither``; a model without it must be as deterministic, so it is left out here.
+    """
+    dropout = {"dropout_rate": 0.1, "positional_dropout_rate": 0.1}
+    sizes = {"attention_heads": 2, "linear_units": 32, "num_blocks": 1}
+    attention = dropout | {"self_attention_dropout_rate": 0.1, "src_attention_dropout_rate": 0.1}
+    config = {
+        "model": "Paraformer",
+        "model_conf": {"ctc_weight": 0.0, "lsm_weight": 0.1, "length_normalized_loss": True, "predictor_weight": 1.0,
+                       "predictor_bias": 1, "sampling_ratio": 0.75},
+        "encoder": "SANMEncoder",
+        "encoder_conf": sizes | dropout | {
+            "output_size": 16, "attention_dropout_rate": 0.1, "input_layer": "pe",
+            "pos_enc_class": "SinusoidalPositionEncoder", "normalize_before": True, "kernel_size": 11,
+            "sanm_shfit": 0, "selfattention_layer_type": "sanm",
+        },
+        "decoder": "ParaformerSANMDecoder",
+        "decoder_conf": sizes | attention | {"att_layer_num": 1, "kernel_size": 11, "sanm_shfit": 0},
+        "predictor": "CifPredictorV2",
+        "predictor_conf": {"idim": 16, "threshold": 1.0, "l_order": 1, "r_order": 1, "tail_threshold": 0.45},
+        "frontend": "WavFrontend",
+        "frontend_conf": {"fs": 16000, "window": "hamming", "n_mels": 80, "frame_length": 25, "frame_shift": 10,
+                          "lfr_m": 7, "lfr_n": 6},
+        "specaug": "SpecAugLFR",
+        "specaug_conf": {
+            "apply_time_warp": False, "time_warp_window": 5, "time_warp_mode": "bicubic", "apply_freq_mask": True,
+            "freq_mask_width_range": [0, 30], "lfr_rate": 6, "num_freq_mask": 1, "apply_time_mask": True,
+            "time_mask_width_range": [0, 12], "num_time_mask": 1,
+        },
+        "dataset": "AudioDataset",
+        "dataset_conf": {"index_ds": "IndexDSJsonl", "batch_sampler": "DynamicBatchLocalShuffleSampler",
+                         "batch_type": "example", "batch_size": 1, "max_token_length": 2048, "buffer_size": 500,
+                         "shuffle": True, "num_workers": 0},
+        "tokenizer": "CharTokenizer",
+        "tokenizer_conf": {"unk_symbol": "<unk>", "split_with_space": True},
+        "ctc_conf": {"dropout_rate": 0.0, "ctc_type": "builtin", "reduce": True, "ignore_nan_grad": True},
+        "normalize": None,
+    }  # fmt: skip
+    if seaco:
+        config |= {
+            "model": "SeacoParaformer", "predictor": "CifPredictorV3", "seaco_decoder": "ParaformerSANMDecoder",
+            "seaco_decoder_conf": sizes | attention | {
+                "kernel_size": 21, "sanm_shfit": 0, "use_output_layer": False, "wo_input_layer": True,
+            },
+        }  # fmt: skip
+        config["predictor_conf"] |= {
+            "smooth_factor2": 0.25, "noise_threshold2": 0.01, "upsample_times": 3, "use_cif1_cnn": False,
+            "upsample_type": "cnn_blstm",
+        }  # fmt: skip
+        config["model_conf"] |= {
+            "inner_dim": 16, "bias_encoder_type": "lstm", "bias_encoder_bid": False, "seaco_lsm_weight": 0.1,
+            "seaco_length_normal": True, "train_decoder": False, "NO_BIAS": 8377,
+        }  # fmt: skip
+    return config
 
 
 def make_paraformer(folder: Path, tokens_per_frame: float = 0.5, seaco: bool = False, seed: int = 0) -> Path:
@@ -19,33 +78,12 @@ def make_paraformer(folder: Path, tokens_per_frame: float = 0.5, seaco: bool = F
     import funasr.models.bicif_paraformer.cif_predictor
     import funasr.models.paraformer.cif_predictor
     import funasr.models.paraformer.decoder
-    import funasr.models.sanm.encoder  # noqa: F401  # these register themselves
+    import funasr.models.sanm.encoder
+    import funasr.models.specaug.specaug  # noqa: F401  # these register themselves
     from funasr.models.paraformer.model import Paraformer
     from funasr.models.seaco_paraformer.model import SeacoParaformer
 
-    encoder = {**SMALL, "output_size": 16, "input_layer": "pe", "pos_enc_class": "SinusoidalPositionEncoder",
-               "normalize_before": True, "sanm_shfit": 0, "selfattention_layer_type": "sanm"}  # fmt: skip
-    decoder = {**SMALL, "att_layer_num": 1, "sanm_shfit": 0}
-    config = {
-        "model": "Paraformer", "model_conf": {"ctc_weight": 0.0, "predictor_weight": 1.0, "sampling_ratio": 0.75},
-        "encoder": "SANMEncoder", "encoder_conf": encoder, "decoder": "ParaformerSANMDecoder", "decoder_conf": decoder,
-        "predictor": "CifPredictorV2",
-        "predictor_conf": {"idim": 16, "threshold": 1.0, "l_order": 1, "r_order": 1, "tail_threshold": 0.0},
-        "frontend": "WavFrontend",
-        "frontend_conf": {"fs": 16000, "window": "hamming", "n_mels": 80, "frame_length": 25, "frame_shift": 10,
-                          "lfr_m": 7, "lfr_n": 6, "cmvn_file": None, "dither": 0.0},
-        "tokenizer": "CharTokenizer",
-        "tokenizer_conf": {"unk_symbol": "<unk>", "split_with_space": True, "token_list": None},
-    }  # fmt: skip
-    if seaco:
-        config |= {
-            "model": "SeacoParaformer",
-            "predictor": "CifPredictorV3",
-            "seaco_decoder": "ParaformerSANMDecoder",
-            "seaco_decoder_conf": decoder | {"wo_input_layer": True},
-        }
-        config["predictor_conf"] |= {"upsample_times": 3, "upsample_type": "cnn_blstm", "use_cif1_cnn": False}
-        config["model_conf"] |= {"inner_dim": 16, "bias_encoder_type": "lstm", "NO_BIAS": 0}
+    config = paraformer_config(seaco)
     torch.manual_seed(seed)
     names = ("encoder", "decoder", "predictor", "seaco_decoder")
     parts = {key: config[key] for key in config if key.removesuffix("_conf") in names}
@@ -57,17 +95,10 @@ def make_paraformer(folder: Path, tokens_per_frame: float = 0.5, seaco: bool = F
     state["predictor.cif_output.bias"][:] = float(np.log(tokens_per_frame / (1 - tokens_per_frame)))
     folder.mkdir(parents=True)
     torch.save(state, folder / "model.pt")
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    (folder / "tokens.json").write_text(json.dumps(TOKENS, ensure_ascii=False))
-    ones, zeros = " ".join(["1.0"] * 560), " ".join(["0.0"] * 560)
-    shift = f"<AddShift> 560 560\n<LearnRateCoef> 0 [ {zeros} ]\n<Rescale> 560 560\n<LearnRateCoef> 0 [ {ones} ]\n"
-    (folder / "am.mvn").write_text(f"<Nnet>\n<Splice> 560 560\n[ 0 ]\n{shift}</Nnet>\n")
-    (folder / "configuration.json").write_text(json.dumps({
-        "framework": "pytorch", "task": "auto-speech-recognition", "model": {"type": "funasr"},
-        "file_path_metas": {"init_param": "model.pt", "config": "config.yaml",
-                            "tokenizer_conf": {"token_list": "tokens.json"},
-                            "frontend_conf": {"cmvn_file": "am.mvn"}},
-    }))  # fmt: skip
+    save_funasr_configs(folder, config, {"token_list": "tokens.json", "seg_dict_file": "seg_dict"})
+    save_cmvn(folder / "am.mvn", -8.0, 0.15)
+    (folder / "tokens.json").write_text(json.dumps(TOKENS, ensure_ascii=False), encoding="utf-8")
+    (folder / "seg_dict").write_text("".join(f"{token} {token}\n" for token in TOKENS[3:-1]), encoding="utf-8")
     return folder
 
 

@@ -3,7 +3,9 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import yaml
 
+from tests.hub_repositories import make_sensevoice
 from tts_grpo.asr import SenseVoice
 from tts_grpo.audio import load_audio
 from tts_grpo.metrics import pinyin_error_rate
@@ -48,6 +50,26 @@ def test_transcripts_are_those_of_funasr_one_by_one(asr, assets, test_rows):
     _, speech = recordings(assets, test_rows, 20)
     theirs = [asr._model.generate(input=[s], language="zh", use_itn=False, cache={})[0]["text"] for s in speech]
     assert asr.transcribe(speech) == [rich_transcription_postprocess(text) for text in theirs]
+
+
+@pytest.fixture(scope="module")
+def published(assets, tmp_path_factory):
+    """A recogniser with the config that iic/SenseVoiceSmall has: it does not set ``dither``."""
+    folder = make_sensevoice(tmp_path_factory.mktemp("asr") / "SenseVoiceSmall", assets / "asr_reward")
+    assert "dither" not in yaml.safe_load((folder / "config.yaml").read_text())["frontend_conf"]
+    return SenseVoice(folder)
+
+
+def test_a_recording_has_one_transcript(published, asr, assets, test_rows):
+    """Quiet speech, where funasr's default dither of 1.0 changes most of what is heard."""
+    quiet = [0.003 * s for s in recordings(assets, test_rows, 16)[1]]
+    first = published.hear(quiet)
+    assert any(heard.text for heard in first)
+    for _ in range(4):
+        assert published.hear(quiet) == first
+    assert published.hear(quiet[::-1]) == first[::-1]
+    assert [heard for s in quiet for heard in published.hear([s])] == first
+    assert asr.hear(quiet) == first  # the tiny stack's config sets dither to 0
 
 
 def test_hardly_any_audio_is_an_empty_transcript(asr, assets, test_rows):

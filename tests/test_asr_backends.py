@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import sherpa_onnx
 import torch
 
 from tests.asr_folders import TOKENS, make_paraformer, make_sherpa, make_whisper
@@ -38,6 +39,8 @@ def test_paraformer(tmp_path, speech, seaco, name):
     assert together[2] == "" and all(set(text) <= CHARACTERS | {" "} for text in together)
     assert all(len(text) > 3 for text in together[:2])
     assert [loaded.recogniser.transcribe([one])[0] for one in speech] == together
+    for _ in range(4):
+        assert loaded.recogniser.transcribe(speech) == together
 
 
 @pytest.mark.parametrize("seaco", [False, True])
@@ -96,6 +99,7 @@ def test_sherpa_onnx(tmp_path, speech):
     texts = loaded.recogniser.transcribe(speech)
     assert texts[2] == "" and all(len(set(text) & CHARACTERS) > 1 and "<blank>" not in text for text in texts[:2])
     assert loaded.recogniser.transcribe(speech[::-1]) == texts[::-1]
+    assert sherpa_onnx.FeatureExtractorConfig().dither == 0  # its default, which from_paraformer leaves
 
 
 def test_sherpa_onnx_of_another_kind_is_an_error(tmp_path):

@@ -11,6 +11,9 @@ from transformers import AddedToken, AutoTokenizer, GenerationConfig
 
 from scripts import check
 from tests.conftest import ROOT, free_ports
+from tests.hub_repositories import make_cosyvoice2
+from tts_grpo.cosyvoice2 import CosyVoice2Token2Wav
+from tts_grpo.token2wav import load_token2wav
 from tts_grpo.tokens import speech_token_str
 
 
@@ -51,6 +54,33 @@ def test_everything_wrong_is_named_at_once(tmp_path, assets):
         "http_port ", "no reward server is ready at http://127.0.0.1:9", "llm is missing",
     ):  # fmt: skip
         assert any(line.startswith("WRONG") and text in line for line in done.stdout.splitlines()), (text, done.stdout)
+
+
+@pytest.mark.parametrize("hub", ["modelscope", "huggingface"])
+def test_both_hubs_cosyvoice2_is_known_as_such(tmp_path, assets, venv_root, hub):
+    """The one of Hugging Face has a config.json, as the tiny token2wav has."""
+    folder = make_cosyvoice2(tmp_path, hub)
+    s = {"token2wav_dir": str(folder), "reward_asr_dir": str(assets / "asr_reward"), "prompt_text": "",
+         "eval_asr_dir": str(assets / "asr_eval"), "eval_jsonl": "", "prompt_audio": "", "prompt_list": "",
+         "venv_root": str(venv_root)}  # fmt: skip
+    assert [text for good, text in check.check_files(s) if not good] == []
+    assert isinstance(load_token2wav(folder), CosyVoice2Token2Wav)
+    (folder / "hift.pt").unlink()
+    assert [text for good, text in check.check_files(s) if not good] == [
+        f"{folder / 'hift.pt'} is missing: bash run.sh -1 -1 brings it, or set its variable"
+    ]
+
+
+def test_data_files_are_read_as_stage_0_reads_them(tmp_path):
+    row = {"text": "今天", "speech_tokens": [1]}
+    (tmp_path / "bom.jsonl").write_text(json.dumps(row), encoding="utf-8-sig")
+    (tmp_path / "array.json").write_text(json.dumps([row], indent=1))
+    (tmp_path / "bad.jsonl").write_text("{")
+    names = ("train_jsonl", "test_jsonl", "known_answer_jsonl")
+    s = dict(zip(names, (str(tmp_path / name) for name in ("bom.jsonl", "array.json", "bom.jsonl")), strict=True))
+    assert all(good for good, _ in check.check_data(s))
+    (_, _), (good, text), (_, _) = check.check_data(s | {"test_jsonl": str(tmp_path / "bad.jsonl")})
+    assert not good and "not JSON" in text
 
 
 def wrong_of_model(folder) -> list[str]:

@@ -10,6 +10,7 @@ import pytest
 import infer_dist
 from tts_grpo.audio import save_audio
 from tts_grpo.jsonl import read_jsonl, write_jsonl
+from tts_grpo.random_weights import make_cosyvoice2_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_UTTERANCES = 9
@@ -151,3 +152,11 @@ def test_single(assets, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(tmp_path / "a.wav") and (tmp_path / "a.wav").stat().st_size > 20000
+
+
+def test_utterances_without_a_prompt_are_named_before_anything_is_spoken(assets, eval_set, tmp_path):
+    token2wav_dir = make_cosyvoice2_folder(tmp_path / "token2wav")
+    command = ["--llm-path", assets / "llm", "--token2wav-dir", token2wav_dir, "--eval-set", eval_set]
+    with pytest.raises(SystemExit, match=f"{NUM_UTTERANCES - 1} utterances have no prompt, .* first"):
+        infer_dist.main([*map(str, command), "--output-dir", str(tmp_path / "out")])
+    assert not list((tmp_path / "out").glob("seed_*"))

@@ -1,8 +1,9 @@
+import json
 import math
 
 import pytest
 
-from tts_grpo.jsonl import read_jsonl, write_jsonl
+from tts_grpo.jsonl import numbered_rows, read_jsonl, write_jsonl
 from tts_grpo.protocol import BUCKETS, Scored, bucket, decode_response, encode_request
 
 
@@ -23,6 +24,38 @@ def test_jsonl_round_trip_and_named_faults(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"a": 1}\n{"a"\n')
     with pytest.raises(ValueError, match="line 2: not JSON"):
         read_jsonl(tmp_path / "bad.jsonl")
+
+
+def test_arrays_and_a_byte_order_mark(tmp_path):
+    rows = [{"text": "你好"}, {"text": "行"}]
+    path = tmp_path / "x.json"
+    for text in (json.dumps(rows), json.dumps(rows, indent=1), "\n" + json.dumps(rows) + "\n"):
+        path.write_text(text, encoding="utf-8-sig")
+        assert read_jsonl(path) == rows
+        path.write_text(text, encoding="utf-8")
+        assert read_jsonl(path) == rows
+    path.write_text("".join(json.dumps(row) + "\r\n" for row in rows), encoding="utf-8-sig")
+    assert read_jsonl(path) == rows
+    path.write_text("")
+    assert read_jsonl(path) == []
+    path.write_text('[{"text": 1}, 2]')
+    with pytest.raises(ValueError, match="line 2: not a JSON object"):
+        read_jsonl(path)
+    path.write_text('[{"text": 1},')
+    with pytest.raises(ValueError, match="begins with"):
+        read_jsonl(path)
+
+
+def test_jsonl_is_streamed(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"text": "a"}\n\nnot JSON\n\xff\n' + b'{"text": "b"}\n' * 100_000)
+    sizes = []
+    rows = numbered_rows(path, sizes.append)
+    assert next(rows) == (1, {"text": "a"})
+    assert sum(sizes) < 100
+    (third, bad), (fourth, worse) = next(rows), next(rows)
+    assert (third, fourth) == (3, 4) and isinstance(bad, ValueError) and isinstance(worse, ValueError)
+    assert sum(1 for _ in rows) == 100_000 and sum(sizes) == path.stat().st_size
 
 
 def test_buckets():

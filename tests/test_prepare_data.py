@@ -2,6 +2,10 @@ import json
 import subprocess
 from pathlib import Path
 
+import pytest
+
+from tests.hub_repositories import make_voxbox
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -60,6 +64,45 @@ def test_too_many_bad_lines_stop_and_leave_nothing(trainer_python, tmp_path):
     done = prepare(trainer_python, tmp_path, ["{", line("你好")], [line("你好")])
     assert done.returncode == 1 and "1 of 2 lines" in done.stderr and "rejects.jsonl" in done.stderr
     assert not list((tmp_path / "out").glob("*.parquet*"))
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_json_array_is_read_as_jsonl_is(trainer_python, tmp_path, indent):
+    rows = [{"text": "今天天气很好。"}, {"txt": "x"}, {"text": "我们明天出发。"}]
+    array = tmp_path / "array.json"
+    array.write_text(json.dumps(rows, ensure_ascii=False, indent=indent), encoding="utf-8")
+    flags = ("--train-file", str(array), "--max-bad-ratio", "0.5")
+    done = prepare(trainer_python, tmp_path, [], [line("你好")], *flags)
+    assert done.returncode == 0, done.stderr
+    kept = rows_of(trainer_python, tmp_path / "out/train.parquet")
+    assert [row["extra_info"]["text"] for row in kept] == ["今天天气很好。", "我们明天出发。"]
+    rejects = [json.loads(row) for row in (tmp_path / "out/rejects.jsonl").read_text().splitlines()]
+    assert [(row["line"], row["reason"]) for row in rejects] == [(2, "no text")]
+
+
+def test_an_array_that_is_cut_off_stops_with_a_sentence(trainer_python, tmp_path):
+    (tmp_path / "array.json").write_text('[{"text": "你好"},\n {"text": "再', encoding="utf-8")
+    done = prepare(trainer_python, tmp_path, [], [line("你好")], "--train-file", str(tmp_path / "array.json"))
+    assert done.returncode == 1 and "array.json begins with '[' but is no JSON array" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_byte_order_mark_is_skipped(trainer_python, tmp_path):
+    (tmp_path / "bom.jsonl").write_text(line("今天") + "\n" + line("明天") + "\n", encoding="utf-8-sig")
+    done = prepare(trainer_python, tmp_path, [], [line("你好")], "--train-file", str(tmp_path / "bom.jsonl"))
+    assert done.returncode == 0, done.stderr
+    assert len(rows_of(trainer_python, tmp_path / "out/train.parquet")) == 2
+
+
+def test_voxbox_is_read_as_it_is(trainer_python, tmp_path, assets):
+    make_voxbox(tmp_path / "voxbox", assets)
+    lines = (tmp_path / "voxbox/metadata/aishell-3.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(json.loads(lines[0])) == 15
+    done = prepare(trainer_python, tmp_path, lines[:20], lines[-2:])
+    assert done.returncode == 0, done.stderr
+    assert (
+        rows_of(trainer_python, tmp_path / "out/train.parquet")[0]["extra_info"]["text"] == json.loads(lines[0])["text"]
+    )
 
 
 def test_missing_file(trainer_python, tmp_path):

@@ -1,12 +1,14 @@
-import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from scripts import encode_prompts, prepare_eval_set
+from tests.hub_repositories import CV3_EVAL, SEED_TTS, encoded, make_evaluation_sets, write_parquet
+from tts_grpo.audio import load_audio
 from tts_grpo.jsonl import read_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,31 +47,102 @@ def test_bad_lists_are_named(text, message, tmp_path):
     assert not (tmp_path / "out.jsonl").exists()
 
 
-def test_parquet_of_the_hub(trainer_python, assets, tmp_path):
+@pytest.mark.parametrize(
+    ("rate", "kind", "begin"), [(48_000, "MP3", b"\xff\xfb"), (24_000, "MP3", b"\xff\xf3"), (24_000, "WAV", b"RIFF")]
+)  # fmt: skip
+def test_formats_of_recordings(tmp_path, rate, kind, begin):
+    """MPEG-2's MP3 (below 32 kHz) begins with other bytes than MPEG-1's."""
+    data = encoded(np.sin(np.arange(rate) / 20).astype(np.float32), rate, kind)
+    assert data.startswith(begin)
+    (tmp_path / "a.bin").write_bytes(data)
+    (tmp_path / "meta.lst").write_text("a|在|a.bin|你好\n", encoding="utf-8-sig")
+    prepare_eval_set.main(["--source", str(tmp_path / "meta.lst"), "--output", str(tmp_path / "out/set.jsonl")])
+    (row,) = read_jsonl(tmp_path / "out/set.jsonl")
+    assert row["id"] == "a" and row["prompt_audio"] == f"set/a.{kind.lower()}"
+    assert len(load_audio(tmp_path / "out" / row["prompt_audio"])) == pytest.approx(16_000, abs=2_000)
+
+
+@pytest.mark.parametrize(
+    ("begin", "expected"),
+    [(b"\xff\xf2", ".mp3"), (b"\xff\xfa", ".mp3"), (b"\xff\xe3", ".mp3"), (b"ID3\x04", ".mp3"), (b"\xff\xf1", None),
+     (b"\xff\xd8", None), (b"", None)],
+)  # fmt: skip
+def test_first_bytes(begin, expected):
+    """ADTS (AAC, layer 0) and JPEG begin with ff too."""
+    if expected:
+        assert prepare_eval_set.suffix(begin, "x") == expected
+    else:
+        with pytest.raises(ValueError, match="x: the prompt's audio is no wav"):
+            prepare_eval_set.suffix(begin, "x")
+
+
+def from_parquet(trainer_python, source: Path, output: Path, split: str) -> subprocess.CompletedProcess:
     """pyarrow is in the trainer's environment only."""
-    script = """
-import sys, pyarrow as pa, pyarrow.parquet as pq
-audio = {"bytes": open(sys.argv[2], "rb").read(), "path": "x.ogg"}
-rows = [{"id": f"u{i}", "prompt_text": "在", "target_text": f"你好{i}", "prompt_audio": audio} for i in range(3)]
-pq.write_table(pa.Table.from_pylist(rows), sys.argv[1] + "/zero_shot_zh-00000-of-00001.parquet")
-pq.write_table(pa.Table.from_pylist([{"id": 1}]), sys.argv[1] + "/other.parquet")
-"""
-    audio = sorted((assets / "prompts").glob("*.ogg"))[0]
-    subprocess.run([trainer_python, "-c", script, str(tmp_path), str(audio)], check=True)
-    output = tmp_path / "set.jsonl"
-    command = [
-        trainer_python,
-        str(ROOT / "scripts/prepare_eval_set.py"),
-        "--source",
-        str(tmp_path),
-        "--output",
-        str(output),
-    ]
+    script = [trainer_python, str(ROOT / "scripts/prepare_eval_set.py")]
     environment = {"PYTHONPATH": str(ROOT), "PATH": str(Path(sys.executable).parent)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 1 and "other.parquet: no column" in done.stderr
-    done = subprocess.run([*command, "--split", "zero_shot"], env=environment, capture_output=True, text=True)
+    command = [*script, "--source", str(source), "--split", split, "--output", str(output)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(("repository", "split"), [(CV3_EVAL, "zero_shot_zh"), (SEED_TTS, "test_zh")])
+def test_the_published_sets(trainer_python, assets, tmp_path, repository, split):
+    make_evaluation_sets(tmp_path, assets, trainer_python)
+    output = tmp_path / "data/set.jsonl"
+    done = from_parquet(trainer_python, tmp_path / repository, output, split)
     assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
-    assert [r["id"] for r in rows] == ["u0", "u1", "u2"]
-    assert (tmp_path / rows[2]["prompt_audio"]).read_bytes() == audio.read_bytes()
+    rows = read_jsonl(output)
+    assert [r["id"] for r in rows] == [f"{split}-{i}" for i in range(3)]
+    assert [Path(r["prompt_audio"]).suffix for r in rows] == [".wav", ".mp3", ".flac"]
+    assert all(len(load_audio(output.parent / r["prompt_audio"])) > 16_000 for r in rows)
+
+
+@pytest.fixture(scope="module")
+def splits(trainer_python, assets, tmp_path_factory):
+    """A set whose files are named in other ways than the published ones'."""
+    folder = tmp_path_factory.mktemp("splits")
+    audio = encoded(load_audio(sorted((assets / "prompts").glob("*.ogg"))[0]), 16_000, "WAV")
+    for name in ("default/test_zh/0000", "data/test_zh_hard-00000-of-00001", "data/train-00000-of-00001"):
+        row = {"id": name.replace("/", "_"), "prompt_text": "在", "target_text": "你好", "prompt_audio": {"path": None}}
+        write_parquet(folder / f"{name}.parquet", [row], [audio], trainer_python)
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: all_zh\n    path: data/train-*\n---\n"
+    )
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("split", "expected"),
+    [("test_zh", "default_test_zh_0000"), ("test_zh_hard", "data_test_zh_hard-00000-of-00001"),
+     ("all_zh", "data_train-00000-of-00001")],
+)  # fmt: skip
+def test_a_split_is_found_by_the_readme_or_by_its_path(trainer_python, splits, tmp_path, split, expected):
+    done = from_parquet(trainer_python, splits, tmp_path / "set.jsonl", split)
+    assert done.returncode == 0, done.stderr
+    assert [row["id"] for row in read_jsonl(tmp_path / "set.jsonl")] == [expected]
+
+
+def test_a_split_that_is_not_there_is_named_with_what_is(trainer_python, splits, tmp_path):
+    done = from_parquet(trainer_python, splits, tmp_path / "set.jsonl", "zero_shot_zh")
+    assert done.returncode == 1 and "of the split 'zero_shot_zh'; there are data/test_zh_hard-" in done.stderr
+
+
+def test_rows_without_a_recording(trainer_python, assets, tmp_path):
+    audio = sorted((assets / "prompts").glob("*.ogg"))[0].read_bytes()
+    rows = [
+        {"id": f"u{i}", "prompt_text": "在", "target_text": "你好", "prompt_audio": {"path": "x.ogg"}} for i in (0, 1)
+    ]
+    write_parquet(tmp_path / "data/test.parquet", rows, [audio, None], trainer_python)
+    done = from_parquet(trainer_python, tmp_path, tmp_path / "set.jsonl", "")
+    assert done.returncode == 0 and "1 utterances have no prompt" in done.stderr, done.stderr
+    first, second = read_jsonl(tmp_path / "set.jsonl")
+    assert (tmp_path / first["prompt_audio"]).read_bytes() == audio
+    assert (second["prompt_audio"], second["prompt_text"]) == (None, "")
+    write_parquet(tmp_path / "data/test.parquet", rows, [audio, b""], trainer_python)
+    done = from_parquet(trainer_python, tmp_path, tmp_path / "set.jsonl", "")
+    assert done.returncode == 1 and "u1: its recording x.ogg is not in the parquet file" in done.stderr
+
+
+def test_a_missing_column_is_named(trainer_python, tmp_path):
+    write_parquet(tmp_path / "other.parquet", [{"id": 1, "prompt_audio": {"path": "x"}}], [b"x"], trainer_python)
+    done = from_parquet(trainer_python, tmp_path, tmp_path / "set.jsonl", "")
+    assert done.returncode == 1 and "other.parquet: no column prompt_text, target_text" in done.stderr

@@ -3,8 +3,10 @@
 import numpy as np
 import torch
 
-from tts_grpo.asr import Heard
+from tests.hub_repositories import make_sensevoice
+from tts_grpo.asr import Heard, SenseVoice
 from tts_grpo.audio import resample, resample_batch
+from tts_grpo.jsonl import read_jsonl
 from tts_grpo.scorer import RewardScorer
 from tts_grpo.token2wav import PromptVoice
 
@@ -24,6 +26,17 @@ class Spoken:
         for row, tokens in zip(waveforms, speech_tokens, strict=True):
             row[0] = float("nan") if 0 in tokens else 0.0
         return waveforms, lens
+
+
+class Quiet:
+    """A decoder whose speech is quiet: there dither changes most."""
+
+    def __init__(self, token2wav):
+        self.token2wav, self.sample_rate_hz = token2wav, token2wav.sample_rate_hz
+
+    def __call__(self, speech_tokens, prompt_voices=None, seed=0):
+        waveforms, lens = self.token2wav(speech_tokens, prompt_voices, seed)
+        return 0.003 * waveforms, lens
 
 
 class Hearing:
@@ -56,6 +69,20 @@ def test_errors_are_placed_at_the_speech_tokens_of_their_syllable():
     (score,) = RewardScorer(Spoken(), Hearing("你早", (0.08, 0.24))).score([[1] * 20], ["你好吗"])
     assert score.unit_errors == (0, 1, 1) and score.error_rate == 2 / 3
     assert score.unit_starts == (1, 5, 12)  # 25 a second, the recogniser names it a token late; the third of 0.8 s
+
+
+def test_scores_are_the_same_at_each_call_and_in_each_batch(token2wav, assets, tmp_path):
+    """With the recogniser's config as it is published."""
+    asr = SenseVoice(make_sensevoice(tmp_path / "SenseVoiceSmall", assets / "asr_reward"))
+    scorer = RewardScorer(Quiet(token2wav), asr)
+    rows = read_jsonl(assets / "data/dev.jsonl")[:24]
+    tokens, texts = [row["speech_tokens"] for row in rows], [row["text"] for row in rows]
+    scores = scorer.score(tokens, texts)
+    assert all(not score.error for score in scores) and len({score.reward for score in scores}) > 1
+    for _ in range(4):
+        assert scorer.score(tokens, texts) == scores
+    assert scorer.score(tokens[::-1], texts[::-1]) == scores[::-1]
+    assert [score for i in range(0, 24, 5) for score in scorer.score(tokens[i : i + 5], texts[i : i + 5])] == scores
 
 
 def test_resampling_of_a_batch_is_scipys():

@@ -18,6 +18,7 @@ import yaml
 from torch.nn.utils.rnn import pad_sequence
 
 from tts_grpo.audio import ASR_HZ
+from tts_grpo.model_folders import PARAFORMER_FILES, SENSEVOICE_FILES, describe, missing_files
 from tts_grpo.text import characters, written_units
 
 MIN_SAMPLES = 400  # one analysis frame: funasr fails on less
@@ -36,6 +37,49 @@ class Heard:
     onsets_s: tuple[float, ...] = ()
 
 
+def load_funasr(model_dir: str | Path, device: str, names: Sequence[str]):
+    """funasr's ``AutoModel`` of a folder, all weights loaded, its features without dither.
+
+    Dither is noise that the filter bank adds to the samples. ``WavFrontend`` has 1.0 of it by default and draws it
+    anew at each call (funasr 1.4.16, funasr/frontends/wav_frontend.py, lines 106 and 176), and SenseVoiceSmall's
+    published config.yaml does not set it: one recording would have several transcripts. Here it is 0, whatever the
+    config says, as in sherpa-onnx and wenet.
+
+    Args:
+        model_dir: the folder.
+        device: torch device.
+        names: files that it must hold.
+
+    Raises:
+        ValueError: a file is missing, or a weight of the network is not in ``model.pt`` in its shape. (funasr itself
+            would leave such a weight at its random start, without an error.)
+        RuntimeError: funasr's features have dither all the same.
+    """
+    from funasr import AutoModel
+
+    if missing := missing_files(model_dir, names):
+        raise ValueError(f"{model_dir}: not a folder of this recogniser: {describe(missing)} missing")
+    model = AutoModel(
+        model=str(model_dir), device=device, disable_update=True, disable_pbar=True, ncpu=torch.get_num_threads(),
+        frontend_conf={"dither": 0.0},  # merged over config.yaml; set later, it would be undone by each generate()
+    )  # fmt: skip
+    if model.kwargs["frontend"].dither != 0:
+        raise RuntimeError(f"{model_dir}: funasr has not taken over dither 0: transcripts would be random")
+    check_weights(model.model, Path(model_dir) / "model.pt")
+    return model
+
+
+def check_weights(network: torch.nn.Module, path: Path) -> None:
+    """Raises ValueError if a weight of the network is not in the file ``path``, or was not loaded from it."""
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    saved = saved.get("state_dict", saved)
+    for name, value in network.state_dict().items():
+        if name not in saved or saved[name].shape != value.shape:
+            raise ValueError(f"{path}: weight {name} {tuple(value.shape)} is missing or of another shape")
+        if not torch.equal(saved[name].float(), value.cpu().float()):
+            raise ValueError(f"{path}: weight {name} was not loaded")
+
+
 class SenseVoice:
     """A recogniser of 16 kHz speech.
 
@@ -46,36 +90,15 @@ class SenseVoice:
             70 layers, and 32 on a CPU, where padding costs.
 
     Raises:
-        ValueError: the folder lacks a file, or a weight of the network is not in ``model.pt`` in its shape. (funasr
-            itself would leave such a weight at its random start, without an error.)
+        ValueError: see :func:`load_funasr`.
     """
 
     def __init__(self, model_dir: str | Path, device: str = "cpu", batch_size: int | None = None):
-        from funasr import AutoModel
-
-        folder = Path(model_dir)
-        for name in ("config.yaml", "model.pt", "am.mvn"):
-            if not (folder / name).exists():
-                raise ValueError(f"{folder}: no {name} here: not a SenseVoiceSmall folder")
         self.device = torch.device(device)
         self.batch_size = batch_size or (32 if self.device.type == "cpu" else 64)
-        self._model = AutoModel(
-            model=str(folder), device=device, disable_update=True, disable_pbar=True, ncpu=torch.get_num_threads()
-        )
-        self._check_weights(folder)
+        self._model = load_funasr(model_dir, device, SENSEVOICE_FILES)
         frontend = self._model.kwargs["frontend"]
         self._frame_s = frontend.lfr_n * frontend.frame_shift / 1000
-
-    def _check_weights(self, folder: Path) -> None:
-        saved = torch.load(folder / "model.pt", map_location="cpu", weights_only=True)
-        saved = saved.get("state_dict", saved)
-        for name, value in self._model.model.state_dict().items():
-            if name not in saved or saved[name].shape != value.shape:
-                raise ValueError(
-                    f"{folder}/model.pt: weight {name} {tuple(value.shape)} is missing or of another shape"
-                )
-            if not torch.equal(saved[name].float(), value.cpu().float()):
-                raise ValueError(f"{folder}/model.pt: weight {name} was not loaded")
 
     def transcribe(self, recordings: Sequence[np.ndarray | torch.Tensor]) -> list[str]:
         """Transcripts of recordings, each float32 (T,) at 16 kHz, without SenseVoice's tags.
@@ -141,7 +164,7 @@ class SenseVoice:
         parts = [F.pad(part, (0, -len(part) % hop)) for part in parts]
         mel = kaldi.fbank(
             torch.cat(parts)[None] * (1 << 15), num_mel_bins=frontend.n_mels, frame_length=frontend.frame_length,
-            frame_shift=frontend.frame_shift, dither=frontend.dither, energy_floor=0.0, window_type=frontend.window,
+            frame_shift=frontend.frame_shift, dither=0.0, energy_floor=0.0, window_type=frontend.window,
             sample_frequency=frontend.fs,
         )  # fmt: skip
         features, begin = [], 0
@@ -161,21 +184,12 @@ class Paraformer:
         batch_size: recordings decoded at once.
 
     Raises:
-        ValueError: a file is missing, or a weight of the network is not in ``model.pt`` in its shape.
+        ValueError: see :func:`load_funasr`.
     """
 
     def __init__(self, model_dir: str | Path, device: str = "cpu", batch_size: int = 32):
-        from funasr import AutoModel
-
-        folder = Path(model_dir)
-        for name in ("config.yaml", "model.pt", "am.mvn", "tokens.json", "configuration.json"):
-            if not (folder / name).exists():
-                raise ValueError(f"{folder}: no {name} here: not a Paraformer folder")
         self.batch_size = batch_size
-        self._model = AutoModel(
-            model=str(folder), device=device, disable_update=True, disable_pbar=True, ncpu=torch.get_num_threads()
-        )
-        SenseVoice._check_weights(self, folder)
+        self._model = load_funasr(model_dir, device, PARAFORMER_FILES)
 
     def transcribe(self, recordings: Sequence[np.ndarray]) -> list[str]:
         """Transcripts of recordings, each float32 (T,) at 16 kHz; "" where nothing is heard."""

@@ -31,6 +31,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.overrides import TorchFunctionMode
 
 from tts_grpo.audio import ASR_HZ, resample
+from tts_grpo.model_folders import TOKEN2WAV_FILES, describe, missing_files
 from tts_grpo.token2wav import PromptVoice, check_speech_tokens, pad_speech_tokens
 
 NUM_STEPS = 10  # of the solver, as in CausalMaskedDiffWithXvec.inference
@@ -42,7 +43,6 @@ PADDED_TOKENS, PADDED_TOKENS_SMALL_GPU = 16384, 4096
 SMALL_GPU_GIB = 40
 YAML_PARTS = ("flow", "hift", "feat_extractor")  # entries of cosyvoice2.yaml that are made, beside plain values
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-FILES = ("cosyvoice2.yaml", "flow.pt", "hift.pt", "campplus.onnx", "speech_tokenizer_v2.onnx")
 
 
 def load_modules(model_dir: Path) -> dict:
@@ -298,6 +298,8 @@ class CosyVoice2Token2Wav:
 
     sample_rate_hz = 24_000
 
+    needs_voice = True
+
     def __init__(
         self, model_dir: str | Path, device: str = "cpu", precision: str = "fp32", cache_dir: Path | None = None
     ):
@@ -305,9 +307,8 @@ class CosyVoice2Token2Wav:
         self.cache_dir = cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tts_grpo"
         if self.fast and self.device.type == "cpu" and "TRITON_INTERPRET" not in os.environ:
             raise ValueError(f"precision {precision} needs a GPU: on a CPU, token2wav runs in fp32")
-        for name in FILES:
-            if not (self.model_dir / name).exists():
-                raise ValueError(f"{model_dir}: no {name} here: not a CosyVoice2 folder")
+        if missing := missing_files(model_dir, TOKEN2WAV_FILES["cosyvoice2"]):
+            raise ValueError(f"{model_dir}: not a CosyVoice2 folder: {describe(missing)} missing")
         modules = load_modules(self.model_dir)
         self.prompt_mel = modules["feat_extractor"]
         with torch.inference_mode(), tf32(self.fast):

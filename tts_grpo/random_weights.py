@@ -1,33 +1,63 @@
-"""CosyVoice2 and SenseVoiceSmall folders in the official formats, with random weights: for tests and benchmarks."""
+"""CosyVoice2 and SenseVoiceSmall folders in the published formats, with random weights: for tests and benchmarks."""
 
-import json
 import struct
 from pathlib import Path
 
 import numpy as np
 import onnx
 import torch
+import yaml
 from onnx import TensorProto, helper, numpy_helper
 
 from tts_grpo.audio import ASR_HZ, save_audio
+from tts_grpo.jsonl import write_json
 
+# Entries and values of the released cosyvoice2.yaml (FunAudioLLM/CosyVoice2-0.5B, revision eec1ae6); sizes to be set.
 YAML = """
-__set_seed: !apply:random.seed [1986]
+__set_seed1: !apply:random.seed [1986]
+__set_seed2: !apply:numpy.random.seed [1986]
+__set_seed3: !apply:torch.manual_seed [1986]
+__set_seed4: !apply:torch.cuda.manual_seed_all [1986]
+
+# sizes
 sample_rate: 24000
+llm_input_size: {llm_size}
+llm_output_size: {llm_size}
 spk_embed_dim: 192
 qwen_pretrain_path: ''
+token_frame_rate: 25
+token_mel_ratio: 2
+
+# streaming
+chunk_size: 25 # in tokens
+num_decoding_left_chunks: -1 # <0: all
+
 llm: !new:cosyvoice.llm.llm.Qwen2LM
-    llm_input_size: 896
+    llm_input_size: !ref <llm_input_size>
+    llm_output_size: !ref <llm_output_size>
+    speech_token_size: 6561
+    length_normalized_loss: True
+    lsm_weight: 0
+    mix_ratio: [5, 15]
+    llm: !new:cosyvoice.llm.llm.Qwen2Encoder
+        pretrain_path: !ref <qwen_pretrain_path>
+    sampling: !name:cosyvoice.utils.common.ras_sampling
+        top_p: 0.8
+        top_k: 25
+        win_size: 10
+        tau_r: 0.1
+
 flow: !new:cosyvoice.flow.flow.CausalMaskedDiffWithXvec
     input_size: {dim}
     output_size: 80
     spk_embed_dim: !ref <spk_embed_dim>
+    output_type: 'mel'
     vocab_size: 6561
-    input_frame_rate: 25
-    token_mel_ratio: 2
+    input_frame_rate: !ref <token_frame_rate>
+    only_mask_loss: True
+    token_mel_ratio: !ref <token_mel_ratio>
     pre_lookahead_len: 3
     encoder: !new:cosyvoice.transformer.upsample_encoder.UpsampleConformerEncoder
-        input_size: {dim}
         output_size: {dim}
         attention_heads: 8
         linear_units: {linear_units}
@@ -39,9 +69,10 @@ flow: !new:cosyvoice.flow.flow.CausalMaskedDiffWithXvec
         input_layer: 'linear'
         pos_enc_layer_type: 'rel_pos_espnet'
         selfattention_layer_type: 'rel_selfattn'
+        input_size: {dim}
         use_cnn_module: False
         macaron_style: False
-        static_chunk_size: 25
+        static_chunk_size: !ref <chunk_size>
     decoder: !new:cosyvoice.flow.flow_matching.CausalConditionalCFM
         in_channels: 240
         n_spks: 1
@@ -64,8 +95,9 @@ flow: !new:cosyvoice.flow.flow.CausalMaskedDiffWithXvec
             num_mid_blocks: {num_mid_blocks}
             num_heads: {num_heads}
             act_fn: 'gelu'
-            static_chunk_size: 50
-            num_decoding_left_chunks: -1
+            static_chunk_size: !ref <chunk_size> * <token_mel_ratio>
+            num_decoding_left_chunks: !ref <num_decoding_left_chunks>
+
 hift: !new:cosyvoice.hifigan.generator.HiFTGenerator
     in_channels: 80
     base_channels: {base_channels}
@@ -89,28 +121,131 @@ hift: !new:cosyvoice.hifigan.generator.HiFTGenerator
         num_class: 1
         in_channels: 80
         cond_channels: {cond_channels}
+
+# GAN training
+mel_spec_transform1: !name:matcha.utils.audio.mel_spectrogram
+    n_fft: 1920
+    num_mels: 80
+    sampling_rate: !ref <sample_rate>
+    hop_size: 480
+    win_size: 1920
+    fmin: 0
+    fmax: null
+    center: False
+hifigan: !new:cosyvoice.hifigan.hifigan.HiFiGan
+    generator: !ref <hift>
+    discriminator: !new:cosyvoice.hifigan.discriminator.MultipleDiscriminator
+        mpd: !new:matcha.hifigan.models.MultiPeriodDiscriminator
+        mrd: !new:cosyvoice.hifigan.discriminator.MultiResSpecDiscriminator
+    mel_spec_transform: [
+        !ref <mel_spec_transform1>
+    ]
+
+# data
+parquet_opener: !name:cosyvoice.dataset.processor.parquet_opener
+get_tokenizer: !name:cosyvoice.tokenizer.tokenizer.get_qwen_tokenizer
+    token_path: !ref <qwen_pretrain_path>
+    skip_special_tokens: True
+allowed_special: 'all'
 tokenize: !name:cosyvoice.dataset.processor.tokenize
-    allowed_special: 'all'
+    get_tokenizer: !ref <get_tokenizer>
+    allowed_special: !ref <allowed_special>
+filter: !name:cosyvoice.dataset.processor.filter
+    max_length: 40960
+    min_length: 100
+    token_max_length: 200
+    token_min_length: 1
+resample: !name:cosyvoice.dataset.processor.resample
+    resample_rate: !ref <sample_rate>
+truncate: !name:cosyvoice.dataset.processor.truncate
+    truncate_length: 24480
 feat_extractor: !name:matcha.utils.audio.mel_spectrogram
     n_fft: 1920
     num_mels: 80
-    sampling_rate: 24000
+    sampling_rate: !ref <sample_rate>
     hop_size: 480
     win_size: 1920
     fmin: 0
     fmax: 8000
     center: False
+compute_fbank: !name:cosyvoice.dataset.processor.compute_fbank
+    feat_extractor: !ref <feat_extractor>
+compute_f0: !name:cosyvoice.dataset.processor.compute_f0
+    sample_rate: !ref <sample_rate>
+    hop_size: 480
+parse_embedding: !name:cosyvoice.dataset.processor.parse_embedding
+    normalize: True
+shuffle: !name:cosyvoice.dataset.processor.shuffle
+    shuffle_size: 1000
+sort: !name:cosyvoice.dataset.processor.sort
+    sort_size: 500
+batch: !name:cosyvoice.dataset.processor.batch
+    batch_type: 'dynamic'
+    max_frames_in_batch: 2000
+padding: !name:cosyvoice.dataset.processor.padding
+    use_spk_embedding: False
+
 data_pipeline: [
+    !ref <parquet_opener>,
     !ref <tokenize>,
+    !ref <filter>,
+    !ref <resample>,
+    !ref <compute_fbank>,
+    !ref <parse_embedding>,
+    !ref <shuffle>,
+    !ref <sort>,
+    !ref <batch>,
+    !ref <padding>,
 ]
+data_pipeline_gan: [
+    !ref <parquet_opener>,
+    !ref <tokenize>,
+    !ref <filter>,
+    !ref <resample>,
+    !ref <truncate>,
+    !ref <compute_fbank>,
+    !ref <compute_f0>,
+    !ref <parse_embedding>,
+    !ref <shuffle>,
+    !ref <sort>,
+    !ref <batch>,
+    !ref <padding>,
+]
+
+train_conf:
+    optim: adam
+    optim_conf:
+        lr: 1e-5
+    scheduler: constantlr
+    scheduler_conf:
+        warmup_steps: 2500
+    max_epoch: 200
+    grad_clip: 5
+    accum_grad: 2
+    log_interval: 100
+    save_per_step: -1
+train_conf_gan:
+    optim: adam
+    optim_conf:
+        lr: 0.0002
+    scheduler: constantlr
+    optim_d: adam
+    optim_conf_d:
+        lr: 0.0002
+    scheduler_d: constantlr
+    max_epoch: 200
+    grad_clip: 5
+    accum_grad: 1
+    log_interval: 100
+    save_per_step: -1
 """
-FULL = {  # shapes of iic/CosyVoice2-0.5B (examples/libritts/cosyvoice2/conf/cosyvoice2.yaml)
-    "dim": 512, "linear_units": 2048, "num_blocks": 6, "channels": 256, "n_blocks": 4, "num_mid_blocks": 12,
-    "num_heads": 8, "base_channels": 512, "cond_channels": 512,
+FULL = {  # the release's sizes
+    "llm_size": 896, "dim": 512, "linear_units": 2048, "num_blocks": 6, "channels": 256, "n_blocks": 4,
+    "num_mid_blocks": 12, "num_heads": 8, "base_channels": 512, "cond_channels": 512,
 }  # fmt: skip
 SMALL = FULL | {
-    "linear_units": 64, "num_blocks": 1, "channels": 64, "n_blocks": 1, "num_mid_blocks": 1, "num_heads": 2,
-    "base_channels": 32, "cond_channels": 16,
+    "llm_size": 32, "linear_units": 64, "num_blocks": 1, "channels": 64, "n_blocks": 1, "num_mid_blocks": 1,
+    "num_heads": 2, "base_channels": 32, "cond_channels": 16,
 }  # fmt: skip
 
 
@@ -155,7 +290,7 @@ def save_graph(path: Path, nodes, initial, inputs, output) -> None:
 
 
 def make_cosyvoice2_folder(folder: Path, shape: dict = SMALL) -> Path:
-    """Write the files that ``CosyVoice2Token2Wav`` reads."""
+    """Write the files of CosyVoice2-0.5B that ``CosyVoice2Token2Wav`` reads, with random weights."""
     from tts_grpo.cosyvoice2 import load_modules
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -181,6 +316,63 @@ SENSEVOICE_SMALL = {
 }  # fmt: skip
 
 
+def sensevoice_config(shape: dict, lfr_m: int = 7, lfr_n: int = 6) -> dict:
+    """config.yaml of iic/SenseVoiceSmall, with other sizes: ``frontend_conf`` has no ``dither``.
+
+    Source: FunASR's docs/tutorial/Tables.md, which shows it whole.
+    """
+    encoder = {name: value for name, value in shape.items() if name != "vocab_size"}
+    return {
+        "encoder": "SenseVoiceEncoderSmall",
+        "encoder_conf": encoder | {
+            "dropout_rate": 0.1, "positional_dropout_rate": 0.1, "attention_dropout_rate": 0.1, "input_layer": "pe",
+            "pos_enc_class": "SinusoidalPositionEncoder", "normalize_before": True, "kernel_size": 11,
+            "sanm_shfit": 0, "selfattention_layer_type": "sanm",
+        },
+        "model": "SenseVoiceSmall",
+        "model_conf": {"length_normalized_loss": True, "sos": 1, "eos": 2, "ignore_id": -1},
+        "tokenizer": "SentencepiecesTokenizer",
+        "tokenizer_conf": {"bpemodel": None, "unk_symbol": "<unk>", "split_with_space": True},
+        "frontend": "WavFrontend",
+        "frontend_conf": {"fs": 16000, "window": "hamming", "n_mels": 80, "frame_length": 25, "frame_shift": 10,
+                          "lfr_m": lfr_m, "lfr_n": lfr_n, "cmvn_file": None},
+        "dataset": "SenseVoiceCTCDataset",
+        "dataset_conf": {
+            "index_ds": "IndexDSJsonl", "batch_sampler": "EspnetStyleBatchSampler", "data_split_num": 32,
+            "batch_type": "token", "batch_size": 14000, "max_token_length": 2000, "min_token_length": 60,
+            "max_source_length": 2000, "min_source_length": 60, "max_target_length": 200, "min_target_length": 0,
+            "shuffle": True, "num_workers": 4, "sos": "${model_conf.sos}", "eos": "${model_conf.eos}",
+            "IndexDSJsonl": "IndexDSJsonl", "retry": 20,
+        },
+        "train_conf": {
+            "accum_grad": 1, "grad_clip": 5, "max_epoch": 20, "keep_nbest_models": 10, "avg_nbest_model": 10,
+            "log_interval": 100, "resume": True, "validate_interval": 10000, "save_checkpoint_interval": 10000,
+        },
+        "optim": "adamw", "optim_conf": {"lr": 0.00002},
+        "scheduler": "warmuplr", "scheduler_conf": {"warmup_steps": 25000},
+    }  # fmt: skip
+
+
+def save_funasr_configs(folder: Path, config: dict, tokenizer_files: dict[str, str]) -> None:
+    """config.yaml and configuration.json as the models of FunASR have them on ModelScope."""
+    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    write_json(folder / "configuration.json", {
+        "framework": "pytorch", "task": "auto-speech-recognition", "model": {"type": "funasr"},
+        "pipeline": {"type": "funasr-pipeline"}, "model_name_in_hub": {"ms": "", "hf": ""},
+        "file_path_metas": {"init_param": "model.pt", "config": "config.yaml", "tokenizer_conf": tokenizer_files,
+                            "frontend_conf": {"cmvn_file": "am.mvn"}},
+    })  # fmt: skip
+
+
+def save_cmvn(path: Path, shift: float, scale: float, size: int = 560) -> None:
+    """am.mvn: the mean and deviation of the features, in Kaldi's text format of a network."""
+    rows = "".join(
+        f"<{name}> {size} {size} \n<LearnRateCoef> 0 [ {' '.join([str(value)] * size)} ]\n"
+        for name, value in (("AddShift", shift), ("Rescale", scale))
+    )
+    path.write_text(f"<Nnet> \n<Splice> {size} {size} \n[ 0 ]\n{rows}</Nnet> \n")
+
+
 def save_sentencepiece(path: Path, vocab_size: int) -> None:
     """A vocabulary of single Chinese characters, as sentencepiece_model.proto's ModelProto says in bytes.
 
@@ -199,41 +391,17 @@ def save_sentencepiece(path: Path, vocab_size: int) -> None:
 
 
 def make_sensevoice_folder(folder: Path, shape: dict = SENSEVOICE_SMALL) -> Path:
-    """Write the files that ``SenseVoice`` reads."""
+    """Write the files of iic/SenseVoiceSmall that ``SenseVoice`` reads, with random weights."""
     from funasr.models.sense_voice.model import SenseVoiceSmall
 
     folder.mkdir(parents=True, exist_ok=True)
-    encoder = {name: value for name, value in shape.items() if name != "vocab_size"} | {
-        "dropout_rate": 0.1, "positional_dropout_rate": 0.1, "attention_dropout_rate": 0.1, "input_layer": "pe",
-        "pos_enc_class": "SinusoidalPositionEncoder", "normalize_before": True, "kernel_size": 11, "sanm_shfit": 0,
-        "selfattention_layer_type": "sanm",
-    }  # fmt: skip
-    model = {"length_normalized_loss": True, "sos": 1, "eos": 2, "ignore_id": -1}
-    config = {
-        "encoder": "SenseVoiceEncoderSmall", "encoder_conf": encoder, "model": "SenseVoiceSmall", "model_conf": model,
-        "tokenizer": "SentencepiecesTokenizer",
-        "tokenizer_conf": {"bpemodel": None, "unk_symbol": "<unk>", "split_with_space": True},
-        "frontend": "WavFrontend",
-        "frontend_conf": {"fs": 16000, "window": "hamming", "n_mels": 80, "frame_length": 25, "frame_shift": 10,
-                          "lfr_m": 7, "lfr_n": 6, "cmvn_file": None},
-    }  # fmt: skip
-    (folder / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
-    files = {"init_param": "model.pt", "config": "config.yaml", "tokenizer_conf": {"bpemodel": SENSEVOICE_BPE},
-             "frontend_conf": {"cmvn_file": "am.mvn"}}  # fmt: skip
-    (folder / "configuration.json").write_text(json.dumps({
-        "framework": "pytorch", "task": "auto-speech-recognition", "model": {"type": "funasr"},
-        "file_path_metas": files,
-    }))  # fmt: skip
-    rows = "".join(
-        f"<{name}> 560 560 \n<LearnRateCoef> 0 [ {' '.join([value] * 560)} ]\n"
-        for name, value in (("AddShift", "-8.0"), ("Rescale", "0.15"))
-    )
-    (folder / "am.mvn").write_text(f"<Nnet> \n<Splice> 560 560 \n[ 0 ]\n{rows}</Nnet> \n")
+    config = sensevoice_config(shape)
+    save_funasr_configs(folder, config, {"bpemodel": SENSEVOICE_BPE})
+    save_cmvn(folder / "am.mvn", -8.0, 0.15)
     save_sentencepiece(folder / SENSEVOICE_BPE, shape["vocab_size"])
     torch.manual_seed(0)
-    network = SenseVoiceSmall(
-        encoder="SenseVoiceEncoderSmall", encoder_conf=encoder, input_size=560, vocab_size=shape["vocab_size"], **model
-    )
+    parts = {name: config[name] for name in ("encoder", "encoder_conf")} | config["model_conf"]
+    network = SenseVoiceSmall(input_size=560, vocab_size=shape["vocab_size"], **parts)
     torch.save(network.state_dict(), folder / "model.pt")
     return folder
 

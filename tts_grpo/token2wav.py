@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from tts_grpo.audio import ASR_HZ, load_audio
 from tts_grpo.jsonl import read_jsonl
+from tts_grpo.model_folders import TOKEN2WAV_FILES, token2wav_kind
 from tts_grpo.tiny_codec import SAMPLES_PER_TOKEN, FiniteScalarQuantiser, SpeechTokenizer, TokenDecoder
 from tts_grpo.tokens import NUM_SPEECH_TOKENS
 
@@ -40,6 +41,7 @@ class Token2Wav(Protocol):
     """What every decoder offers."""
 
     sample_rate_hz: int
+    needs_voice: bool  # whether each utterance must have a prompt voice
 
     def encode(self, recordings: Sequence[np.ndarray]) -> list[list[int]]:
         """Speech tokens of recordings, each float32 (T,) at 16 kHz."""
@@ -100,6 +102,7 @@ class TinyToken2Wav:
     """
 
     sample_rate_hz = ASR_HZ
+    needs_voice = False
 
     def __init__(self, model_dir: str | Path, device: str = "cpu"):
         self.device = torch.device(device)
@@ -143,15 +146,17 @@ def load_token2wav(model_dir: str | Path, device: str = "cpu", precision: str = 
     Raises:
         ValueError: the folder holds none that is known.
     """
-    if (Path(model_dir) / "token_decoder.safetensors").exists():
+    kind = token2wav_kind(model_dir)
+    if kind == "tiny":
         if precision != "fp32":
             raise ValueError(f"{model_dir}: the tiny token2wav has no precision {precision}: use fp32")
         return TinyToken2Wav(model_dir, device)
-    if (Path(model_dir) / "flow.pt").exists():
+    if kind == "cosyvoice2":
         from tts_grpo.cosyvoice2 import CosyVoice2Token2Wav
 
         return CosyVoice2Token2Wav(model_dir, device, precision)
-    raise ValueError(f"{model_dir}: no token2wav here (expected token_decoder.safetensors, or CosyVoice2's flow.pt)")
+    marks = " or ".join(files[0] for files in TOKEN2WAV_FILES.values())
+    raise ValueError(f"{model_dir}: no token2wav here (expected {marks})")
 
 
 def check_finite(waveforms: torch.Tensor) -> None:

@@ -1,0 +1,223 @@
+"""The repositories that the full profile downloads, as their publishers laid them out, with small random weights.
+
+Names, formats, data types and configs are the originals'; sizes and weights are ours. Where each fact was read stands
+beside it. tests/hub.py serves the folders as ModelScope and Hugging Face would.
+"""
+
+import io
+import json
+import pickle
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import soundfile as sf
+import torch
+import yaml
+
+from scripts.random_llm import read_ranks, vocabulary
+from tests.asr_folders import make_paraformer
+from tts_grpo.audio import load_audio
+from tts_grpo.jsonl import write_json, write_jsonl
+from tts_grpo.random_weights import (
+    SENSEVOICE_BPE,
+    SMALL,
+    make_cosyvoice2_folder,
+    save_funasr_configs,
+    sensevoice_config,
+)
+
+COSYVOICE2 = {"modelscope": "iic/CosyVoice2-0.5B", "huggingface": "FunAudioLLM/CosyVoice2-0.5B"}
+SENSEVOICE = "iic/SenseVoiceSmall"
+SEACO_PARAFORMER = "iic/speech_seaco_paraformer_large_asr_nat-zh-cn-16k-common-vocab8404-pytorch"
+LLASA, CHECKPOINT = "yuekai/llasa_cosyvoice2_token_qwen_0.5b", "checkpoint-885000"
+NOT_OPENED = b"not opened by this recipe"
+VOXBOX, CV3_EVAL, SEED_TTS = "SparkAudio/voxbox", "yuekai/CV3-Eval", "yuekai/seed_tts_cosy2"
+
+# Renders as the template of Qwen2-Instruct does: a system prompt comes first, whether or not the messages have one.
+QWEN2_CHAT_TEMPLATE = (
+    "{%- if messages[0]['role'] != 'system' %}"
+    "{{- '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{%- endif %}"
+    "{%- for message in messages %}"
+    "{{- '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
+)
+
+
+def make_all(root: Path, assets: Path, checkpoint: Path, trainer_python: str) -> None:
+    """All of them, under ``root/OWNER/NAME``; ``checkpoint`` is one of the SFT model (scripts/random_llm.py)."""
+    make_cosyvoice2(root, "modelscope")
+    make_sensevoice(root / SENSEVOICE, assets / "asr_reward")
+    make_paraformer(root / SEACO_PARAFORMER, seaco=True)
+    make_llasa(root / LLASA, checkpoint)
+    make_voxbox(root / VOXBOX, assets)
+    make_evaluation_sets(root, assets, trainer_python)
+
+
+def make_llasa(folder: Path, checkpoint: Path) -> None:
+    """The SFT language model's repository: checkpoints of Hugging Face's Trainer with DeepSpeed, logs and samples.
+
+    icefall's README names checkpoint-800000 and mair-hub's recipe trains checkpoint-885000.
+    """
+    for name in ("checkpoint-800000", CHECKPOINT):
+        shutil.copytree(checkpoint, folder / name)
+        (folder / name / "global_step").mkdir()
+        for path in ("global_step/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt", "rng_state_0.pth", "scheduler.pt",
+                     "training_args.bin", "trainer_state.json", "latest", "zero_to_fp32.py"):  # fmt: skip
+            (folder / name / path).write_bytes(NOT_OPENED)
+    (folder / "README.md").write_text("# Llasa with CosyVoice2's tokens\n")
+    (folder / "samples").mkdir()
+    (folder / "samples/1.wav").write_bytes(NOT_OPENED)
+
+
+def make_cosyvoice2(root: Path, hub: str) -> Path:
+    """CosyVoice2-0.5B as ``hub`` has it; the folder.
+
+    Files: FunAudioLLM/CosyVoice2-0.5B at revision eec1ae6, and ModelScope's listing of 2025-06, which has no
+    config.json and the three exports of the flow more.
+    """
+    folder = make_cosyvoice2_folder(root / COSYVOICE2[hub])
+    (folder / "README.md").write_text("# CosyVoice2\n")
+    (folder / "asset").mkdir()
+    (folder / "asset/dingding.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    (folder / "configuration.json").write_text('{"framework":"Pytorch","task":"text-to-speech"}')
+    shutil.copy(folder / "speech_tokenizer_v2.onnx", folder / "speech_tokenizer_v2.batch.onnx")
+    not_opened = ["flow.decoder.estimator.fp32.onnx"]
+    if hub == "huggingface":
+        (folder / "config.json").write_text("{}")
+    else:
+        not_opened += ["flow.cache.pt", "flow.encoder.fp16.zip", "flow.encoder.fp32.zip"]
+    for name in not_opened:
+        (folder / name).write_bytes(NOT_OPENED)
+    make_blank_en(folder / "CosyVoice-BlankEN")
+    make_official_llm(folder)
+    return folder
+
+
+def make_blank_en(folder: Path) -> None:
+    """CosyVoice-BlankEN: Qwen2-0.5B-Instruct's files, without a tokenizer.json, in bfloat16, with Qwen's template."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    names, merges = vocabulary(read_ranks(None))
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    pad, end = len(names), len(names) + 2
+    rows = 151_936  # for 151,646 tokens
+    torch.manual_seed(0)
+    sizes = {"hidden_size": SMALL["llm_size"], "intermediate_size": 64, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": rows}  # fmt: skip
+    config = Qwen2Config(
+        **sizes, tie_word_embeddings=True, max_position_embeddings=32768, rope_parameters={"rope_theta": 1000000.0}
+    )
+    Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    write_json(folder / "config.json", sizes | {
+        "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": pad, "eos_token_id": end,
+        "hidden_act": "silu", "initializer_range": 0.02, "max_position_embeddings": 32768, "max_window_layers": 24,
+        "model_type": "qwen2", "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 32768,
+        "tie_word_embeddings": True, "torch_dtype": "bfloat16", "transformers_version": "4.40.1", "use_cache": True,
+        "use_sliding_window": False,
+    })  # fmt: skip
+    write_json(folder / "generation_config.json", {
+        "bos_token_id": pad, "pad_token_id": pad, "do_sample": True, "eos_token_id": [end, pad],
+        "repetition_penalty": 1.1, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "transformers_version": "4.37.0",
+    })  # fmt: skip
+    (folder / "vocab.json").write_text(json.dumps(names, ensure_ascii=False), encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), encoding="utf-8")
+    plain = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    write_json(folder / "tokenizer_config.json", {
+        "add_prefix_space": False,
+        "added_tokens_decoder": {str(pad + i): {"content": name} | plain for i, name in enumerate(special)},
+        "additional_special_tokens": special[1:], "bos_token": None,
+        "chat_template": QWEN2_CHAT_TEMPLATE,
+        "clean_up_tokenization_spaces": False, "eos_token": "<|im_end|>", "errors": "replace",
+        "model_max_length": 32768, "pad_token": "<|endoftext|>", "split_special_tokens": False,
+        "tokenizer_class": "Qwen2Tokenizer", "unk_token": None,
+    })  # fmt: skip
+
+
+def make_official_llm(folder: Path) -> None:
+    """llm.pt: the state of CosyVoice's own module in float32, with BlankEN's head tied to its embedding."""
+    from cosyvoice.llm.llm import Qwen2Encoder, Qwen2LM
+
+    size = SMALL["llm_size"]
+    torch.manual_seed(1)
+    model = Qwen2LM(size, size, 6561, Qwen2Encoder(str(folder / "CosyVoice-BlankEN")), sampling=None).float()
+    torch.save(model.state_dict(), folder / "llm.pt")
+
+
+def make_sensevoice(folder: Path, trained: Path) -> Path:
+    """iic/SenseVoiceSmall with the sizes and weights of one of the tiny stack's recognisers."""
+    folder.mkdir(parents=True)
+    for name in ("model.pt", "am.mvn", SENSEVOICE_BPE):
+        shutil.copy(trained / name, folder)
+    config = yaml.safe_load((trained / "config.yaml").read_text())
+    names = ("output_size", "attention_heads", "linear_units", "num_blocks", "tp_blocks")
+    shape = {name: config["encoder_conf"][name] for name in names}
+    lfr = {name: config["frontend_conf"][name] for name in ("lfr_m", "lfr_n")}
+    save_funasr_configs(folder, sensevoice_config(shape, **lfr), {"bpemodel": SENSEVOICE_BPE})
+    (folder / "README.md").write_text("# SenseVoice\n")
+    (folder / "example").mkdir()
+    (folder / "example/zh.mp3").write_bytes(encoded(np.zeros(16_000, np.float32), 16_000, "MP3"))
+    return folder
+
+
+def make_voxbox(folder: Path, assets: Path) -> None:
+    """metadata/aishell-3.jsonl and emilia_zh.jsonl, with all keys of a line (the data set's card, and ``wav_path``)."""
+    texts = [json.loads(line)["text"] for line in (assets / "data/train.jsonl").read_text("utf-8").splitlines()]
+    for corpus in ("aishell-3", "emilia_zh"):
+        rows = [
+            {
+                "index": f"{corpus}_{i:010d}", "split": "train", "language": "zh", "age": "Youth-Adult",
+                "gender": "female", "emotion": "UNKNOWN", "pitch": 211.4, "pitch_std": 0.163, "speed": 4.1,
+                "duration": 3.24, "speech_duration": 2.9, "syllable_num": len(text), "text": text,
+                "syllables": " ".join(text), "wav_path": f"{corpus}/{corpus}_{i:010d}.flac",
+            }
+            for i, text in enumerate(texts)
+        ]  # fmt: skip
+        write_jsonl(folder / f"metadata/{corpus}.jsonl", rows)
+
+
+def encoded(speech: np.ndarray, rate: int, kind: str) -> bytes:
+    """The bytes of an audio file: ``WAV``, ``FLAC`` or ``MP3`` (MPEG-1 from 32 kHz on, MPEG-2 below)."""
+    buffer = io.BytesIO()
+    sf.write(buffer, speech, rate, format=kind, subtype=None if kind == "MP3" else "PCM_16")
+    return buffer.getvalue()
+
+
+def make_evaluation_sets(root: Path, assets: Path, trainer_python: str) -> None:
+    """yuekai/CV3-Eval and yuekai/seed_tts_cosy2: data/SPLIT-00000-of-00001.parquet for each split.
+
+    Columns of CV3-Eval: id, prompt_text, prompt_audio {bytes, path}, target_text; seed_tts_cosy2 has the speech tokens
+    of both texts as well (infer_dataset.py of github.com/nvidia-china-sae/mair-hub, rl-tutorial/cosyvoice_llm).
+    """
+    prompts = [load_audio(path, 24_000) for path in sorted((assets / "prompts").glob("*.ogg"))]
+    audio = [encoded(speech, 24_000, kind) for speech, kind in zip(prompts, ("WAV", "MP3", "FLAC"), strict=True)]
+    paths = ["0.wav", "1.mp3", "2.flac"]
+    for repository, splits in (
+        (CV3_EVAL, ("zero_shot_zh", "zero_shot_en", "zero_shot_hard_zh")), (SEED_TTS, ("test_zh", "wenetspeech4tts")),
+    ):  # fmt: skip
+        for split in splits:
+            rows = [
+                {"id": f"{split}-{i}", "prompt_text": "在这里", "prompt_audio": {"path": paths[i]},
+                 "target_text": "你好吗"}
+                | ({"prompt_audio_cosy2_tokens": [1, 2], "target_audio_cosy2_tokens": [3]}
+                   if repository == SEED_TTS else {})
+                for i in range(len(audio))
+            ]  # fmt: skip
+            write_parquet(root / repository / f"data/{split}-00000-of-00001.parquet", rows, audio, trainer_python)
+        files = [{"split": split, "path": f"data/{split}-*"} for split in splits]
+        header = {"configs": [{"config_name": "default", "data_files": files}]}
+        (root / repository / "README.md").write_text(f"---\n{yaml.safe_dump(header)}---\n")
+
+
+def write_parquet(path: Path, rows: list[dict], audio: list[bytes | None], trainer_python: str) -> None:
+    """Rows as parquet, the bytes of ``audio`` in their column prompt_audio; pyarrow is in the trainer's environment."""
+    script = """
+import pickle, sys, pyarrow as pa, pyarrow.parquet as pq
+rows, audio = pickle.load(sys.stdin.buffer)
+for row, data in zip(rows, audio, strict=True):
+    row["prompt_audio"] = None if data is None else row["prompt_audio"] | {"bytes": data}
+pq.write_table(pa.Table.from_pylist(rows), sys.argv[1])
+"""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    subprocess.run([trainer_python, "-c", script, str(path)], input=pickle.dumps((rows, audio)), check=True)
