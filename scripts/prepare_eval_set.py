@@ -16,6 +16,9 @@ from pathlib import Path
 from tts_grpo.jsonl import write_jsonl
 
 COLUMNS = ("id", "prompt_text", "target_text", "prompt_audio")
+# What infer_dataset.py of github.com/nvidia-china-sae/mair-hub, rl-tutorial/cosyvoice_llm (374bc49), takes out of the
+# texts before it gives them to the language model; a closing single quote is not among them.
+QUOTES = str.maketrans("", "", "\"'()“”‘（）")
 FORMATS = {b"RIFF": ".wav", b"fLaC": ".flac", b"OggS": ".ogg", b"ID3": ".mp3", b"\xff\xfb": ".mp3"}
 
 
@@ -24,6 +27,9 @@ def get_args(argv=None):
     parser.add_argument("--source", type=Path, required=True, help="folder of parquet files, or a meta.lst")
     parser.add_argument("--split", default="", help="take only parquet files with this in their name")
     parser.add_argument("--output", type=Path, required=True, help="JSONL to write")
+    parser.add_argument(
+        "--strip-quotes", action="store_true", help="take quotes and brackets out of the texts, as mair-hub does"
+    )
     return parser.parse_args(argv)
 
 
@@ -78,6 +84,14 @@ def from_meta(path: Path) -> Iterator[tuple[str, str, str, bytes]]:
         yield parts[0], parts[1], parts[3], wav.read_bytes()
 
 
+def without_quotes(
+    rows: Iterator[tuple[str, str, str, bytes]],
+) -> Iterator[tuple[str, str, str, bytes]]:
+    """Rows whose texts have no quotes and brackets."""
+    for utt_id, prompt_text, target_text, audio in rows:
+        yield utt_id, prompt_text.translate(QUOTES), target_text.translate(QUOTES), audio
+
+
 def write_set(rows: Iterator[tuple[str, str, str, bytes]], output: Path) -> int:
     """Write recordings, then the JSONL; the number of utterances.
 
@@ -110,7 +124,7 @@ def main(argv=None):
     args = get_args(argv)
     try:
         rows = from_meta(args.source) if args.source.is_file() else from_parquet(args.source, args.split)
-        count = write_set(rows, args.output)
+        count = write_set(without_quotes(rows) if args.strip_quotes else rows, args.output)
     except (ValueError, OSError) as error:
         raise SystemExit(f"prepare_eval_set.py: {error}") from error
     print(f"{count} utterances: {args.output}")
