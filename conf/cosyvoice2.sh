@@ -181,8 +181,8 @@ install_voices() {
   [[ -e $prompt_list ]] && return
   download --hub huggingface --repo yuekai/aishell --repo-type dataset --include "*test*" \
     --output-dir "$workspace/data/yuekai/aishell" --need-gib 3
-  run "$trainer_bin/python" "$root/scripts/prepare_voices.py" --source "$workspace/data/yuekai/aishell" --split test \
-    --count "$reward_voices" --output "$prompt_list"
+  run "$trainer_bin/python" "$root/scripts/prepare_eval_set.py" --source "$workspace/data/yuekai/aishell" \
+    --voices "$reward_voices" --output "$prompt_list"
 }
 
 install_eval_set() {

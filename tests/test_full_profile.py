@@ -14,6 +14,7 @@ import pytest
 
 from tests.conftest import free_ports, git_commit
 from tests.hub import Hub
+from tts_grpo.jsonl import read_jsonl, write_jsonl
 from tts_grpo.random_weights import make_cosyvoice2_folder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,9 +36,10 @@ def make_repositories(root: Path, assets: Path, trainer_python: str) -> None:
     shutil.copytree(assets / "asr_reward", root / "iic/SenseVoiceSmall")
     shutil.copytree(assets / "asr_eval", root / PARAFORMER)
     shutil.copytree(assets / "llm", root / "yuekai/llasa_cosyvoice2_token_qwen_0.5b")
-    texts = root / "SparkAudio/voxbox/metadata/aishell-3.jsonl"
+    texts = root / "SparkAudio/voxbox/metadata/emilia_zh.jsonl"
     texts.parent.mkdir(parents=True)
-    texts.write_bytes((assets / "data/train.jsonl").read_bytes())
+    rows = [row | {"language": "zh", "duration": 3.0} for row in read_jsonl(assets / "data/train.jsonl")]
+    write_jsonl(texts, rows)
     evaluation = root / "yuekai/CV3-Eval/data/zero_shot_zh-00000-of-00001.parquet"
     evaluation.parent.mkdir(parents=True)
     subprocess.run([trainer_python, "-c", MAKE_PARQUET, str(assets / "prompts"), str(evaluation)], check=True)
@@ -71,8 +73,8 @@ def environment(trainer_python, venv_root, assets, tmp_path):
         "http_port": http, "grpc_port": grpc, "metrics_port": metrics, "check_reward": "0", "num_train": "40",
         "num_test": "4", "train_device": "cpu", "server_devices": "cpu", "server_threads": "1", "infer_device": "cpu",
         "server_batch_size": "4", "total_steps": "2", "train_batch_size": "2", "rollout_n": "2", "seeds": "0 1",
-        "micro_batch_size": "4", "max_response_length": "24", "save_freq": "2", "test_freq": "2",
-        "train_threads": "2",
+        "micro_batch_size": "2", "max_response_length": "24", "max_new_tokens": "24", "save_freq": "2",
+        "test_freq": "2", "train_threads": "2",
     }  # fmt: skip
     hub.close()
 
