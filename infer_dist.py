@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from tts_grpo import distributed
 from tts_grpo.audio import save_audio
-from tts_grpo.generate import Sampling, generate_speech_tokens, load_lm
+from tts_grpo.generate import LM_PRECISIONS, Sampling, generate_speech_tokens, load_lm
 from tts_grpo.jsonl import dump_line, read_jsonl, write_json, write_jsonl
 from tts_grpo.prompts import render_prompt
 from tts_grpo.token2wav import decode, load_prompt_voice, load_token2wav
@@ -43,6 +43,12 @@ def get_args(argv=None):
     parser.add_argument("--device", default="cpu", help="cpu, or cuda: a GPU for each process")
     parser.add_argument(
         "--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help="of CosyVoice2's token2wav on a GPU"
+    )
+    parser.add_argument(
+        "--lm-precision",
+        choices=LM_PRECISIONS,
+        default=None,
+        help="of the language model; fp32 on a CPU and bf16 on a GPU, if not given",
     )
     parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token")
     parser.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling; 1.0 keeps all")
@@ -104,7 +110,8 @@ class Speaker:
 
     def __init__(self, args, device: str):
         self.args = args
-        self.model, self.tokenizer = load_lm(args.llm_path, device)
+        dtype = args.lm_precision and LM_PRECISIONS[args.lm_precision]
+        self.model, self.tokenizer = load_lm(args.llm_path, device, dtype)
         self.token2wav = load_token2wav(args.token2wav_dir, device, args.precision)
         self.sampling = Sampling(args.temperature, args.top_p, args.top_k, args.max_new_tokens)
         self.voices = {}

@@ -22,8 +22,15 @@
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-profile=${profile:-tiny}                  # conf/$profile.sh: tiny (CPU, offline) or cosyvoice2 (GPUs)
-exp_name=${exp_name:-$profile}            # name of the experiment
+# shellcheck source=scripts/lib.sh
+source "$root/scripts/lib.sh"
+
+profile=${profile:-tiny}         # conf/$profile.sh: tiny (CPU, offline) or cosyvoice2 (GPUs)
+recipe=${recipe:-}               # conf/recipes/$recipe.sh: a published recipe, for profile=cosyvoice2
+recipe_verl_args=()              # veRL settings of the recipe
+load_recipe "$recipe" "$profile" # before all defaults: these do not replace its values
+
+exp_name=${exp_name:-${recipe:-$profile}} # name of the experiment
 exp_dir=${exp_dir:-$root/exp/$exp_name}   # its folder
 seed=${seed:-42}                          # of data order and sampling
 force=${force:-0}                         # 1: redo the stages asked for, from nothing
@@ -37,22 +44,19 @@ server_address=${server_address:-127.0.0.1} # of the reward server; 0.0.0.0 serv
 http_port=${http_port:-8000} grpc_port=${grpc_port:-8001} metrics_port=${metrics_port:-8002}
 server_urls=${server_urls:-http://127.0.0.1:$http_port} # what training talks to; several with commas
 check_reward=${check_reward:-1}                         # 0: train though real speech does not score high
-reward_curve=${reward_curve:-tanh}                      # or exp, see tts_grpo/metrics.py
 seeds=${seeds:-0 1 2 3 4}                               # of the evaluation (stage 4)
 language=${language:-zh}                                # of the evaluation set: zh or en
 reference_audio=${reference_audio:-}                    # recordings of the voice, where the set has no prompts
 speaker_model_dir=${speaker_model_dir:-}                # WavLM folder for the voice; empty: Resemblyzer
 prompt_audio=${prompt_audio:-}                          # recording whose voice speaks in stages 1 and 5
 prompt_text=${prompt_text:-}                            # its transcript
-prompt_list=${prompt_list:-}                            # instead of the two: JSONL of voices, one for each text (stage 1)
+prompt_list=${prompt_list:-}                            # instead of the two: JSONL of voices (stage 1)
+prompt_voice_per=${prompt_voice_per:-text}              # each has one of them; or rollout
 single_text=${single_text:-}                            # said in stage 5; empty: the tongue-twister
 
 dry_run=0 preflight=0
 server_pid='' memory_pid='' beside_pids=()
 verl_overrides=()
-
-# shellcheck source=scripts/lib.sh
-source "$root/scripts/lib.sh"
 
 usage() {
   sed -n '2,/^# shellcheck/{/^# shellcheck/d;s/^# \{0,1\}//p}' "$root/run.sh" >&2
@@ -116,7 +120,8 @@ stage_2() {
   run_long env "${train_env[@]}" "$trainer_bin/python" "$root/scripts/train.py" --log-file "$exp_dir/log/train.log" \
     --total-steps "$total_steps" --failure-file "$exp_dir/reward_failure" \
     --server-url "${server_urls%%[, ]*}" --tensorboard-dir "$exp_dir/tensorboard" -- \
-    "$trainer_bin/python" -m verl.trainer.main_ppo "${verl_args[@]}" "${profile_verl_args[@]}" "${verl_overrides[@]}"
+    "$trainer_bin/python" -m verl.trainer.main_ppo "${verl_args[@]}" "${profile_verl_args[@]}" \
+    "${recipe_verl_args[@]}" "${verl_overrides[@]}"
   mark_done 2 "$key_2"
   [[ -z $server_pid ]] || { stop "$server_pid" && server_pid=''; }
   echo "checkpoints: $exp_dir/checkpoints; curves: tensorboard --logdir $exp_dir/tensorboard"
@@ -158,7 +163,7 @@ infer() {
   run_long env OMP_NUM_THREADS=1 "$speech_bin/torchrun" --standalone --nproc-per-node "$infer_procs" "$root/infer_dist.py" \
     --llm-path "$2" --token2wav-dir "$token2wav_dir" --eval-set "$eval_jsonl" --output-dir "$exp_dir/eval/$1" \
     --seeds "${seed_list[@]}" --batch-size "$infer_batch_size" --device "$infer_device" --precision "$infer_precision" \
-    --max-new-tokens "$max_response_length" --temperature "$temperature" --top-p "$top_p" --top-k "$top_k"
+    --lm-precision "$infer_lm_precision" --max-new-tokens "$max_new_tokens" --temperature "$temperature" --top-p "$top_p" --top-k "$top_k"
 }
 
 # score NAME: error rates of that speech, and what they do not see; on one core, beside the other model's.
@@ -214,17 +219,33 @@ watch_memory() {
   memory_pid=$!
 }
 
+# Sizes that veRL would refuse only after minutes.
+check_batches() {
+  local rollouts=$((mini_batch_size * rollout_n)) passes=$((micro_batch_size * num_gpus * num_nodes))
+  ((mini_batch_size > 0 && train_batch_size % mini_batch_size == 0)) ||
+    die "train_batch_size=$train_batch_size is no multiple of mini_batch_size=$mini_batch_size: change one of them"
+  ((passes > 0 && rollouts % passes == 0)) ||
+    die "mini_batch_size * rollout_n = $rollouts rollouts are no multiple of micro_batch_size * GPUs = $passes: change one of them"
+}
+
 configure() {
   [[ -f $root/conf/$profile.sh ]] || { log "no profile conf/$profile.sh" && usage; }
   # shellcheck source=conf/tiny.sh
   source "$root/conf/$profile.sh"
-  ((preflight || train_batch_size * rollout_n % (micro_batch_size * num_gpus * num_nodes) == 0)) ||
-    die "train_batch_size * rollout_n = $((train_batch_size * rollout_n)) rollouts are no multiple of micro_batch_size * GPUs = $((micro_batch_size * num_gpus * num_nodes)): change one of them"
+  ((preflight)) || check_batches
   case $credit in
   syllable) by_syllable=true ;;
   utterance) by_syllable=false ;;
   *) die "credit=$credit: it is syllable or utterance" ;;
   esac
+  case $prompt_voice_per in
+  text | rollout) ;;
+  *) die "prompt_voice_per=$prompt_voice_per: it is text or rollout" ;;
+  esac
+  # The log-probabilities of rollouts are the old policy's. If top_p or top_k cut off tokens, they are those of the
+  # distribution that is left, which the trainer does not compute: then it computes the old policy's itself.
+  local reuse_log_probs=False
+  [[ ! $rollout_top_p =~ ^1(\.0*)?$ ]] || ((rollout_top_k > 0)) || reuse_log_probs=True
   local device_list
   read -ra device_list <<<"$server_devices"
   read -ra seed_list <<<"$seeds"
@@ -240,7 +261,7 @@ configure() {
   prompt_flags=()
   [[ -z $prompt_audio ]] || prompt_flags=(--prompt-audio "$prompt_audio" --prompt-text "$prompt_text")
   if [[ -n $prompt_list ]]; then
-    server_command+=(--prompt-list "$prompt_list" --seed "$seed")
+    server_command+=(--prompt-list "$prompt_list" --prompt-voice-per "$prompt_voice_per" --seed "$seed")
   else
     server_command+=("${prompt_flags[@]}")
   fi
@@ -258,15 +279,16 @@ configure() {
     actor_rollout_ref.actor.optim.lr="$learning_rate" actor_rollout_ref.actor.use_kl_loss=False
     actor_rollout_ref.actor.optim.lr_scheduler_type="$learning_rate_schedule"
     "actor_rollout_ref.actor.optim.override_optimizer_config={eps: $adam_eps}"
-    actor_rollout_ref.actor.ppo_mini_batch_size="$train_batch_size"
+    actor_rollout_ref.actor.ppo_mini_batch_size="$mini_batch_size"
     actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu="$micro_batch_size"
     actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu="$micro_batch_size"
     actor_rollout_ref.rollout.tensor_model_parallel_size=1
     actor_rollout_ref.rollout.n="$rollout_n" actor_rollout_ref.rollout.seed="$seed"
-    actor_rollout_ref.rollout.temperature=1.0 actor_rollout_ref.rollout.top_p=1.0 actor_rollout_ref.rollout.top_k=-1
-    actor_rollout_ref.rollout.val_kwargs.do_sample=True actor_rollout_ref.rollout.val_kwargs.temperature=1.0
-    # One update a batch of rollouts: their own log-probabilities are the old policy's.
-    actor_rollout_ref.rollout.calculate_log_probs=True algorithm.rollout_correction.bypass_mode=True
+    actor_rollout_ref.rollout.temperature="$rollout_temperature" actor_rollout_ref.rollout.top_p="$rollout_top_p"
+    actor_rollout_ref.rollout.top_k="$rollout_top_k" actor_rollout_ref.rollout.val_kwargs.do_sample=True
+    actor_rollout_ref.rollout.val_kwargs.temperature="$rollout_temperature"
+    actor_rollout_ref.rollout.val_kwargs.top_p="$rollout_top_p" actor_rollout_ref.rollout.val_kwargs.top_k="$rollout_top_k"
+    actor_rollout_ref.rollout.calculate_log_probs=True algorithm.rollout_correction.bypass_mode="$reuse_log_probs"
     actor_rollout_ref.actor.calculate_entropy=True # for its curve; entropy_coeff is 0
     reward.custom_reward_function.path="$root/reward_tts.py" reward.custom_reward_function.name=compute_score
     "+reward.custom_reward_function.reward_kwargs={server_urls: '$server_urls', failure_file: '$exp_dir/reward_failure', by_syllable: $by_syllable}"
@@ -279,10 +301,12 @@ configure() {
     trainer.val_before_train=True trainer.total_epochs=1000 trainer.total_training_steps="$total_steps"
   )
   recorded_settings=(
-    profile exp_name seed sft_path token2wav_dir prompt_audio prompt_list token2wav_precision reward_asr_dir
-    eval_asr_dir train_jsonl test_jsonl max_prompt_length reward_curve reward_tones num_gpus num_nodes total_steps
-    train_batch_size rollout_n max_response_length learning_rate learning_rate_schedule adam_eps credit norm_adv_by_std eval_jsonl
-    language seeds infer_precision temperature top_p top_k overrides
+    profile recipe exp_name seed llm sft_path token2wav_dir prompt_audio prompt_list prompt_voice_per token2wav_precision
+    reward_asr_dir eval_asr_dir train_texts num_train num_test max_text_s text_excludes train_jsonl test_jsonl
+    max_prompt_length reward_curve reward_tones num_gpus num_nodes total_steps train_batch_size mini_batch_size rollout_n
+    rollout_temperature rollout_top_p rollout_top_k max_response_length learning_rate learning_rate_schedule adam_eps credit
+    norm_adv_by_std eval_strip_quotes eval_jsonl language seeds infer_precision infer_lm_precision temperature top_p top_k
+    max_new_tokens recipe_args overrides
   )
   checked_settings=(
     exp_dir venv_root make_envs trainer_requirements prompt_text known_answer_jsonl server_address server_urls
@@ -294,14 +318,15 @@ configure() {
 # What each stage depends on, told anew before each: stage -1 may bring the files whose content counts.
 set_keys() {
   # shellcheck disable=SC2034  # read by name
-  overrides=${verl_overrides[*]-}
+  overrides=${verl_overrides[*]-} recipe_args=${recipe_verl_args[*]-}
   key_0=$(key train_jsonl test_jsonl sft_path max_prompt_length max_bad_ratio)
-  key_2=$(key key_0 seed token2wav_dir prompt_audio prompt_list token2wav_precision reward_asr_dir reward_curve \
-    reward_tones num_gpus num_nodes total_steps train_batch_size rollout_n max_response_length learning_rate \
-    learning_rate_schedule adam_eps credit norm_adv_by_std overrides)
+  key_2=$(key key_0 seed token2wav_dir prompt_audio prompt_list prompt_voice_per token2wav_precision reward_asr_dir \
+    reward_curve reward_tones num_gpus num_nodes total_steps train_batch_size mini_batch_size rollout_n \
+    rollout_temperature rollout_top_p rollout_top_k max_response_length learning_rate learning_rate_schedule adam_eps \
+    credit norm_adv_by_std recipe_args overrides)
   key_3=$(key key_2 llm_path)
   key_4=$(key key_3 eval_asr_dir eval_jsonl language quality_utterances reference_audio speaker_model_dir seeds \
-    infer_batch_size infer_precision temperature top_p top_k)
+    infer_batch_size infer_precision infer_lm_precision temperature top_p top_k max_new_tokens)
 }
 
 main() {

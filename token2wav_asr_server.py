@@ -44,7 +44,13 @@ def get_args(argv=None):
     parser.add_argument(
         "--prompt-list", type=Path, default=None, help="JSONL of prompt_audio, prompt_text: many voices"
     )
-    parser.add_argument("--seed", type=int, default=0, help="chooses one of them for each text")
+    parser.add_argument(
+        "--prompt-voice-per",
+        choices=("text", "rollout"),
+        default="text",
+        help="what has one of them: all rollouts of a text the same, or each rollout its own",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of that choice")
     parser.add_argument(
         "--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help="of CosyVoice2's token2wav"
     )
@@ -111,7 +117,7 @@ def load_scorer(args, device: str):
     elif args.prompt_audio:
         voices = [load_prompt_voice(token2wav, args.prompt_audio, args.prompt_text)]
     asr = SenseVoice(args.asr_dir, device)
-    return RewardScorer(token2wav, asr, args.tones, args.reward_curve, voices, args.seed)
+    return RewardScorer(token2wav, asr, args.tones, args.reward_curve, voices, args.seed, args.prompt_voice_per)
 
 
 def warm_up(scorer, max_batch_size: int) -> None:

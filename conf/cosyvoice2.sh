@@ -2,9 +2,13 @@
 # Profile "cosyvoice2": the CosyVoice2 LLM (0.5B), CosyVoice2's token2wav and SenseVoice, on GPUs.
 # Every variable can also be set in the environment: num_gpus=8 profile=cosyvoice2 bash run.sh
 #
+# The defaults train as the newest published recipe does (conf/recipes/mair-hub.sh); recipe=NAME reproduces a published
+# row, conf/recipes/NAME.sh; docs/differences.md says what differs from each of them, and why.
+#
 # State: run on an H100 with random weights of the full shape (README.md has the figures); nobody has used the real ones.
 
 larger() { echo $(($1 > $2 ? $1 : $2)); }
+smaller() { echo $(($1 < $2 ? $1 : $2)); }
 
 # smallest_gpu_gib DEFAULT: memory of the smallest GPU here, in GiB; DEFAULT where there is none.
 smallest_gpu_gib() {
@@ -44,9 +48,15 @@ prompt_text=${prompt_text:-希望你以后能够做的比我还好呦。}
 reward_asr_dir=${reward_asr_dir:-$workspace/SenseVoiceSmall} # recogniser of the reward
 eval_asr_dir=${eval_asr_dir:-$workspace/paraformer-zh}       # recogniser of the evaluation: another one
 
-# data (stage 0)
-train_jsonl=${train_jsonl:-$workspace/data/train.jsonl}
-test_jsonl=${test_jsonl:-$workspace/data/test.jsonl}                         # validation during training
+# data (stage 0): texts of voxbox, SparkAudio/voxbox's metadata/$train_texts.jsonl
+train_texts=${train_texts:-emilia_zh}      # or aishell-3, 88,035 texts
+num_train=${num_train:-80000}              # its first texts in Chinese of that length are considered
+num_test=${num_test:-100}                  # its last texts, whatever they are
+max_text_s=${max_text_s:-30}               # duration of the recording that a text must be below; 0: any
+text_excludes=${text_excludes-[A-Za-z0-9]} # texts with such a character are left out, as the reward cannot read them; empty: none
+texts_dir=$workspace/data/$train_texts-$(key train_texts num_train num_test max_text_s text_excludes)
+train_jsonl=${train_jsonl:-$texts_dir/train.jsonl}
+test_jsonl=${test_jsonl:-$texts_dir/test.jsonl}                              # validation during training
 known_answer_jsonl=${known_answer_jsonl:-$workspace/data/known_answer.jsonl} # text and speech_tokens of real speech
 max_prompt_length=${max_prompt_length:-512}                                  # in tokens
 
@@ -64,41 +74,54 @@ server_threads=${server_threads:-4}                                             
 server_batch_size=${server_batch_size:-64}                                       # rollouts scored at once
 token2wav_precision=${token2wav_precision:-fp16}                                 # of the server's token2wav: fp32 (slow, exact), fp16 or bf16
 [[ $server_devices != cpu ]] || token2wav_precision=fp32
-reward_tones=${reward_tones:-1} # 1: tones count in the reward's pinyin error rate
+reward_curve=${reward_curve:-exp} # or tanh, see tts_grpo/metrics.py
+reward_tones=${reward_tones:-0}   # 1: tones count in the reward's pinyin error rate
+reward_voices=${reward_voices:-1} # 1: prompt_audio; N: as many recordings of AISHELL's test set, instead of a prompt_list
+aishell_voices=$workspace/data/aishell-voices-$reward_voices.jsonl
+((reward_voices == 1)) || prompt_list=${prompt_list:-$aishell_voices}
 
 # GRPO (stage 2)
 train_device=${train_device:-cuda} # or cpu
-total_steps=${total_steps:-400}
-rollout_n=${rollout_n:-8}                                                        # rollouts a prompt
-train_batch_size=${train_batch_size:-$(larger 32 $((4 * num_gpus * num_nodes)))} # prompts a step: alike up to 8 GPUs
+total_steps=${total_steps:-1800}
+rollout_n=${rollout_n:-8}                                                        # rollouts per prompt
+train_batch_size=${train_batch_size:-$(larger 32 $((4 * num_gpus * num_nodes)))} # prompts per step: alike up to 8 GPUs
+mini_batch_size=${mini_batch_size:-$(larger 1 $((train_batch_size / 2)))}        # prompts per update
+rollout_temperature=${rollout_temperature:-1.0}                                  # of rollouts and validation
+rollout_top_p=${rollout_top_p:-1.0} rollout_top_k=${rollout_top_k:--1}
 max_response_length=${max_response_length:-1024}
 learning_rate=${learning_rate:-1e-6}
 learning_rate_schedule=${learning_rate_schedule:-constant}              # constant or cosine, which ends at 0
 adam_eps=${adam_eps:-1e-8}                                              # of AdamW
 credit=${credit:-utterance}                                             # syllable: advantages where the errors are (tts_grpo/credit.py)
-norm_adv_by_std=${norm_adv_by_std:-True}                                # False: as Dr. GRPO, no division by a group's deviation
-micro_batch_size=${micro_batch_size:-$(micro_batch "$gpu_memory_gib")}  # rollouts in one backward pass
+norm_adv_by_std=${norm_adv_by_std:-False}                               # True: GRPO's division by a group's deviation
 vllm_memory_share=${vllm_memory_share:-$(vllm_share "$gpu_memory_gib")} # of a GPU, for vLLM's weights and cache
 test_freq=${test_freq:-50}                                              # steps between validations
 save_freq=${save_freq:-50}                                              # steps between checkpoints
 max_checkpoints=${max_checkpoints:-4}                                   # kept of them
+
+# rollouts in one backward pass: those that fit, at most a GPU's share of an update
+rollouts_per_update=$((mini_batch_size * rollout_n / (num_gpus * num_nodes)))
+micro_batch_size=${micro_batch_size:-$(smaller "$(micro_batch "$gpu_memory_gib")" "$rollouts_per_update")}
 train_threads=${train_threads:-4}
 trainer_requirements=${trainer_requirements:-$root/requirements-verl-gpu.txt}
 
 # evaluation (stages 4 and 5)
-dataset=${dataset:-zero_shot_zh} # or test_zh
-eval_jsonl=${eval_jsonl:-$workspace/data/$dataset.jsonl}
+dataset=${dataset:-zero_shot_zh}          # or test_zh
+eval_strip_quotes=${eval_strip_quotes:-0} # 1: quotes and brackets are taken out of the set's texts
+eval_jsonl=${eval_jsonl:-$workspace/data/$dataset$( ((eval_strip_quotes)) && echo -stripped || true).jsonl}
 quality_utterances=${quality_utterances:-100} # whose voice, DNSMOS and F0 are measured; 0: none
 infer_procs=${infer_procs:-$num_gpus}
 infer_device=${infer_device:-cuda}
 infer_batch_size=${infer_batch_size:-$((gpu_memory_gib >= 40 ? 128 : 32))}
-infer_precision=${infer_precision:-fp32} # of token2wav in the evaluation; fp16, the server's, is several times as fast
-temperature=${temperature:-0.8} top_p=${top_p:-0.95} top_k=${top_k:--1}
+infer_precision=${infer_precision:-fp32}       # of token2wav in the evaluation; fp16, the server's, is several times as fast
+infer_lm_precision=${infer_lm_precision:-bf16} # of the language model there; or fp32
+[[ $infer_device != cpu ]] || infer_precision=fp32 infer_lm_precision=fp32
+temperature=${temperature:-0.8} top_p=${top_p:-0.95} top_k=${top_k:-50}
+max_new_tokens=${max_new_tokens:-2048} # where the evaluation cuts an utterance
 
 # stage -1: everything is resumed, and skipped when it is there
 cosyvoice_url=${cosyvoice_url:-https://github.com/FunAudioLLM/CosyVoice.git}
 cosyvoice_commit=${cosyvoice_commit:-ace7c47f41bbd303aa6bf1ea80e6f9fbd595cd40}
-num_train=${num_train:-80000} num_test=${num_test:-100} # first and last lines of AISHELL-3's 88,035 texts
 
 download() { run "$speech_bin/python" "$root/scripts/download.py" "$@"; }
 
@@ -116,6 +139,7 @@ install_profile() {
     --output-dir "$eval_asr_dir" --need-gib 2 --require model.pt config.yaml am.mvn configuration.json tokens.json
   install_llm
   install_texts
+  [[ $prompt_list != "$aishell_voices" ]] || install_voices
   install_eval_set
 }
 
@@ -153,24 +177,37 @@ clone_cosyvoice() {
   run mv -T "$cosyvoice_dir.part" "$cosyvoice_dir"
 }
 
+# voxbox's metadata of Emilia has some 15 million lines; the size that is asked for is an estimate.
 install_texts() {
-  local texts=$workspace/data/voxbox/metadata/aishell-3.jsonl
   [[ -e $train_jsonl && -e $test_jsonl ]] && return
-  download --hub huggingface --repo SparkAudio/voxbox --repo-type dataset --include metadata/aishell-3.jsonl \
-    --output-dir "$workspace/data/voxbox" --require metadata/aishell-3.jsonl
-  run bash -c 'head -n "$1" "$2" >"$3.part" && mv "$3.part" "$3"' - "$num_train" "$texts" "$train_jsonl"
-  run bash -c 'tail -n "$1" "$2" >"$3.part" && mv "$3.part" "$3"' - "$num_test" "$texts" "$test_jsonl"
+  local file=metadata/$train_texts.jsonl need_gib=1
+  [[ $train_texts != emilia* ]] || need_gib=16
+  download --hub huggingface --repo SparkAudio/voxbox --repo-type dataset --include "$file" \
+    --output-dir "$workspace/data/voxbox/$train_texts" --require "$file" --need-gib "$need_gib"
+  run "$speech_bin/python" "$root/scripts/select_texts.py" --source "$workspace/data/voxbox/$train_texts/$file" \
+    --num-train "$num_train" --num-test "$num_test" --max-duration-s "$max_text_s" --excludes "$text_excludes" \
+    --train-output "$train_jsonl" --test-output "$test_jsonl"
+}
+
+# Voices of AISHELL-1's test set: 7,176 recordings of 20 speakers.
+install_voices() {
+  [[ -e $prompt_list ]] && return
+  download --hub huggingface --repo yuekai/aishell --repo-type dataset --include "*test*" \
+    --output-dir "$workspace/data/yuekai/aishell" --need-gib 3
+  run "$trainer_bin/python" "$root/scripts/prepare_eval_set.py" --source "$workspace/data/yuekai/aishell" \
+    --voices "$reward_voices" --output "$prompt_list"
 }
 
 install_eval_set() {
-  local repo=yuekai/CV3-Eval
+  local repo=yuekai/CV3-Eval flags=()
+  ((eval_strip_quotes == 0)) || flags=(--strip-quotes)
   [[ $dataset == zero_shot_zh ]] || repo=yuekai/seed_tts_cosy2
   if [[ ! -e $eval_jsonl ]]; then
     # data/SPLIT-00000-of-0000N.parquet; the README.md says so if it is otherwise
     download --hub huggingface --repo "$repo" --repo-type dataset --include README.md "*$dataset*" \
       --output-dir "$workspace/data/$repo" --need-gib 2
     run "$trainer_bin/python" "$root/scripts/prepare_eval_set.py" --source "$workspace/data/$repo" --split "$dataset" \
-      --output "$eval_jsonl"
+      --output "$eval_jsonl" "${flags[@]}"
   fi
   [[ -e $known_answer_jsonl ]] || run "$speech_bin/python" "$root/scripts/encode_prompts.py" --eval-set "$eval_jsonl" \
     --token2wav-dir "$token2wav_dir" --output "$known_answer_jsonl"

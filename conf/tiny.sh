@@ -20,13 +20,17 @@ server_instances=${server_instances:-2}    # processes on each device
 server_threads=${server_threads:-1}        # torch threads of each
 server_batch_size=${server_batch_size:-16} # rollouts scored at once
 token2wav_precision=${token2wav_precision:-fp32}
-reward_tones=${reward_tones:-0} # 1: tones count in the reward's pinyin error rate
+reward_curve=${reward_curve:-tanh} # or exp, see tts_grpo/metrics.py
+reward_tones=${reward_tones:-0}    # 1: tones count in the reward's pinyin error rate
 
 # GRPO (stage 2)
 num_gpus=${num_gpus:-1} num_nodes=${num_nodes:-1} # here one worker on the CPU
 total_steps=${total_steps:-30}
-train_batch_size=${train_batch_size:-16} # prompts a step
-rollout_n=${rollout_n:-8}                # rollouts a prompt
+train_batch_size=${train_batch_size:-16}              # prompts per step
+mini_batch_size=${mini_batch_size:-$train_batch_size} # prompts per update
+rollout_n=${rollout_n:-8}                             # rollouts per prompt
+rollout_temperature=${rollout_temperature:-1.0}       # of rollouts and validation
+rollout_top_p=${rollout_top_p:-1.0} rollout_top_k=${rollout_top_k:--1}
 max_response_length=${max_response_length:-160}
 learning_rate=${learning_rate:-4.5e-4}
 learning_rate_schedule=${learning_rate_schedule:-constant} # constant or cosine, which ends at 0
@@ -47,8 +51,10 @@ reference_audio=${reference_audio:-$root/assets/tiny/prompts} # of the one voice
 infer_procs=${infer_procs:-2}                                 # processes of torchrun, one for each GPU where there are any
 infer_device=${infer_device:-cpu}
 infer_batch_size=${infer_batch_size:-50}
-infer_precision=${infer_precision:-fp32}
+infer_precision=${infer_precision:-fp32}       # of token2wav
+infer_lm_precision=${infer_lm_precision:-fp32} # of the language model
 temperature=${temperature:-1.0} top_p=${top_p:-1.0} top_k=${top_k:--1}
+max_new_tokens=${max_new_tokens:-$max_response_length} # where the evaluation cuts an utterance
 
 # shellcheck source=scripts/verl_cpu.sh
 source "$root/scripts/verl_cpu.sh"

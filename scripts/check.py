@@ -280,12 +280,21 @@ def check_compiler(s: dict) -> Iterator[Finding]:
 
 
 def check_batches(s: dict) -> Iterator[Finding]:
-    gpus = int(s["num_gpus"]) * int(s["num_nodes"])
-    rollouts, passes = int(s["train_batch_size"]) * int(s["rollout_n"]), int(s["micro_batch_size"]) * gpus
-    yield (
-        rollouts % passes == 0,
-        f"{rollouts} rollouts a step, {passes} at once on {gpus} GPUs"
-        + ("" if rollouts % passes == 0 else ": no multiple: change train_batch_size, rollout_n or micro_batch_size"),
+    gpus, batch, mini_batch = (
+        int(s["num_gpus"]) * int(s["num_nodes"]),
+        int(s["train_batch_size"]),
+        int(s["mini_batch_size"]),
+    )
+    rollouts, passes = mini_batch * int(s["rollout_n"]), int(s["micro_batch_size"]) * gpus
+    yield finding(
+        mini_batch > 0 and batch % mini_batch == 0,
+        f"{batch} prompts per step, {mini_batch} per update",
+        ": no multiple: change train_batch_size or mini_batch_size",
+    )
+    yield finding(
+        passes > 0 and rollouts % passes == 0,
+        f"{rollouts} rollouts per update, {passes} at once on {gpus} GPUs",
+        ": no multiple: change mini_batch_size, rollout_n or micro_batch_size",
     )
     if int(s["num_nodes"]) > 1 and not s.get("ray_address"):
         yield False, "several machines need ray_address"

@@ -8,6 +8,17 @@ die() {
   exit 1
 }
 
+# load_recipe NAME PROFILE: settings of a published recipe, if one is named; values of the environment are kept.
+load_recipe() {
+  [[ -n $1 ]] || return 0
+  local names=("$root"/conf/recipes/*.sh)
+  names=("${names[@]##*/}")
+  [[ -f $root/conf/recipes/$1.sh ]] || die "recipe=$1 is unknown: it is one of ${names[*]%.sh}"
+  [[ $2 == cosyvoice2 ]] || die "recipe=$1 is for profile=cosyvoice2, not for profile=$2"
+  # shellcheck source=conf/recipes/mair-hub.sh
+  source "$root/conf/recipes/$1.sh"
+}
+
 # Run a command, or with --dry-run print it.
 run() {
   if ((dry_run)); then

@@ -2,23 +2,35 @@
 
     python scripts/prepare_eval_set.py --source FOLDER_OF_PARQUET --split zero_shot_zh --output data/zero_shot_zh.jsonl
     python scripts/prepare_eval_set.py --source seedtts_testset/zh/meta.lst --output data/test_zh.jsonl
+    python scripts/prepare_eval_set.py --source FOLDER_OF_PARQUET --voices 200 --output data/voices.jsonl
 
 Sources: a folder of parquet files with the columns id, prompt_text, target_text and prompt_audio (bytes of an encoded
 file), as the Hugging Face sets yuekai/CV3-Eval and yuekai/seed_tts_cosy2 have them; or the meta.lst of seed-tts-eval,
 whose lines are ``id|prompt text|prompt wav|target text``. Recordings go into a folder beside the JSONL, of its name.
 A row without a recording has the prompt_audio null and no prompt_text.
+
+With --voices the output is a list of voices for the reward instead: JSONL of prompt_text and prompt_audio. The parquet
+files then have the columns text and audio, as the Hugging Face set yuekai/aishell. Spaces between the words of a text
+are removed, as by get_random_prompt_from_dataset of token2wav_asr_server.py in github.com/nvidia-china-sae/mair-hub,
+rl-tutorial/cosyvoice_llm (374bc49). The recordings are taken evenly over the set, which is in the order of its
+speakers, so that each speaker is among them.
 """
 
 import argparse
 import fnmatch
+import itertools
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tts_grpo.jsonl import write_jsonl
 
+VOICE_COLUMNS = ("text", "audio")
 COLUMNS = ("id", "prompt_text", "target_text", "prompt_audio")
+# What infer_dataset.py of github.com/nvidia-china-sae/mair-hub, rl-tutorial/cosyvoice_llm (374bc49), takes out of the
+# texts before it gives them to the language model; a closing single quote is not among them.
+QUOTES = str.maketrans("", "", "\"'()“”‘（）")
 FORMATS = {b"RIFF": ".wav", b"fLaC": ".flac", b"OggS": ".ogg", b"ID3": ".mp3"}
 Row = tuple[str, str, str, bytes | None]  # id, prompt text, target text, encoded recording (None if there is none)
 
@@ -27,7 +39,11 @@ def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, required=True, help="folder of parquet files, or a meta.lst")
     parser.add_argument("--split", default="", help="read only the parquet files of this split; all otherwise")
+    parser.add_argument("--voices", type=int, default=0, help="make a list of so many voices instead of a set")
     parser.add_argument("--output", type=Path, required=True, help="JSONL to write")
+    parser.add_argument(
+        "--strip-quotes", action="store_true", help="take quotes and brackets out of the texts, as mair-hub does"
+    )
     return parser.parse_args(argv)
 
 
@@ -79,19 +95,30 @@ def parquet_files(folder: Path, split: str) -> list[Path]:
     return [folder / name for name in chosen]
 
 
+def open_parquet(folder: Path, split: str, columns: Sequence[str]) -> list:
+    """The parquet files of a split, opened, in order.
+
+    Raises:
+        ValueError: there are none, or a column is missing.
+    """
+    import pyarrow.parquet as pq
+
+    paths = parquet_files(folder, split)
+    files = [pq.ParquetFile(path) for path in paths]
+    for path, file in zip(paths, files, strict=True):
+        missing = [name for name in columns if name not in file.schema_arrow.names]
+        if missing:
+            raise ValueError(f"{path}: no column {', '.join(missing)}")
+    return files
+
+
 def from_parquet(folder: Path, split: str) -> Iterator[Row]:
     """The rows of a split.
 
     Raises:
         ValueError: there are no files, or a column is missing.
     """
-    import pyarrow.parquet as pq
-
-    for path in parquet_files(folder, split):
-        file = pq.ParquetFile(path)
-        missing = [name for name in COLUMNS if name not in file.schema_arrow.names]
-        if missing:
-            raise ValueError(f"{path}: no column {', '.join(missing)}")
+    for file in open_parquet(folder, split, COLUMNS):
         for batch in file.iter_batches(batch_size=64, columns=list(COLUMNS)):
             for row in batch.to_pylist():
                 yield str(row["id"]), row["prompt_text"], row["target_text"], embedded(row["prompt_audio"], row["id"])
@@ -128,6 +155,12 @@ def from_meta(path: Path) -> Iterator[Row]:
         yield parts[0], parts[1], parts[3], wav.read_bytes()
 
 
+def without_quotes(rows: Iterator[Row]) -> Iterator[Row]:
+    """Rows whose texts have no quotes and brackets."""
+    for utt_id, prompt_text, target_text, audio in rows:
+        yield utt_id, (prompt_text or "").translate(QUOTES), (target_text or "").translate(QUOTES), audio
+
+
 def write_set(rows: Iterator[Row], output: Path) -> tuple[int, int]:
     """Write recordings, then the JSONL; the number of utterances, and of those without a prompt.
 
@@ -156,11 +189,48 @@ def write_set(rows: Iterator[Row], output: Path) -> tuple[int, int]:
     return len(lines), sum(line["prompt_audio"] is None for line in lines.values())
 
 
+def voices_from_parquet(folder: Path, split: str, count: int) -> Iterator[tuple[str, str, bytes]]:
+    """``(name, text, encoded recording)`` of ``count`` rows, evenly over all files.
+
+    Raises:
+        ValueError: there are fewer rows, or one lacks its text or recording.
+    """
+    files = open_parquet(folder, split, VOICE_COLUMNS)
+    total = sum(file.metadata.num_rows for file in files)
+    if total < count:
+        raise ValueError(f"{folder}: {total} recordings in its parquet files, {count} voices are asked for")
+    wanted, first = {i * total // count for i in range(count)}, 0
+    for batch in itertools.chain.from_iterable(f.iter_batches(64, columns=list(VOICE_COLUMNS)) for f in files):
+        chosen = [i for i in range(batch.num_rows) if first + i in wanted]
+        for i, row in zip(chosen, batch.take(chosen).to_pylist(), strict=True):
+            text, audio = (row["text"] or "").replace(" ", ""), (row["audio"] or {}).get("bytes")
+            if not text or not audio:
+                raise ValueError(f"{folder}: recording {first + i} has no text or no audio")
+            yield f"{first + i:06d}", text, audio
+        first += batch.num_rows
+
+
+def write_voices(rows: Iterator[tuple[str, str, bytes]], output: Path) -> int:
+    """Write recordings, then the JSONL; the number of voices."""
+    folder, lines = output.with_suffix(""), []
+    for name, text, audio in rows:
+        wav = folder / f"{name}{suffix(audio, name)}"
+        wav.parent.mkdir(parents=True, exist_ok=True)
+        wav.write_bytes(audio)
+        lines.append({"prompt_text": text, "prompt_audio": str(wav.relative_to(output.parent))})
+    write_jsonl(output, lines)
+    return len(lines)
+
+
 def main(argv=None):
     args = get_args(argv)
     try:
+        if args.voices:
+            count = write_voices(voices_from_parquet(args.source, args.split, args.voices), args.output)
+            print(f"{count} voices: {args.output}")
+            return
         rows = from_meta(args.source) if args.source.is_file() else from_parquet(args.source, args.split)
-        count, without = write_set(rows, args.output)
+        count, without = write_set(without_quotes(rows) if args.strip_quotes else rows, args.output)
     except (ValueError, OSError) as error:
         raise SystemExit(f"prepare_eval_set.py: {error}") from error
     if without:

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile as sf
 
 from scripts import encode_prompts, prepare_eval_set
 from tests.hub_repositories import CV3_EVAL, SEED_TTS, encoded, make_evaluation_sets, write_parquet
 from tts_grpo.audio import load_audio
 from tts_grpo.jsonl import read_jsonl
+from tts_grpo.token2wav import load_prompt_voices
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -33,6 +35,18 @@ def test_seed_tts_list(assets, tmp_path):
     )
     assert [r["text"] for r in read_jsonl(known)] == [r["prompt_text"] for r in rows]
     assert all(50 < len(r["speech_tokens"]) < 120 for r in read_jsonl(known))
+
+
+def test_quotes_and_brackets_are_taken_out_if_asked_for(assets, tmp_path):
+    audio = sorted((assets / "prompts").glob("*.ogg"))[0]
+    (tmp_path / "meta.lst").write_text(f'u|他说：“好”(真的)|{audio}|‘一’（二）"三"\'四’，《五》\n', encoding="utf-8")
+    texts = []
+    for flags in ([], ["--strip-quotes"]):
+        output = tmp_path / "out.jsonl"
+        prepare_eval_set.main(["--source", str(tmp_path / "meta.lst"), "--output", str(output), *flags])
+        texts.append(read_jsonl(output)[0])
+    assert texts[0]["target_text"] == '‘一’（二）"三"\'四’，《五》'
+    assert (texts[1]["prompt_text"], texts[1]["target_text"]) == ("他说：好真的", "一’二三四’，《五》")
 
 
 @pytest.mark.parametrize(
@@ -146,3 +160,37 @@ def test_a_missing_column_is_named(trainer_python, tmp_path):
     write_parquet(tmp_path / "other.parquet", [{"id": 1, "prompt_audio": {"path": "x"}}], [b"x"], trainer_python)
     done = from_parquet(trainer_python, tmp_path, tmp_path / "set.jsonl", "")
     assert done.returncode == 1 and "other.parquet: no column prompt_text, target_text" in done.stderr
+
+
+MAKE_AISHELL = """
+import sys, pyarrow as pa, pyarrow.parquet as pq
+audio = {"bytes": open(sys.argv[2], "rb").read(), "path": "BAC009S0764W0121.wav"}
+for part in range(2):
+    rows = [{"audio": audio, "text": f"第 {part * 6 + i} 句"} for i in range(6)]
+    pq.write_table(pa.Table.from_pylist(rows), f"{sys.argv[1]}/test-0000{part}-of-00002.parquet")
+pq.write_table(pa.Table.from_pylist(rows), sys.argv[1] + "/dev-00000-of-00001.parquet")
+"""
+
+
+def test_voices_are_taken_evenly_and_can_be_read(trainer_python, assets, token2wav, tmp_path):
+    audio, _ = sf.read(sorted((assets / "prompts").glob("*.ogg"))[0])
+    sf.write(tmp_path / "prompt.wav", audio, 16_000)
+    (tmp_path / "set/data").mkdir(parents=True)
+    subprocess.run(
+        [trainer_python, "-c", MAKE_AISHELL, str(tmp_path / "set/data"), str(tmp_path / "prompt.wav")], check=True
+    )
+    output = tmp_path / "voices-4.jsonl"
+
+    def prepare(count):
+        command = [trainer_python, str(ROOT / "scripts/prepare_eval_set.py"), "--source", str(tmp_path / "set")]
+        command += ["--split", "test", "--voices", str(count), "--output", str(output)]
+        return subprocess.run(command, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+
+    done = prepare(13)
+    assert done.returncode == 1 and "12 recordings in its parquet files, 13 voices are asked for" in done.stderr
+    assert not output.exists()
+    done = prepare(4)
+    assert done.returncode == 0, done.stderr
+    assert [row["prompt_text"] for row in read_jsonl(output)] == ["第0句", "第3句", "第6句", "第9句"]
+    voices = load_prompt_voices(token2wav, output)
+    assert len(voices) == 4 and all(voice.prompt_speech_tokens for voice in voices)

@@ -23,8 +23,10 @@ all=" $* "
 value() { [[ $all =~ \ $1\ ([^ ]+) ]] && echo "${BASH_REMATCH[1]}"; }
 [[ -z ${FAIL-} || $all != *"$FAIL"* ]] || { echo "stub failure" >&2; exit 3; }
 case $all in
-  *download.py*voxbox*) mkdir -p "$workspace/data/voxbox/metadata"
-    seq 1 9 >"$workspace/data/voxbox/metadata/aishell-3.jsonl" ;;
+  *select_texts.py*|*--voices*) while (($#)); do
+      [[ $1 != --*output ]] || { mkdir -p "$(dirname "$2")" && touch "$2"; }
+      shift
+    done ;;
   *download.py*|*prepare_eval_set.py*|*encode_prompts.py*) ;;
   *prepare_llm.py*) mkdir -p "$exp_dir/sft_model" && touch "$exp_dir/sft_model/config.json" ;;
   *prepare_data.py*) mkdir -p "$exp_dir/data" && touch "$exp_dir/data/train.parquet" ;;
@@ -140,8 +142,9 @@ def test_full_size_install(recipe, tmp_path):
     (source / "cosyvoice/__init__.py").touch()
     commit = git_commit(source)
     assert git_commit(source) != commit
-    settings = {"profile": "cosyvoice2", "workspace": str(workspace), "cosyvoice_url": str(source), "num_train": "7",
-                "num_test": "2", "cosyvoice_commit": commit}  # fmt: skip
+    settings = {
+        "profile": "cosyvoice2", "workspace": str(workspace), "cosyvoice_url": str(source), "cosyvoice_commit": commit,
+    }  # fmt: skip
     broken = recipe.run("-1", "-1", **settings | {"cosyvoice_commit": "0" * 40})
     assert broken.returncode != 0 and not (workspace / "CosyVoice").exists()
     done = recipe.run("-1", "-1", **settings)
@@ -150,8 +153,6 @@ def test_full_size_install(recipe, tmp_path):
         ["git", "-C", str(workspace / "CosyVoice"), "rev-parse", "HEAD"], capture_output=True, text=True
     )
     assert head.stdout.strip() == commit
-    assert (workspace / "data/train.jsonl").read_text().split() == list("1234567")
-    assert (workspace / "data/test.jsonl").read_text().split() == list("89")
     calls = recipe.calls_path.read_text()
     for repo in (
         "iic/CosyVoice2-0.5B",
@@ -163,7 +164,13 @@ def test_full_size_install(recipe, tmp_path):
     assert "prepare_eval_set.py" in calls and "encode_prompts.py" in calls
     assert recipe.run("-1", "-1", **settings, dataset="test_zh").returncode == 0
     calls = recipe.calls_path.read_text()
-    assert "--repo yuekai/seed_tts_cosy2 " in calls and "voxbox" not in calls
+    assert "--repo yuekai/seed_tts_cosy2 " in calls and "voxbox" not in calls, (
+        "texts that are there were asked for again"
+    )
+    assert recipe.run("-1", "-1", **settings, num_train="7").returncode == 0
+    assert "--num-train 7 --num-test 100 " in recipe.calls_path.read_text(), (
+        "other settings took the texts that were there"
+    )
 
 
 def test_one_checkpoint_of_the_sft_model_is_fetched(recipe, tmp_path):
@@ -212,6 +219,102 @@ def test_the_official_language_model_is_converted_and_comes_back(recipe, tmp_pat
     assert "to-official" not in recipe.run("--dry-run", "2", "3", **settings | {"llm": "llasa"}).stdout
 
 
+PRESETS = {  # of a published recipe: what stage -1 asks for, and the arguments of server, veRL and evaluation
+    "": [
+        "--include metadata/emilia_zh.jsonl ",
+        "--num-train 80000 --num-test 100 --max-duration-s 30 --excludes [A-Za-z0-9] ", "--reward-curve exp ",
+        " --no-tones ", "norm_adv_by_std_in_grpo=False ", "train_batch_size=32 ", "ppo_mini_batch_size=16 ",
+        "rollout.n=8 ", "rollout.temperature=1.0 ", "rollout.top_p=1.0 ", "rollout.top_k=-1 ",
+        "bypass_mode=True ", "max_response_length=1024 ", "total_training_steps=1800 ",
+        "--temperature 0.8 --top-p 0.95 --top-k 50 ", "--max-new-tokens 2048 ",
+        "--lm-precision bf16 ", "--precision fp32 ", "data/zero_shot_zh.jsonl ",
+        "exp/cosyvoice2/",
+    ],
+    "seed": [
+        "--include metadata/aishell-3.jsonl ", "--num-train 80000 --num-test 100 --max-duration-s 0 --excludes '' ",
+        "--reward-curve tanh ", "norm_adv_by_std_in_grpo=True ", "train_batch_size=32 ", "ppo_mini_batch_size=16 ",
+        "rollout.n=4 ", "rollout.temperature=0.8 ", "rollout.top_p=0.9 ", "rollout.top_k=-1 ",
+        "val_kwargs.temperature=0.8 ", "val_kwargs.top_p=0.9 ", "bypass_mode=False ",
+        "max_response_length=1024 ", "total_training_steps=2100 ",
+        "aishell-voices-200.jsonl --prompt-voice-per rollout ", "--top-k 50 ", "--max-new-tokens 2048 ",
+        "--lm-precision fp32 ", "data/zero_shot_zh.jsonl ", "exp/seed/",
+    ],
+    "mair-hub": [
+        "--include metadata/emilia_zh.jsonl ", "--reward-curve exp ", " --no-tones ", "norm_adv_by_std_in_grpo=False ",
+        "ppo_mini_batch_size=16 ", "rollout.n=8 ", "rollout.temperature=1.0 ", "rollout.top_p=1.0 ",
+        "total_training_steps=1800 ", "--voices 200 ", "aishell-voices-200.jsonl --prompt-voice-per rollout ",
+        "--lm-precision fp32 ", "data/zero_shot_zh-stripped.jsonl --strip-quotes ",
+        "--eval-set /workspace/data/zero_shot_zh-stripped.jsonl ",
+    ],
+    "mair-hub-dapo": [
+        "clip_ratio_low=0.2 ", "clip_ratio_high=0.28 ", "filter_groups.enable=True ", "max_inflight_gen_batches=3 ",
+        "norm_adv_by_std_in_grpo=True ", "max_response_length=2048 ", "total_training_steps=700 ",
+        "--reward-curve exp ", "--strip-quotes ", "lr_warmup_steps=10 ", "weight_decay=0.1 ",
+    ],
+    "cosyvoice": [
+        "convert_llm.py to-hf ", "--include metadata/aishell-3.jsonl ", "--reward-curve tanh ",
+        "norm_adv_by_std_in_grpo=True ", "ppo_mini_batch_size=32 ", "rollout.n=4 ", "rollout.temperature=0.8 ",
+        "rollout.top_p=0.95 ", "rollout.top_k=25 ", "val_kwargs.top_k=25 ", "bypass_mode=False ",
+        "max_response_length=512 ", "total_training_steps=400 ", "--prompt-voice-per rollout ",
+        "data/zero_shot_zh.jsonl ",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_of_the_published_recipes(recipe, name):
+    settings = {"profile": "cosyvoice2", "gpu_memory_gib": "80", "workspace": "/workspace", "num_gpus": "8"}
+    environment = {"exp_dir": "", "recipe": name} | settings
+    done = recipe.run("--dry-run", "-1", "4", **environment)
+    assert done.returncode == 0, done.stderr
+    shown = done.stdout.replace("\\", "")
+    for text in PRESETS[name]:
+        assert text in shown, text
+    tones = "--no-tones" not in shown
+    assert tones == (name in ("seed", "cosyvoice"))
+    own = recipe.run("--dry-run", "2", "2", **environment, total_steps="5", mini_batch_size="8")
+    assert "total_training_steps=5 " in own.stdout and "ppo_mini_batch_size=8 " in own.stdout
+
+
+def test_every_preset_is_tested_and_an_unknown_one_is_refused(recipe):
+    names = sorted(path.stem for path in (ROOT / "conf/recipes").glob("*.sh"))
+    assert names == sorted(filter(None, PRESETS))
+    done = recipe.run("0", "0", profile="cosyvoice2", recipe="mairhub")
+    assert done.returncode == 1 and "recipe=mairhub is unknown: it is one of " in done.stderr
+    assert sorted(done.stderr.split("one of ")[1].split()) == names
+    done = recipe.run("0", "0", profile="tiny", recipe="seed")
+    assert done.returncode == 1 and "recipe=seed is for profile=cosyvoice2" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("settings", "reused"),
+    [
+        ({}, True),
+        ({"rollout_temperature": "0.8"}, True),
+        ({"rollout_top_p": "1"}, True),
+        ({"rollout_top_p": "0.9"}, False),
+        ({"rollout_top_k": "25"}, False),
+    ],
+)
+def test_log_probabilities_of_cut_distributions_are_not_the_old_policys(recipe, settings, reused):
+    shown = recipe.run("--dry-run", "2", "2", **settings).stdout
+    assert f"bypass_mode={reused} " in shown
+
+
+def test_settings_of_rollouts_and_updates_redo_the_training(recipe):
+    assert recipe.run("0", "2").returncode == 0
+    for setting in ({"mini_batch_size": "8"}, {"rollout_temperature": "0.9"}, {"rollout_top_p": "0.9"},
+                    {"rollout_top_k": "5"}, {"prompt_voice_per": "rollout"}):  # fmt: skip
+        assert "trained with other settings" in recipe.run("0", "2", **setting).stderr, setting
+
+
+def test_settings_of_the_evaluation_redo_it(recipe):
+    assert recipe.run("0", "4").returncode == 0
+    for setting in ({"max_new_tokens": "99"}, {"infer_lm_precision": "bf16"}):
+        assert recipe.run("0", "4", **setting).returncode == 0
+        assert "infer_dist.py" in recipe.calls(), setting
+
+
 SMI = "#!/bin/sh\nprintf '%s\\n' 81559 {memory}\n"
 
 
@@ -222,11 +325,14 @@ SMI = "#!/bin/sh\nprintf '%s\\n' 81559 {memory}\n"
                      "gpu_memory_utilization=0.40 ", "--devices cuda:0 --", "--nproc-per-node 1 "]),
         (81559, {"num_gpus": "8"}, ["train_batch_size=32 ", "CUDA_VISIBLE_DEVICES=0,1,2,3,4,5,6,7 ", "per_gpu=16 ",
                                     "cuda:6 cuda:7 --", "--nproc-per-node 8 "]),
+        (81559, {"num_gpus": "8", "rollout_n": "4"}, ["ppo_mini_batch_size=16 ", "micro_batch_size_per_gpu=8 "]),
         (24564, {}, ["per_gpu=4 ", "gpu_memory_utilization=0.21 "]),
         (24564, {"server_devices": "cuda:1"}, ["gpu_memory_utilization=0.40 ", "--devices cuda:1 --"]),
         (46068, {"num_gpus": "2", "CUDA_VISIBLE_DEVICES": "4,5,7"}, ["CUDA_VISIBLE_DEVICES=4,5 ", "per_gpu=8 "]),
-        (81559, {"num_gpus": "8", "num_nodes": "4", "ray_address": "10.0.0.1:6379", "server_urls": "http://a:1,http://b:1"},
-         ["train_batch_size=128 ", "trainer.nnodes=4 ", "RAY_ADDRESS=10.0.0.1:6379 ", "runtime_env.env_vars=",
+        (81559, {"num_gpus": "8", "num_nodes": "4", "ray_address": "10.0.0.1:6379",
+                  "server_urls": "http://a:1,http://b:1"},
+         ["train_batch_size=128 ", "ppo_mini_batch_size=64 ", "trainer.nnodes=4 ",
+          "RAY_ADDRESS=10.0.0.1:6379 ", "runtime_env.env_vars=",
           "http://a:1,http://b:1"]),
     ],
 )  # fmt: skip
@@ -250,6 +356,10 @@ def test_several_machines_need_a_ray_cluster(recipe):
 def test_rollouts_must_fill_the_micro_batches(recipe):
     done = recipe.run("0", "0", rollout_n="3", train_batch_size="3", micro_batch_size="8")
     assert done.returncode == 1 and "9 rollouts are no multiple of" in done.stderr
+    done = recipe.run("0", "0", mini_batch_size="5")
+    assert done.returncode == 1 and "train_batch_size=16 is no multiple of mini_batch_size=5" in done.stderr
+    done = recipe.run("0", "0", prompt_voice_per="group")
+    assert done.returncode == 1 and "prompt_voice_per=group: it is text or rollout" in done.stderr
     assert recipe.calls() == []
 
 

@@ -56,6 +56,19 @@ def test_rollouts_of_a_text_have_one_voice_and_texts_differ():
     assert given[:20] == given[20:] and {voice.prompt_text for voice in given} == set("abc")
 
 
+def test_each_rollout_of_a_text_may_have_its_own_voice():
+    voices = [PromptVoice(name, np.zeros(1, np.float32), ()) for name in "abc"]
+    token2wav, rollouts = Spoken(), [[1 + i, 2] for i in range(20)]
+    scorer = RewardScorer(token2wav, Hearing(), True, "tanh", voices, 1, "rollout")
+    scorer.score(rollouts, ["你好"] * 20)
+    scorer.score(rollouts[::-1], ["你好"] * 20)
+    RewardScorer(token2wav, Hearing(), True, "tanh", voices, 2, "rollout").score(rollouts, ["你好"] * 20)
+    first, again, other_seed = token2wav.voices
+    assert {voice.prompt_text for voice in first} == set("abc")
+    assert again[::-1] == first, "a rollout has another voice in another batch"
+    assert other_seed != first
+
+
 def test_speech_that_is_not_finite_is_an_error_of_its_rollout_alone():
     scores = RewardScorer(Spoken(), Hearing()).score([[1], [0], [2]], ["你好"] * 3)
     assert [score.reward for score in scores[::2]] == [1.0, 1.0]

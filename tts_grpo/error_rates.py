@@ -14,11 +14,13 @@ of them, the hypothesis of a Chinese set is converted to simplified characters (
     for the text, hence the same figure from the same transcripts. What differs is how Whisper is run (openai-whisper,
     told the language). Its averaging is not in that file: taken as seed-tts-eval's, whose output format it writes.
 ``cer``, the protocol ``micro`` (``wer`` for English)
-    Total errors over total units. Chinese: the original recipe, github.com/FunAudioLLM/CosyVoice,
-    examples/grpo/cosyvoice2/scripts/offline-decode-files.py at commit 62d0826. Spaces and the punctuation above are
-    removed, letters made upper case, full-width letters ASCII (there some of them by hand, here by NFKC). There that
-    is done to the reference only, so that English letters, which Paraformer writes in lower case, are errors: here it
-    is done to both texts. Recogniser: sherpa-onnx-paraformer-zh-2023-09-14. English: seed-tts-eval's words.
+    Total errors over total units. Chinese: after github.com/FunAudioLLM/CosyVoice,
+    examples/grpo/cosyvoice2/scripts/offline-decode-files.py at commit 62d0826, and the original recipe's. Spaces and
+    the punctuation above are removed, letters made upper case, full-width letters ASCII (there some of them by hand,
+    here by NFKC). There that is done to the reference only, so that English letters, which Paraformer writes in lower
+    case and after a space, are errors: here it is done to both texts. WeNet's compute-wer.py, which later versions of
+    the original recipe run as well, is a third way: a run of letters or digits is one unit. All three agree on Chinese
+    characters. Recogniser there: sherpa-onnx-paraformer-zh-2023-09-14. English: seed-tts-eval's words.
 ``pinyin_error_rate``, ``pinyin_error_rate_toneless``
     This recipe's: total errors over total syllables, with and without tones; homophones are no errors
     (tts_grpo/text.py). Chinese only.

@@ -39,6 +39,7 @@ class Sampling:
     repetition_window: int = 0
 
 
+LM_PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OFFICIAL = Sampling(top_p=0.8, top_k=25, repetition_window=10)  # cosyvoice2.yaml of CosyVoice2-0.5B
 
 

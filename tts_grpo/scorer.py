@@ -12,7 +12,7 @@ from tts_grpo.audio import ASR_HZ, resample_batch
 from tts_grpo.metrics import locate_errors, reward
 from tts_grpo.text import pinyin
 from tts_grpo.token2wav import PromptVoice, Token2Wav, check_finite, choose_voice
-from tts_grpo.tokens import TOKEN_HZ
+from tts_grpo.tokens import TOKEN_HZ, format_speech_tokens
 
 ONSET_DELAY_S = 0.04  # from a syllable's first speech token to the frame at which a CTC recogniser names it
 
@@ -57,18 +57,20 @@ class RewardScorer:
         asr: recogniser.
         tones: whether tones count.
         curve: see :func:`tts_grpo.metrics.reward`.
-        prompt_voices: what the rollouts are spoken in; one of several is chosen by ground truth, so that the
-            rollouts of a group, which are compared with each other, have the same.
-        seed: of that choice.
+        prompt_voices: what the rollouts are spoken in, one of them each.
+        seed: of the choice of one.
+        voice_per: "text" chooses by ground truth, so that the rollouts of a group, which are compared with each other,
+            have the same voice; "rollout" by ground truth and speech tokens, so that each has its own, the same
+            whenever it is scored.
 
     Attributes:
         seconds: time spent so far in ``token2wav``, ``asr`` and ``text``.
     """
 
     def __init__(self, token2wav: Token2Wav, asr: SenseVoice, tones: bool = True, curve: str = "tanh",
-                 prompt_voices: Sequence[PromptVoice] = (), seed: int = 0):  # fmt: skip
+                 prompt_voices: Sequence[PromptVoice] = (), seed: int = 0, voice_per: str = "text"):  # fmt: skip
         self.token2wav, self.asr, self.tones, self.curve = token2wav, asr, tones, curve
-        self.prompt_voices, self.seed = prompt_voices, seed
+        self.prompt_voices, self.seed, self.voice_per = prompt_voices, seed, voice_per
         self.seconds = {"token2wav": 0.0, "asr": 0.0, "text": 0.0}
 
     def score(self, speech_tokens: Sequence[Sequence[int]], ground_truths: Sequence[str]) -> list[SampleScore]:
@@ -91,7 +93,7 @@ class RewardScorer:
         for text, reference in zip(ground_truths, references, strict=True):
             if not reference:
                 raise ValueError(f"the ground truth {text!r} has no word")
-        voices = [choose_voice(self.prompt_voices, text, self.seed) for text in ground_truths]
+        voices = [self._voice(*pair) for pair in zip(ground_truths, speech_tokens, strict=True)]
         heard = self.hear(speech_tokens, voices)
         start = time.perf_counter()
         scores = [
@@ -100,6 +102,10 @@ class RewardScorer:
         ]
         self.seconds["text"] += time.perf_counter() - start
         return scores
+
+    def _voice(self, ground_truth: str, speech_tokens: Sequence[int]) -> PromptVoice | None:
+        key = ground_truth if self.voice_per == "text" else f"{ground_truth}/{format_speech_tokens(speech_tokens)}"
+        return choose_voice(self.prompt_voices, key, self.seed)
 
     def _compare(self, reference: tuple[str, ...], heard: Heard, duration_s: float) -> SampleScore:
         errors, onsets_s = locate_errors(reference, pinyin(heard.text, self.tones), heard.onsets_s, duration_s)
