@@ -15,6 +15,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from tts_grpo.head_bias import add_head_bias, load_head_bias
 from tts_grpo.tokens import NUM_SPEECH_TOKENS, speech_token_str
 
 
@@ -66,18 +67,21 @@ class Utterance:
 
 
 def load_lm(folder: str | Path, device: str = "cpu", dtype: torch.dtype | None = None):
-    """``(model, tokenizer)`` of a Hugging Face folder, unless told otherwise in float32 on a CPU, bfloat16 on a GPU.
+    """``(model, tokenizer)`` of a Hugging Face folder, by default in float32 on a CPU and in bfloat16 on a GPU.
+
+    A bias of the head that is in the folder becomes the model's (tts_grpo/head_bias.py).
 
     There, attention is the plain one: the logits of PyTorch's own differ by rounding from run to run, and so do some of
     the tokens drawn (8 of 128 responses of 100 tokens on an H100).
     """
-    # Registers a model type, which veRL's processes must not know: its fused kernels would pass over the head's bias.
-    from tts_grpo import cosyvoice2_lm  # noqa: F401
-
     dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
     attention = "sdpa" if device == "cpu" else "eager"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention).to(device).eval()
-    return model, AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    bias = load_head_bias(folder, tokenizer)
+    if bias is not None:
+        add_head_bias(model, bias)
+    return model, tokenizer
 
 
 def _uniform_numbers(seeds: Sequence[int], count: int) -> torch.Tensor:
