@@ -124,7 +124,7 @@ def over_said_ids(forward: Callable, bias: torch.Tensor) -> Callable:
         said = bias[ids].to(device)
         rounded = said.to(dtype)
         columns = F.pad(torch.stack([rounded, (said - rounded.float()).to(dtype)], 1), (0, COLUMNS - 2))
-        weights = torch.cat([gathered(vocab_weights)[ids.to(device)], columns], 1)
+        weights = torch.cat([gathered(vocab_weights).index_select(0, ids.to(device)), columns], 1)
         ones = hidden_states.new_ones(*hidden_states.shape[:-1], COLUMNS)
         places = place.to(device)[input_ids.long()]
         hidden_states = torch.cat([hidden_states, ones], -1)
