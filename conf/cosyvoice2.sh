@@ -143,13 +143,12 @@ install_profile() {
   install_eval_set
 }
 
-# The official model's head has a bias, which stock Qwen2 has not: see scripts/convert_llm.py for what that costs.
 install_llm() {
   if [[ $sft_path != "$default_sft_path" ]]; then
     ((dry_run)) || [[ -e $sft_path/config.json ]] || die "sft_path $sft_path has no config.json: it is no folder of a language model"
   elif [[ $llm == official ]]; then
     [[ -e $sft_path/config.json ]] || run "$speech_bin/python" "$root/scripts/convert_llm.py" to-hf \
-      --cosyvoice-dir "$token2wav_dir" --output "$sft_path" --without-head-bias
+      --cosyvoice-dir "$token2wav_dir" --output "$sft_path"
   else
     # The repository has dozens of checkpoints beside logs and samples: fetch one, without the state of its optimizer.
     local inside=${sft_checkpoint:+$sft_checkpoint/}
@@ -160,9 +159,14 @@ install_llm() {
   fi
 }
 
+# is_official_llm MODEL: whether a Hugging Face folder is CosyVoice2's own model (with llm=official it may not exist yet).
+is_official_llm() {
+  [[ $llm == official ]] || grep -qsF '"<|task_id|>"' "$1/tokenizer.json"
+}
+
 # export_profile MODEL: after stage 3, the trained official model also in CosyVoice's own format.
 export_profile() {
-  [[ $llm == official ]] || return 0
+  is_official_llm "$sft_path" || return 0
   run "$speech_bin/python" "$root/scripts/convert_llm.py" to-official --hf "$1" --like "$token2wav_dir/llm.pt" \
     --output "$exp_dir/llm.pt"
   echo "for CosyVoice: $exp_dir/llm.pt"
@@ -224,6 +228,7 @@ profile_verl_args=(
   actor_rollout_ref.model.enable_gradient_checkpointing=True
   +actor_rollout_ref.model.override_config.attn_implementation=sdpa
   actor_rollout_ref.rollout.name=vllm
+  +actor_rollout_ref.rollout.engine_kwargs.vllm.worker_extension_cls=tts_grpo.verl_vllm.HeadBiasExtension
   actor_rollout_ref.rollout.gpu_memory_utilization="$vllm_memory_share"
 )
 if [[ $train_device == cpu ]]; then # to try the profile with small weights

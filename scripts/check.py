@@ -180,6 +180,21 @@ def language_model_findings(folder: Path) -> Iterator[Finding]:
     )
     if left_out:
         yield True, f"settings of generation_config.json that are not used: {json.dumps(left_out)}"
+    yield from head_bias_findings(folder, tokenizer, config.vocab_size)
+
+
+def head_bias_findings(folder: Path, tokenizer, vocab_size: int) -> Iterator[Finding]:
+    """CosyVoice2's own model needs a bias, as its head has no outputs for text."""
+    from tts_grpo.head_bias import load_head_bias, said_ids
+
+    try:
+        bias = load_head_bias(folder, tokenizer)
+    except ValueError as error:
+        yield False, str(error)
+        return
+    if bias is not None:
+        what = f"bias of the head: {len(said_ids(bias))} of {len(bias)} ids can be sampled"
+        yield finding(len(bias) == vocab_size, what, f", but there are {vocab_size}: download or convert it again")
 
 
 def speech_token_findings(tokenizer) -> Iterator[Finding]:

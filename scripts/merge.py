@@ -1,7 +1,8 @@
 """Merge veRL's FSDP shards into a Hugging Face folder that generates as the SFT model did.
 
-veRL's merger writes the weights; tokenizer, chat template and generation config (all end tokens) are copied from the
-folder that was trained (scripts/prepare_llm.py). The result is loaded once: a folder that does not load is an error.
+veRL's merger writes the weights; tokenizer, chat template, generation config (all end tokens) and, where the head has
+one, its bias (tts_grpo/head_bias.py) are copied from the folder that was trained (scripts/prepare_llm.py). The result
+is loaded once: a folder that does not load is an error.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tts_grpo.head_bias import load_head_bias, save_head_bias
 from tts_grpo.prompts import render_prompt
 
 TOKENIZER_FILES = (
@@ -54,6 +56,9 @@ def main(argv=None):
         (args.output_dir / name).unlink(missing_ok=True)
         if (args.sft_path / name).exists():
             shutil.copy(args.sft_path / name, args.output_dir / name)
+    bias = load_head_bias(args.sft_path)
+    if bias is not None:
+        save_head_bias(bias, args.output_dir)
     check(args.output_dir, args.sft_path)
 
 

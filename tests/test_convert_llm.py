@@ -1,26 +1,47 @@
-"""Conversion of the official CosyVoice2 language model, held against the official module with random weights."""
+"""Conversion of the official CosyVoice2 language model, held against the official module with random weights.
+
+With these weights no direction of the hidden states is nearly constant, so that nothing but a bias keeps text ids away.
+"""
 
 import dataclasses
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 from cosyvoice.llm.llm import Qwen2Encoder, Qwen2LM
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
 from transformers import Qwen2ForCausalLM as Qwen2
 
 from scripts.check import language_model_findings
 from scripts.convert_llm import NUM_OUTPUTS, check_ids, main
-from tests.conftest import ROOT
-from tts_grpo.cosyvoice2_lm import CosyVoice2LMForCausalLM
+from tests.conftest import ROOT, free_ports
 from tts_grpo.generate import OFFICIAL, Sampling, generate, load_lm
+from tts_grpo.head_bias import UNREACHABLE, load_head_bias, over_said_ids, said_ids
+from tts_grpo.jsonl import read_jsonl
 from tts_grpo.prompts import render_prompt
+from tts_grpo.verl_cpu.log_probs import fused_linear
 
 TEXT, PROMPT_TEXT, PROMPT_SPEECH, SPEECH = "今天 ok\n", "早。", [3, 6560], [7, 0, 4000, 6560, 12]
 TEXT_ROWS = 320  # more than the tokenizer has tokens, as in the official model
+BLANK_EN_GENERATION = {  # Qwen2-0.5B-Instruct's; its ids are other ones here
+    "do_sample": True, "repetition_penalty": 1.1, "temperature": 0.7, "top_p": 0.8, "top_k": 20,
+    "eos_token_id": [1, 0], "pad_token_id": 0, "bos_token_id": 0,
+}  # fmt: skip
 
 
 def official_model(text_dir, state=None) -> Qwen2LM:
@@ -45,8 +66,8 @@ def official_logits(model: Qwen2LM, text_ids, speech) -> torch.Tensor:
         return model.llm_decoder(hidden)[0, -1 - len(speech) :]
 
 
-def make_cosyvoice_dir(folder, bias_scale=1.0, shared=0.0):
-    """A CosyVoice2-0.5B folder of small shapes; ``shared`` is added to every embedding."""
+def make_cosyvoice_dir(folder):
+    """A CosyVoice2-0.5B folder of small shapes."""
     text_dir = folder / "CosyVoice-BlankEN"
     letters = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=letters, merges=[]))
@@ -60,14 +81,14 @@ def make_cosyvoice_dir(folder, bias_scale=1.0, shared=0.0):
         vocab_size=TEXT_ROWS, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=512,
     )  # fmt: skip
-    Qwen2(config).save_pretrained(text_dir)
+    text_model = Qwen2(config)
+    text_model.generation_config = GenerationConfig(**BLANK_EN_GENERATION)
+    text_model.save_pretrained(text_dir)
     model = official_model(text_dir)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1 and "norm" not in name:
-                parameter.normal_(std=bias_scale)
-            if "embed" in name:
-                parameter += shared
+                parameter.normal_()
     torch.save(model.state_dict(), folder / "llm.pt")
     return folder
 
@@ -82,6 +103,54 @@ def converted(official, tmp_path_factory):
     folder = tmp_path_factory.mktemp("hf") / "llm"
     main(["to-hf", "--cosyvoice-dir", str(official), "--output", str(folder)])
     assert not folder.with_name("llm.part").exists()
+    return folder
+
+
+# As CosyVoice's examples/grpo/cosyvoice2/pretrained_to_huggingface.py (ace7c47) writes yuekai/cosyvoice2_llm
+UPSTREAM_SPECIAL_TOKENS = {
+    "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>",
+    "additional_special_tokens": [
+        "<|im_start|>", "<|im_end|>", "<|endofprompt|>", "[breath]", "<strong>", "</strong>", "[noise]", "[laughter]",
+        "[cough]", "[clucking]", "[accent]", "[quick_breath]", "<laughter>", "</laughter>", "[hissing]", "[sigh]",
+        "[vocalized-noise]", "[lipsmack]", "[mn]",
+    ],
+}  # fmt: skip
+UPSTREAM_TEMPLATE = (
+    "{%- for message in messages %}{%- if message['role'] == 'user' %}"
+    "{{- '<|sos|>' + message['content'] + '<|task_id|>' }}"
+    "{%- elif message['role'] == 'assistant' %}{{- message['content']}}{%- endif %}{%- endfor %}"
+)
+
+
+@pytest.fixture(scope="module")
+def upstream(official, tmp_path_factory):
+    """The official model as CosyVoice's own recipe converts it: bfloat16, -inf in the bias, zeros in the head."""
+    folder, text_dir = tmp_path_factory.mktemp("upstream") / "cosyvoice2_llm", official / "CosyVoice-BlankEN"
+    tokenizer, model = AutoTokenizer.from_pretrained(text_dir), Qwen2.from_pretrained(text_dir)
+    tokenizer.add_special_tokens(UPSTREAM_SPECIAL_TOKENS)
+    first, state = len(tokenizer), torch.load(official / "llm.pt")
+    ends = [f"<|eos{i}|>" for i in (1, 2, 3)]
+    tokenizer.add_tokens([*(f"<|s_{i}|>" for i in range(6561)), *ends, "<|sos|>", "<|task_id|>"])  # none is special
+    model.model.load_state_dict({k[16:]: v for k, v in state.items() if k.startswith("llm.model.model.")})
+    model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=128)
+    embedding, said = model.model.embed_tokens.weight, slice(first, first + NUM_OUTPUTS)
+    head = torch.nn.Linear(embedding.shape[1], len(embedding))
+    with torch.no_grad():
+        head.weight.zero_()
+        head.bias.fill_(-torch.inf)
+        head.weight[said], head.bias[said] = state["llm_decoder.weight"], state["llm_decoder.bias"]
+        embedding[said] = state["speech_embedding.weight"]
+        embedding[said.stop : said.stop + 2] = state["llm_embedding.weight"]
+    model.lm_head = head
+    model.generation_config.update(
+        eos_token_id=[said.stop - 3, said.stop - 2, said.stop - 1], temperature=1.0, top_p=0.8, top_k=25
+    )
+    model.config.update({"eos_token_id": said.stop - 3, "vocab_size": len(embedding), "tie_word_embeddings": False})
+    model.config.use_bias = True
+    tokenizer.chat_template = UPSTREAM_TEMPLATE
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    assert load_file(folder / "model.safetensors")["lm_head.bias"].dtype == torch.bfloat16
     return folder
 
 
@@ -108,8 +177,7 @@ def same_logits(official_dir, hf_dir, state):
         # the probabilities too: all the mass is on what the official model says
         probs = logits.softmax(-1)
         torch.testing.assert_close(probs[:, first : first + NUM_OUTPUTS], expected.softmax(-1), atol=1e-6, rtol=1e-3)
-        if model.lm_head.bias is not None:
-            assert probs[:, :first].max() == probs[:, first + NUM_OUTPUTS :].max() == 0
+        assert probs[:, :first].max() == probs[:, first + NUM_OUTPUTS :].max() == 0
     return worst
 
 
@@ -136,13 +204,16 @@ def test_trained_weights_come_back(official, converted, tmp_path, dtype):
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter += 0.02 * torch.randn_like(parameter)
+    model.lm_head.bias = None  # veRL trains and merges a stock Qwen2
     model.to(dtype).save_pretrained(tmp_path / "trained")
+    shutil.copy(converted / "head_bias.safetensors", tmp_path / "trained")
     tokenizer.save_pretrained(tmp_path / "trained")
     like, output = official / "llm.pt", tmp_path / "llm.pt"
     main(["to-official", "--hf", str(tmp_path / "trained"), "--like", str(like), "--output", str(output)])
     state = torch.load(output)
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
     assert not torch.equal(state["llm_decoder.weight"], torch.load(like)["llm_decoder.weight"])
+    assert torch.equal(state["llm_decoder.bias"], torch.load(like)["llm_decoder.bias"])
     assert same_logits(official, tmp_path / "trained", state) < 1e-4
 
 
@@ -176,54 +247,156 @@ def test_only_speech_and_ends_are_sampled(converted, dtype, sampling):
     ids = tokenizer(render_prompt(tokenizer, TEXT), add_special_tokens=False)["input_ids"]
     first = check_ids(tokenizer, converted)
     sampling = dataclasses.replace(sampling, max_new_tokens=100)
-    said = [token for response in generate(model, [ids] * 8, range(8), sampling) for token in response.token_ids]
+    responses = generate(model, [ids] * 8, range(8), sampling, text_lens=[9] * 8)
+    said = [token for response in responses for token in response.token_ids]
     assert len(said) > 300 and all(first <= token < first + NUM_OUTPUTS for token in said)
     with torch.no_grad():
         probs = model(torch.tensor([ids])).logits[0, -1].float().softmax(-1)
     assert probs[:first].sum() == probs[first + NUM_OUTPUTS :].sum() == 0
 
 
-def test_what_verl_loads_passes_the_pre_flight_check(tmp_path):
-    official = make_cosyvoice_dir(tmp_path, bias_scale=0.03, shared=3.0)
-    main(["to-hf", "--cosyvoice-dir", str(official), "--output", str(tmp_path / "hf"), "--without-head-bias"])
-    found = list(language_model_findings(tmp_path / "hf"))
-    assert len(found) > 4 and all(good for good, _ in found), found
+def test_text_would_be_sampled_without_the_bias(converted, upstream):
+    """What the bias is for: as stock Qwen2 models, which ignore it, both folders give text a large probability."""
+    for folder in (converted, upstream):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        assert type(model) is Qwen2 and model.lm_head.bias is None
+        logits, first = hf_logits(model, tokenizer, TEXT, speech=SPEECH)
+        assert logits.softmax(-1)[:, :first].sum(-1).min() > 0.01
 
 
-def test_who_does_not_know_the_bias_does_not_load_it(converted):
-    # as veRL's processes do: they import tts_grpo.generate and load the folder themselves
-    code = "import sys, tts_grpo.generate, transformers; transformers.AutoConfig.from_pretrained(sys.argv[1])"
-    run = subprocess.run([sys.executable, "-c", code, str(converted)], capture_output=True, text=True, cwd=ROOT)
-    assert run.returncode != 0
-    assert "model type `cosyvoice2_lm`" in run.stderr
+@pytest.mark.parametrize("kind", ["converted", "upstream"])
+def test_what_verl_loads_passes_the_pre_flight_check(kind, request):
+    found = list(language_model_findings(request.getfixturevalue(kind)))
+    assert len(found) > 5 and all(good for good, _ in found), found
+    assert any(f"{NUM_OUTPUTS} of" in text for _, text in found)
 
 
-def test_without_head_bias(tmp_path, capsys):
-    official = make_cosyvoice_dir(tmp_path, bias_scale=0.03, shared=3.0)
-    args = ["to-hf", "--cosyvoice-dir", str(official), "--output", str(tmp_path / "hf"), "--without-head-bias"]
-    main(args)
-    report = json.loads(capsys.readouterr().out)
-    assert report["text_mass_max"] < 1e-6
-    assert 0 < report["kl_mean"] < report["kl_bound"] < 0.02
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
-    assert type(model) is Qwen2
-    assert AutoConfig.from_pretrained(tmp_path / "hf").model_type == "qwen2"
-    logits, first = hf_logits(model, AutoTokenizer.from_pretrained(tmp_path / "hf"), TEXT, speech=SPEECH)
-    mass = logits.softmax(-1)
-    assert mass[:, :first].sum(-1).max() + mass[:, first + NUM_OUTPUTS :].sum(-1).max() < 1e-6
-    like, output = official / "llm.pt", tmp_path / "back.pt"
-    main(["to-official", "--hf", str(tmp_path / "hf"), "--like", str(like), "--output", str(output)])
+def test_pre_flight_check_without_a_bias(converted, tmp_path):
+    shutil.copytree(converted, tmp_path / "hf")
+    (tmp_path / "hf/head_bias.safetensors").unlink()
+    (text,) = [text for good, text in language_model_findings(tmp_path / "hf") if not good]
+    assert "no bias" in text and "convert_llm.py" in text
+    with pytest.raises(ValueError, match="has no bias"):
+        load_lm(tmp_path / "hf")
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_training_sees_the_probabilities_that_rollouts_are_drawn_from(converted, dtype, tolerance):
+    model, tokenizer = load_lm(converted, dtype=dtype)
+    first = check_ids(tokenizer, converted)
+    ids = tokenizer(render_prompt(tokenizer, TEXT), add_special_tokens=False)["input_ids"]
+    (response,) = generate(model, [ids], [3], Sampling(max_new_tokens=60))
+    labels = torch.tensor([[*ids, *response.token_ids]])
+    log_probs_of = over_said_ids(fused_linear, load_head_bias(converted))
+    with torch.no_grad():
+        hidden = model.model(labels).last_hidden_state[:, :-1]
+        log_probs, entropy = log_probs_of(None, hidden, model.lm_head.weight, labels[:, 1:])
+        every = model(labels).logits[0, :-1].float().log_softmax(-1)
+    said = slice(len(ids) - 1, None)
+    torch.testing.assert_close(log_probs[0, said].tolist(), response.log_probs, atol=tolerance, rtol=0)
+    expected_entropy = -(every.exp() * every)[:, first : first + NUM_OUTPUTS].sum(-1)
+    torch.testing.assert_close(entropy[0].float(), expected_entropy, atol=tolerance, rtol=0.01)
+    assert (log_probs[0, : len(ids) - 2] == UNREACHABLE).all()  # the prompt's
+
+
+def test_gradients_are_those_of_a_head_with_a_bias():
+    torch.manual_seed(0)
+    hidden = torch.randn(2, 9, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(40, 8, dtype=torch.float64, requires_grad=True)
+    bias = torch.full((40,), UNREACHABLE)
+    bias[[3, 11, 12, 13, 39]] = torch.randn(5)
+    labels, scale = said_ids(bias)[torch.randint(0, 5, (2, 9))], torch.randn(2, 9, dtype=torch.float64)
+    log_probs, _ = over_said_ids(fused_linear, bias)(None, hidden, weight, labels, 0.7)
+    ours = torch.autograd.grad((scale * log_probs).sum(), (hidden, weight))
+    # the bias belongs to the logits, which the temperature divides
+    dense = ((hidden @ weight.T + bias.double()) / 0.7).log_softmax(-1).gather(-1, labels[..., None])[..., 0]
+    torch.testing.assert_close(log_probs, dense)
+    for our, their in zip(ours, torch.autograd.grad((scale * dense).sum(), (hidden, weight)), strict=True):
+        torch.testing.assert_close(our, their)
+
+
+def test_vllm_adds_the_bias(converted, monkeypatch):
+    """The extension of vLLM's workers, on stand-ins for vLLM's model and veRL's own extension."""
+
+    class Model(torch.nn.Linear):
+        def compute_logits(self, hidden):
+            return self(hidden)
+
+    class Extension:
+        def monkey_patch_model(self, vocab_size, banned_token_ids=None):
+            self.vocab_size = vocab_size
+
+    utils = types.ModuleType("utils")
+    utils.vLLMColocateWorkerExtension = Extension
+    for name in ("verl", "verl.workers", "verl.workers.rollout", "verl.workers.rollout.vllm_rollout"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, "verl.workers.rollout.vllm_rollout.utils", utils)
+    monkeypatch.delitem(sys.modules, "tts_grpo.verl_vllm", raising=False)
+    from tts_grpo.verl_vllm import HeadBiasExtension
+
+    bias, hidden = load_head_bias(converted), torch.randn(3, 8, dtype=torch.bfloat16)
+    model = Model(8, len(bias), bias=False, dtype=torch.bfloat16)
+    stock = model(hidden)
+    worker = HeadBiasExtension()
+    config = types.SimpleNamespace(model_config=types.SimpleNamespace(model=str(converted)))
+    worker.model_runner = types.SimpleNamespace(model=model, vllm_config=config)
+    worker.monkey_patch_model(vocab_size=7, banned_token_ids=[])
+    assert worker.vocab_size == 7
+    logits = model.compute_logits(hidden)
+    assert logits.dtype == torch.float32 and torch.equal(logits, stock.float() + bias)
+
+
+def test_upstream_folder_says_what_the_official_model_says(official, upstream):
+    rounded = {name: t.to(torch.bfloat16).float() for name, t in torch.load(official / "llm.pt").items()}
+    model, tokenizer = load_lm(upstream)
+    logits, first = hf_logits(model, tokenizer, TEXT, speech=SPEECH)
+    text_tokenizer = AutoTokenizer.from_pretrained(official / "CosyVoice-BlankEN")
+    text_ids = text_tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    expected = official_logits(official_model(official / "CosyVoice-BlankEN", rounded), text_ids, SPEECH)
+    torch.testing.assert_close(logits[:, first : first + NUM_OUTPUTS], expected, atol=1e-4, rtol=1e-4)
+    probs = logits.softmax(-1)
+    assert probs[:, :first].max() == probs[:, first + NUM_OUTPUTS :].max() == 0
+
+
+def test_upstream_folder_becomes_official(official, upstream, tmp_path):
+    like, output = official / "llm.pt", tmp_path / "llm.pt"
+    main(["to-official", "--hf", str(upstream), "--like", str(like), "--output", str(output)])
     before, after = torch.load(like), torch.load(output)
-    assert not after.pop("llm_decoder.bias").any()
-    assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
-    assert same_logits(official, tmp_path / "hf", torch.load(output)) < 1e-4
+    assert list(before) == list(after)
+    for name, tensor in before.items():  # text rows that no token has are not in the folder
+        kept = (tensor if "embed_tokens" in name or "lm_head" in name else tensor.bfloat16()).float()
+        rows = slice(0, None) if kept is not tensor else slice(300, None)
+        assert torch.equal(kept[rows], after[name].float()[rows]), name
 
 
-def test_without_head_bias_stops_where_text_would_be_said(official, tmp_path):
-    args = ["to-hf", "--cosyvoice-dir", str(official), "--output", str(tmp_path / "hf"), "--without-head-bias"]
-    with pytest.raises(ValueError, match="leave out --without-head-bias"):
-        main(args)
-    assert not (tmp_path / "hf").exists()
+def test_folder_that_was_trained_without_a_bias(official, converted, tmp_path):
+    shutil.copytree(converted, tmp_path / "hf")
+    (tmp_path / "hf/head_bias.safetensors").unlink()
+    like, output = str(official / "llm.pt"), tmp_path / "llm.pt"
+    main(["to-official", "--hf", str(tmp_path / "hf"), "--like", like, "--output", str(output)])
+    assert not torch.load(output)["llm_decoder.bias"].any()
+
+
+def test_bias_that_does_not_fit(converted, tmp_path):
+    shutil.copytree(converted, tmp_path / "hf")
+    for bias, message in ((torch.zeros(5), "has 5 values"), (torch.full((5,), torch.nan), "not numbers")):
+        save_file({"lm_head.bias": bias}, tmp_path / "hf/head_bias.safetensors")
+        with pytest.raises(ValueError, match=message):
+            load_lm(tmp_path / "hf")
+
+
+def test_checkpoint_of_the_official_trainer(official, converted, tmp_path):
+    """CosyVoice's trainer writes epoch and step beside the weights."""
+    state = torch.load(official / "llm.pt")
+    torch.save({**state, "epoch": 3, "step": 12000}, tmp_path / "llm.pt")
+    (tmp_path / "CosyVoice-BlankEN").symlink_to(official / "CosyVoice-BlankEN")
+    main(["to-hf", "--cosyvoice-dir", str(tmp_path), "--output", str(tmp_path / "hf")])
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "hf", converted))
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    like, output = str(tmp_path / "llm.pt"), str(tmp_path / "back.pt")
+    main(["to-official", "--hf", str(converted), "--like", like, "--output", output])
+    assert torch.load(output).keys() == state.keys()
 
 
 @pytest.mark.parametrize(
@@ -231,7 +404,6 @@ def test_without_head_bias_stops_where_text_would_be_said(official, tmp_path):
     [
         (lambda s: s.pop("llm_decoder.bias"), "llm_decoder.bias is missing"),
         (lambda s: s.update(extra=torch.zeros(1)), "extra is unknown"),
-        (lambda s: s.update(epoch=3), "epoch is unknown"),
         (lambda s: s.update({"llm_embedding.weight": torch.zeros(3, 32)}), r"llm_embedding.weight is \(3, 32\), not"),
         (lambda s: s.update({"llm_decoder.bias": torch.full((6564,), torch.nan)}), "llm_decoder.bias is not finite"),
         (lambda s: s.pop("llm.model.model.norm.weight"), "llm.model.model.norm.weight is missing"),
@@ -252,12 +424,11 @@ def test_wrong_state_dict(official, converted, tmp_path, change, message):
 
 
 def test_folder_that_lacks_a_weight(official, converted, tmp_path):
-    model, tokenizer = load_lm(converted)
-    state = model.state_dict()
-    state.pop("lm_head.bias")
-    CosyVoice2LMForCausalLM.save_pretrained(model, tmp_path / "hf", state_dict=state)
-    tokenizer.save_pretrained(tmp_path / "hf")
-    with pytest.raises(ValueError, match="lm_head.bias"):
+    shutil.copytree(converted, tmp_path / "hf")
+    weights = load_file(tmp_path / "hf/model.safetensors")
+    weights.pop("model.norm.weight")
+    save_file(weights, tmp_path / "hf/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="model.norm.weight"):
         output = str(tmp_path / "back.pt")
         main(["to-official", "--hf", str(tmp_path / "hf"), "--like", str(official / "llm.pt"), "--output", output])
 
@@ -271,3 +442,41 @@ def test_foreign_folder(official, assets, tmp_path):
 def test_output_that_exists(official, converted):
     with pytest.raises(FileExistsError, match="remove it"):
         main(["to-hf", "--cosyvoice-dir", str(official), "--output", str(converted)])
+
+
+@pytest.mark.parametrize("kind", ["converted", "upstream"])
+def test_trains_merges_and_is_exported(kind, request, official, venv_root, assets, tmp_path):
+    """veRL itself on a CPU, with the profile's own stages, from a folder in which text ids have the logit 0."""
+    token2wav, exp_dir = tmp_path / "CosyVoice2-0.5B", tmp_path / "exp"
+    shutil.copytree(assets / "token2wav", token2wav)
+    shutil.copy(official / "llm.pt", token2wav)
+    http, grpc, metrics = map(str, free_ports(3))
+    sft_path = request.getfixturevalue(kind)
+    lines = (assets / "data/dev.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "few.jsonl").write_text("".join(lines[:4]), encoding="utf-8")
+    few, voice = str(tmp_path / "few.jsonl"), read_jsonl(assets / "prompts/prompts.jsonl")[0]
+    environment = os.environ | {
+        "profile": "cosyvoice2", "venv_root": str(venv_root), "exp_dir": str(exp_dir), "make_envs": "0",
+        "workspace": str(tmp_path), "sft_path": str(sft_path), "token2wav_dir": str(token2wav), "train_jsonl": few,
+        "test_jsonl": few, "known_answer_jsonl": few, "prompt_audio": str(assets / "prompts" / voice["prompt_audio"]),
+        "prompt_text": voice["prompt_text"],
+        "reward_asr_dir": str(assets / "asr_reward"), "http_port": http, "grpc_port": grpc, "metrics_port": metrics,
+        "check_reward": "0", "train_device": "cpu", "server_devices": "cpu", "server_instances": "1",
+        "server_threads": "1", "server_batch_size": "4", "num_gpus": "1", "total_steps": "2", "train_batch_size": "2",
+        "rollout_n": "2", "micro_batch_size": "4", "max_response_length": "24", "save_freq": "2", "test_freq": "2",
+    }  # fmt: skip
+    command = ["bash", str(ROOT / "run.sh"), "0", "3"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    rollouts = [json.loads(line) for line in (exp_dir / "validation/2.jsonl").read_text("utf-8").splitlines()]
+    assert all(re.fullmatch(r"(<\|s_\d+\|>)+(<\|eos\d\|>)?", row["output"]) for row in rollouts), rollouts
+    bias = load_head_bias(sft_path)
+    assert torch.equal(load_head_bias(exp_dir / "merged_hf_model"), bias)
+    state = torch.load(exp_dir / "llm.pt")
+    assert state.keys() == torch.load(official / "llm.pt").keys()
+    assert torch.equal(state["llm_decoder.bias"], bias[said_ids(bias)])
+    # training gives each token the log-probability that it was drawn with
+    (kl,) = re.findall(
+        r"step:2 - .*actor/ppo_kl:(?:np\.float64\()?([-0-9.e]+)", (exp_dir / "log/train.log").read_text()
+    )
+    assert abs(float(kl)) < 1e-5

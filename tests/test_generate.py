@@ -1,8 +1,8 @@
 import pytest
 import torch
-from cosyvoice.utils.common import ras_sampling
+from cosyvoice.utils.common import nucleus_sampling
 
-from tts_grpo.generate import Sampling, _next, _warpers, generate, generate_speech_tokens
+from tts_grpo.generate import OFFICIAL, Sampling, _next, _warpers, generate, generate_speech_tokens
 from tts_grpo.prompts import render_prompt
 from tts_grpo.token2wav import decode, load_prompt_voice
 
@@ -64,25 +64,84 @@ def test_responses_are_told_as_they_end(lm, tokenizer, prompts):
     assert sorted(i for i, _ in told) == list(range(10)) and all(response in cut for _, response in told)
 
 
+def official_probabilities(logits: torch.Tensor, history: list[int], top_p: float, top_k: int, window: int):
+    """Of each token, as ``ras_sampling`` of CosyVoice at ace7c47 draws it with tau_r = 1 / window.
+
+    A token of the nucleus that is among the last ``window`` is not said: its probability goes to all other tokens, in
+    proportion to theirs. (Releases before left it among them.)
+    """
+    probs = logits.softmax(0)
+    order = probs.argsort(descending=True)[:top_k]
+    before = probs[order].cumsum(0) - probs[order]
+    nucleus = torch.zeros_like(probs)
+    nucleus[order] = probs[order] * (before < top_p)
+    nucleus /= nucleus.sum()
+    result = nucleus.clone()
+    for token in set(history[-window:]):
+        result[token] = 0.0
+    for token in set(history[-window:]):
+        others = probs.clone()
+        others[token] = 0.0
+        result += nucleus[token] * others / others.sum()
+    return result, nucleus
+
+
 def test_repetition_aware_sampling_is_the_official_one():
-    """The frequencies of drawn tokens, against CosyVoice's own function."""
+    """The frequencies of drawn tokens, against the probabilities that the pinned source gives them."""
     torch.manual_seed(0)
     logits, history = torch.randn(12) * 2, [3, 7, 7, 1]
     for likely in history[:2]:
         logits[likely] = 3.0  # what was said lately is likely again
     sampling = Sampling(top_p=0.8, top_k=4, repetition_window=3)
-    recent = torch.tensor([history[-3:]]).expand(20000, -1)
-    drawn, log_probs = _next(logits.expand(20000, -1), _warpers(sampling), recent, torch.rand(20000, 2), sampling)
-    settings = {"top_p": 0.8, "top_k": 4, "win_size": 3, "tau_r": 1 / 3}
-    official = torch.cat([ras_sampling(logits.log_softmax(0), history, 4, **settings) for _ in range(9000)])
-    ours, theirs = (torch.bincount(x, minlength=12) / len(x) for x in (drawn, official))
-    assert (ours - theirs).abs().max() < 0.02
-    plain, _ = _next(logits.expand(20000, -1), _warpers(sampling), recent, torch.rand(20000, 2), Sampling())
-    assert (torch.bincount(plain, minlength=12) / 20000 - theirs).abs().max() > 0.1  # it makes a difference here
+    recent = torch.tensor([history[-3:]]).expand(50000, -1)
+    drawn, log_probs = _next(logits.expand(50000, -1), _warpers(sampling), recent, torch.rand(50000, 2), sampling)
+    expected, nucleus = official_probabilities(logits, history, 0.8, 4, 3)
+    ours = torch.bincount(drawn, minlength=12) / len(drawn)
+    assert (ours - expected).abs().max() < 0.01
+    official = torch.tensor([nucleus_sampling(logits.log_softmax(0), 0.8, 4) for _ in range(9000)])
+    assert (torch.bincount(official, minlength=12) / 9000 - nucleus).abs().max() < 0.02
+    # a token that is not drawn again, or is drawn again with itself among the others, would be seen
+    assert (ours - nucleus).abs().max() > 0.1
+    assert expected[7] < 0.01 < nucleus[7] * logits.softmax(0)[7]
     assert log_probs.max() <= 0
 
 
-def test_repetition_aware_sampling_does_not_depend_on_the_batch(lm, tokenizer, prompts):
-    sampling = Sampling(top_p=0.8, top_k=25, repetition_window=10, max_new_tokens=200)
-    together = generate_speech_tokens(lm, tokenizer, prompts, range(10), sampling)
-    assert together == generate_speech_tokens(lm, tokenizer, prompts, range(10), sampling, batch_size=3)
+def test_repetition_aware_sampling_does_not_depend_on_the_batch(lm, tokenizer, prompts, test_rows):
+    texts = [row["text"] for row in test_rows[:10]]
+    together = generate_speech_tokens(lm, tokenizer, prompts, range(10), OFFICIAL, texts=texts)
+    assert together == generate_speech_tokens(lm, tokenizer, prompts, range(10), OFFICIAL, batch_size=3, texts=texts)
+
+
+@pytest.fixture
+def lm_with_bias(lm):
+    yield lm
+    lm.lm_head.bias = None
+
+
+def test_official_lengths(lm_with_bias, tokenizer, prompts, test_rows):
+    """Between 2 and 20 tokens for each token of the text (Qwen2LM.inference), each text by its own length."""
+    texts = [row["text"] for row in test_rows[:10]]
+    text_lens = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    assert len(set(text_lens)) > 2
+    ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    lm = lm_with_bias
+    ends = lm.generation_config.eos_token_id
+    for end, change in ((ends[0], 1e4), (ends[1], 1e4), (ends[0], -1e4)):
+        bias = torch.zeros(lm.config.vocab_size)
+        bias[ends] = -1e4
+        bias[end] = change
+        lm.lm_head.bias = torch.nn.Parameter(bias)
+        ended = []
+        responses = generate(lm, ids, range(10), OFFICIAL, lambda i, response: ended.append(i), text_lens)  # noqa: B023
+        assert sorted(ended) == list(range(10))
+        for response, text_len in zip(responses, text_lens, strict=True):
+            said = len(response.token_ids) - (response.finish_reason == "eos")
+            if change < 0:
+                assert (said, response.finish_reason) == (20 * text_len, "length")
+            else:  # CosyVoice keeps back the first of its end tokens only
+                assert (said, response.finish_reason) == (2 * text_len if end == ends[0] else 0, "eos")
+
+
+def test_official_lengths_need_the_texts(lm, tokenizer, prompts):
+    with pytest.raises(ValueError, match="pass texts"):
+        generate_speech_tokens(lm, tokenizer, prompts[:1], [0], OFFICIAL)

@@ -209,7 +209,7 @@ def test_the_official_language_model_is_converted_and_comes_back(recipe, tmp_pat
     assert recipe.run("-1", "-1", **settings).returncode == 0
     calls = recipe.calls_path.read_text()
     llm, official = workspace / "CosyVoice2-0.5B-llm", workspace / "CosyVoice2-0.5B"
-    assert f"convert_llm.py to-hf --cosyvoice-dir {official} --output {llm} --without-head-bias" in calls
+    assert f"convert_llm.py to-hf --cosyvoice-dir {official} --output {llm}\n" in calls
     assert "yuekai/llasa" not in calls
     dry = recipe.run("--dry-run", "2", "3", **settings).stdout
     assert f"prepare_llm.py --sft-path {llm} " in recipe.run("--dry-run", "0", **settings).stdout

@@ -1,6 +1,6 @@
 """What is added to veRL's training loop, on any device; written for veRL 0.9.1.
 
-Loaded in veRL's processes through ``actor_rollout_ref.model.external_lib``. Three things:
+Loaded in veRL's processes through ``actor_rollout_ref.model.external_lib``. Four things:
 
 - The wait for rewards becomes a metric. veRL scores a rollout as soon as it has ended, while others are still being
   generated, so the seconds of a request to the reward server say little. What training waits for rewards is the time
@@ -11,8 +11,11 @@ Loaded in veRL's processes through ``actor_rollout_ref.model.external_lib``. Thr
   reaches): a second of each step on average. Here it looks ten times a second.
 - Where the reward is told to note the errors of each syllable (``credit=syllable``), GRPO's advantages are made of them
   (tts_grpo/credit.py); ``critic/advantages/nonzero`` is the share of tokens that have one.
+- Where the model's head has a bias (tts_grpo/head_bias.py), log-probabilities and entropies are those of the head with
+  its bias.
 """
 
+import inspect
 from collections import defaultdict
 from collections.abc import Iterable
 
@@ -20,10 +23,14 @@ import numpy as np
 import torch
 import transfer_queue as tq
 from tensordict import TensorDict
+from transformers import AutoTokenizer
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
+from verl.utils.experimental.torch_functional import FusedLinearForPPO
+from verl.workers.engine.fsdp import transformer_impl
 
 from tts_grpo.credit import KEY, syllable_advantages
+from tts_grpo.head_bias import load_head_bias, over_said_ids
 
 POLL_S = 0.1
 
@@ -112,6 +119,32 @@ def _credit_syllables() -> None:
     PPOTrainer._compute_advantage = with_credit
 
 
+def _train_with_head_bias() -> None:
+    apply_monkey_patch = transformer_impl.apply_monkey_patch
+
+    def with_head_bias(model, use_fused_kernels=False, fused_kernels_backend=None, **kwargs):
+        """Called for each model that veRL has just loaded.
+
+        Raises:
+            ValueError: its head has a bias, which the log-probabilities would lack, or it needs one and has none.
+        """
+        kernels = {"use_fused_kernels": use_fused_kernels, "fused_kernels_backend": fused_kernels_backend}
+        apply_monkey_patch(model=model, **kernels, **kwargs)
+        folder = model.config.name_or_path
+        bias = load_head_bias(folder, AutoTokenizer.from_pretrained(folder))
+        if bias is None:
+            return
+        if not use_fused_kernels or fused_kernels_backend == "triton":
+            raise ValueError(
+                f"the head of {folder} has a bias, which only use_fused_kernels=True with "
+                f"fused_kernel_options.impl_backend=torch trains with, not {kernels}"
+            )
+        FusedLinearForPPO.forward = over_said_ids(inspect.unwrap(FusedLinearForPPO.forward), bias)
+
+    transformer_impl.apply_monkey_patch = with_head_bias
+
+
 _add_rollout_seconds()
 _poll_often()
 _credit_syllables()
+_train_with_head_bias()

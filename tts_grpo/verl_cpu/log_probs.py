@@ -5,7 +5,8 @@ kept, as a tiny micro-batch has room for them, and rows without a gradient are l
 """
 
 import torch
-from torch.distributed.tensor import DTensor, Partial
+
+from tts_grpo.head_bias import gathered
 
 CHUNK = 128  # rows whose logits stay in the processor's cache
 
@@ -58,11 +59,7 @@ class LinearLogProbs(torch.autograd.Function):
 
 def fused_linear(module, hidden_states, vocab_weights, input_ids, temperature=1.0):
     """Stands in for ``FusedLinearForPPO.forward`` (veRL 0.9.1); hidden_states (..., D), input_ids (...)."""
-    if isinstance(vocab_weights, DTensor):
-        # FSDP2 shards a head that is not tied to the embedding by itself, and sees nothing of this use of it: the
-        # gradient is averaged over the workers here, as FSDP2 does with the others.
-        vocab_weights = vocab_weights.full_tensor(grad_placements=[Partial("avg")] * vocab_weights.device_mesh.ndim)
     log_probs, entropy = LinearLogProbs.apply(
-        hidden_states.flatten(0, -2), vocab_weights, input_ids.flatten().long(), temperature
+        hidden_states.flatten(0, -2), gathered(vocab_weights), input_ids.flatten().long(), temperature
     )
     return log_probs.view(input_ids.shape), entropy.view(input_ids.shape)

@@ -21,24 +21,23 @@ from verl.workers.rollout.base import BaseRollout
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry, TokenOutput
 
 from tts_grpo import verl_steps  # noqa: F401  # as on a GPU
-from tts_grpo.generate import Sampling, generate
+from tts_grpo.generate import Sampling, generate, load_lm
 from tts_grpo.verl_cpu.log_probs import fused_linear
 
 NAME = "transformers_cpu"
 GATHER_S = 0.1  # requests that come within it of each other go into one batch
-TIED = "lm_head.weight"  # absent from the pushed weights where the embedding is tied to it
+# The head's weights are not pushed where the embedding is tied to them, and its bias is not trained
+NOT_PUSHED = {"lm_head.weight", "lm_head.bias"}
 
 
 class TransformersServer:
     """Generates for token-in, token-out requests: gathers concurrent ones and continues them as one batch."""
 
     def __init__(self, config, model_path: str):
-        from transformers import AutoModelForCausalLM
-
         # The reward server scores rollouts that have ended while the others go on: half of the cores are its.
         torch.set_num_threads(max(1, int(os.environ["OMP_NUM_THREADS"]) // 2))
         self.config = config
-        self.model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
+        self.model = load_lm(model_path)[0]
         self.global_steps = 0
         self.waiting, self.task = [], None
         self.times_asked = collections.Counter()
@@ -99,7 +98,7 @@ class TransformersServer:
             RuntimeError: names or shapes are not the model's.
         """
         missing, unexpected = self.model.load_state_dict(state, strict=False)
-        if unexpected or set(missing) - {TIED}:
+        if unexpected or set(missing) - NOT_PUSHED:
             raise RuntimeError(f"weights do not fit the model: missing {missing}, unexpected {unexpected}")
         self.global_steps = self.global_steps if global_steps is None else global_steps
         self.times_asked.clear()
