@@ -71,7 +71,7 @@ def test_all_stages(shared, assets, tmp_path, llm, seeds):
 
     def run(*arguments: str) -> subprocess.CompletedProcess:
         command = ["bash", str(ROOT / "run.sh"), *arguments]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
 
     done = run("-1", "5")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
