@@ -53,6 +53,7 @@ def get_args(argv=None):
     parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token")
     parser.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling; 1.0 keeps all")
     parser.add_argument("--top-k", type=int, default=-1, help="-1 keeps all")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="of ids said before; 1.0 is none")
     parser.add_argument("--max-new-tokens", type=int, default=512, help="where an utterance is cut")
     return parser.parse_args(argv)
 
@@ -113,7 +114,9 @@ class Speaker:
         dtype = args.lm_precision and LM_PRECISIONS[args.lm_precision]
         self.model, self.tokenizer = load_lm(args.llm_path, device, dtype)
         self.token2wav = load_token2wav(args.token2wav_dir, device, args.precision)
-        self.sampling = Sampling(args.temperature, args.top_p, args.top_k, args.max_new_tokens)
+        self.sampling = Sampling(
+            args.temperature, args.top_p, args.top_k, args.max_new_tokens, repetition_penalty=args.repetition_penalty
+        )
         self.voices = {}
 
     def voice(self, row: dict):

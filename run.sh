@@ -163,7 +163,8 @@ infer() {
   run_long env OMP_NUM_THREADS=1 "$speech_bin/torchrun" --standalone --nproc-per-node "$infer_procs" "$root/infer_dist.py" \
     --llm-path "$2" --token2wav-dir "$token2wav_dir" --eval-set "$eval_jsonl" --output-dir "$exp_dir/eval/$1" \
     --seeds "${seed_list[@]}" --batch-size "$infer_batch_size" --device "$infer_device" --precision "$infer_precision" \
-    --lm-precision "$infer_lm_precision" --max-new-tokens "$max_new_tokens" --temperature "$temperature" --top-p "$top_p" --top-k "$top_k"
+    --lm-precision "$infer_lm_precision" --max-new-tokens "$max_new_tokens" --temperature "$temperature" --top-p "$top_p" --top-k "$top_k" \
+    --repetition-penalty "$repetition_penalty"
 }
 
 # score NAME: error rates of that speech, and what they do not see; on one core, beside the other model's.
@@ -306,7 +307,7 @@ configure() {
     max_prompt_length reward_curve reward_tones num_gpus num_nodes total_steps train_batch_size mini_batch_size rollout_n
     rollout_temperature rollout_top_p rollout_top_k max_response_length learning_rate learning_rate_schedule adam_eps credit
     norm_adv_by_std eval_strip_quotes eval_jsonl language seeds infer_precision infer_lm_precision temperature top_p top_k
-    max_new_tokens recipe_args overrides
+    repetition_penalty max_new_tokens recipe_args overrides
   )
   checked_settings=(
     exp_dir venv_root make_envs trainer_requirements prompt_text known_answer_jsonl server_address server_urls
@@ -326,7 +327,7 @@ set_keys() {
     credit norm_adv_by_std recipe_args overrides)
   key_3=$(key key_2 llm_path)
   key_4=$(key key_3 eval_asr_dir eval_jsonl language quality_utterances reference_audio speaker_model_dir seeds \
-    infer_batch_size infer_precision infer_lm_precision temperature top_p top_k max_new_tokens)
+    infer_batch_size infer_precision infer_lm_precision temperature top_p top_k repetition_penalty max_new_tokens)
 }
 
 main() {

@@ -117,7 +117,8 @@ infer_precision=${infer_precision:-fp32}       # of token2wav in the evaluation;
 infer_lm_precision=${infer_lm_precision:-bf16} # of the language model there; or fp32
 [[ $infer_device != cpu ]] || infer_precision=fp32 infer_lm_precision=fp32
 temperature=${temperature:-0.8} top_p=${top_p:-0.95} top_k=${top_k:-50}
-max_new_tokens=${max_new_tokens:-2048} # where the evaluation cuts an utterance
+repetition_penalty=${repetition_penalty:-1.0} # of the evaluation, on ids in prompt and response; 1.0: none
+max_new_tokens=${max_new_tokens:-2048}        # where the evaluation cuts an utterance
 
 # stage -1: everything is resumed, and skipped when it is there
 cosyvoice_url=${cosyvoice_url:-https://github.com/FunAudioLLM/CosyVoice.git}

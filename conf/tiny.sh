@@ -54,6 +54,7 @@ infer_batch_size=${infer_batch_size:-50}
 infer_precision=${infer_precision:-fp32}       # of token2wav
 infer_lm_precision=${infer_lm_precision:-fp32} # of the language model
 temperature=${temperature:-1.0} top_p=${top_p:-1.0} top_k=${top_k:--1}
+repetition_penalty=${repetition_penalty:-1.0}          # of the evaluation, on ids in prompt and response; 1.0: none
 max_new_tokens=${max_new_tokens:-$max_response_length} # where the evaluation cuts an utterance
 
 # shellcheck source=scripts/verl_cpu.sh

@@ -1,6 +1,9 @@
+import dataclasses
+
 import pytest
 import torch
 from cosyvoice.utils.common import nucleus_sampling
+from transformers import GenerationConfig
 
 from tts_grpo.generate import OFFICIAL, Sampling, _next, _warpers, generate, generate_speech_tokens
 from tts_grpo.prompts import render_prompt
@@ -145,3 +148,24 @@ def test_official_lengths(lm_with_bias, tokenizer, prompts, test_rows):
 def test_official_lengths_need_the_texts(lm, tokenizer, prompts):
     with pytest.raises(ValueError, match="pass texts"):
         generate_speech_tokens(lm, tokenizer, prompts[:1], [0], OFFICIAL)
+
+
+def test_repetition_penalty_is_transformers(lm, tokenizer):
+    """Only where it is asked for: the generation config's own must not act."""
+    prompt = tokenizer(render_prompt(tokenizer, "今天天气很好"), return_tensors="pt", add_special_tokens=False)
+    greedy = Sampling(temperature=0, max_new_tokens=40, repetition_penalty=1.3)
+    (ours,) = generate(lm, prompt["input_ids"].tolist(), [0], greedy)
+    config = GenerationConfig(
+        do_sample=False, repetition_penalty=1.3, max_new_tokens=40, pad_token_id=lm.generation_config.pad_token_id,
+        eos_token_id=lm.generation_config.eos_token_id,
+    )  # fmt: skip
+    theirs = lm.generate(**prompt, generation_config=config)[0, prompt["input_ids"].shape[1] :].tolist()
+    assert ours.token_ids == theirs
+    (plain,) = generate(lm, prompt["input_ids"].tolist(), [0], dataclasses.replace(greedy, repetition_penalty=1.0))
+    assert plain.token_ids != theirs
+    lm.generation_config.repetition_penalty = 1.3
+    try:
+        again = generate(lm, prompt["input_ids"].tolist(), [0], dataclasses.replace(greedy, repetition_penalty=1.0))
+    finally:
+        lm.generation_config.repetition_penalty = None
+    assert again == [plain]

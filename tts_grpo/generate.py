@@ -28,6 +28,9 @@ class Sampling:
         top_p: keep the likeliest tokens up to this probability; 1.0 keeps all.
         top_k: keep so many of the likeliest tokens; -1 keeps all.
         max_new_tokens: where an utterance that does not end is cut.
+        repetition_penalty: above 1, the logits of ids that the prompt or the response already has are divided by it
+            where they are positive and multiplied where they are negative (CTRL, arXiv 1909.05858), as Transformers'
+            ``generate`` does.
         repetition_window: 0, or a token that is among so many last ones is replaced by one drawn from all others:
             CosyVoice's repetition aware sampling (``ras_sampling`` in cosyvoice/utils/common.py at ace7c47, after
             VALL-E 2, arXiv 2406.05370) with tau_r = 1 / window. CosyVoice2 itself uses top_p 0.8, top_k 25, window 10.
@@ -44,6 +47,7 @@ class Sampling:
     repetition_window: int = 0
     min_token_text_ratio: float = 0.0
     max_token_text_ratio: float = 0.0
+    repetition_penalty: float = 1.0
 
     def limits(self, text_len: int | None) -> tuple[int, int]:
         """The least and the largest number of tokens of a response to a text of ``text_len`` tokens.
@@ -166,6 +170,11 @@ def _padded(prompts: Sequence[Sequence[int]], device) -> tuple[torch.Tensor, tor
     return ids.to(device), mask.to(device)
 
 
+def _penalised(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
+    """Logits (B, V) with the repetition penalty on the ids ``seen``, bool (B, V)."""
+    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
 @torch.inference_mode()
 def generate(
     model, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling,
@@ -191,17 +200,26 @@ def generate(
     uniform = _uniform_numbers(seeds, largest.tolist()).to(device) if sampling.temperature > 0 else None
     recent = torch.full((len(prompts), max(1, sampling.repetition_window)), -1, device=device)
     warpers, cache = _warpers(sampling), DynamicCache(config=model.config)
+    seen = None  # ids of prompt and response, where they count
+    if sampling.repetition_penalty != 1.0:
+        seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=device)
+        for row, prompt in zip(seen, prompts, strict=True):
+            row[list(prompt)] = True
     responses = [Response([], [], "length") for _ in prompts]
     rows = torch.arange(len(prompts), device=device)  # prompts that have not ended
     for step in range(int(largest.max())):
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         output = model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1)
         logits = output.logits[:, -1]
+        if seen is not None:
+            logits = _penalised(logits, seen, sampling.repetition_penalty)
         if sampling.min_token_text_ratio:
             logits[step < least[rows], ends[0]] = -torch.inf
         numbers = None if uniform is None else uniform[rows, :, step]
         choice, log_probs = _next(logits, warpers, recent, numbers, sampling)
         recent = torch.cat([recent[:, 1:], choice[:, None]], 1)
+        if seen is not None:
+            seen.scatter_(1, choice[:, None], True)
         ended = torch.isin(choice, ends)
         going = ~ended & (step + 1 < largest[rows])
         for row, *token in zip(*(t.tolist() for t in (rows, choice, log_probs, ended, going)), strict=True):
@@ -211,6 +229,7 @@ def generate(
             if not len(rows):
                 break
             cache.batch_select_indices(going.nonzero()[:, 0])
+            seen = None if seen is None else seen[going]
         ids, mask = choice[:, None], torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
     return responses
 

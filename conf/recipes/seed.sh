@@ -19,3 +19,4 @@ norm_adv_by_std=${norm_adv_by_std:-True}
 
 # evaluation
 infer_lm_precision=${infer_lm_precision:-fp32} infer_precision=${infer_precision:-fp16}
+repetition_penalty=${repetition_penalty:-1.1} # of Qwen's generation_config.json, which upstream's inference reads
