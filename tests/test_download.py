@@ -81,6 +81,21 @@ def test_a_missing_repository_and_missing_files_are_named(hub, name, tmp_path):
     (hub.folder / REPO / "sub/flow.pt").unlink()
     done = download(hub.url, name, tmp_path)
     assert done.returncode == 1 and "came without sub/flow.pt" in done.stderr, done.stderr[-2000:]
+    assert name == "modelscope" or "It holds config.json" in done.stderr
+
+
+def test_one_folder_of_a_repository_is_fetched_with_the_files_that_are_asked_for(hub, tmp_path):
+    folder = hub.folder / REPO / "checkpoint-5"
+    (folder / "global_step5").mkdir(parents=True)
+    for path in ("config.json", "model.safetensors", "optimizer.pt", "global_step5/config.json"):
+        (folder / path).write_bytes(b"{}")
+    done = download(
+        hub.url, "huggingface", tmp_path, "--include", "checkpoint-5/config.json", "checkpoint-5/model.safetensors",
+        "--require", "checkpoint-5/config.json", "checkpoint-5/model.safetensors",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = [p for p in (tmp_path / "out").rglob("*") if p.is_file() and ".cache" not in p.parts]
+    assert {p.name for p in found} == {"config.json", "model.safetensors", ".downloaded.json"} and len(found) == 3
 
 
 @pytest.mark.parametrize("name", ["modelscope", "huggingface"])

@@ -47,9 +47,10 @@ def shared(trainer_python, venv_root, assets, sft_checkpoint, tmp_path_factory):
         "MODELSCOPE_ENDPOINT": hub.url, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1",
         "HF_HOME": str(folder / "hf"), "MODELSCOPE_CACHE": str(folder / "ms"),
         "check_reward": "0", "num_train": "40", "num_test": "4", "train_device": "cpu", "server_devices": "cpu",
-        "server_threads": "1", "infer_device": "cpu", "server_batch_size": "4", "total_steps": "2",
-        "train_batch_size": "2", "rollout_n": "2", "micro_batch_size": "2", "max_response_length": "24",
-        "max_new_tokens": "24", "save_freq": "2", "test_freq": "2", "train_threads": "2", "quality_utterances": "3",
+        "server_instances": "1", "server_threads": "1", "infer_device": "cpu", "server_batch_size": "4",
+        "total_steps": "2", "train_batch_size": "2", "rollout_n": "2", "micro_batch_size": "2",
+        "max_response_length": "24", "max_new_tokens": "24", "save_freq": "2", "test_freq": "2", "train_threads": "2",
+        "quality_utterances": "3",
     }  # fmt: skip
     hub.close()
 
