@@ -5,10 +5,10 @@ import argparse
 import logging
 from pathlib import Path
 
-from tts_grpo.audio import save_audio
-from tts_grpo.generate import Sampling, generate_speech_tokens, load_lm
-from tts_grpo.prompts import render_prompt
-from tts_grpo.token2wav import decode, load_prompt_voice, load_token2wav
+from tts_grpo.speech.audio import save_audio
+from tts_grpo.speech.generation import Sampling, generate_speech_tokens, load_lm
+from tts_grpo.speech.token2wav import decode, load_prompt_voice, load_token2wav
+from tts_grpo.text.prompts import render_prompt
 
 logger = logging.getLogger(__name__)
 

@@ -21,9 +21,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from tts_grpo.jsonl import dump_line, numbered_rows
-from tts_grpo.prompts import chat_messages, load_tokenizer, render_prompt
-from tts_grpo.text import normalise
+from tts_grpo.text.jsonl import dump_line, numbered_rows
+from tts_grpo.text.prompts import chat_messages, load_tokenizer, render_prompt
+from tts_grpo.text.units import normalise
 
 SPLITS = ("train", "test")
 BATCH_LINES = 4096
@@ -51,7 +51,7 @@ def get_args(argv=None):
 
 
 def rows_with_progress(path: Path) -> Iterator[tuple[int, Any]]:
-    """:func:`tts_grpo.jsonl.numbered_rows`, with a progress bar in bytes."""
+    """:func:`tts_grpo.text.jsonl.numbered_rows`, with a progress bar in bytes."""
     with tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.name) as bar:
         try:
             yield from numbered_rows(path, bar.update)

@@ -12,10 +12,10 @@ import json
 import logging
 from pathlib import Path
 
-from tts_grpo import credit
-from tts_grpo.jsonl import read_jsonl, write_jsonl, write_text
-from tts_grpo.reward_client import RewardClient, RewardServerError
-from tts_grpo.tokens import parse_speech_tokens
+from tts_grpo.reward.client import RewardClient, RewardServerError
+from tts_grpo.text.jsonl import read_jsonl, write_jsonl, write_text
+from tts_grpo.text.tokens import parse_speech_tokens
+from tts_grpo.training import credit
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ async def compute_score(
         server_urls: reward servers, separated by commas or spaces.
         failure_file: file that scripts/train.py watches to stop the training. veRL itself would go on: it logs an
             exception of a rollout and trains on the others.
-        by_syllable: note the errors of each syllable too, for tts_grpo/credit.py.
+        by_syllable: note the errors of each syllable too, for tts_grpo/training/credit.py.
 
     Returns:
         ``score`` in [0, 1]; ``pinyin_error_rate``, ``num_speech_tokens`` and ``bad_rollout`` for the metrics;

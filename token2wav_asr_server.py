@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Reward server: speech tokens -> 16 kHz waveform -> transcript -> reward, behind Triton (PyTriton).
 
-Tensors: see tts_grpo/protocol.py; a second model there, token2wav, lets one hear a rollout. Each instance is a process
+Tensors: see tts_grpo/reward/protocol.py; a second model there, token2wav, lets one hear a rollout. Each instance is a process
 of its own with its own token2wav and recogniser, on a device of --devices, so that instances do not wait for each
 other's Python. Triton collects concurrent requests of one length bucket into batches and hands each to a free
 instance.
@@ -26,8 +26,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tts_grpo.protocol import MODEL_NAME, SPEECH_MODEL_NAME
-from tts_grpo.tokens import NUM_SPEECH_TOKENS
+from tts_grpo.reward.protocol import MODEL_NAME, SPEECH_MODEL_NAME
+from tts_grpo.text.tokens import NUM_SPEECH_TOKENS
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def get_args(argv=None):
     parser.add_argument("--max-batch-size", type=int, default=32, help="rollouts scored at once")
     parser.add_argument("--max-queue-delay-ms", type=float, default=10.0, help="how long a request waits for others")
     parser.add_argument("--max-queue-size", type=int, default=16384, help="waiting requests beyond this are refused")
-    parser.add_argument("--reward-curve", choices=("tanh", "exp"), default="tanh", help="see tts_grpo/metrics.py")
+    parser.add_argument("--reward-curve", choices=("tanh", "exp"), default="tanh", help="see tts_grpo/text/errors.py")
     parser.add_argument("--no-tones", dest="tones", action="store_false", help="compare pinyin without tones")
     parser.add_argument("--address", default="127.0.0.1", help="where to listen; 0.0.0.0 serves other machines")
     parser.add_argument("--http-port", type=int, default=8000, help="HTTP port")
@@ -103,9 +103,9 @@ def load_scorer(args, device: str):
     """Scorer of an instance, as the flags say."""
     import torch
 
-    from tts_grpo.asr import SenseVoice
-    from tts_grpo.scorer import RewardScorer
-    from tts_grpo.token2wav import load_prompt_voice, load_prompt_voices, load_token2wav
+    from tts_grpo.reward.scorer import RewardScorer
+    from tts_grpo.speech.asr import SenseVoice
+    from tts_grpo.speech.token2wav import load_prompt_voice, load_prompt_voices, load_token2wav
 
     if device.startswith("cuda"):
         torch.cuda.set_device(device)  # CUDA graphs are captured on the current device
@@ -267,7 +267,7 @@ def start_instances(args) -> list[Instance]:
 
 
 def bind_models(triton, instances: list[Instance], config) -> None:
-    """Give Triton the two models of tts_grpo/protocol.py."""
+    """Give Triton the two models of tts_grpo/reward/protocol.py."""
     from pytriton.model_config import Tensor
 
     tokens = [

@@ -74,7 +74,7 @@ server_threads=${server_threads:-4}                                             
 server_batch_size=${server_batch_size:-64}                                       # rollouts scored at once
 token2wav_precision=${token2wav_precision:-fp16}                                 # of the server's token2wav: fp32 (slow, exact), fp16 or bf16
 [[ $server_devices != cpu ]] || token2wav_precision=fp32
-reward_curve=${reward_curve:-exp} # or tanh, see tts_grpo/metrics.py
+reward_curve=${reward_curve:-exp} # or tanh, see tts_grpo/text/errors.py
 reward_tones=${reward_tones:-0}   # 1: tones count in the reward's pinyin error rate
 reward_voices=${reward_voices:-1} # 1: prompt_audio; N: as many recordings of AISHELL's test set, instead of a prompt_list
 aishell_voices=$workspace/data/aishell-voices-$reward_voices.jsonl
@@ -92,7 +92,7 @@ max_response_length=${max_response_length:-1024}
 learning_rate=${learning_rate:-1e-6}
 learning_rate_schedule=${learning_rate_schedule:-constant}              # constant or cosine, which ends at 0
 adam_eps=${adam_eps:-1e-8}                                              # of AdamW
-credit=${credit:-utterance}                                             # syllable: advantages where the errors are (tts_grpo/credit.py)
+credit=${credit:-utterance}                                             # syllable: advantages where the errors are (tts_grpo/training/credit.py)
 norm_adv_by_std=${norm_adv_by_std:-False}                               # True: GRPO's division by a group's deviation
 vllm_memory_share=${vllm_memory_share:-$(vllm_share "$gpu_memory_gib")} # of a GPU, for vLLM's weights and cache
 test_freq=${test_freq:-50}                                              # steps between validations
@@ -223,13 +223,13 @@ export PYTHONPATH=$cosyvoice_dir:$cosyvoice_dir/third_party/Matcha-TTS${PYTHONPA
 
 profile_env=(PYTORCH_CUDA_ALLOC_CONF=)
 profile_verl_args=(
-  actor_rollout_ref.model.external_lib=tts_grpo.verl_steps
+  actor_rollout_ref.model.external_lib=tts_grpo.training.verl_steps
   actor_rollout_ref.model.use_remove_padding=True
   actor_rollout_ref.model.use_fused_kernels=True
   actor_rollout_ref.model.enable_gradient_checkpointing=True
   +actor_rollout_ref.model.override_config.attn_implementation=sdpa
   actor_rollout_ref.rollout.name=vllm
-  +actor_rollout_ref.rollout.engine_kwargs.vllm.worker_extension_cls=tts_grpo.verl_vllm.HeadBiasExtension
+  +actor_rollout_ref.rollout.engine_kwargs.vllm.worker_extension_cls=tts_grpo.training.verl_vllm.HeadBiasExtension
   actor_rollout_ref.rollout.gpu_memory_utilization="$vllm_memory_share"
 )
 if [[ $train_device == cpu ]]; then # to try the profile with small weights

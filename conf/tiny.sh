@@ -20,7 +20,7 @@ server_instances=${server_instances:-2}    # processes on each device
 server_threads=${server_threads:-1}        # torch threads of each
 server_batch_size=${server_batch_size:-16} # rollouts scored at once
 token2wav_precision=${token2wav_precision:-fp32}
-reward_curve=${reward_curve:-tanh} # or exp, see tts_grpo/metrics.py
+reward_curve=${reward_curve:-tanh} # or exp, see tts_grpo/text/errors.py
 reward_tones=${reward_tones:-0}    # 1: tones count in the reward's pinyin error rate
 
 # GRPO (stage 2)

@@ -28,16 +28,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tts_grpo import random_weights
-from tts_grpo.asr import SenseVoice
-from tts_grpo.audio import ASR_HZ, resample_batch
-from tts_grpo.jsonl import read_jsonl
-from tts_grpo.metrics import count_errors
-from tts_grpo.reward_client import RewardClient
-from tts_grpo.scorer import RewardScorer
-from tts_grpo.text import pinyin
-from tts_grpo.token2wav import PromptVoice, load_prompt_voice, load_token2wav
-from tts_grpo.tokens import NUM_SPEECH_TOKENS, TOKEN_HZ
+from tts_grpo.reward.client import RewardClient
+from tts_grpo.reward.scorer import RewardScorer
+from tts_grpo.speech.asr import SenseVoice
+from tts_grpo.speech.audio import ASR_HZ, resample_batch
+from tts_grpo.speech.cosyvoice2 import random_weights
+from tts_grpo.speech.token2wav import PromptVoice, load_prompt_voice, load_token2wav
+from tts_grpo.text.errors import count_errors
+from tts_grpo.text.jsonl import read_jsonl
+from tts_grpo.text.tokens import NUM_SPEECH_TOKENS, TOKEN_HZ
+from tts_grpo.text.units import pinyin
 
 
 def get_args(argv=None):
@@ -147,7 +147,7 @@ class OneByOne:
     """CosyVoice's and funasr's own inference, a rollout at a time."""
 
     def __init__(self, args):
-        from tts_grpo.cosyvoice2 import CosyVoice2Token2Wav, load_modules
+        from tts_grpo.speech.cosyvoice2.token2wav import CosyVoice2Token2Wav, load_modules
 
         self.device, self.asr = args.device, SenseVoice(args.asr_dir, args.device)
         self.frontend = CosyVoice2Token2Wav(args.token2wav_dir)  # for the prompt's features alone

@@ -18,8 +18,8 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from tts_grpo.jsonl import numbered_rows
-from tts_grpo.model_folders import (
+from tts_grpo.reward.protocol import MODEL_NAME
+from tts_grpo.speech.model_folders import (
     SENSEVOICE_FILES,
     TOKEN2WAV_FILES,
     as_list,
@@ -28,7 +28,8 @@ from tts_grpo.model_folders import (
     missing_files,
     token2wav_kind,
 )
-from tts_grpo.prompts import (
+from tts_grpo.text.jsonl import numbered_rows
+from tts_grpo.text.prompts import (
     GENERATION_END,
     GENERATION_START,
     IM_END,
@@ -38,8 +39,7 @@ from tts_grpo.prompts import (
     load_tokenizer,
     render_prompt,
 )
-from tts_grpo.protocol import MODEL_NAME
-from tts_grpo.tokens import NUM_SPEECH_TOKENS, format_speech_tokens, speech_token_str
+from tts_grpo.text.tokens import NUM_SPEECH_TOKENS, format_speech_tokens, speech_token_str
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
@@ -118,7 +118,7 @@ def check_files(s: dict) -> Iterator[Finding]:
     kind = token2wav_kind(s["token2wav_dir"]) or "cosyvoice2"
     missing = missing_files(s["token2wav_dir"], TOKEN2WAV_FILES[kind])
     missing += missing_files(s["reward_asr_dir"], SENSEVOICE_FILES)
-    # the evaluation's recogniser may be of several kinds (tts_grpo/asr.py)
+    # the evaluation's recogniser may be of several kinds (tts_grpo/speech/asr.py)
     others = (Path(s[name]) for name in ("eval_asr_dir", "eval_jsonl", "prompt_audio", "prompt_list") if s[name])
     missing += [path for path in others if not path.exists()]
     yield from ((False, f"{path} is missing: bash run.sh -1 -1 brings it, or set its variable") for path in missing)
@@ -185,7 +185,7 @@ def language_model_findings(folder: Path) -> Iterator[Finding]:
 
 def head_bias_findings(folder: Path, tokenizer, vocab_size: int) -> Iterator[Finding]:
     """CosyVoice2's own model needs a bias, as its head has no outputs for text."""
-    from tts_grpo.head_bias import load_head_bias, said_ids
+    from tts_grpo.speech.head_bias import load_head_bias, said_ids
 
     try:
         bias = load_head_bias(folder, tokenizer)
@@ -220,7 +220,7 @@ def prompt_findings(tokenizer) -> Iterator[Finding]:
         return
     start = TASK_ID if SOS in prompt else GENERATION_START
     good = "你好" in prompt and (SOS in prompt or INSTRUCTION in prompt)
-    yield finding(good, f"prompt {prompt!r}", " does not hold instruction and text: see tts_grpo/prompts.py")
+    yield finding(good, f"prompt {prompt!r}", " does not hold instruction and text: see tts_grpo/text/prompts.py")
     last = tokenizer.decode(tokenizer(prompt, add_special_tokens=False)["input_ids"][-1:])
     yield finding(last == start, f"its last token is {last!r}", f": {start} is not in the vocabulary")
 

@@ -9,7 +9,7 @@ such as ``yuekai/cosyvoice2_llm``, can be trained and converted back as well. Ro
 has are not in the folder; the way back takes them from --like. Both ways are bit-equal.
 
 The weights are those of a stock Qwen2. The official head has a bias, and outputs for speech and end tokens only; both
-are in ``head_bias.safetensors`` (tts_grpo/head_bias.py says who reads it). So rollouts, training and inference have the
+are in ``head_bias.safetensors`` (tts_grpo/speech/head_bias.py says who reads it). So rollouts, training and inference have the
 official model's probabilities exactly: text ids have probability 0 whatever the weights are. The bias is not trained
 and comes back unchanged. A folder without one, such as one that CosyVoice's own recipe has trained, gets a bias of 0.
 
@@ -32,10 +32,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen2Config
 from transformers import Qwen2ForCausalLM as Qwen2
 
-from tts_grpo.head_bias import NAME as BIAS
-from tts_grpo.head_bias import UNREACHABLE, load_head_bias, save_head_bias
-from tts_grpo.prompts import COSYVOICE2_CHAT_TEMPLATE, SOS, TASK_ID
-from tts_grpo.tokens import NUM_SPEECH_TOKENS, speech_token_str
+from tts_grpo.speech.head_bias import NAME as BIAS
+from tts_grpo.speech.head_bias import UNREACHABLE, load_head_bias, save_head_bias
+from tts_grpo.text.prompts import COSYVOICE2_CHAT_TEMPLATE, SOS, TASK_ID
+from tts_grpo.text.tokens import NUM_SPEECH_TOKENS, speech_token_str
 
 TEXT_CONFIG_DIR = "CosyVoice-BlankEN"  # configuration and text tokenizer, beside llm.pt
 ENDS = ("<|eos1|>", "<|eos2|>", "<|eos3|>")

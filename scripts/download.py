@@ -13,7 +13,7 @@ import json
 import shutil
 from pathlib import Path
 
-from tts_grpo.jsonl import write_json
+from tts_grpo.text.jsonl import write_json
 
 MARKER = ".downloaded.json"
 GIB = 1 << 30

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from tts_grpo.audio import load_audio
-from tts_grpo.jsonl import read_jsonl, write_jsonl
-from tts_grpo.token2wav import load_token2wav
+from tts_grpo.speech.audio import load_audio
+from tts_grpo.speech.token2wav import load_token2wav
+from tts_grpo.text.jsonl import read_jsonl, write_jsonl
 
 
 def get_args(argv=None):

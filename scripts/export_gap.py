@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tts_grpo.asr import SenseVoice
-from tts_grpo.generate import OFFICIAL, Sampling, generate_speech_tokens, load_lm
-from tts_grpo.jsonl import read_jsonl
-from tts_grpo.metrics import pinyin_errors
-from tts_grpo.prompts import render_prompt
-from tts_grpo.token2wav import decode, load_token2wav
+from tts_grpo.speech.asr import SenseVoice
+from tts_grpo.speech.generation import OFFICIAL, Sampling, generate_speech_tokens, load_lm
+from tts_grpo.speech.token2wav import decode, load_token2wav
+from tts_grpo.text.errors import pinyin_errors
+from tts_grpo.text.jsonl import read_jsonl
+from tts_grpo.text.prompts import render_prompt
 
 NUM_DRAWS = 10_000
 ROLLOUTS = Sampling(max_new_tokens=300)

@@ -1,7 +1,7 @@
 """Merge veRL's FSDP shards into a Hugging Face folder that generates as the SFT model did.
 
 veRL's merger writes the weights; tokenizer, chat template, generation config (all end tokens) and, where the head has
-one, its bias (tts_grpo/head_bias.py) are copied from the folder that was trained (scripts/prepare_llm.py). The result
+one, its bias (tts_grpo/speech/head_bias.py) are copied from the folder that was trained (scripts/prepare_llm.py). The result
 is loaded once: a folder that does not load is an error.
 """
 
@@ -11,8 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tts_grpo.head_bias import load_head_bias, save_head_bias
-from tts_grpo.prompts import render_prompt
+from tts_grpo.speech.head_bias import load_head_bias, save_head_bias
+from tts_grpo.text.prompts import render_prompt
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",

@@ -24,7 +24,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tts_grpo.jsonl import write_jsonl
+from tts_grpo.text.jsonl import write_jsonl
 
 VOICE_COLUMNS = ("text", "audio")
 COLUMNS = ("id", "prompt_text", "target_text", "prompt_audio")

@@ -18,9 +18,9 @@ import json
 import shutil
 from pathlib import Path
 
-from tts_grpo.jsonl import write_json, write_text
-from tts_grpo.model_folders import as_list, check_llm_folder, generation_config, read_json
-from tts_grpo.prompts import load_tokenizer
+from tts_grpo.speech.model_folders import as_list, check_llm_folder, generation_config, read_json
+from tts_grpo.text.jsonl import write_json, write_text
+from tts_grpo.text.prompts import load_tokenizer
 
 REWRITTEN = ("chat_template.jinja", "tokenizer_config.json", "generation_config.json")
 

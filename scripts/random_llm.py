@@ -30,9 +30,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from tts_grpo.jsonl import write_json
-from tts_grpo.prompts import GENERATION_START, IM_END
-from tts_grpo.tokens import NUM_SPEECH_TOKENS, speech_token_str
+from tts_grpo.text.jsonl import write_json
+from tts_grpo.text.prompts import GENERATION_START, IM_END
+from tts_grpo.text.tokens import NUM_SPEECH_TOKENS, speech_token_str
 
 PAD = "<|endoftext|>"
 # Qwen2.5's special tokens, from id 151,643 on; those of the second line are ordinary words to the tokenizer.

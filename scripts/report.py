@@ -8,9 +8,9 @@ It needs what stage 4 leaves there (summary.json, eval/), and shows the curves o
 import argparse
 from pathlib import Path
 
-from tts_grpo.jsonl import write_text
-from tts_grpo.report.experiment import load_experiment
-from tts_grpo.report.page import render
+from tts_grpo.evaluation.report.experiment import load_experiment
+from tts_grpo.evaluation.report.page import render
+from tts_grpo.text.jsonl import write_text
 
 
 def get_args(argv=None):

@@ -1,6 +1,6 @@
 """Transcribe and score what infer_dist.py spoke: scores.json, utterances.jsonl, alignment.txt.
 
-Error rates by the protocols of tts_grpo/error_rates.py, and what they do not see of speech (tts_grpo/quality.py), each
+Error rates by the protocols of tts_grpo/evaluation/protocols.py, and what they do not see of speech (tts_grpo/speech/quality.py), each
 with a 95% interval over utterances. An utterance of the set without audio, or with audio that cannot be read or is not
 as long as the manifest says, is scored as all deletions and counted: it is never left out.
 """
@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tts_grpo.asr import load_asr
-from tts_grpo.audio import ASR_HZ, load_audio
-from tts_grpo.error_rates import LANGUAGES, MAIN_METRIC, METRICS, count_all, prepare_hypothesis
-from tts_grpo.jsonl import read_jsonl, write_json, write_jsonl, write_text
-from tts_grpo.metrics import align
-from tts_grpo.quality import FIGURES, CostlyFigures, cheap_figures, failed_figures, spread
-from tts_grpo.scoring import quality, rates
-from tts_grpo.text import characters, pinyin
+from tts_grpo.evaluation.aggregate import quality, rates
+from tts_grpo.evaluation.protocols import LANGUAGES, MAIN_METRIC, METRICS, count_all, prepare_hypothesis
+from tts_grpo.speech.asr import load_asr
+from tts_grpo.speech.audio import ASR_HZ, load_audio
+from tts_grpo.speech.quality import FIGURES, CostlyFigures, cheap_figures, failed_figures, spread
+from tts_grpo.text.errors import align
+from tts_grpo.text.jsonl import read_jsonl, write_json, write_jsonl, write_text
+from tts_grpo.text.units import characters, pinyin
 
 CHUNK = 256  # recordings in memory at once
 MAX_DURATION_ERROR_S = 0.05  # a recording that differs more from its manifest is another, or cut short

@@ -4,7 +4,7 @@ speech has not become worse in other ways.
     python scripts/select_checkpoint.py exp/tiny/eval/sft exp/tiny/eval/step_20 exp/tiny/eval/step_40
 
 The first folder is the baseline. A system is refused for a figure if it differs from the baseline by more than the
-figure's limit (tts_grpo/quality.py has the figures), and if the difference is more than chance at this size (95%
+figure's limit (tts_grpo/speech/quality.py has the figures), and if the difference is more than chance at this size (95%
 interval by paired bootstrap over utterances). The last line is the folder of the choice; the baseline, if all others
 are refused or none has a lower error rate.
 """
@@ -13,8 +13,8 @@ import argparse
 import json
 from pathlib import Path
 
-from tts_grpo.quality import FIGURES
-from tts_grpo.scoring import compare_quality, read_utterances
+from tts_grpo.evaluation.aggregate import compare_quality, read_utterances
+from tts_grpo.speech.quality import FIGURES
 
 # The largest change that is put up with, in the figure's unit: downwards for what should be high, upwards for what
 # should be low, both ways for the rest. "%": relative to the baseline.

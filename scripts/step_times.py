@@ -10,9 +10,9 @@ import argparse
 import statistics
 from pathlib import Path
 
-from tts_grpo.verl_log import parse_step
+from tts_grpo.training.verl_log import parse_step
 
-PARTS = {  # name -> veRL's; generation and reward_wait are ours (tts_grpo/verl_steps.py)
+PARTS = {  # name -> veRL's; generation and reward_wait are ours (tts_grpo/training/verl_steps.py)
     "generation": "timing_s/generation",
     "waiting for rewards": "timing_s/reward_wait",
     "log-probabilities": "timing_s/old_log_prob",

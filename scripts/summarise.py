@@ -1,6 +1,6 @@
 """Compare the scores of the SFT and the GRPO model: a table, and summary.json.
 
-Each difference has a 95% interval by paired bootstrap over utterances (tts_grpo/bootstrap.py) and a verdict in words.
+Each difference has a 95% interval by paired bootstrap over utterances (tts_grpo/evaluation/bootstrap.py) and a verdict in words.
 """
 
 import argparse
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tts_grpo.jsonl import read_jsonl, write_json
-from tts_grpo.scoring import compare_quality, compare_rates, read_utterances
+from tts_grpo.evaluation.aggregate import compare_quality, compare_rates, read_utterances
+from tts_grpo.text.jsonl import read_jsonl, write_json
 
 MODELS = ("sft", "grpo")
 

@@ -22,7 +22,7 @@ import threading
 import time
 from pathlib import Path
 
-from tts_grpo.verl_log import parse_step
+from tts_grpo.training.verl_log import parse_step
 
 TAIL_LINES = 40
 SWALLOWED = "Error in _run_prompt"  # verl/trainer/ppo/v1/agent_loop_tq.py, veRL 0.9.1
@@ -35,7 +35,7 @@ SHOWN = {  # veRL's name -> ours, format
     "response_length/clip_ratio": "{:.1%} cut",
     "actor/entropy_loss": "entropy {:.2f}",
     "timing_s/step": "{:.1f} s",
-    "timing_s/generation": "(rollouts {:.1f}",  # this one and the next: tts_grpo/verl_steps.py
+    "timing_s/generation": "(rollouts {:.1f}",  # this one and the next: tts_grpo/training/verl_steps.py
     "timing_s/reward_wait": "then waiting for rewards {:.1f}",
     "timing_s/update_actor": "update {:.1f})",
 }

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tts_grpo.jsonl import read_jsonl
-from tts_grpo.protocol import SPEECH_MODEL_NAME, decode_speech_response, encode_speech_request
-from tts_grpo.tokens import parse_speech_tokens
+from tts_grpo.reward.protocol import SPEECH_MODEL_NAME, decode_speech_response, encode_speech_request
+from tts_grpo.text.jsonl import read_jsonl
+from tts_grpo.text.tokens import parse_speech_tokens
 
 logger = logging.getLogger(__name__)
 

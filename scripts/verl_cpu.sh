@@ -1,14 +1,14 @@
 # shellcheck shell=bash disable=SC2034,SC2154  # run.sh's variables
-# What veRL is told to train on a CPU, with the plug-in in tts_grpo/verl_cpu. FSDP1 fails there, and nothing gains from bfloat16.
+# What veRL is told to train on a CPU, with the plug-in in tts_grpo/training/verl_cpu. FSDP1 fails there, and nothing gains from bfloat16.
 profile_env=(
-  VERL_USE_EXTERNAL_MODULES=tts_grpo.verl_cpu.platform
+  VERL_USE_EXTERNAL_MODULES=tts_grpo.training.verl_cpu.platform
   VERL_PLATFORM=cpu
   RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0
   HF_HUB_OFFLINE=1
 )
 profile_verl_args=(
   trainer.device=cpu
-  actor_rollout_ref.model.external_lib=tts_grpo.verl_cpu.rollout
+  actor_rollout_ref.model.external_lib=tts_grpo.training.verl_cpu.rollout
   actor_rollout_ref.model.use_remove_padding=True
   actor_rollout_ref.model.use_fused_kernels=True
   actor_rollout_ref.model.enable_gradient_checkpointing=False

@@ -8,7 +8,7 @@ import argparse
 import time
 from pathlib import Path
 
-from tts_grpo.jsonl import write_text
+from tts_grpo.text.jsonl import write_text
 
 EVERY_S = 3.0
 

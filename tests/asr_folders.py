@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tts_grpo.random_weights import save_cmvn, save_funasr_configs
+from tts_grpo.speech.cosyvoice2.random_weights import save_cmvn, save_funasr_configs
 
 TOKENS = ["<blank>", "<s>", "</s>", *map(chr, range(0x4E00, 0x4E00 + 8400)), "<unk>"]  # 8,404, as paraformer-zh has
 

@@ -23,14 +23,14 @@ def assets() -> Path:
 
 @pytest.fixture(scope="session")
 def token2wav(assets):
-    from tts_grpo.token2wav import load_token2wav
+    from tts_grpo.speech.token2wav import load_token2wav
 
     return load_token2wav(assets / "token2wav")
 
 
 @pytest.fixture(scope="session")
 def asr(assets):
-    from tts_grpo.asr import SenseVoice
+    from tts_grpo.speech.asr import SenseVoice
 
     return SenseVoice(assets / "asr_reward")
 
@@ -61,7 +61,7 @@ def sft_checkpoint(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def test_rows(assets) -> list[dict]:
-    from tts_grpo.jsonl import read_jsonl
+    from tts_grpo.text.jsonl import read_jsonl
 
     return read_jsonl(assets / "data" / "test.jsonl")
 

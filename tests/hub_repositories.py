@@ -18,15 +18,15 @@ import yaml
 
 from scripts.random_llm import read_ranks, vocabulary
 from tests.asr_folders import make_paraformer
-from tts_grpo.audio import load_audio
-from tts_grpo.jsonl import write_json, write_jsonl
-from tts_grpo.random_weights import (
+from tts_grpo.speech.audio import load_audio
+from tts_grpo.speech.cosyvoice2.random_weights import (
     SENSEVOICE_BPE,
     SMALL,
     make_cosyvoice2_folder,
     save_funasr_configs,
     sensevoice_config,
 )
+from tts_grpo.text.jsonl import write_json, write_jsonl
 
 COSYVOICE2 = {"modelscope": "iic/CosyVoice2-0.5B", "huggingface": "FunAudioLLM/CosyVoice2-0.5B"}
 SENSEVOICE = "iic/SenseVoiceSmall"

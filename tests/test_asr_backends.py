@@ -8,8 +8,8 @@ import sherpa_onnx
 import torch
 
 from tests.asr_folders import TOKENS, make_paraformer, make_sherpa, make_whisper
-from tts_grpo.asr import Paraformer, load_asr
-from tts_grpo.audio import load_audio
+from tts_grpo.speech.asr import Paraformer, load_asr
+from tts_grpo.speech.audio import load_audio
 
 CHARACTERS = set(TOKENS[3:-1])
 

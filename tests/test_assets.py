@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from scripts.tiny.texts import han_only
-from tts_grpo.jsonl import read_jsonl
+from tts_grpo.text.jsonl import read_jsonl
 
 
 def test_checksums(assets):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import soundfile as sf
 
-from tts_grpo.audio import load_audio, save_audio
+from tts_grpo.speech.audio import load_audio, save_audio
 
 
 def tone(rate, seconds=0.5, hz=440.0):

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from tts_grpo import bootstrap
+from tts_grpo.evaluation import bootstrap
 
 
 def parts(errors, units=10):

@@ -12,9 +12,9 @@ from transformers import AddedToken, AutoTokenizer, GenerationConfig
 from scripts import check
 from tests.conftest import ROOT, free_ports
 from tests.hub_repositories import make_cosyvoice2
-from tts_grpo.cosyvoice2 import CosyVoice2Token2Wav
-from tts_grpo.token2wav import load_token2wav
-from tts_grpo.tokens import speech_token_str
+from tts_grpo.speech.cosyvoice2.token2wav import CosyVoice2Token2Wav
+from tts_grpo.speech.token2wav import load_token2wav
+from tts_grpo.text.tokens import speech_token_str
 
 
 def run_check(**variables) -> subprocess.CompletedProcess:

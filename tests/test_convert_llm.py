@@ -30,11 +30,11 @@ from transformers import Qwen2ForCausalLM as Qwen2
 from scripts.check import language_model_findings
 from scripts.convert_llm import NUM_OUTPUTS, check_ids, main
 from tests.conftest import ROOT, free_ports
-from tts_grpo.generate import OFFICIAL, Sampling, generate, load_lm
-from tts_grpo.head_bias import UNREACHABLE, load_head_bias, over_said_ids, said_ids
-from tts_grpo.jsonl import read_jsonl
-from tts_grpo.prompts import render_prompt
-from tts_grpo.verl_cpu.log_probs import fused_linear
+from tts_grpo.speech.generation import OFFICIAL, Sampling, generate, load_lm
+from tts_grpo.speech.head_bias import UNREACHABLE, load_head_bias, over_said_ids, said_ids
+from tts_grpo.text.jsonl import read_jsonl
+from tts_grpo.text.prompts import render_prompt
+from tts_grpo.training.verl_cpu.log_probs import fused_linear
 
 TEXT, PROMPT_TEXT, PROMPT_SPEECH, SPEECH = "今天 ok\n", "早。", [3, 6560], [7, 0, 4000, 6560, 12]
 TEXT_ROWS = 320  # more than the tokenizer has tokens, as in the official model
@@ -332,8 +332,8 @@ def test_vllm_adds_the_bias(converted, monkeypatch):
     for name in ("verl", "verl.workers", "verl.workers.rollout", "verl.workers.rollout.vllm_rollout"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, "verl.workers.rollout.vllm_rollout.utils", utils)
-    monkeypatch.delitem(sys.modules, "tts_grpo.verl_vllm", raising=False)
-    from tts_grpo.verl_vllm import HeadBiasExtension
+    monkeypatch.delitem(sys.modules, "tts_grpo.training.verl_vllm", raising=False)
+    from tts_grpo.training.verl_vllm import HeadBiasExtension
 
     bias, hidden = load_head_bias(converted), torch.randn(3, 8, dtype=torch.bfloat16)
     model = Model(8, len(bias), bias=False, dtype=torch.bfloat16)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from tests.conftest import ROOT
-from tts_grpo.credit import encode, syllable_advantages
-from tts_grpo.metrics import count_errors, locate_errors
+from tts_grpo.text.errors import count_errors, locate_errors
+from tts_grpo.training.credit import encode, syllable_advantages
 
 # Three syllables that begin with tokens 0, 4 and 9.
 STARTS = (0, 4, 9)
@@ -72,8 +72,8 @@ def test_units_without_times_are_an_error():
 
 
 VERL = """
-from tts_grpo.credit import encode
-from tts_grpo.verl_steps import group_advantages
+from tts_grpo.training.credit import encode
+from tts_grpo.training.verl_steps import group_advantages
 right, wrong = encode((0, 0), (0, 2)), encode((0, 1), (0, 2))
 found = group_advantages("abab", [right, right, wrong, right], [1.0, 1.0, 0.5, 1.0], [3, 3, 4, 3], False)
 print([row.tolist() for row in found])

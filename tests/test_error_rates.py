@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from zhon.hanzi import punctuation
 
-from tts_grpo.error_rates import METRICS, count_all, pool, prepare_hypothesis
-from tts_grpo.jsonl import read_jsonl
+from tts_grpo.evaluation.protocols import METRICS, count_all, pool, prepare_hypothesis
+from tts_grpo.text.jsonl import read_jsonl
 
 NUM_UTTERANCES = 600
 

@@ -5,9 +5,9 @@ import torch
 from cosyvoice.utils.common import nucleus_sampling
 from transformers import GenerationConfig
 
-from tts_grpo.generate import OFFICIAL, Sampling, _next, _warpers, generate, generate_speech_tokens
-from tts_grpo.prompts import render_prompt
-from tts_grpo.token2wav import decode, load_prompt_voice
+from tts_grpo.speech.generation import OFFICIAL, Sampling, _next, _warpers, generate, generate_speech_tokens
+from tts_grpo.speech.token2wav import decode, load_prompt_voice
+from tts_grpo.text.prompts import render_prompt
 
 SAMPLING = Sampling(max_new_tokens=200)
 
@@ -43,8 +43,8 @@ def test_an_utterance_that_is_cut_says_so(lm, tokenizer, prompts):
 
 
 def test_zero_shot_prompting_speaks_the_text_only(lm, tokenizer, token2wav, asr, assets, test_rows):
-    from tts_grpo.jsonl import read_jsonl
-    from tts_grpo.metrics import pinyin_error_rate
+    from tts_grpo.text.errors import pinyin_error_rate
+    from tts_grpo.text.jsonl import read_jsonl
 
     row = read_jsonl(assets / "prompts" / "prompts.jsonl")[0]
     voice = load_prompt_voice(token2wav, assets / "prompts" / row["prompt_audio"], row["prompt_text"])

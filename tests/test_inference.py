@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import infer_dist
-from tts_grpo.audio import save_audio
-from tts_grpo.jsonl import read_jsonl, write_jsonl
-from tts_grpo.random_weights import make_cosyvoice2_folder
+from tts_grpo.speech.audio import save_audio
+from tts_grpo.speech.cosyvoice2.random_weights import make_cosyvoice2_folder
+from tts_grpo.text.jsonl import read_jsonl, write_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_UTTERANCES = 9

@@ -3,8 +3,8 @@ import math
 
 import pytest
 
-from tts_grpo.jsonl import numbered_rows, read_jsonl, write_jsonl
-from tts_grpo.protocol import BUCKETS, Scored, bucket, decode_response, encode_request
+from tts_grpo.reward.protocol import BUCKETS, Scored, bucket, decode_response, encode_request
+from tts_grpo.text.jsonl import numbered_rows, read_jsonl, write_jsonl
 
 
 def response(reward=0.5, error=""):

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tts_grpo import kernels
-from tts_grpo.cosyvoice2 import load_modules
-from tts_grpo.packed_flow import GAP, Row
-from tts_grpo.random_weights import make_cosyvoice2_folder
+from tts_grpo.speech.cosyvoice2 import kernels
+from tts_grpo.speech.cosyvoice2.packed_flow import GAP, Row
+from tts_grpo.speech.cosyvoice2.random_weights import make_cosyvoice2_folder
+from tts_grpo.speech.cosyvoice2.token2wav import load_modules
 
 LENS = (200, 77, 130)
 TOLERANCE = 1e-3  # of half precision, relative

@@ -3,8 +3,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from tts_grpo.verl_cpu import log_probs
-from tts_grpo.verl_cpu.log_probs import fused_linear
+from tts_grpo.training.verl_cpu import log_probs
+from tts_grpo.training.verl_cpu.log_probs import fused_linear
 
 
 def reference(hidden, weight, labels, temperature):

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from scripts import prepare_llm
 from scripts.random_llm import DEFAULT_CHAT_TEMPLATE
 from tests.conftest import ROOT
-from tts_grpo.prompts import chat_messages, load_tokenizer, render_prompt
+from tts_grpo.text.prompts import chat_messages, load_tokenizer, render_prompt
 
 # Renders as the template that the original recipe passes with each call: it adds instruction and start token itself.
 UPSTREAM_CHAT_TEMPLATE = (

@@ -1,8 +1,8 @@
 import pytest
 from transformers import AutoTokenizer
 
-from tts_grpo.prompts import COSYVOICE2_CHAT_TEMPLATE, chat_messages, render_prompt
-from tts_grpo.tokens import speech_token_str
+from tts_grpo.text.prompts import COSYVOICE2_CHAT_TEMPLATE, chat_messages, render_prompt
+from tts_grpo.text.tokens import speech_token_str
 
 EXPECTED = (
     "<|im_start|>user\nConvert the text to speech: 你好。<|im_end|>\n<|im_start|>assistant\n<|SPEECH_GENERATION_START|>"

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from tts_grpo import quality
-from tts_grpo.audio import ASR_HZ, load_audio
+from tts_grpo.speech import quality
+from tts_grpo.speech.audio import ASR_HZ, load_audio
 
 
 def tone(seconds, hz=200.0, amplitude=0.3):

@@ -17,16 +17,16 @@ import pytest
 import soundfile as sf
 
 from scripts import report, summarise
-from tts_grpo.audio import save_audio
-from tts_grpo.jsonl import read_jsonl, write_json, write_jsonl
-from tts_grpo.metrics import count_errors, pinyin_error_rate
-from tts_grpo.report import figures
-from tts_grpo.report.alignment import cells
-from tts_grpo.report.clips import band_levels
-from tts_grpo.report.experiment import Take, Utterance, load_scalars
-from tts_grpo.report.selection import select
-from tts_grpo.text import pinyin
-from tts_grpo.token2wav import decode
+from tts_grpo.evaluation.report import figures
+from tts_grpo.evaluation.report.alignment import cells
+from tts_grpo.evaluation.report.clips import band_levels
+from tts_grpo.evaluation.report.experiment import Take, Utterance, load_scalars
+from tts_grpo.evaluation.report.selection import select
+from tts_grpo.speech.audio import save_audio
+from tts_grpo.speech.token2wav import decode
+from tts_grpo.text.errors import count_errors, pinyin_error_rate
+from tts_grpo.text.jsonl import read_jsonl, write_json, write_jsonl
+from tts_grpo.text.units import pinyin
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_UTTERANCES = 14

@@ -15,12 +15,12 @@ import torch
 import reward_tts
 from tests.conftest import RewardServer
 from token2wav_asr_server import get_args, load_scorer
-from tts_grpo.jsonl import read_jsonl
-from tts_grpo.protocol import MODEL_NAME, encode_request
-from tts_grpo.reward_client import RewardClient, RewardServerError
-from tts_grpo.scorer import RewardScorer
-from tts_grpo.text import pinyin
-from tts_grpo.tokens import format_speech_tokens
+from tts_grpo.reward.client import RewardClient, RewardServerError
+from tts_grpo.reward.protocol import MODEL_NAME, encode_request
+from tts_grpo.reward.scorer import RewardScorer
+from tts_grpo.text.jsonl import read_jsonl
+from tts_grpo.text.tokens import format_speech_tokens
+from tts_grpo.text.units import pinyin
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -178,7 +178,7 @@ def test_an_instance_on_a_second_gpu_makes_it_the_current_one(monkeypatch):
     """CUDA graphs are captured there; on another GPU than the current one the capture fails."""
     chosen = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    monkeypatch.setattr("tts_grpo.token2wav.load_token2wav", lambda *_: pytest.fail(f"on {chosen}"))
+    monkeypatch.setattr("tts_grpo.speech.token2wav.load_token2wav", lambda *_: pytest.fail(f"on {chosen}"))
     args = get_args(["--token2wav-dir", "x", "--asr-dir", "y", "--devices", "cuda:1"])
     with pytest.raises(pytest.fail.Exception, match="cuda:1"):
         load_scorer(args, args.devices[0])

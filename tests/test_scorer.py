@@ -4,11 +4,11 @@ import numpy as np
 import torch
 
 from tests.hub_repositories import make_sensevoice
-from tts_grpo.asr import Heard, SenseVoice
-from tts_grpo.audio import resample, resample_batch
-from tts_grpo.jsonl import read_jsonl
-from tts_grpo.scorer import RewardScorer
-from tts_grpo.token2wav import PromptVoice
+from tts_grpo.reward.scorer import RewardScorer
+from tts_grpo.speech.asr import Heard, SenseVoice
+from tts_grpo.speech.audio import resample, resample_batch
+from tts_grpo.speech.token2wav import PromptVoice
+from tts_grpo.text.jsonl import read_jsonl
 
 
 class Spoken:

@@ -7,10 +7,10 @@ import pytest
 import soundfile as sf
 
 from scripts import score
-from tts_grpo.asr import SenseVoice
-from tts_grpo.audio import ASR_HZ, load_audio, resample, save_audio
-from tts_grpo.jsonl import read_jsonl, write_jsonl
-from tts_grpo.scoring import compare_quality, compare_rates, read_utterances
+from tts_grpo.evaluation.aggregate import compare_quality, compare_rates, read_utterances
+from tts_grpo.speech.asr import SenseVoice
+from tts_grpo.speech.audio import ASR_HZ, load_audio, resample, save_audio
+from tts_grpo.text.jsonl import read_jsonl, write_jsonl
 
 NUM_UTTERANCES = 12
 PER = "pinyin_error_rate_toneless"

@@ -1,9 +1,9 @@
 import pytest
 
 from scripts import select_checkpoint
-from tts_grpo.error_rates import METRICS
-from tts_grpo.jsonl import write_json, write_jsonl
-from tts_grpo.scoring import quality, rates
+from tts_grpo.evaluation.aggregate import quality, rates
+from tts_grpo.evaluation.protocols import METRICS
+from tts_grpo.text.jsonl import write_json, write_jsonl
 
 NUM_UTTERANCES = 40
 GOOD = {"dnsmos_ovrl": 3.0, "speech_rate": 4.0, "eos_share": 1.0}

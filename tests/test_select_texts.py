@@ -5,7 +5,7 @@ import json
 import pytest
 
 from scripts import select_texts
-from tts_grpo.jsonl import read_jsonl
+from tts_grpo.text.jsonl import read_jsonl
 
 
 def line(text, duration=3.0, language="zh"):

@@ -3,9 +3,9 @@ import json
 import pytest
 
 from scripts.summarise import main, stage_seconds, summarise, table
-from tts_grpo.error_rates import METRICS
-from tts_grpo.jsonl import write_json, write_jsonl
-from tts_grpo.scoring import quality, rates
+from tts_grpo.evaluation.aggregate import quality, rates
+from tts_grpo.evaluation.protocols import METRICS
+from tts_grpo.text.jsonl import write_json, write_jsonl
 
 
 def utterance(number, errors, mos):

@@ -4,7 +4,7 @@ import random
 import jiwer
 import pytest
 
-from tts_grpo.metrics import (
+from tts_grpo.text.errors import (
     REWARD_CURVES,
     ErrorCounts,
     align,
@@ -13,7 +13,7 @@ from tts_grpo.metrics import (
     pinyin_errors,
     reward,
 )
-from tts_grpo.text import normalise, pinyin
+from tts_grpo.text.units import normalise, pinyin
 
 
 def test_normalise():

@@ -207,8 +207,8 @@ def lay_out_corpus(assets, work_dir):
     import soundfile as sf
     from pypinyin import Style, lazy_pinyin
 
-    from tts_grpo.audio import load_audio
-    from tts_grpo.jsonl import read_jsonl
+    from tts_grpo.speech.audio import load_audio
+    from tts_grpo.text.jsonl import read_jsonl
 
     (work_dir / "audio").mkdir(parents=True)
     recordings = {path.stem: load_audio(path) for path in (assets / "recordings").glob("*.ogg")}

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from tts_grpo.audio import load_audio
-from tts_grpo.tiny_codec import FiniteScalarQuantiser, LogMel
-from tts_grpo.token2wav import (
+from tts_grpo.speech.audio import load_audio
+from tts_grpo.speech.tiny.codec import FiniteScalarQuantiser, LogMel
+from tts_grpo.speech.token2wav import (
     PromptVoice,
     choose_voice,
     decode,
@@ -100,7 +100,7 @@ def test_digits_round_trip():
 
 
 def test_prompt_voices(token2wav, assets):
-    from tts_grpo.jsonl import read_jsonl
+    from tts_grpo.text.jsonl import read_jsonl
 
     rows = read_jsonl(assets / "prompts" / "prompts.jsonl")
     assert len(rows) == 3

@@ -1,6 +1,6 @@
 import pytest
 
-from tts_grpo.tokens import NUM_SPEECH_TOKENS, format_speech_tokens, parse_speech_tokens
+from tts_grpo.text.tokens import NUM_SPEECH_TOKENS, format_speech_tokens, parse_speech_tokens
 
 
 def test_round_trip():

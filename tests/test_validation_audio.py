@@ -7,9 +7,9 @@ import pytest
 
 from scripts import train, validation_audio
 from tests.conftest import free_ports
-from tts_grpo.jsonl import write_jsonl
-from tts_grpo.metrics import pinyin_error_rate
-from tts_grpo.tokens import format_speech_tokens
+from tts_grpo.text.errors import pinyin_error_rate
+from tts_grpo.text.jsonl import write_jsonl
+from tts_grpo.text.tokens import format_speech_tokens
 
 
 def dump_of(rows, step=20) -> list[dict]:

@@ -8,7 +8,7 @@ from scripts.step_times import main
 from tests.conftest import ROOT
 
 CODE = """
-from tts_grpo.verl_steps import rollout_seconds
+from tts_grpo.training.verl_steps import rollout_seconds
 rows = [(4.0, 0.5), (1.0, 2.0), (3.5, 1.75)]
 print(rollout_seconds([{"generate_sequences": g, "compute_score": s} for g, s in rows]))
 print(rollout_seconds([{"generate_sequences": 1.0, "compute_score": 9.0}]))

@@ -15,14 +15,14 @@ import numpy as np
 import torch
 
 from scripts.tiny.stack import MAX_NEW_TOKENS, overall_error, speak
-from tts_grpo.asr import SenseVoice
-from tts_grpo.audio import ASR_HZ, load_audio
-from tts_grpo.generate import Sampling, generate_speech_tokens, load_lm
-from tts_grpo.jsonl import read_jsonl
-from tts_grpo.metrics import pinyin_error_rate
-from tts_grpo.prompts import render_prompt
-from tts_grpo.token2wav import decode, load_token2wav
-from tts_grpo.tokens import TOKEN_HZ
+from tts_grpo.speech.asr import SenseVoice
+from tts_grpo.speech.audio import ASR_HZ, load_audio
+from tts_grpo.speech.generation import Sampling, generate_speech_tokens, load_lm
+from tts_grpo.speech.token2wav import decode, load_token2wav
+from tts_grpo.text.errors import pinyin_error_rate
+from tts_grpo.text.jsonl import read_jsonl
+from tts_grpo.text.prompts import render_prompt
+from tts_grpo.text.tokens import TOKEN_HZ
 
 SEED = 0
 BATCH = 32  # of the timed decoding and recognition

@@ -16,7 +16,7 @@ import soundfile as sf
 from scipy.signal import resample_poly
 from tqdm import tqdm
 
-from tts_grpo.jsonl import read_jsonl
+from tts_grpo.text.jsonl import read_jsonl
 
 TEACHER_HZ = 24_000
 SAMPLE_RATE_HZ = 16_000

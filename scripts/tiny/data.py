@@ -10,9 +10,9 @@ import soundfile as sf
 import torch
 from pypinyin.contrib.tone_convert import to_finals_tone3, to_initials
 
-from tts_grpo.audio import ASR_HZ
-from tts_grpo.jsonl import read_jsonl, write_jsonl
-from tts_grpo.tiny_codec import SAMPLES_PER_TOKEN
+from tts_grpo.speech.audio import ASR_HZ
+from tts_grpo.speech.tiny.codec import SAMPLES_PER_TOKEN
+from tts_grpo.text.jsonl import read_jsonl, write_jsonl
 
 SHIFTS = (0, 160, 320, 480)  # samples that an utterance is begun late by, each giving other tokens
 

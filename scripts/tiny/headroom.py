@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from scripts.tiny.stack import overall_error, speak_groups
-from tts_grpo.asr import SenseVoice
-from tts_grpo.generate import load_lm
-from tts_grpo.jsonl import read_jsonl
-from tts_grpo.token2wav import load_token2wav
+from tts_grpo.speech.asr import SenseVoice
+from tts_grpo.speech.generation import load_lm
+from tts_grpo.speech.token2wav import load_token2wav
+from tts_grpo.text.jsonl import read_jsonl
 
 
 def get_args(argv=None):

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from tts_grpo.asr import SenseVoice
-from tts_grpo.generate import Sampling, generate_speech_tokens
-from tts_grpo.metrics import pinyin_error_rate, pinyin_errors
-from tts_grpo.prompts import render_prompt
-from tts_grpo.token2wav import Token2Wav, decode
+from tts_grpo.speech.asr import SenseVoice
+from tts_grpo.speech.generation import Sampling, generate_speech_tokens
+from tts_grpo.speech.token2wav import Token2Wav, decode
+from tts_grpo.text.errors import pinyin_error_rate, pinyin_errors
+from tts_grpo.text.prompts import render_prompt
 
 MAX_NEW_TOKENS = 300
 CHUNK = 64  # texts whose samples are in memory at once

@@ -21,7 +21,7 @@ from pathlib import Path
 import jieba
 from pypinyin import Style, lazy_pinyin
 
-from tts_grpo.jsonl import write_jsonl
+from tts_grpo.text.jsonl import write_jsonl
 
 HAN = "\u4e00-\u9fff"
 CLAUSE_CHARS = (6, 20)

@@ -24,8 +24,8 @@ from scripts.tiny.data import Corpus
 from scripts.tiny.pronunciation import SoundSum, reading, sound_features
 from scripts.tiny.settings import PRESETS, add_common_args, summary_writer
 from scripts.tiny.train import Log, WeightAverage, autocast, cosine, ctc_loss, greedy_ctc, set_lr
-from tts_grpo.audio import ASR_HZ
-from tts_grpo.metrics import pinyin_error_rate
+from tts_grpo.speech.audio import ASR_HZ
+from tts_grpo.text.errors import pinyin_error_rate
 
 TAGS = ("<|zh|>", "<|NEUTRAL|>", "<|Speech|>", "<|woitn|>")  # what SenseVoice writes before the text
 QUERIES = (3, 1, 2, 15)  # rows of its query embedding: Chinese, event, emotion, without inverse text normalisation

@@ -20,7 +20,8 @@ from scripts.tiny.data import SHIFTS, Corpus
 from scripts.tiny.pronunciation import SoundSum, reading, sound_features
 from scripts.tiny.settings import PRESETS, add_common_args, summary_writer
 from scripts.tiny.train import Log, WeightAverage, autocast, cosine, set_lr
-from tts_grpo.prompts import (
+from tts_grpo.speech.tiny.codec import DIMENSIONS, LEVELS
+from tts_grpo.text.prompts import (
     GENERATION_END,
     GENERATION_START,
     IM_END,
@@ -29,8 +30,7 @@ from tts_grpo.prompts import (
     LLASA_CHAT_TEMPLATE,
     render_prompt,
 )
-from tts_grpo.tiny_codec import DIMENSIONS, LEVELS
-from tts_grpo.tokens import NUM_SPEECH_TOKENS, speech_token_str
+from tts_grpo.text.tokens import NUM_SPEECH_TOKENS, speech_token_str
 
 PAD = "<|endoftext|>"
 PUNCTUATION = "，。！？、；：“”‘’（）《》…—"

@@ -20,7 +20,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from scripts.tiny.data import SHIFTS, Corpus
 from scripts.tiny.settings import PRESETS, add_common_args, summary_writer
 from scripts.tiny.train import GraphedStep, Log, WeightAverage, autocast, cosine, round_to_half, set_lr
-from tts_grpo.tiny_codec import SAMPLES_PER_TOKEN, FiniteScalarQuantiser, LogMel, TokenDecoder
+from tts_grpo.speech.tiny.codec import SAMPLES_PER_TOKEN, FiniteScalarQuantiser, LogMel, TokenDecoder
 
 CONTEXT = 16  # tokens decoded on either side of a segment, then cut away
 DECODE_BATCH = 64

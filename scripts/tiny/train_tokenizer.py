@@ -16,7 +16,7 @@ from torch import nn
 from scripts.tiny.data import SHIFTS, Corpus
 from scripts.tiny.settings import PRESETS, add_common_args, summary_writer
 from scripts.tiny.train import Log, autocast, cosine, ctc_loss, greedy_ctc, label_error_rate, round_to_half, set_lr
-from tts_grpo.tiny_codec import (
+from tts_grpo.speech.tiny.codec import (
     DIMENSIONS,
     FRAMES_PER_TOKEN,
     NUM_MELS,
@@ -27,7 +27,7 @@ from tts_grpo.tiny_codec import (
     TokenDecoder,
     length_mask,
 )
-from tts_grpo.tokens import NUM_SPEECH_TOKENS
+from tts_grpo.text.tokens import NUM_SPEECH_TOKENS
 
 ENCODE_BATCH = 128
 

@@ -1,0 +1,130 @@
+"""Protocols of error rates: how two texts become units, and how utterances become one figure.
+
+One set of transcripts is scored by all protocols of its language, so that the figures stand side by side. Before any
+of them, the hypothesis of a Chinese set is converted to simplified characters (``zhconv``, zh-cn).
+
+``seed-tts-eval``
+    github.com/BytedanceSpeech/seed-tts-eval, run_wer.py and average_wer.py at commit 95003fe. Removed from both texts
+    are the characters of ``zhon.hanzi.punctuation`` and ``string.punctuation``, except the apostrophe. Chinese: a unit
+    is a character, spaces are none, case and full-width letters count. English: a unit is a word, in lower case. The
+    rate is the MEAN OVER UTTERANCES of errors / units, each utterance counting alike (macro).
+    Recognisers: paraformer-zh through funasr; whisper-large-v3 for English.
+``cv3-eval``
+    github.com/FunAudioLLM/CV3-Eval, utils/run_wer.py at commit f3b7ed5: made from the file above, with the same rules
+    for the text, hence the same figure from the same transcripts. What differs is how Whisper is run (openai-whisper,
+    told the language). Its averaging is not in that file: taken as seed-tts-eval's, whose output format it writes.
+``cer``, the protocol ``micro`` (``wer`` for English)
+    Total errors over total units. Chinese: after github.com/FunAudioLLM/CosyVoice,
+    examples/grpo/cosyvoice2/scripts/offline-decode-files.py at commit 62d0826, and the original recipe's. Spaces and
+    the punctuation above are removed, letters made upper case, full-width letters ASCII (there some of them by hand,
+    here by NFKC). There that is done to the reference only, so that English letters, which Paraformer writes in lower
+    case and after a space, are errors: here it is done to both texts. WeNet's compute-wer.py, which later versions of
+    the original recipe run as well, is a third way: a run of letters or digits is one unit. All three agree on Chinese
+    characters. Recogniser there: sherpa-onnx-paraformer-zh-2023-09-14. English: seed-tts-eval's words.
+``pinyin_error_rate``, ``pinyin_error_rate_toneless``
+    This recipe's: total errors over total syllables, with and without tones; homophones are no errors
+    (tts_grpo/text/units.py). Chinese only.
+
+One rule is ours in all of them: an utterance of the set without usable audio is there with an empty hypothesis, all
+deletions, an error of 100%. The published scripts leave it out, so that failing on what is hard improves the score.
+"""
+
+import re
+import string
+import unicodedata
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import zhconv
+from zhon import hanzi
+
+from tts_grpo.text.errors import ErrorCounts, count_errors
+from tts_grpo.text.units import pinyin
+
+LANGUAGES = ("zh", "en")
+_PUNCTUATION = str.maketrans("", "", (hanzi.punctuation + string.punctuation).replace("'", ""))
+_BETWEEN_CHINESE = re.compile(r"(?<=[㐀-䶿一-鿿])\s+(?=[㐀-䶿一-鿿])")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One error rate of one protocol."""
+
+    title: str
+    units: Callable[[str], list[str]]
+    macro: bool  # mean over utterances; otherwise total errors over total units
+
+    @property
+    def mean(self) -> str:
+        return "macro" if self.macro else "micro"
+
+
+def seed_characters(text: str) -> list[str]:
+    """Characters without punctuation and spaces, otherwise as they are."""
+    return [c for c in text.translate(_PUNCTUATION) if not c.isspace()]
+
+
+def seed_words(text: str) -> list[str]:
+    """Words in lower case without punctuation; an apostrophe stays in its word."""
+    text = re.sub(r"\s\s+", " ", text.translate(_PUNCTUATION).lower()).strip()
+    return text.split(" ") if text else []
+
+
+def micro_characters(text: str) -> list[str]:
+    """Characters without punctuation and spaces, full-width ones as ASCII, letters in upper case."""
+    return seed_characters(unicodedata.normalize("NFKC", text).upper())
+
+
+METRICS = {
+    "zh": {
+        "seed-tts-eval": Metric("seed-tts-eval CER", seed_characters, macro=True),
+        "cv3-eval": Metric("cv3-eval CER", seed_characters, macro=True),
+        "cer": Metric("micro CER", micro_characters, macro=False),
+        "pinyin_error_rate": Metric("pinyin error rate", lambda text: pinyin(text, tones=True), macro=False),
+        "pinyin_error_rate_toneless": Metric(
+            "pinyin error rate, toneless", lambda text: pinyin(text, tones=False), macro=False
+        ),
+    },
+    "en": {
+        "seed-tts-eval": Metric("seed-tts-eval WER", seed_words, macro=True),
+        "cv3-eval": Metric("cv3-eval WER", seed_words, macro=True),
+        "wer": Metric("micro WER", seed_words, macro=False),
+    },
+}
+MAIN_METRIC = {"zh": "cer", "en": "wer"}  # whose units the alignments are of
+
+
+def prepare_hypothesis(text: str, language: str) -> str:
+    """A transcript as all metrics of the language take it.
+
+    Chinese characters are made simplified, and spaces between them, which Paraformer writes, taken out: pinyin goes by
+    words.
+    """
+    return _BETWEEN_CHINESE.sub("", zhconv.convert(text, "zh-cn")) if language == "zh" else text
+
+
+def count_all(target_text: str, hypothesis: str, language: str) -> dict[str, ErrorCounts]:
+    """Errors of one utterance by metric.
+
+    Args:
+        target_text: what should be said.
+        hypothesis: what was heard, as :func:`prepare_hypothesis` gives it; "" where there is no audio.
+        language: one of ``LANGUAGES``.
+
+    Raises:
+        ValueError: nothing is left of the target text, so that it has no error rate.
+    """
+    counts = {}
+    for name, metric in METRICS[language].items():
+        counts[name] = count_errors(metric.units(target_text), metric.units(hypothesis))
+        if counts[name].length == 0:
+            raise ValueError(f"{target_text!r} has no unit for {metric.title}: take the utterance out of the set")
+    return counts
+
+
+def pool(counts: Iterable[ErrorCounts], macro: bool) -> tuple[float, ErrorCounts]:
+    """Rate of utterances together, and their summed counts."""
+    counts = list(counts)
+    total = sum(counts, ErrorCounts())
+    return (float(np.mean([c.rate for c in counts])) if macro else total.rate), total

@@ -1,0 +1,159 @@
+"""What an experiment's folder says: summary, every utterance with all its takes, and the training's curves."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+from tts_grpo.text.jsonl import read_jsonl
+
+MODELS = ("sft", "grpo")
+MODEL_TITLES = {"sft": "SFT", "grpo": "GRPO"}
+MAIN_METRICS = ("pinyin_error_rate_toneless", "wer")  # the first that was measured leads the report
+METRIC_TITLES = {  # where the summary names none
+    "cer": "CER",
+    "pinyin_error_rate": "pinyin error rate",
+    "pinyin_error_rate_toneless": "pinyin error rate, toneless",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Take:
+    """One model saying one utterance with one seed.
+
+    Attributes:
+        audio: path, or None.
+        fault: why there is no usable audio, or None.
+        hypothesis: what the evaluation recogniser heard.
+        errors: by the main metric.
+    """
+
+    audio: Path | None
+    fault: str | None
+    hypothesis: str
+    errors: int
+    duration_s: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Utterance:
+    """One text of the test set.
+
+    Attributes:
+        length: its units by the main metric.
+        takes: by model and seed.
+        prompt_audio: path of the recording whose voice was continued, or None.
+    """
+
+    utt_id: str
+    target_text: str
+    length: int
+    takes: dict[str, dict[str, Take]]
+    prompt_audio: Path | None = None
+
+    def errors(self, model: str) -> int:
+        """Errors of a model over all seeds."""
+        return sum(take.errors for take in self.takes[model].values())
+
+    @property
+    def change(self) -> int:
+        """Errors that GRPO made more than SFT, over all seeds."""
+        return self.errors("grpo") - self.errors("sft")
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A finished experiment.
+
+    Attributes:
+        metrics: ``name -> title``, in the order to show.
+        main_metric: the one that utterances are compared by.
+        scalars: ``tag -> [(step, value)]`` of the training, empty if it left no log.
+    """
+
+    name: str
+    summary: dict
+    scores: dict[str, dict]
+    metrics: dict[str, str]
+    main_metric: str
+    utterances: list[Utterance]
+    seeds: list[str]
+    scalars: dict[str, list[tuple[int, float]]]
+
+
+def read_json(path: Path) -> dict:
+    """One JSON file of the evaluation.
+
+    Raises:
+        ValueError: it is missing.
+    """
+    if not path.exists():
+        raise ValueError(f"{path} is missing: run bash run.sh 4 4")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def load_experiment(exp_dir: Path) -> Experiment:
+    """Read an experiment's folder.
+
+    Raises:
+        ValueError: a file of the evaluation is missing, or the two models said different utterances or seeds.
+    """
+    summary = read_json(exp_dir / "summary.json")
+    scores = {model: read_json(exp_dir / "eval" / model / "scores.json") for model in MODELS}
+    titles = {name: entry["title"] for name, entry in summary.get("metrics", {}).items()} or METRIC_TITLES
+    metrics = {name: title for name, title in titles.items() if name in summary["relative_drop"]}
+    main_metric = next((name for name in MAIN_METRICS if name in metrics), None)
+    if main_metric is None:
+        raise ValueError(f"{exp_dir}/summary.json has none of {', '.join(MAIN_METRICS)}: run bash run.sh 4 4")
+    rows = {model: _rows_by_seed(exp_dir / "eval" / model) for model in MODELS}
+    utterances = _utterances(rows, main_metric)
+    return Experiment(exp_dir.resolve().name, summary, scores, metrics, main_metric, utterances, list(rows["sft"]),
+                      load_scalars(exp_dir / "tensorboard"))  # fmt: skip
+
+
+def _rows_by_seed(output_dir: Path) -> dict[str, dict[str, dict]]:
+    """``seed -> id -> line of utterances.jsonl``, its audio found in this folder, wherever it was scored."""
+    paths = sorted(output_dir.glob("seed_*/utterances.jsonl"), key=lambda path: int(path.parent.name[5:]))
+    if not paths:
+        raise ValueError(f"{output_dir}: no seed_*/utterances.jsonl: run bash run.sh 4 4")
+    by_seed = {}
+    for path in paths:
+        rows = read_jsonl(path)
+        for row in rows:
+            row["audio"] = path.parent / "wavs" / Path(row["audio"]).name if row["audio"] else None
+        by_seed[path.parent.name[5:]] = {row["id"]: row for row in rows}
+    return by_seed
+
+
+def _utterances(rows: dict[str, dict[str, dict[str, dict]]], metric: str) -> list[Utterance]:
+    said = {(seed, frozenset(by_id)) for by_seed in rows.values() for seed, by_id in by_seed.items()}
+    if len(said) != len(rows["sft"]) or rows["sft"].keys() != rows["grpo"].keys():
+        raise ValueError("SFT and GRPO were not scored on the same utterances and seeds: run force=1 bash run.sh 4 4")
+    utterances = []
+    for utt_id, row in next(iter(rows["sft"].values())).items():
+        takes = {m: {seed: _take(by_id[utt_id], metric) for seed, by_id in rows[m].items()} for m in MODELS}
+        prompt = row.get("prompt_audio")
+        length = row["errors"][metric]["length"]
+        utterances.append(Utterance(utt_id, row["target_text"], length, takes, Path(prompt) if prompt else None))
+    return utterances
+
+
+def _take(row: dict, metric: str) -> Take:
+    counts = row["errors"][metric]
+    errors = counts["substitutions"] + counts["deletions"] + counts["insertions"]
+    return Take(row["audio"], row["error"], row["hypothesis"], errors, row["duration_s"])
+
+
+def load_scalars(tensorboard_dir: Path) -> dict[str, list[tuple[int, float]]]:
+    """Scalars of TensorBoard's event files; where a resumed training went over a step again, its later value counts."""
+    if not any(tensorboard_dir.glob("*tfevents*")):
+        return {}
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = EventAccumulator(str(tensorboard_dir), size_guidance={"scalars": 0})
+    log.Reload()
+    curves = {}
+    for tag in log.Tags()["scalars"]:
+        by_step = {event.step: event.value for event in log.Scalars(tag)}
+        curves[tag] = sorted((step, value) for step, value in by_step.items() if math.isfinite(value))
+    return curves

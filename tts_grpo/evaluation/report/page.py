@@ -1,0 +1,229 @@
+"""The report's page: what is shown of an experiment, filled into page.html."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import jinja2
+import numpy as np
+
+from tts_grpo.evaluation.report import figures
+from tts_grpo.evaluation.report.alignment import cells
+from tts_grpo.evaluation.report.clips import Clip, load_clip
+from tts_grpo.evaluation.report.experiment import MODEL_TITLES, MODELS, Experiment, Take, Utterance
+from tts_grpo.evaluation.report.selection import select
+
+# Colours of the spectrograms: readable on light and on dark pages.
+RGB = {"prompt": (74, 140, 98), "sft": (92, 124, 158), "grpo": (214, 88, 38)}
+TITLES = MODEL_TITLES | {"prompt": "Prompt"}
+SEED_FIGURES = {
+    "eos_share": ("ended by end token", "{:.1%}"),
+    "tokens_per_character": ("speech tokens a character", "{:.2f}"),
+    "failed": ("utterances without usable audio, a seed", "{:.1f}"),
+}
+
+OVERVIEW = (figures.drops, figures.by_seed, figures.by_length, figures.by_kind)
+
+
+@dataclasses.dataclass(frozen=True)
+class Player:
+    """One recording to hear, or why there is none.
+
+    Attributes:
+        kind: "prompt", "sft" or "grpo".
+        width: share of the row's longest recording, in percent.
+        errors: of each seed, the played one marked; empty for a prompt.
+    """
+
+    kind: str
+    title: str
+    clip: Clip | None
+    fault: str
+    width: float
+    errors: list[tuple[str, int, bool]]
+    cells: list
+    hypothesis: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """An utterance with its players."""
+
+    utt_id: str
+    target_text: str
+    length: int
+    players: list[Player]
+
+
+def number_format(unit: str, values: list[float | None]) -> str:
+    """How to write a row's figures, all alike: shares in percent, others with four digits of the largest."""
+    if unit == "share":
+        return "z.1%"
+    largest = max((abs(value) for value in values if value), default=1.0)
+    return f"z.{min(3, max(0, 3 - math.floor(math.log10(largest))))}f"
+
+
+def error_rows(experiment: Experiment) -> list[dict]:
+    """The headline table: one row a metric."""
+    summary, rows = experiment.summary, []
+    for name, title in experiment.metrics.items():
+        drop, ci = summary["relative_drop"][name], summary["relative_drop_ci"].get(name)
+        rows.append({
+            "title": title, "main": name == experiment.main_metric,
+            "models": [_with_interval(rate["rate"], rate.get("ci"), ".2%")
+                       for rate in (experiment.scores[m]["pooled"][name] for m in MODELS)],
+            "drop": _with_interval(drop, ci, ".1%"),
+            "verdict": summary.get("verdict", {}).get(name, ""),
+        })  # fmt: skip
+    return rows
+
+
+def quality_rows(experiment: Experiment) -> list[dict]:
+    """What the error rates do not see, where it was measured."""
+    measured = {m: experiment.scores[m].get("quality", {}) for m in MODELS}
+    rows = []
+    for name, entry in measured["sft"].items():
+        if name not in measured["grpo"]:
+            continue
+        change = experiment.summary.get("quality_change", {}).get(name, {})
+        unit = entry.get("unit") or ""
+        form = number_format(unit, [measured[m][name]["value"] for m in MODELS])
+        rows.append({
+            "title": entry["title"], "model": entry.get("model") or "", "unit": "" if unit == "share" else unit,
+            "models": [_with_interval(measured[m][name]["value"], measured[m][name].get("ci"), form) for m in MODELS],
+            "change": _change(change, unit, form),
+            "verdict": change.get("verdict", ""),
+        })  # fmt: skip
+    return rows
+
+
+def _change(change: dict, unit: str, form: str) -> tuple[str, str]:
+    """A difference of two figures and its interval; of two shares, in percentage points."""
+    value, ci = change.get("difference"), change.get("ci")
+    if unit != "share" or value is None:
+        return _with_interval(value, ci, "+" + form)
+    value, interval = _with_interval(100 * value, ci and [100 * limit for limit in ci], "+z.1f")
+    return f"{value} points", interval
+
+
+def _with_interval(value: float | None, ci: list[float] | None, form: str) -> tuple[str, str]:
+    """A figure and its interval as text; "–" and "" where there is none."""
+    return "–" if value is None else f"{value:{form}}", f"{ci[0]:{form}} to {ci[1]:{form}}" if ci else ""
+
+
+def seed_rows(experiment: Experiment) -> list[tuple[str, list[str]]]:
+    """What each seed tells besides error rates, as the mean of the seeds."""
+    rows = []
+    for name, (title, form) in SEED_FIGURES.items():
+        values = [[seed[name] for seed in experiment.scores[m]["seeds"].values() if name in seed] for m in MODELS]
+        if all(values) and name not in experiment.scores["sft"].get("quality", {}):
+            rows.append((title, [form.format(np.mean(v)) for v in values]))
+    return rows
+
+
+def headline(experiment: Experiment) -> dict:
+    """The result in words and in large figures."""
+    main = experiment.main_metric
+    before, after = (experiment.scores[m]["pooled"][main]["rate"] for m in MODELS)
+    verdict = experiment.summary.get("verdict", {}).get(main, "")
+    drops, intervals = experiment.summary["relative_drop"], experiment.summary["relative_drop_ci"]
+    drop, interval = _with_interval(drops[main], intervals.get(main), ".1%")
+    return {
+        "title": _title(experiment.metrics[main], verdict, drop.lstrip("-")),
+        "before": f"{before:.2%}", "after": f"{after:.2%}", "drop": drop,
+        "interval": interval,
+        "changes": {name: sum(1 for u in experiment.utterances if (u.change > 0) - (u.change < 0) == sign)
+                    for name, sign in (("fewer", -1), ("as many", 0), ("more", 1))},
+    }  # fmt: skip
+
+
+def _title(metric: str, verdict: str, size: str) -> str:
+    """The verdict as a sentence; without a clear one, what was compared."""
+    if verdict in ("better", "worse"):
+        comma = "," if "," in metric else ""
+        return f"GRPO {'lowers' if verdict == 'better' else 'raises'} the {metric}{comma} by {size}"
+    return f"{metric[:1].upper()}{metric[1:]}: {verdict or 'before and after GRPO'}"
+
+
+def make_example(utterance: Utterance, seed: str, prompts: dict[Path, Clip | str]) -> Example:
+    """Players of one utterance, as wide as they are long."""
+    takes = {model: utterance.takes[model][seed] for model in MODELS}
+    clips = {model: _clip(take.audio, take.fault, model) for model, take in takes.items()}
+    if utterance.prompt_audio:
+        if utterance.prompt_audio not in prompts:
+            prompts[utterance.prompt_audio] = _clip(utterance.prompt_audio, None, "prompt")
+        clips = {"prompt": prompts[utterance.prompt_audio]} | clips
+    longest = max((clip.duration_s for clip in clips.values() if isinstance(clip, Clip)), default=1.0)
+    players = [_player(kind, clip, longest, utterance, seed, takes.get(kind)) for kind, clip in clips.items()]
+    return Example(utterance.utt_id, utterance.target_text, utterance.length, players)
+
+
+def _clip(audio: Path | None, fault: str | None, kind: str) -> Clip | str:
+    """A recording, or why there is none."""
+    if audio is None:
+        return fault or "no audio"
+    try:
+        return load_clip(audio, RGB[kind])
+    except ValueError as error:
+        return str(error)
+
+
+def _player(kind: str, clip: Clip | str, longest: float, utterance: Utterance, seed: str, take: Take | None) -> Player:
+    sound = clip if isinstance(clip, Clip) else None
+    errors = [(s, t.errors, s == seed) for s, t in utterance.takes[kind].items()] if take else []
+    hypothesis = take.hypothesis if take else ""
+    return Player(
+        kind, TITLES[kind], sound, clip if isinstance(clip, str) else "",
+        100 * sound.duration_s / longest if sound else 0, errors,
+        cells(utterance.target_text, hypothesis) if take else [], hypothesis,
+    )  # fmt: skip
+
+
+def provenance(experiment: Experiment) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Settings, versions and hashes, as tables of name and value."""
+    summary, scores = experiment.summary, experiment.scores["grpo"]
+    asr = scores.get("asr", {})
+    run = {
+        "git commit": summary.get("git_commit") or "outside of a checkout",
+        "evaluation recogniser": " ".join(filter(None, (asr.get("backend"), asr.get("model")))) or scores["asr_dir"],
+        "its SHA-256": asr.get("sha256") or scores.get("asr_sha256"),
+        "test set's SHA-256": scores.get("eval_set_sha256"),
+        "peak memory": f"{summary['peak_rss_gib']:.1f} GiB" if summary.get("peak_rss_gib") else None,
+    } | {f"stage {stage}": f"{seconds} s" for stage, seconds in summary.get("stage_seconds", {}).items()}  # fmt: skip
+    parts = {"Run": run, "Settings": summary.get("settings", {}), "Versions": summary.get("versions", {})}
+    known = lambda part: [(name, str(value)) for name, value in part.items() if value not in (None, "")]  # noqa: E731
+    return [(title, known(part)) for title, part in parts.items() if part]
+
+
+def recogniser(experiment: Experiment) -> str:
+    """The evaluation recogniser's name."""
+    scores = experiment.scores["grpo"]
+    return scores.get("asr", {}).get("model") or Path(scores["asr_dir"]).name
+
+
+def same_recogniser(summary: dict) -> bool:
+    """Whether the evaluation's recogniser is the reward's."""
+    settings = summary.get("settings", {})
+    return settings.get("reward_asr_dir", "") != "" and settings["reward_asr_dir"] == settings.get("eval_asr_dir")
+
+
+def render(experiment: Experiment, examples: int) -> str:
+    """The page as one HTML text."""
+    prompts: dict[Path, Clip | str] = {}
+    groups = [
+        {"title": g.title, "rule": g.rule, "examples": [make_example(u, seed, prompts) for u, seed in g.chosen]}
+        for g in select(experiment.utterances, examples)
+    ]
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )  # fmt: skip
+    return environment.get_template("page.html").render(
+        name=experiment.name, headline=headline(experiment), errors=error_rows(experiment),
+        quality=quality_rows(experiment), per_seed=seed_rows(experiment),
+        sample=experiment.scores["sft"].get("quality_sample"),
+        recogniser=recogniser(experiment), num_utterances=len(experiment.utterances), seeds=experiment.seeds,
+        overview=[p for draw in OVERVIEW for p in [draw(experiment)] if p],
+        curves=figures.curves(experiment.scalars), groups=groups, provenance=provenance(experiment),
+        language=experiment.scores["sft"].get("language", "zh"), same_recogniser=same_recogniser(experiment.summary),
+    )  # fmt: skip

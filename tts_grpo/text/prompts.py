@@ -1,0 +1,140 @@
+"""Prompts of the language model. The template belongs to the checkpoint: it is the tokenizer's chat template.
+
+Form ``llasa`` (the SFT model of the recipe and the tiny one), for a user message ``INSTRUCTION + text``::
+
+    <|im_start|>user
+    Convert the text to speech: TEXT<|im_end|>
+    <|im_start|>assistant
+    <|SPEECH_GENERATION_START|><|s_N|>...<|im_end|>
+
+The tiny model ends with ``<|SPEECH_GENERATION_END|>`` instead. The released SFT model has no such token, and it comes
+with Qwen2.5's default chat template; the recipes that use it pass the template above to each call. veRL cannot, so
+scripts/prepare_llm.py writes it into the folder that is trained, and :func:`load_tokenizer` sets it for all else.
+
+Form ``cosyvoice2`` (the official model, converted by scripts/convert_llm.py), for a user message ``text``::
+
+    <|sos|>TEXT<|task_id|><|s_N|>...<|eos1|>
+
+Zero-shot prompting puts the prompt's text before TEXT and its speech tokens at the start of the response.
+"""
+
+import re
+from pathlib import Path
+
+from tts_grpo.text.tokens import format_speech_tokens
+
+IM_START = "<|im_start|>"
+IM_END = "<|im_end|>"
+GENERATION_START = "<|SPEECH_GENERATION_START|>"
+GENERATION_END = "<|SPEECH_GENERATION_END|>"  # of the tiny model
+INSTRUCTION = "Convert the text to speech: "
+SOS = "<|sos|>"
+TASK_ID = "<|task_id|>"
+
+# veRL always asks for a generation prompt and passes no prefill, so the template itself ends with the start token.
+LLASA_CHAT_TEMPLATE = (
+    "{%- for message in messages %}{%- if message['role'] is defined %}"
+    "{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n<|SPEECH_GENERATION_START|>' }}{%- endif %}"
+)
+
+# The official model's input is sos, text, task id (Qwen2LM.inference in cosyvoice/llm/llm.py): nothing to be prompted.
+COSYVOICE2_CHAT_TEMPLATE = (
+    "{%- for message in messages %}"
+    "{%- if message['role'] == 'user' %}{{- '<|sos|>' + message['content'] + '<|task_id|>' }}"
+    "{%- elif message['role'] == 'assistant' %}{{- message['content'] }}{%- endif %}"
+    "{%- endfor %}"
+)
+
+
+_CHATML = re.compile(
+    r"(<\|im_start\|>system\n[^|]*<\|im_end\|>\n)?<\|im_start\|>user\nX<\|im_end\|>\n?(<\|im_start\|>assistant\n)?"
+)
+
+
+def speech_template(tokenizer) -> str:
+    """The chat template that renders this tokenizer's prompts in one of the two forms.
+
+    The tokenizer's own template is kept if it ends a prompt with the token that starts speech. Otherwise the tokenizer
+    must know ``<|SPEECH_GENERATION_START|>``, and its template must be ChatML (Qwen2.5's default, with its system
+    prompt, or icefall's, with which the SFT model was trained) or the one that the original recipe passes at inference
+    (mair-hub, rl-tutorial/cosyvoice_llm/infer.py): these stand for form ``llasa``.
+
+    Args:
+        tokenizer: Hugging Face tokenizer.
+
+    Raises:
+        ValueError: the template is none of these, or the vocabulary has no token that starts speech.
+    """
+    user, assistant = {"role": "user", "content": "X"}, {"role": "assistant", "content": ""}
+    if tokenizer.chat_template is not None:
+        own = tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
+        if own.endswith(GENERATION_START) or (own.startswith(SOS) and own.endswith(TASK_ID)):
+            return tokenizer.chat_template
+    if GENERATION_START not in tokenizer.get_vocab():
+        raise ValueError(
+            f"the tokenizer has neither {GENERATION_START} nor a template of the form {SOS}TEXT{TASK_ID}: this is no "
+            "language model with CosyVoice2's speech tokens"
+        )
+    if tokenizer.chat_template is None or _CHATML.fullmatch(own):
+        return LLASA_CHAT_TEMPLATE
+    answered = tokenizer.apply_chat_template([user, assistant], tokenize=False)
+    if answered == f"<|im_start|>user\n{INSTRUCTION}X<|im_end|>\n<|im_start|>assistant\n{GENERATION_START}":
+        return LLASA_CHAT_TEMPLATE
+    raise ValueError(
+        f"the tokenizer's chat template renders {own[:20]!r}...{own[-40:]!r}: it must end with {GENERATION_START}, or "
+        f"begin with {SOS} and end with {TASK_ID}, or be ChatML"
+    )
+
+
+def load_tokenizer(folder: str | Path):
+    """The tokenizer of a language model's folder, with a chat template that :func:`render_prompt` can use.
+
+    Raises:
+        ValueError: as :func:`speech_template`; the message names the folder.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    try:
+        tokenizer.chat_template = speech_template(tokenizer)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+    return tokenizer
+
+
+def _ending(tokenizer) -> str:
+    """What a prompt of the tokenizer's template ends with; by it the form is known."""
+    return TASK_ID if TASK_ID in (tokenizer.chat_template or "") else GENERATION_START
+
+
+def chat_messages(tokenizer, text: str, prompt_text: str = "") -> list[dict[str, str]]:
+    """The messages that ask for ``text`` in the form of the tokenizer's template; a prompt's text goes before it."""
+    instruction = "" if _ending(tokenizer) == TASK_ID else INSTRUCTION
+    return [{"role": "user", "content": instruction + prompt_text + text}]
+
+
+def render_prompt(tokenizer, text: str, prompt_text: str = "", prompt_speech_tokens=()) -> str:
+    """The full prompt of one utterance, as text.
+
+    Args:
+        tokenizer: Hugging Face tokenizer with a chat template.
+        text: what is to be said.
+        prompt_text: transcript of the prompt recording, or "".
+        prompt_speech_tokens: speech tokens of the prompt recording, or none.
+
+    Raises:
+        ValueError: only one of ``prompt_text`` and ``prompt_speech_tokens`` is given, or the tokenizer's template
+            has neither form.
+    """
+    if bool(prompt_text) != bool(len(prompt_speech_tokens)):
+        raise ValueError("a zero-shot prompt needs both its text and its speech tokens")
+    messages, ending = chat_messages(tokenizer, text, prompt_text), _ending(tokenizer)
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    if not prompt.endswith(ending) or (ending == TASK_ID and not prompt.startswith(SOS)):
+        raise ValueError(
+            f"the tokenizer's chat template renders {prompt[:20]!r}...{prompt[-40:]!r}: it must end with "
+            f"{GENERATION_START}, or begin with {SOS} and end with {TASK_ID} (load_tokenizer sets one that does)"
+        )
+    return prompt + format_speech_tokens(prompt_speech_tokens)

@@ -1,0 +1,7 @@
+"""veRL on a machine without a GPU, through veRL's own registries; written for veRL 0.9.1.
+
+``platform`` makes a CPU a training device (``VERL_USE_EXTERNAL_MODULES=tts_grpo.training.verl_cpu.platform``,
+``VERL_PLATFORM=cpu``); ``rollout`` generates with Transformers
+(``actor_rollout_ref.model.external_lib=tts_grpo.training.verl_cpu.rollout`` and
+``actor_rollout_ref.rollout.name=transformers_cpu``).
+"""

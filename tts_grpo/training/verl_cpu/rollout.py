@@ -1,0 +1,169 @@
+"""Rollouts by Transformers on the CPU, and veRL's FSDP engine there. Registers itself when imported.
+
+One Ray actor holds the model that speaks. It collects the requests of a step into batches; the actor worker pushes
+its weights to it after each update. What a request draws depends on the step, its prompt and which of the prompt's
+requests it is, so that a resumed training draws what an undisturbed one would have drawn.
+"""
+
+import asyncio
+import collections
+import os
+import zlib
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import ray
+import torch
+from verl.utils.device import get_device_name
+from verl.workers.rollout import base as rollout_base
+from verl.workers.rollout.base import BaseRollout
+from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry, TokenOutput
+
+from tts_grpo.speech.generation import Sampling, generate, load_lm
+from tts_grpo.training import verl_steps  # noqa: F401  # as on a GPU
+from tts_grpo.training.verl_cpu.log_probs import fused_linear
+
+NAME = "transformers_cpu"
+GATHER_S = 0.1  # requests that come within it of each other go into one batch
+# The head's weights are not pushed where the embedding is tied to them, and its bias is not trained
+NOT_PUSHED = {"lm_head.weight", "lm_head.bias"}
+
+
+class TransformersServer:
+    """Generates for token-in, token-out requests: gathers concurrent ones and continues them as one batch."""
+
+    def __init__(self, config, model_path: str):
+        # The reward server scores rollouts that have ended while the others go on: half of the cores are its.
+        torch.set_num_threads(max(1, int(os.environ["OMP_NUM_THREADS"]) // 2))
+        self.config = config
+        self.model = load_lm(model_path)[0]
+        self.global_steps = 0
+        self.waiting, self.task = [], None
+        self.times_asked = collections.Counter()
+
+    async def generate(self, prompt_ids, sampling_params, request_id, **_):
+        """One request of veRL's agent loop."""
+        prompt, params = tuple(prompt_ids), sampling_params
+        sampling = Sampling(
+            temperature=float(params.get("temperature", 1.0)), top_p=float(params.get("top_p", 1.0)),
+            top_k=int(params.get("top_k", -1)),
+            max_new_tokens=int(params.get("max_tokens") or self.config.response_length),
+        )  # fmt: skip
+        future = asyncio.get_running_loop().create_future()
+        self.waiting.append((prompt, sampling, self.seed(prompt, sampling), future))
+        if self.task is None or self.task.done():
+            self.task = asyncio.create_task(self._drain())
+        response = await future
+        return TokenOutput(
+            token_ids=response.token_ids,
+            log_probs=response.log_probs if params.get("logprobs") else None,
+            stop_reason="completed",
+            extra_fields={"global_steps": self.global_steps},
+        )
+
+    def seed(self, prompt: tuple[int, ...], sampling: Sampling) -> int:
+        """Seed of a request: of the step, the prompt, and how often it was asked in this step."""
+        key = (prompt, sampling)
+        self.times_asked[key] += 1
+        digest = zlib.crc32(np.array(prompt, np.int64).tobytes())
+        parts = [int(self.config.seed), self.global_steps, digest, self.times_asked[key]]
+        return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
+
+    async def _drain(self) -> None:
+        while self.waiting:
+            seen = -1
+            while seen != len(self.waiting):  # a step's requests come in a burst: let it end
+                seen = len(self.waiting)
+                await asyncio.sleep(GATHER_S)
+            sampling = self.waiting[0][1]
+            alike = sorted((r for r in self.waiting if r[1] == sampling), key=lambda r: (len(r[0]), r[0], r[2]))
+            batch = alike[: self.config.max_num_seqs]
+            taken = {id(request) for request in batch}
+            self.waiting = [request for request in self.waiting if id(request) not in taken]
+            prompts, seeds, futures = ([request[i] for request in batch] for i in (0, 2, 3))
+            loop = asyncio.get_running_loop()
+            answer = lambda i, response: loop.call_soon_threadsafe(futures[i].set_result, response)  # noqa: E731, B023
+            try:
+                await asyncio.to_thread(generate, self.model, prompts, seeds, sampling, answer)
+            except Exception as error:
+                for future in futures:
+                    if not future.done():
+                        future.set_exception(error)
+
+    async def update_weights(self, state: dict[str, torch.Tensor], global_steps: int | None = None) -> None:
+        """Take the trained weights.
+
+        Raises:
+            RuntimeError: names or shapes are not the model's.
+        """
+        missing, unexpected = self.model.load_state_dict(state, strict=False)
+        if unexpected or set(missing) - NOT_PUSHED:
+            raise RuntimeError(f"weights do not fit the model: missing {missing}, unexpected {unexpected}")
+        self.global_steps = self.global_steps if global_steps is None else global_steps
+        self.times_asked.clear()
+
+    async def noop(self, *args, **kwargs) -> None:
+        """Nothing to do on a CPU."""
+
+    wake_up = sleep = clear_kv_cache = release_kv_cache = resume_kv_cache = noop
+    abort_all_requests = resume_generation = start_profile = stop_profile = noop
+
+
+class TransformersReplica(RolloutReplica):
+    """Starts the server actor."""
+
+    async def launch_servers(self):
+        self._server_address = f"{NAME}_{self.replica_rank}"
+        actor = ray.remote(TransformersServer).options(
+            name=self._server_address, max_concurrency=self.max_concurrency, num_cpus=1
+        )
+        self._server_handle = actor.remote(self.config, str(Path(self.model_config.path).expanduser()))
+        self.servers = [self._server_handle]
+
+
+class TransformersAdapter(BaseRollout):
+    """Lives in the actor worker; hands the trained weights to the server."""
+
+    def __init__(self, config, model_config, device_mesh, **kwargs):
+        super().__init__(config, model_config, device_mesh)
+        self.server_name = f"{NAME}_{os.environ['RANK']}"
+
+    async def resume(self, tags):
+        pass
+
+    async def release(self):
+        pass
+
+    async def update_weights(self, weights, global_steps=None, **kwargs):
+        state = {name: tensor.detach().float().cpu().clone() for name, tensor in weights}
+        await ray.get_actor(self.server_name).update_weights.remote(state, global_steps)
+
+
+def _register_rollout() -> None:
+    rollout_base._ROLLOUT_REGISTRY[(NAME, "async")] = f"{__name__}.TransformersAdapter"
+    RolloutReplicaRegistry.register(NAME, lambda: TransformersReplica)
+
+
+def _register_engine() -> None:
+    """veRL's FSDP engine as it is, with what differs on a CPU."""
+    from verl.utils.distributed import initialize_global_process_group_ray
+    from verl.utils.experimental.torch_functional import FusedLinearForPPO
+    from verl.workers import engine_workers
+    from verl.workers.engine import EngineRegistry
+    from verl.workers.engine.fsdp import transformer_impl
+
+    # veRL asks for "cpu:gloo,<device>:<backend>", which torch rejects when the device is the CPU as well.
+    engine_workers.initialize_global_process_group_ray = partial(
+        initialize_global_process_group_ray, backend="cpu:gloo"
+    )
+    transformer_impl.load_fsdp_model_to_gpu = lambda model: None  # it is where it belongs
+    FusedLinearForPPO.forward = fused_linear
+    if "cpu" not in EngineRegistry._engines["language_model"]["fsdp"]:
+        register = EngineRegistry.register(model_type="language_model", backend=["fsdp", "fsdp2"], device="cpu")
+        register(transformer_impl.FSDPEngineWithLMHead)
+
+
+_register_rollout()
+if get_device_name() == "cpu":
+    _register_engine()
