@@ -25,7 +25,8 @@ from tqdm import tqdm
 from tts_grpo.speech import distributed
 from tts_grpo.speech.audio import save_audio
 from tts_grpo.speech.generation import LM_PRECISIONS, Sampling, generate_speech_tokens, load_lm
-from tts_grpo.speech.token2wav import decode, load_prompt_voice, load_token2wav
+from tts_grpo.speech.token2wav import decode, load_token2wav
+from tts_grpo.speech.voices import load_prompt_voice
 from tts_grpo.text.jsonl import dump_line, read_jsonl, write_json, write_jsonl
 from tts_grpo.text.prompts import render_prompt
 

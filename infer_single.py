@@ -7,7 +7,8 @@ from pathlib import Path
 
 from tts_grpo.speech.audio import save_audio
 from tts_grpo.speech.generation import Sampling, generate_speech_tokens, load_lm
-from tts_grpo.speech.token2wav import decode, load_prompt_voice, load_token2wav
+from tts_grpo.speech.token2wav import decode, load_token2wav
+from tts_grpo.speech.voices import load_prompt_voice
 from tts_grpo.text.prompts import render_prompt
 
 logger = logging.getLogger(__name__)

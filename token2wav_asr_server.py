@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Reward server: speech tokens -> 16 kHz waveform -> transcript -> reward, behind Triton (PyTriton).
 
-Tensors: see tts_grpo/reward/protocol.py; a second model there, token2wav, lets one hear a rollout. Each instance is a process
-of its own with its own token2wav and recogniser, on a device of --devices, so that instances do not wait for each
-other's Python. Triton collects concurrent requests of one length bucket into batches and hands each to a free
-instance.
+Tensors: see tts_grpo/reward/protocol.py. A second model of the server, token2wav, returns the waveform of a rollout, to
+listen to it. Each instance is a process of its own with its own token2wav and recogniser, on a device of --devices, so
+that instances do not wait for each other's Python. Triton collects concurrent requests of one length bucket into
+batches and hands each to a free instance.
 
 The server is ready only when every instance has scored a batch. If an instance dies, the server stops with an error:
 its clients then retry elsewhere or stop the training, but never see a reward that nobody measured.
@@ -60,7 +60,7 @@ def get_args(argv=None):
     parser.add_argument("--max-batch-size", type=int, default=32, help="rollouts scored at once")
     parser.add_argument("--max-queue-delay-ms", type=float, default=10.0, help="how long a request waits for others")
     parser.add_argument("--max-queue-size", type=int, default=16384, help="waiting requests beyond this are refused")
-    parser.add_argument("--reward-curve", choices=("tanh", "exp"), default="tanh", help="see tts_grpo/text/errors.py")
+    parser.add_argument("--reward-curve", choices=("tanh", "exp"), default="tanh", help="see tts_grpo/reward/curves.py")
     parser.add_argument("--no-tones", dest="tones", action="store_false", help="compare pinyin without tones")
     parser.add_argument("--address", default="127.0.0.1", help="where to listen; 0.0.0.0 serves other machines")
     parser.add_argument("--http-port", type=int, default=8000, help="HTTP port")
@@ -104,8 +104,9 @@ def load_scorer(args, device: str):
     import torch
 
     from tts_grpo.reward.scorer import RewardScorer
-    from tts_grpo.speech.asr import SenseVoice
-    from tts_grpo.speech.token2wav import load_prompt_voice, load_prompt_voices, load_token2wav
+    from tts_grpo.speech.asr.sensevoice import SenseVoice
+    from tts_grpo.speech.token2wav import load_token2wav
+    from tts_grpo.speech.voices import load_prompt_voice, load_prompt_voices
 
     if device.startswith("cuda"):
         torch.cuda.set_device(device)  # CUDA graphs are captured on the current device

@@ -30,10 +30,12 @@ import torch
 
 from tts_grpo.reward.client import RewardClient
 from tts_grpo.reward.scorer import RewardScorer
-from tts_grpo.speech.asr import SenseVoice
+from tts_grpo.speech.asr.sensevoice import SenseVoice
 from tts_grpo.speech.audio import ASR_HZ, resample_batch
 from tts_grpo.speech.cosyvoice2 import random_weights
-from tts_grpo.speech.token2wav import PromptVoice, load_prompt_voice, load_token2wav
+from tts_grpo.speech.decoder import PromptVoice
+from tts_grpo.speech.token2wav import load_token2wav
+from tts_grpo.speech.voices import load_prompt_voice
 from tts_grpo.text.errors import count_errors
 from tts_grpo.text.jsonl import read_jsonl
 from tts_grpo.text.tokens import NUM_SPEECH_TOKENS, TOKEN_HZ

@@ -9,9 +9,10 @@ such as ``yuekai/cosyvoice2_llm``, can be trained and converted back as well. Ro
 has are not in the folder; the way back takes them from --like. Both ways are bit-equal.
 
 The weights are those of a stock Qwen2. The official head has a bias, and outputs for speech and end tokens only; both
-are in ``head_bias.safetensors`` (tts_grpo/speech/head_bias.py says who reads it). So rollouts, training and inference have the
-official model's probabilities exactly: text ids have probability 0 whatever the weights are. The bias is not trained
-and comes back unchanged. A folder without one, such as one that CosyVoice's own recipe has trained, gets a bias of 0.
+are in ``head_bias.safetensors`` (tts_grpo/speech/head_bias.py says who reads it). So rollouts, training and inference
+have the official model's probabilities exactly: text ids have probability 0 whatever the weights are. The bias is not
+trained and comes back unchanged. A folder without one, such as one that CosyVoice's own recipe has trained, gets a bias
+of 0.
 
 Errors that grow on the way back to CosyVoice, causes by measurement (scripts/export_gap.py; figures in README.md):
 

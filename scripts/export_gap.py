@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tts_grpo.speech.asr import SenseVoice
+from tts_grpo.speech.asr.sensevoice import SenseVoice
 from tts_grpo.speech.generation import OFFICIAL, Sampling, generate_speech_tokens, load_lm
 from tts_grpo.speech.token2wav import decode, load_token2wav
 from tts_grpo.text.errors import pinyin_errors

@@ -1,8 +1,8 @@
 """Merge veRL's FSDP shards into a Hugging Face folder that generates as the SFT model did.
 
 veRL's merger writes the weights; tokenizer, chat template, generation config (all end tokens) and, where the head has
-one, its bias (tts_grpo/speech/head_bias.py) are copied from the folder that was trained (scripts/prepare_llm.py). The result
-is loaded once: a folder that does not load is an error.
+one, its bias (tts_grpo/speech/head_bias.py) are copied from the folder that was trained (scripts/prepare_llm.py). The
+result is loaded once: a folder that does not load is an error.
 """
 
 import argparse

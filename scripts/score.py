@@ -1,8 +1,9 @@
 """Transcribe and score what infer_dist.py spoke: scores.json, utterances.jsonl, alignment.txt.
 
-Error rates by the protocols of tts_grpo/evaluation/protocols.py, and what they do not see of speech (tts_grpo/speech/quality.py), each
-with a 95% interval over utterances. An utterance of the set without audio, or with audio that cannot be read or is not
-as long as the manifest says, is scored as all deletions and counted: it is never left out.
+Error rates by the protocols of tts_grpo/evaluation/protocols.py, and the speech-quality metrics that error rates miss
+(tts_grpo/speech/quality.py), each with a 95% interval over utterances. An utterance of the set without audio, or with
+audio that cannot be read or is not as long as the manifest says, is scored as all deletions and counted: it is never
+left out.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import torch
 
 from tts_grpo.evaluation.aggregate import quality, rates
 from tts_grpo.evaluation.protocols import LANGUAGES, MAIN_METRIC, METRICS, count_all, prepare_hypothesis
-from tts_grpo.speech.asr import load_asr
+from tts_grpo.speech.asr.loading import load_asr
 from tts_grpo.speech.audio import ASR_HZ, load_audio
 from tts_grpo.speech.quality import FIGURES, CostlyFigures, cheap_figures, failed_figures, spread
 from tts_grpo.text.errors import align

@@ -1,6 +1,7 @@
 """Compare the scores of the SFT and the GRPO model: a table, and summary.json.
 
-Each difference has a 95% interval by paired bootstrap over utterances (tts_grpo/evaluation/bootstrap.py) and a verdict in words.
+Each difference has a 95% interval by paired bootstrap over utterances (tts_grpo/evaluation/bootstrap.py) and a verdict
+in words.
 """
 
 import argparse

@@ -30,7 +30,7 @@ def token2wav(assets):
 
 @pytest.fixture(scope="session")
 def asr(assets):
-    from tts_grpo.speech.asr import SenseVoice
+    from tts_grpo.speech.asr.sensevoice import SenseVoice
 
     return SenseVoice(assets / "asr_reward")
 

@@ -6,7 +6,7 @@ import torch
 import yaml
 
 from tests.hub_repositories import make_sensevoice
-from tts_grpo.speech.asr import SenseVoice
+from tts_grpo.speech.asr.sensevoice import SenseVoice
 from tts_grpo.speech.audio import load_audio
 from tts_grpo.text.errors import pinyin_error_rate
 from tts_grpo.text.units import written_units

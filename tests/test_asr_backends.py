@@ -8,7 +8,8 @@ import sherpa_onnx
 import torch
 
 from tests.asr_folders import TOKENS, make_paraformer, make_sherpa, make_whisper
-from tts_grpo.speech.asr import Paraformer, load_asr
+from tts_grpo.speech.asr.loading import load_asr
+from tts_grpo.speech.asr.paraformer import Paraformer
 from tts_grpo.speech.audio import load_audio
 
 CHARACTERS = set(TOKENS[3:-1])

@@ -10,7 +10,8 @@ from tts_grpo.speech.cosyvoice2 import packed_flow
 from tts_grpo.speech.cosyvoice2 import token2wav as cosyvoice2
 from tts_grpo.speech.cosyvoice2.random_weights import FULL, SMALL, make_cosyvoice2_folder
 from tts_grpo.speech.cosyvoice2.token2wav import CosyVoice2Token2Wav, load_modules
-from tts_grpo.speech.token2wav import PromptVoice, load_token2wav
+from tts_grpo.speech.decoder import PromptVoice
+from tts_grpo.speech.token2wav import load_token2wav
 
 TOLERANCE = 1e-4
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]

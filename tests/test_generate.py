@@ -6,7 +6,8 @@ from cosyvoice.utils.common import nucleus_sampling
 from transformers import GenerationConfig
 
 from tts_grpo.speech.generation import OFFICIAL, Sampling, _next, _warpers, generate, generate_speech_tokens
-from tts_grpo.speech.token2wav import decode, load_prompt_voice
+from tts_grpo.speech.token2wav import decode
+from tts_grpo.speech.voices import load_prompt_voice
 from tts_grpo.text.prompts import render_prompt
 
 SAMPLING = Sampling(max_new_tokens=200)

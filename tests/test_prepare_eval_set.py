@@ -10,7 +10,7 @@ import soundfile as sf
 from scripts import encode_prompts, prepare_eval_set
 from tests.hub_repositories import CV3_EVAL, SEED_TTS, encoded, make_evaluation_sets, write_parquet
 from tts_grpo.speech.audio import load_audio
-from tts_grpo.speech.token2wav import load_prompt_voices
+from tts_grpo.speech.voices import load_prompt_voices
 from tts_grpo.text.jsonl import read_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent

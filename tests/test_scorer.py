@@ -5,9 +5,10 @@ import torch
 
 from tests.hub_repositories import make_sensevoice
 from tts_grpo.reward.scorer import RewardScorer
-from tts_grpo.speech.asr import Heard, SenseVoice
+from tts_grpo.speech.asr.recogniser import Heard
+from tts_grpo.speech.asr.sensevoice import SenseVoice
 from tts_grpo.speech.audio import resample, resample_batch
-from tts_grpo.speech.token2wav import PromptVoice
+from tts_grpo.speech.decoder import PromptVoice
 from tts_grpo.text.jsonl import read_jsonl
 
 

@@ -8,7 +8,7 @@ import soundfile as sf
 
 from scripts import score
 from tts_grpo.evaluation.aggregate import compare_quality, compare_rates, read_utterances
-from tts_grpo.speech.asr import SenseVoice
+from tts_grpo.speech.asr.sensevoice import SenseVoice
 from tts_grpo.speech.audio import ASR_HZ, load_audio, resample, save_audio
 from tts_grpo.text.jsonl import read_jsonl, write_jsonl
 

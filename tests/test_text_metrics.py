@@ -4,15 +4,8 @@ import random
 import jiwer
 import pytest
 
-from tts_grpo.text.errors import (
-    REWARD_CURVES,
-    ErrorCounts,
-    align,
-    count_errors,
-    pinyin_error_rate,
-    pinyin_errors,
-    reward,
-)
+from tts_grpo.reward.curves import REWARD_CURVES, reward
+from tts_grpo.text.errors import ErrorCounts, align, count_errors, pinyin_error_rate, pinyin_errors
 from tts_grpo.text.units import normalise, pinyin
 
 

@@ -3,15 +3,10 @@ import pytest
 import torch
 
 from tts_grpo.speech.audio import load_audio
+from tts_grpo.speech.decoder import PromptVoice
 from tts_grpo.speech.tiny.codec import FiniteScalarQuantiser, LogMel
-from tts_grpo.speech.token2wav import (
-    PromptVoice,
-    choose_voice,
-    decode,
-    load_prompt_voice,
-    load_prompt_voices,
-    load_token2wav,
-)
+from tts_grpo.speech.token2wav import decode, load_token2wav
+from tts_grpo.speech.voices import choose_voice, load_prompt_voice, load_prompt_voices
 
 TOLERANCE = 1e-4
 

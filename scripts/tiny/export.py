@@ -20,11 +20,11 @@ from safetensors.torch import save_file
 
 from scripts.tiny.settings import PRESETS, add_common_args
 from scripts.tiny.stack import overall_error, speak, speak_groups
-from tts_grpo.speech.asr import SenseVoice
+from tts_grpo.reward.curves import reward
+from tts_grpo.speech.asr.sensevoice import SenseVoice
 from tts_grpo.speech.audio import ASR_HZ, load_audio
 from tts_grpo.speech.generation import load_lm
 from tts_grpo.speech.token2wav import load_token2wav
-from tts_grpo.text.errors import reward
 from tts_grpo.text.jsonl import read_jsonl, write_jsonl
 from tts_grpo.text.tokens import NUM_SPEECH_TOKENS
 

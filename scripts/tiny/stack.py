@@ -5,9 +5,10 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from tts_grpo.speech.asr import SenseVoice
+from tts_grpo.speech.asr.sensevoice import SenseVoice
+from tts_grpo.speech.decoder import Token2Wav
 from tts_grpo.speech.generation import Sampling, generate_speech_tokens
-from tts_grpo.speech.token2wav import Token2Wav, decode
+from tts_grpo.speech.token2wav import decode
 from tts_grpo.text.errors import pinyin_error_rate, pinyin_errors
 from tts_grpo.text.prompts import render_prompt
 

@@ -7,10 +7,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tts_grpo.speech.asr import Heard, SenseVoice
+from tts_grpo.reward.curves import reward
+from tts_grpo.speech.asr.recogniser import Heard
+from tts_grpo.speech.asr.sensevoice import SenseVoice
 from tts_grpo.speech.audio import ASR_HZ, resample_batch
-from tts_grpo.speech.token2wav import PromptVoice, Token2Wav, check_finite, choose_voice
-from tts_grpo.text.errors import locate_errors, reward
+from tts_grpo.speech.decoder import PromptVoice, Token2Wav, check_finite
+from tts_grpo.speech.voices import choose_voice
+from tts_grpo.text.errors import locate_errors
 from tts_grpo.text.tokens import TOKEN_HZ, format_speech_tokens
 from tts_grpo.text.units import pinyin
 
@@ -56,7 +59,7 @@ class RewardScorer:
         token2wav: speech tokens -> waveform.
         asr: recogniser.
         tones: whether tones count.
-        curve: see :func:`tts_grpo.text.errors.reward`.
+        curve: see :func:`tts_grpo.reward.curves.reward`.
         prompt_voices: what the rollouts are spoken in, one of them each.
         seed: of the choice of one.
         voice_per: "text" chooses by ground truth, so that the rollouts of a group, which are compared with each other,

@@ -1,6 +1,5 @@
-"""Alignments, error counts and error rates of transcripts against ground truths, and the reward made of them."""
+"""Alignments, error counts and error rates of transcripts against ground truths."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,13 +7,6 @@ import numpy as np
 from rapidfuzz.distance import Levenshtein
 
 from tts_grpo.text.units import pinyin
-
-REWARD_CURVES = {
-    # The original recipe's (DESIGN: 1 - tanh(3 e)).
-    "tanh": lambda error_rate: 1.0 - math.tanh(3.0 * error_rate),
-    # Its successor's, flat near 0: exp(-12 e^1.5).
-    "exp": lambda error_rate: math.exp(-12.0 * error_rate**1.5),
-}
 
 
 @dataclass(frozen=True)
@@ -115,13 +107,3 @@ def pinyin_error_rate(ground_truths: Sequence[str], hypotheses: Sequence[str], t
     """
     pairs = zip(ground_truths, hypotheses, strict=True)
     return sum((pinyin_errors(truth, hyp, tones) for truth, hyp in pairs), ErrorCounts()).rate
-
-
-def reward(error_rate: float, curve: str = "tanh") -> float:
-    """Reward in [0, 1] of an error rate, falling from 1 at no error.
-
-    Args:
-        error_rate: pinyin error rate, 0 or more.
-        curve: name in ``REWARD_CURVES``.
-    """
-    return min(1.0, max(0.0, REWARD_CURVES[curve](error_rate)))

@@ -42,10 +42,10 @@ class Row:
         self.tiles = self._tiles(lens)
 
     def _tiles(self, lens: Sequence[int]) -> torch.Tensor:
-        """Attention's blocks in two copies of the row (tts_grpo.speech.cosyvoice2.kernels.attention), as many for each row of a size.
+        """Attention's blocks in two copies of the row (:func:`tts_grpo.speech.cosyvoice2.kernels.attention`).
 
-        Frames between utterances ask as the utterance before them does, and those behind all see nothing, so that
-        nothing is left undefined.
+        All rows of one size have the same number of blocks. Frames between utterances attend to what the utterance
+        before them attends to; frames after the last utterance attend to nothing, so that no value is undefined.
         """
         spans = [(start, start + n + GAP, start, start + n) for start, n in zip(self.starts, lens, strict=True)]
         spans.append((spans[-1][1], self.size, 0, 0))

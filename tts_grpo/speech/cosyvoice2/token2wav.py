@@ -31,8 +31,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.overrides import TorchFunctionMode
 
 from tts_grpo.speech.audio import ASR_HZ, resample
+from tts_grpo.speech.decoder import PromptVoice, check_speech_tokens, pad_speech_tokens
 from tts_grpo.speech.model_folders import TOKEN2WAV_FILES, describe, missing_files
-from tts_grpo.speech.token2wav import PromptVoice, check_speech_tokens, pad_speech_tokens
 
 NUM_STEPS = 10  # of the solver, as in CausalMaskedDiffWithXvec.inference
 MEL_PER_TOKEN = 2

@@ -1,0 +1,47 @@
+"""Paraformer and SeACo-Paraformer through funasr."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from tts_grpo.speech.asr.funasr_model import load_funasr
+from tts_grpo.speech.asr.recogniser import MIN_SAMPLES
+from tts_grpo.speech.model_folders import PARAFORMER_FILES
+
+
+class Paraformer:
+    """A recogniser of the Paraformer family (Paraformer, SeACo-Paraformer), as funasr's "paraformer-zh".
+
+    Args:
+        model_dir: folder with config.yaml, model.pt, am.mvn, tokens.json and configuration.json.
+        device: torch device.
+        batch_size: recordings decoded at once.
+
+    Raises:
+        ValueError: see :func:`load_funasr`.
+    """
+
+    def __init__(self, model_dir: str | Path, device: str = "cpu", batch_size: int = 32):
+        self.batch_size = batch_size
+        self._model = load_funasr(model_dir, device, PARAFORMER_FILES)
+
+    def transcribe(self, recordings: Sequence[np.ndarray]) -> list[str]:
+        """Transcripts of recordings, each float32 (T,) at 16 kHz; "" where nothing is heard."""
+        transcripts = [""] * len(recordings)
+        order = sorted((i for i, r in enumerate(recordings) if len(r) >= MIN_SAMPLES), key=lambda i: len(recordings[i]))
+        for first in range(0, len(order), self.batch_size):
+            batch = order[first : first + self.batch_size]
+            for i, text in zip(batch, self._decode([recordings[i] for i in batch]), strict=True):
+                transcripts[i] = text
+        return transcripts
+
+    def _decode(self, batch: list[np.ndarray]) -> list[str]:
+        results = self._model.generate(input=batch, batch_size=len(batch), cache={})
+        texts = [result.get("text", "") for result in results]
+        # Where nothing is heard in a whole batch, funasr answers once for all of it, or not at all (SeACo-Paraformer).
+        if not any(texts):
+            return [""] * len(batch)
+        if len(texts) != len(batch):
+            raise RuntimeError(f"funasr gave {len(texts)} transcripts of {len(batch)} recordings")
+        return texts
