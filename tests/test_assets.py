@@ -7,7 +7,7 @@ import subprocess
 import pytest
 import torch
 
-from scripts.tiny.texts import han_only
+from tiny_stack.texts import han_only
 from tts_grpo.text.jsonl import read_jsonl
 
 
@@ -50,7 +50,7 @@ def test_language_model_is_a_qwen2(lm):
 
 def test_figures(assets):
     """The stack is not worse than when it was shipped (times are for check.sh to print)."""
-    from scripts.tiny.check import measure
+    from tiny_stack.check import measure
 
     logging.disable(logging.INFO)
     figures = measure(assets)

@@ -1,4 +1,4 @@
-"""The parts of scripts/tiny whose mistakes training would hide, and the whole of it at smoke size."""
+"""The parts of tiny_stack whose mistakes training would hide, and the whole of it at smoke size."""
 
 import itertools
 import json
@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from scripts.tiny import texts as texts_module
-from scripts.tiny.data import Corpus, units
-from scripts.tiny.pronunciation import SoundSum, reading, sound_features
-from scripts.tiny.train import WeightAverage, greedy_ctc, label_error_rate
-from scripts.tiny.train_tokenizer import align, nearest_unit
+from tiny_stack import texts as texts_module
+from tiny_stack.data import Corpus, units
+from tiny_stack.pronunciation import SoundSum, reading, sound_features
+from tiny_stack.train import WeightAverage, greedy_ctc, label_error_rate
+from tiny_stack.train_tokenizer import align, nearest_unit
 
 
 def best_path(log_probs: np.ndarray, target: list[int]) -> list[int]:
@@ -120,7 +120,7 @@ def test_batches_hold_every_row_once_an_epoch(small_corpus):
 def test_fbank_equals_funasrs():
     from funasr.frontends.wav_frontend import WavFrontend
 
-    from scripts.tiny.train_asr import LFR_M, LFR_N, Fbank
+    from tiny_stack.train_asr import LFR_M, LFR_N, Fbank
 
     generator = torch.Generator().manual_seed(0)
     lens = torch.tensor([16000, 9999, 5600])
@@ -174,7 +174,7 @@ def test_clauses():
 
 
 def test_a_recording_that_is_missing_stops_the_packing(tmp_path):
-    from scripts.tiny.data import pack
+    from tiny_stack.data import pack
 
     (tmp_path / "texts.jsonl").write_text('{"id": "gone", "text": "好", "syllables": ["hao3"]}\n')
     with pytest.raises(SystemExit, match="gone"):
@@ -187,7 +187,7 @@ def test_smoke_run(assets, tmp_path):
     lay_out_corpus(assets, work_dir)
     environment = os.environ | {"preset": "smoke", "work_dir": str(work_dir), "python": sys.executable}
     run = subprocess.run(
-        ["bash", "scripts/tiny/run.sh", "2", "6"], env=environment, capture_output=True, text=True, timeout=600
+        ["bash", "tiny_stack/run.sh", "2", "6"], env=environment, capture_output=True, text=True, timeout=600
     )
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     figures = json.loads(run.stdout.splitlines()[-1])
@@ -227,8 +227,8 @@ def lay_out_corpus(assets, work_dir):
 
 
 def test_prompts_of_grpo_are_those_whose_rewards_differ_most(tmp_path, monkeypatch):
-    from scripts.tiny import export
-    from scripts.tiny.stack import Spoken
+    from tiny_stack import export
+    from tiny_stack.stack import Spoken
 
     # all right; one of two syllables wrong; all or nothing
     heard = {"一二": ["一二", "一二"], "三四": ["三四", "三五"], "六七": ["", "六七"]}
@@ -245,5 +245,5 @@ def test_prompts_of_grpo_are_those_whose_rewards_differ_most(tmp_path, monkeypat
 
 def test_usage_errors():
     for arguments in (["7"], ["3", "2"], ["x"], ["1", "2", "3"]):
-        run = subprocess.run(["bash", "scripts/tiny/run.sh", *arguments], capture_output=True, text=True)
+        run = subprocess.run(["bash", "tiny_stack/run.sh", *arguments], capture_output=True, text=True)
         assert run.returncode == 2 and "Usage" not in run.stdout and "speech tokenizer" in run.stderr

@@ -16,10 +16,10 @@ from tokenizers import pre_tokenizers
 from torch import nn
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from scripts.tiny.data import SHIFTS, Corpus
-from scripts.tiny.pronunciation import SoundSum, reading, sound_features
-from scripts.tiny.settings import PRESETS, add_common_args, summary_writer
-from scripts.tiny.train import Log, WeightAverage, autocast, cosine, set_lr
+from tiny_stack.data import SHIFTS, Corpus
+from tiny_stack.pronunciation import SoundSum, reading, sound_features
+from tiny_stack.settings import PRESETS, add_common_args, summary_writer
+from tiny_stack.train import Log, WeightAverage, autocast, cosine, set_lr
 from tts_grpo.speech.tiny.codec import DIMENSIONS, LEVELS
 from tts_grpo.text.prompts import (
     GENERATION_END,

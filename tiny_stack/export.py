@@ -18,8 +18,8 @@ import soundfile as sf
 import torch
 from safetensors.torch import save_file
 
-from scripts.tiny.settings import PRESETS, add_common_args
-from scripts.tiny.stack import overall_error, speak, speak_groups
+from tiny_stack.settings import PRESETS, add_common_args
+from tiny_stack.stack import overall_error, speak, speak_groups
 from tts_grpo.reward.curves import reward
 from tts_grpo.speech.asr.sensevoice import SenseVoice
 from tts_grpo.speech.audio import ASR_HZ, load_audio

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from scripts.tiny.data import SHIFTS, Corpus
-from scripts.tiny.settings import PRESETS, add_common_args, summary_writer
-from scripts.tiny.train import GraphedStep, Log, WeightAverage, autocast, cosine, round_to_half, set_lr
+from tiny_stack.data import SHIFTS, Corpus
+from tiny_stack.settings import PRESETS, add_common_args, summary_writer
+from tiny_stack.train import GraphedStep, Log, WeightAverage, autocast, cosine, round_to_half, set_lr
 from tts_grpo.speech.tiny.codec import SAMPLES_PER_TOKEN, FiniteScalarQuantiser, LogMel, TokenDecoder
 
 CONTEXT = 16  # tokens decoded on either side of a segment, then cut away

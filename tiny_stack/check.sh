@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
 # Measure the tiny stack on held-out sentences (a minute on 2 cores): a table, then one line of JSON.
 #
-#   bash scripts/tiny/check.sh
+#   bash tiny_stack/check.sh
 #
 # Variables: assets_dir (the stack), python (interpreter of the speech environment, made if there is none).
 set -euo pipefail
 
-root=$(cd "$(dirname "$0")/../.." && pwd)
+root=$(cd "$(dirname "$0")/.." && pwd)
 assets_dir=$(realpath "${assets_dir:-$root/assets/tiny}")
 cd "$root"
 if [[ -z ${python:-} ]]; then
   bash scripts/make_env.sh speech requirements-cosyvoice.txt
   python=$root/.venv/speech/bin/python
 fi
-PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} "$python" -m scripts.tiny.check --assets-dir "$assets_dir"
+PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} "$python" -m tiny_stack.check --assets-dir "$assets_dir"

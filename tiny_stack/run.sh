@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Make the tiny Mandarin speech stack from nothing: assets/tiny, which the repository carries ready-made.
 #
-#   bash scripts/tiny/run.sh [START [STOP]]      stages START to STOP; no arguments: 0 to 6
-#   preset=smoke bash scripts/tiny/run.sh        two minutes on a CPU: every part runs, none learns
+#   bash tiny_stack/run.sh [START [STOP]]      stages START to STOP; no arguments: 0 to 6
+#   preset=smoke bash tiny_stack/run.sh        two minutes on a CPU: every part runs, none learns
 #
 #   0  environment: requirements-cosyvoice.txt and the teacher's packages
 #   1  texts and corpus: the teacher says every sentence (an hour on 2 cores; resumes where it was stopped)
@@ -15,8 +15,8 @@
 # Stages 2 to 5 want a GPU (10 minutes of one H200). Variables, each with its default:
 set -euo pipefail
 
-root=$(cd "$(dirname "$0")/../.." && pwd)
-preset=${preset:-full}                       # settings of this name in scripts/tiny/settings.py
+root=$(cd "$(dirname "$0")/.." && pwd)
+preset=${preset:-full}                       # settings of this name in tiny_stack/settings.py
 work_dir=${work_dir:-$root/exp/tiny-$preset} # corpus, checkpoints, logs
 if [[ $preset == full ]]; then
   device=${device:-cuda}                      # torch device of stages 2 to 5
@@ -44,12 +44,12 @@ usage() {
 
 log_dir() { echo "$work_dir/log"; }
 
-# Become a training script of scripts.tiny, with its output also in a log file: call it in a subshell.
+# Become a training script of tiny_stack, with its output also in a log file: call it in a subshell.
 train() {
   local name=$1
   shift
   mkdir -p "$(log_dir)"
-  exec "$python" -m "scripts.tiny.$name" --work-dir "$work_dir" --preset "$preset" --device "$device" "$@" \
+  exec "$python" -m "tiny_stack.$name" --work-dir "$work_dir" --preset "$preset" --device "$device" "$@" \
     > >(tee "$(log_dir)/$name${2:+-$2}.log") 2>&1
 }
 
@@ -63,17 +63,17 @@ wait_jobs() {
 
 stage_0() {
   [[ $python == "$root/.venv/tiny/bin/python" ]] || return 0
-  bash scripts/make_env.sh tiny requirements-cosyvoice.txt scripts/tiny/requirements-corpus.txt
+  bash scripts/make_env.sh tiny requirements-cosyvoice.txt tiny_stack/requirements-corpus.txt
 }
 
 stage_1() {
-  "$python" -m scripts.tiny.texts --output "$work_dir/texts.jsonl" "${text_args[@]}"
-  "$python" -m scripts.tiny.corpus --texts "$work_dir/texts.jsonl" --output-dir "$work_dir/audio" \
+  "$python" -m tiny_stack.texts --output "$work_dir/texts.jsonl" "${text_args[@]}"
+  "$python" -m tiny_stack.corpus --texts "$work_dir/texts.jsonl" --output-dir "$work_dir/audio" \
     --num-procs "$num_procs"
 }
 
 stage_2() {
-  "$python" -m scripts.tiny.data --work-dir "$work_dir"
+  "$python" -m tiny_stack.data --work-dir "$work_dir"
   (train train_tokenizer)
 }
 
@@ -96,7 +96,7 @@ stage_4() {
 
 stage_5() { (train export --output-dir "$output_dir"); }
 
-stage_6() { assets_dir=$output_dir python=$python bash scripts/tiny/check.sh; }
+stage_6() { assets_dir=$output_dir python=$python bash tiny_stack/check.sh; }
 
 main() {
   local start=${1:-0} stop=${2:-${1:-6}} stage

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from scripts.tiny.data import SHIFTS, Corpus
-from scripts.tiny.settings import PRESETS, add_common_args, summary_writer
-from scripts.tiny.train import Log, autocast, cosine, ctc_loss, greedy_ctc, label_error_rate, round_to_half, set_lr
+from tiny_stack.data import SHIFTS, Corpus
+from tiny_stack.settings import PRESETS, add_common_args, summary_writer
+from tiny_stack.train import Log, autocast, cosine, ctc_loss, greedy_ctc, label_error_rate, round_to_half, set_lr
 from tts_grpo.speech.tiny.codec import (
     DIMENSIONS,
     FRAMES_PER_TOKEN,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from scripts.tiny.stack import overall_error, speak_groups
+from tiny_stack.stack import overall_error, speak_groups
 from tts_grpo.speech.asr.sensevoice import SenseVoice
 from tts_grpo.speech.generation import load_lm
 from tts_grpo.speech.token2wav import load_token2wav

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from scripts.tiny.stack import MAX_NEW_TOKENS, overall_error, speak
+from tiny_stack.stack import MAX_NEW_TOKENS, overall_error, speak
 from tts_grpo.speech.asr.sensevoice import SenseVoice
 from tts_grpo.speech.audio import ASR_HZ, load_audio
 from tts_grpo.speech.generation import Sampling, generate_speech_tokens, load_lm

@@ -20,10 +20,10 @@ from funasr.models.sense_voice.model import SenseVoiceSmall
 from torch import nn
 from torchaudio.compliance.kaldi import get_mel_banks
 
-from scripts.tiny.data import Corpus
-from scripts.tiny.pronunciation import SoundSum, reading, sound_features
-from scripts.tiny.settings import PRESETS, add_common_args, summary_writer
-from scripts.tiny.train import Log, WeightAverage, autocast, cosine, ctc_loss, greedy_ctc, set_lr
+from tiny_stack.data import Corpus
+from tiny_stack.pronunciation import SoundSum, reading, sound_features
+from tiny_stack.settings import PRESETS, add_common_args, summary_writer
+from tiny_stack.train import Log, WeightAverage, autocast, cosine, ctc_loss, greedy_ctc, set_lr
 from tts_grpo.speech.audio import ASR_HZ
 from tts_grpo.text.errors import pinyin_error_rate
 
