@@ -13,6 +13,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+TRAINER_SCRIPTS = {"merge", "prepare_llm", "train", "validation_audio"}  # of scripts/: run.sh calls them in the trainer
 os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels on a CPU; Triton asks when it is imported
 
 

@@ -6,9 +6,8 @@ import sys
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, TRAINER_SCRIPTS
 
-TRAINER = {"merge", "prepare_llm", "train", "validation_audio"}  # run.sh calls the others in the speech environment
 # Runs programs as Python does, in one process: most import torch, which takes seconds each time.
 RUN_ALL = """
 import os, runpy, sys
@@ -25,9 +24,9 @@ for script in sys.argv[1:]:
 
 @pytest.mark.parametrize("in_trainer", [False, True], ids=["speech", "trainer"])
 def test_programs_need_no_pythonpath(in_trainer, trainer_python, tmp_path):
-    scripts = [str(path) for path in (ROOT / "scripts").glob("*.py") if (path.stem in TRAINER) == in_trainer]
+    scripts = [str(path) for path in (ROOT / "scripts").glob("*.py") if (path.stem in TRAINER_SCRIPTS) == in_trainer]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [trainer_python if in_trainer else sys.executable, "-c", RUN_ALL, *scripts]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("usage:") == len(scripts) >= len(TRAINER)
+    assert done.stdout.count("usage:") == len(scripts) >= len(TRAINER_SCRIPTS)
