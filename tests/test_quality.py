@@ -7,6 +7,9 @@ import pytest
 
 from tts_grpo.speech import quality
 from tts_grpo.speech.audio import ASR_HZ, load_audio
+from tts_grpo.speech.nets.dnsmos import DnsMos
+from tts_grpo.speech.nets.melody import Melody
+from tts_grpo.speech.nets.speaker import Resemblyzer, Similarity, WavLm
 
 
 def tone(seconds, hz=200.0, amplitude=0.3):
@@ -53,7 +56,7 @@ def test_cheap_figures():
 
 
 def test_melody():
-    melody = quality.Melody()
+    melody = Melody()
     flat = melody.measure(tone(2.0, 220.0))
     assert flat["f0_median_hz"] == pytest.approx(220, rel=0.01)
     assert flat["f0_range_semitones"] < 0.3 and flat["f0_std_semitones"] < 0.1
@@ -67,7 +70,7 @@ def test_melody():
 def test_dnsmos_equals_the_package_and_falls_with_noise(recordings):
     from speechmos import dnsmos
 
-    mos, speech = quality.DnsMos(), np.concatenate(recordings)  # more than one window
+    mos, speech = DnsMos(), np.concatenate(recordings)  # more than one window
     assert len(speech) > 9.01 * ASR_HZ
     for recording in (recordings[0], speech):
         expected = dnsmos.run(recording, ASR_HZ)
@@ -82,7 +85,7 @@ def test_dnsmos_equals_the_package_and_falls_with_noise(recordings):
 
 def test_similarity_knows_the_voice(recordings, assets, tmp_path):
     prompts = sorted((assets / "prompts").glob("*.ogg"))
-    similarity = quality.Similarity(quality.Resemblyzer(), prompts)
+    similarity = Similarity(Resemblyzer(), prompts)
     itself = similarity.measure(load_audio(prompts[0]), str(prompts[0]))["speaker_similarity"]
     assert itself == pytest.approx(1.0, abs=1e-5)
     same = [similarity.measure(speech, None)["speaker_similarity"] for speech in recordings]
@@ -90,7 +93,7 @@ def test_similarity_knows_the_voice(recordings, assets, tmp_path):
     other = similarity.measure(slowed.astype(np.float32), None)["speaker_similarity"]  # 7 semitones deeper
     assert min(same) > 0.75 and other < min(same) - 0.1
     assert similarity.measure(quiet(1.0), None) == {"speaker_similarity": -1.0}
-    assert quality.Similarity(quality.Resemblyzer()).measure(recordings[0], None) == {}
+    assert Similarity(Resemblyzer()).measure(recordings[0], None) == {}
 
 
 def test_a_folder_of_wavlm_is_used_and_named(recordings, tmp_path):
@@ -106,17 +109,17 @@ def test_a_folder_of_wavlm_is_used_and_named(recordings, tmp_path):
     )  # fmt: skip
     WavLMForXVector(config).save_pretrained(folder)
     Wav2Vec2FeatureExtractor().save_pretrained(folder)
-    encoder = quality.WavLm(folder)
+    encoder = WavLm(folder)
     assert encoder.name == "WavLM wavlm-tiny-sv"
     assert np.linalg.norm(encoder.embed(recordings[0])) == pytest.approx(1.0, abs=1e-5)
     assert encoder.embed(quiet(1.0)) is None
     weights = load_file(folder / "model.safetensors")
     save_file({k: v for k, v in weights.items() if k != "feature_extractor.weight"}, folder / "model.safetensors")
     with pytest.raises(ValueError, match=r"missing or of another shape.*feature_extractor\.weight"):
-        quality.WavLm(folder)
+        WavLm(folder)
     WavLMForXVector(WavLMConfig(**{**config.to_dict(), "xvector_output_dim": 12})).base_model.save_pretrained(folder)
     with pytest.raises(ValueError, match="not a WavLMForXVector"):
-        quality.WavLm(folder)
+        WavLm(folder)
 
 
 def test_failures_get_the_worst_or_nothing():

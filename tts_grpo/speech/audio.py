@@ -1,12 +1,16 @@
 """Audio files and the sample rates of the recipe."""
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import soundfile as sf
-import torch
-import torch.nn.functional as F
 from scipy.signal import firwin, resample_poly
+
+if TYPE_CHECKING:  # the evaluation's tables and report need no torch, which takes seconds to import
+    import torch
 
 ASR_HZ = 16_000  # every recogniser and the speech tokenizer
 
@@ -21,6 +25,8 @@ def resample(speech: np.ndarray, from_hz: int, to_hz: int) -> np.ndarray:
 
 def resample_batch(speech: torch.Tensor, from_hz: int, to_hz: int) -> torch.Tensor:
     """As :func:`resample`, on the device of ``speech`` float32 (B, T): the same filter as one strided convolution."""
+    import torch
+
     if from_hz == to_hz:
         return speech
     up, down = (rate // np.gcd(from_hz, to_hz) for rate in (to_hz, from_hz))
@@ -29,7 +35,7 @@ def resample_batch(speech: torch.Tensor, from_hz: int, to_hz: int) -> torch.Tens
     stuffed = torch.zeros(*speech.shape, int(up), device=speech.device)
     stuffed[..., 0] = speech
     weight = torch.tensor(taps, dtype=torch.float32, device=speech.device)[None, None]
-    resampled = F.conv1d(stuffed.flatten(1)[:, None], weight, stride=int(down), padding=half)[:, 0]
+    resampled = torch.nn.functional.conv1d(stuffed.flatten(1)[:, None], weight, stride=int(down), padding=half)[:, 0]
     return resampled[:, : -(-speech.shape[1] * int(up) // int(down))]
 
 

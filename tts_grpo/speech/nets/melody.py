@@ -1,0 +1,32 @@
+"""F0: median, range and deviation."""
+
+import importlib.metadata
+
+import numpy as np
+
+from tts_grpo.speech.audio import ASR_HZ
+
+MIN_VOICED_FRAMES = 10  # of 16 ms, to say something of the melody
+
+
+class Melody:
+    """F0 by SwiftF0 (Nieradzik, arXiv:2508.18440), the network within the package swift-f0."""
+
+    def __init__(self):
+        from swift_f0 import SwiftF0
+
+        self.name = f"SwiftF0 {importlib.metadata.version('swift-f0')}"
+        self._detector = SwiftF0(threads=1, spin=False)
+
+    def measure(self, speech: np.ndarray) -> dict[str, float | None]:
+        """Median, range and deviation of F0 of a recording, float32 (T,) at 16 kHz; None with hardly any voice."""
+        found = self._detector.detect(speech, ASR_HZ, fmin=60.0, fmax=600.0)
+        f0 = found.pitch_hz[found.confidence >= 0.5]
+        if len(f0) < MIN_VOICED_FRAMES:
+            return dict.fromkeys(("f0_median_hz", "f0_range_semitones", "f0_std_semitones"))
+        low, median, high = np.percentile(f0, (5, 50, 95))
+        return {
+            "f0_median_hz": float(median),
+            "f0_range_semitones": float(12 * np.log2(high / low)),
+            "f0_std_semitones": float(np.std(12 * np.log2(f0))),
+        }
