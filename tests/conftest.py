@@ -9,10 +9,13 @@ import time
 import urllib.request
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+hypothesis.settings.register_profile("any_speed", deadline=None)  # no test depends on the machine's speed
+hypothesis.settings.load_profile("any_speed")
 os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels on a CPU; Triton asks when it is imported
 
 
