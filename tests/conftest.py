@@ -9,11 +9,14 @@ import time
 import urllib.request
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAINER_SCRIPTS = {"merge", "prepare_llm", "train", "validation_audio"}  # of scripts/: run.sh calls them in the trainer
+hypothesis.settings.register_profile("any_speed", deadline=None)  # no test depends on the machine's speed
+hypothesis.settings.load_profile("any_speed")
 os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels on a CPU; Triton asks when it is imported
 
 

@@ -463,7 +463,8 @@ def test_trains_merges_and_is_exported(kind, request, official, venv_root, asset
         "reward_asr_dir": str(assets / "asr_reward"), "http_port": http, "grpc_port": grpc, "metrics_port": metrics,
         "check_reward": "0", "train_device": "cpu", "server_devices": "cpu", "server_instances": "1",
         "server_threads": "1", "server_batch_size": "4", "num_gpus": "1", "total_steps": "2", "train_batch_size": "2",
-        "rollout_n": "2", "micro_batch_size": "4", "max_response_length": "24", "save_freq": "2", "test_freq": "2",
+        "rollout_n": "2", "mini_batch_size": "2", "micro_batch_size": "4", "max_response_length": "24",
+        "save_freq": "2", "test_freq": "2",
     }  # fmt: skip
     command = ["bash", str(ROOT / "run.sh"), "0", "3"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
