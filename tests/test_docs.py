@@ -85,7 +85,8 @@ def test_named_paths_exist(page):
 
 @page_cases
 def test_commands_name_programs_flags_and_settings_that_exist(page):
-    settings = "".join(path.read_text("utf-8") for path in [ROOT / "run.sh", *ROOT.glob("conf/**/*.sh")])
+    run_sh = (ROOT / "run.sh").read_text("utf-8")
+    settings = run_sh + "".join(path.read_text("utf-8") for path in ROOT.glob("conf/**/*.sh"))
     for command in commands(page):
         for program in re.findall(r"(?:^|[\s/])(?:bash|python|torchrun)\s(?:.*?\s)?([\w./]+\.(?:py|sh))", command):
             if "..." in program or program == "X.py":
@@ -96,6 +97,8 @@ def test_commands_name_programs_flags_and_settings_that_exist(page):
                 source = (ROOT / program).read_text("utf-8")
                 assert not [flag for flag in flags if f'"{flag}"' not in source], f"{page.name}: {command}"
         if "bash run.sh" in command:
+            flags = re.findall(r"(?<=\s)--[a-z][\w-]*", command)
+            assert not [flag for flag in flags if flag not in run_sh], f"{page.name}: {command}"
             for name in re.findall(r"(\w+)=", command.split("bash run.sh")[0]):
                 assert re.search(rf"\b{name}\b", settings), f"{page.name}: {name} is no setting: {command}"
 
