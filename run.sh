@@ -2,10 +2,11 @@
 # Train a speech language model with GRPO, stage by stage.
 #
 #   bash run.sh [--dry-run] [START [STOP]] [-- VERL_OVERRIDE...]
-#   bash run.sh --check
+#   bash run.sh --check | --settings
 #
 #   no stages: all, -1 to 5; START alone: that one. --dry-run prints the commands and runs none.
 #   --check: says in a minute all that would stop a run, and runs no stage
+#   --settings: prints all settings, their values, and where these come from
 #   VERL_OVERRIDE: veRL settings of stage 2, such as algorithm.norm_adv_by_std_in_grpo=False
 #
 #   -1  install: the speech and the trainer environment, and what the profile downloads
@@ -17,44 +18,15 @@
 #    5  one tongue-twister through the merged checkpoint
 #
 # A stage that is done with the same settings is skipped. Everything that is made is in exp/$exp_name.
-# Variables: those below, and those in conf/$profile.sh; set them there or in the environment.
-# shellcheck disable=SC2329  # stages are called by name
+# Settings: conf/settings.sh explains them all; set them in conf/$profile.sh or in the environment.
+# shellcheck disable=SC2329,SC2154  # stages are called by name; conf/settings.sh declares the settings
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=scripts/lib.sh
 source "$root/scripts/lib.sh"
 
-profile=${profile:-tiny}         # conf/$profile.sh: tiny (CPU, offline) or cosyvoice2 (GPUs)
-recipe=${recipe:-}               # conf/recipes/$recipe.sh: a published recipe, for profile=cosyvoice2
-recipe_verl_args=()              # veRL settings of the recipe
-load_recipe "$recipe" "$profile" # before all defaults: these do not replace its values
-
-exp_name=${exp_name:-${recipe:-$profile}} # name of the experiment
-exp_dir=${exp_dir:-$root/exp/$exp_name}   # its folder
-seed=${seed:-42}                          # of data order and sampling
-force=${force:-0}                         # 1: redo the stages asked for, from nothing
-base_python=${base_python:-python3}       # interpreter the environments are built on, 3.11 or 3.12
-venv_root=${venv_root:-$root/.venv}       # folder of the environments, speech and trainer
-make_envs=${make_envs:-1}                 # 0: those in venv_root are used as they are
-server_timeout_s=${server_timeout_s:-900} # longest wait for the reward server
-
-max_bad_ratio=${max_bad_ratio:-0.01}        # of unusable lines of the data (stage 0)
-server_address=${server_address:-127.0.0.1} # of the reward server; 0.0.0.0 serves other machines
-http_port=${http_port:-8000} grpc_port=${grpc_port:-8001} metrics_port=${metrics_port:-8002}
-server_urls=${server_urls:-http://127.0.0.1:$http_port} # what training talks to; several with commas
-check_reward=${check_reward:-1}                         # 0: train though real speech does not score high
-seeds=${seeds:-0 1 2 3 4}                               # of the evaluation (stage 4)
-language=${language:-zh}                                # of the evaluation set: zh or en
-reference_audio=${reference_audio:-}                    # recordings of the voice, where the set has no prompts
-speaker_model_dir=${speaker_model_dir:-}                # WavLM folder for the voice; empty: Resemblyzer
-prompt_audio=${prompt_audio:-}                          # recording whose voice speaks in stages 1 and 5
-prompt_text=${prompt_text:-}                            # its transcript
-prompt_list=${prompt_list:-}                            # instead of the two: JSONL of voices (stage 1)
-prompt_voice_per=${prompt_voice_per:-text}              # each has one of them; or rollout
-single_text=${single_text:-}                            # said in stage 5; empty: the tongue-twister
-
-dry_run=0 preflight=0
+dry_run=0 mode=run
 server_pid='' memory_pid='' beside_pids=()
 verl_overrides=()
 
@@ -152,7 +124,7 @@ stage_4() {
   score sft
   score grpo
   wait_for_all "speech could not be scored: see above"
-  run "$speech_bin/python" "$root/scripts/summarise.py" --exp-dir "$exp_dir" --settings "$(settings_json "${recorded_settings[@]}")"
+  run "$speech_bin/python" "$root/scripts/summarise.py" --exp-dir "$exp_dir" --settings "$(all_settings json)"
   run "$speech_bin/python" "$root/scripts/report.py" --exp-dir "$exp_dir"
   mark_done 4 "$key_4"
   echo "report: $exp_dir/report.html; figures: $exp_dir/summary.json; speech and alignments: $exp_dir/eval"
@@ -201,17 +173,6 @@ check_checkpoints() {
   echo "$key_2" >"$exp_dir/checkpoints/settings"
 }
 
-# settings_json NAME...: variables as JSON.
-settings_json() {
-  local name value separator='{'
-  for name; do
-    value=${!name-}
-    printf '%s"%s": "%s"' "$separator" "$name" "${value//\"/\\\"}"
-    separator=', '
-  done
-  printf '}'
-}
-
 # The most memory of the run's processes goes into the summary.
 watch_memory() {
   ((dry_run == 0)) && [[ -x $speech_bin/python ]] && ((stop >= 2)) || return 0
@@ -230,19 +191,9 @@ check_batches() {
 }
 
 configure() {
-  [[ -f $root/conf/$profile.sh ]] || { log "no profile conf/$profile.sh" && usage; }
-  # shellcheck source=conf/tiny.sh
-  source "$root/conf/$profile.sh"
-  ((preflight)) || check_batches
-  case $credit in
-  syllable) by_syllable=true ;;
-  utterance) by_syllable=false ;;
-  *) die "credit=$credit: it is syllable or utterance" ;;
-  esac
-  case $prompt_voice_per in
-  text | rollout) ;;
-  *) die "prompt_voice_per=$prompt_voice_per: it is text or rollout" ;;
-  esac
+  [[ $mode == check ]] || check_batches
+  local by_syllable=false
+  [[ $credit != syllable ]] || by_syllable=true
   # The log-probabilities of rollouts are the old policy's. If top_p or top_k cut off tokens, they are those of the
   # distribution that is left, which the trainer does not compute: then it computes the old policy's itself.
   local reuse_log_probs=False
@@ -301,33 +252,15 @@ configure() {
     hydra.run.dir="$exp_dir/log/hydra"                # its copy of the settings; the working folder by default
     trainer.val_before_train=True trainer.total_epochs=1000 trainer.total_training_steps="$total_steps"
   )
-  recorded_settings=(
-    profile recipe exp_name seed llm sft_path token2wav_dir prompt_audio prompt_list prompt_voice_per token2wav_precision
-    reward_asr_dir eval_asr_dir train_texts num_train num_test max_text_s text_excludes train_jsonl test_jsonl
-    max_prompt_length reward_curve reward_tones num_gpus num_nodes total_steps train_batch_size mini_batch_size rollout_n
-    rollout_temperature rollout_top_p rollout_top_k max_response_length learning_rate learning_rate_schedule adam_eps credit
-    norm_adv_by_std eval_strip_quotes eval_jsonl language seeds infer_precision infer_lm_precision temperature top_p top_k
-    repetition_penalty max_new_tokens recipe_args overrides
-  )
-  checked_settings=(
-    exp_dir venv_root make_envs trainer_requirements prompt_text known_answer_jsonl server_address server_urls
-    http_port grpc_port metrics_port check_reward server_devices server_instances server_gib train_device micro_batch_size
-    vllm_memory_share max_checkpoints ray_address
-  )
 }
 
 # What each stage depends on, told anew before each: stage -1 may bring the files whose content counts.
+# shellcheck disable=SC2046 # names have no spaces
 set_keys() {
-  # shellcheck disable=SC2034  # read by name
-  overrides=${verl_overrides[*]-} recipe_args=${recipe_verl_args[*]-}
-  key_0=$(key train_jsonl test_jsonl sft_path max_prompt_length max_bad_ratio)
-  key_2=$(key key_0 seed token2wav_dir prompt_audio prompt_list prompt_voice_per token2wav_precision reward_asr_dir \
-    reward_curve reward_tones num_gpus num_nodes total_steps train_batch_size mini_batch_size rollout_n \
-    rollout_temperature rollout_top_p rollout_top_k max_response_length learning_rate learning_rate_schedule adam_eps \
-    credit norm_adv_by_std recipe_args overrides)
-  key_3=$(key key_2 llm_path)
-  key_4=$(key key_3 eval_asr_dir eval_jsonl language quality_utterances reference_audio speaker_model_dir seeds \
-    infer_batch_size infer_precision infer_lm_precision temperature top_p top_k repetition_penalty max_new_tokens)
+  key_0=$(key $(settings_of 0))
+  key_2=$(key key_0 $(settings_of 2))
+  key_3=$(key key_2 $(settings_of 3))
+  key_4=$(key key_3 $(settings_of 4) $(settings_of 4s))
 }
 
 main() {
@@ -335,7 +268,8 @@ main() {
   while (($#)); do
     case $1 in
     --dry-run) dry_run=1 ;;
-    --check) preflight=1 ;;
+    --check) mode=check ;;
+    --settings) mode=settings ;;
     --)
       shift
       verl_overrides=("$@")
@@ -350,12 +284,16 @@ main() {
   if ((${#positional[@]} > 2)) || ! [[ $start =~ ^(-1|[0-5])$ && $stop =~ ^(-1|[0-5])$ ]] || ((start > stop)); then
     usage
   fi
-  [[ $force =~ ^[01]$ ]] || usage
   cd "$root"
+  load_settings
+  if [[ $mode == settings ]]; then
+    all_settings table
+    return
+  fi
   configure
-  if ((preflight)); then
+  if [[ $mode == check ]]; then
     PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec "$base_python" "$root/scripts/check.py" \
-      --settings "$(settings_json "${recorded_settings[@]}" "${checked_settings[@]}")"
+      --settings "$(all_settings json)"
   fi
   trap cleanup EXIT
   trap 'exit 130' INT

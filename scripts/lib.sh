@@ -1,5 +1,5 @@
-# shellcheck shell=bash disable=SC2154  # the variables are run.sh's
-# What run.sh's stages share: running, skipping, timing, and the reward server as a background process.
+# shellcheck shell=bash disable=SC2154  # the variables are those of run.sh and conf/settings.sh
+# What run.sh's stages share: settings, running, skipping, timing, and the reward server as a background process.
 
 log() { echo "run.sh: $*" >&2; }
 
@@ -8,13 +8,94 @@ die() {
   exit 1
 }
 
-# load_recipe NAME PROFILE: settings of a published recipe, if one is named; values of the environment are kept.
+setting_names=()
+declare -A setting_default setting_stages setting_kind setting_meaning setting_origin setting_marked
+
+# setting NAME DEFAULT STAGES KIND MEANING: declare a setting, see conf/settings.sh.
+setting() {
+  setting_names+=("$1")
+  setting_default[$1]=$2 setting_stages[$1]=$3 setting_kind[$1]=$4 setting_meaning[$1]=$5
+}
+
+# is_set NAME: whether a setting has a value; an empty one counts where it is allowed.
+is_set() { [[ -n ${!1-} || (-v $1 && ${setting_kind[$1]} == *\?) ]]; }
+
+# mark ORIGIN: the settings that have a value by now, and had none before, have it from there.
+mark() {
+  local name
+  for name in "${setting_names[@]}"; do
+    [[ -n ${setting_origin[$name]-} ]] || ! is_set "$name" || setting_origin[$name]=$1 setting_marked[$name]=${!name}
+  done
+}
+
+# resolve NAME...: give the settings that have no value their defaults, and stop if a value is not allowed. A profile does
+# so with those that it computes others from.
+resolve() {
+  local name value
+  mark profile
+  for name; do
+    if ! is_set "$name"; then
+      eval "value=\"${setting_default[$name]}\"" # a default may refer to other settings
+      printf -v "$name" %s "$value"
+      setting_origin[$name]=default setting_marked[$name]=$value
+    fi
+  done
+  send_settings "$@" | "$base_python" -IS "$root/scripts/settings.py" validate || exit 1
+}
+
+# send_settings NAME...: what scripts/settings.py reads.
+send_settings() {
+  local name origin
+  for name; do
+    origin=${setting_origin[$name]}
+    [[ ${!name} == "${setting_marked[$name]}" ]] || origin=profile # which changed what the environment gave
+    printf '%s\0' "$name" "${setting_stages[$name]}" "${setting_kind[$name]}" "${setting_meaning[$name]}" "$origin" "${!name}"
+  done
+}
+
+# all_settings ACTION: the settings as scripts/settings.py prints them.
+all_settings() { send_settings "${setting_names[@]}" | "$base_python" -IS "$root/scripts/settings.py" "$1"; }
+
+# settings_of STAGE: names of the settings that its result depends on.
+settings_of() {
+  local name
+  for name in "${setting_names[@]}"; do
+    [[ " ${setting_stages[$name]} " != *" $1 "* ]] || echo "$name"
+  done
+}
+
+# load_settings: declare the settings, and give them values from the environment, the recipe and the profile.
+load_settings() {
+  profile=${profile:-tiny}
+  [[ -f $root/conf/$profile.sh ]] || { log "no profile conf/$profile.sh" && usage; }
+  # shellcheck source=conf/settings.sh
+  source "$root/conf/settings.sh"
+  unset recipe_args overrides # these are not variables of the user
+  mark environment
+  recipe_verl_args=()
+  load_recipe "${recipe-}"
+  # shellcheck disable=SC2034 # read by name
+  [[ ${#recipe_verl_args[@]} -eq 0 ]] || recipe_args=${recipe_verl_args[*]}
+  mark recipe
+  if ((${#verl_overrides[@]})); then
+    # shellcheck disable=SC2034 # read by name
+    overrides=${verl_overrides[*]}
+    mark "command line"
+  fi
+  resolve profile recipe base_python exp_name exp_dir venv_root
+  [[ $exp_dir == /* ]] || exp_dir=$root/$exp_dir
+  # shellcheck source=conf/tiny.sh
+  source "$root/conf/$profile.sh"
+  resolve "${setting_names[@]}"
+}
+
+# load_recipe NAME: settings of a published recipe, if one is named; values of the environment are kept.
 load_recipe() {
   [[ -n $1 ]] || return 0
   local names=("$root"/conf/recipes/*.sh)
   names=("${names[@]##*/}")
   [[ -f $root/conf/recipes/$1.sh ]] || die "recipe=$1 is unknown: it is one of ${names[*]%.sh}"
-  [[ $2 == cosyvoice2 ]] || die "recipe=$1 is for profile=cosyvoice2, not for profile=$2"
+  [[ $profile == cosyvoice2 ]] || die "recipe=$1 is for profile=cosyvoice2, not for profile=$profile"
   # shellcheck source=conf/recipes/mair-hub.sh
   source "$root/conf/recipes/$1.sh"
 }

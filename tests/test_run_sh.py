@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -58,7 +59,7 @@ class Recipe:
         (self.root / "scripts").mkdir(parents=True)
         shutil.copytree(ROOT / "conf", self.root / "conf")
         shutil.copy(ROOT / "run.sh", self.root)
-        for name in ("lib.sh", "verl_cpu.sh"):
+        for name in ("lib.sh", "verl_cpu.sh", "settings.py"):
             shutil.copy(ROOT / "scripts" / name, self.root / "scripts")
         (self.root / "scripts/make_env.sh").write_text('echo "make_env $1" >>"$CALLS"\n')
         (self.root / "scripts/compute_wer.sh").write_text('echo "compute_wer $1" >>"$CALLS"\n')
@@ -425,3 +426,63 @@ def test_a_signal_ends_training_and_server_at_once(recipe, sent, status):
     assert not (recipe.root / "ready").exists()
     left = subprocess.run(["pgrep", "-f", f"{recipe.root}.*main_ppo"], capture_output=True, text=True).stdout.split()
     assert left == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"seed": "x", "top_p": "2"}, ["seed=x: it is a whole number", "top_p=2: it is a number > 0 and <= 1"]),
+        ({"rollout_n": "08"}, ["rollout_n=08: it is a whole number >= 1"]),
+        ({"total_steps": "1_000"}, ["total_steps=1_000: it is a whole number >= 1"]),
+        ({"learning_rate": "1e-6x"}, ["learning_rate=1e-6x: it is a number > 0"]),
+        ({"http_port": "70000"}, ["http_port=70000: it is a whole number >= 1 and <= 65535"]),
+        ({"seeds": "1 2 1"}, ["seeds=1 2 1: it is whole numbers, separated by spaces, each once"]),
+        ({"server_devices": "gpu"}, ["server_devices=gpu: it is cpu, cuda or cuda:N"]),
+        ({"make_envs": "yes"}, ["make_envs=yes: it is 0 or 1"]),
+        ({"exp_name": "a${b}"}, ["exp_name=a${b}: it is a name without ${"]),
+        ({"num_gpus": "x[$(touch hacked)]", "profile": "cosyvoice2"}, ["num_gpus=x[$(touch hacked)]: "]),
+    ],
+)
+def test_a_value_that_is_not_allowed_is_refused_before_any_work(recipe, settings, expected):
+    for arguments in (("-1", "5"), ("--check",)):
+        done = recipe.run(*arguments, **settings)
+        assert done.returncode == 1, done.stdout
+        for text in expected:
+            assert text in done.stderr
+    assert recipe.calls() == [] and not (recipe.root / "hacked").exists()
+
+
+def shown_settings(copy, *arguments, **variables) -> dict[str, tuple[str, str]]:
+    """``name -> (value, origin)`` of the table."""
+    done = copy.run("--settings", *arguments, **variables)
+    assert done.returncode == 0 and copy.calls() == [], done.stderr
+    rows = re.findall(
+        r"^(?!setting )(\w+) +(.*?)\s+(environment|recipe|profile|default|command line) ", done.stdout, re.MULTILINE
+    )
+    return {name: (value, origin) for name, value, origin in rows}
+
+
+def test_settings_are_shown_with_their_origin(recipe):
+    tiny = shown_settings(recipe, "--", "trainer.foo=1", rollout_n="4", prompt_text="", exp_dir="")
+    assert tiny["rollout_n"] == ("4", "environment") and tiny["train_batch_size"] == ("16", "profile")
+    assert tiny["mini_batch_size"] == ("16", "default") and tiny["profile"] == ("tiny", "environment")
+    assert tiny["overrides"] == ("trainer.foo=1", "command line") and "workspace" not in tiny
+    assert tiny["exp_dir"] == (f"{recipe.root}/exp/tiny", "default")
+    given = {"num_gpus": "2", "text_excludes": "", "infer_device": "cpu", "infer_precision": "fp16"}
+    full = shown_settings(recipe, profile="cosyvoice2", recipe="seed", **given)
+    assert full["rollout_n"] == ("4", "recipe") and full["num_gpus"] == ("2", "environment")
+    assert full["text_excludes"] == ("''", "environment") and full["train_batch_size"] == ("32", "profile")
+    assert full["infer_precision"] == ("fp32", "profile"), "there is no fp16 on a CPU"
+    assert set(tiny) < set(full)
+
+
+def test_each_setting_is_declared_once_and_profiles_hold_what_differs():
+    declared = re.findall(
+        r"^ *setting (\w+) ('.*?'|\".*?\"|\S+) ", (ROOT / "conf/settings.sh").read_text(), re.MULTILINE
+    )
+    defaults = {name: value.strip("'\"") for name, value in declared}
+    assert len(defaults) == len(declared) > 80
+    for path in (ROOT / "conf").glob("*.sh"):
+        for name, value in re.findall(r"(\w+)=\$\{\1:?-(.*?)\}(?:\s|$)", path.read_text()):
+            assert name in defaults, f"{path}: {name} is not declared"
+            assert value != defaults[name], f"{path}: {name}={value} is the default already"
