@@ -223,11 +223,11 @@ configure() {
   )
   verl_args=(
     algorithm.adv_estimator=grpo algorithm.norm_adv_by_std_in_grpo="$norm_adv_by_std"
-    data.train_files="$exp_dir/data/train.parquet" data.val_files="$exp_dir/data/test.parquet"
+    data.train_files="$(hydra "$exp_dir/data/train.parquet")" data.val_files="$(hydra "$exp_dir/data/test.parquet")"
     data.train_batch_size="$train_batch_size" data.seed="$seed"
     data.max_prompt_length="$max_prompt_length" data.max_response_length="$max_response_length"
     data.truncation=error data.filter_overlong_prompts=False data.dataloader_num_workers=0
-    actor_rollout_ref.model.path="$sft_model"
+    actor_rollout_ref.model.path="$(hydra "$sft_model")"
     actor_rollout_ref.actor.optim.lr="$learning_rate" actor_rollout_ref.actor.use_kl_loss=False
     actor_rollout_ref.actor.optim.lr_scheduler_type="$learning_rate_schedule"
     "actor_rollout_ref.actor.optim.override_optimizer_config={eps: $adam_eps}"
@@ -242,14 +242,14 @@ configure() {
     actor_rollout_ref.rollout.val_kwargs.top_p="$rollout_top_p" actor_rollout_ref.rollout.val_kwargs.top_k="$rollout_top_k"
     actor_rollout_ref.rollout.calculate_log_probs=True algorithm.rollout_correction.bypass_mode="$reuse_log_probs"
     actor_rollout_ref.actor.calculate_entropy=True # for its curve; entropy_coeff is 0
-    reward.custom_reward_function.path="$root/reward_tts.py" reward.custom_reward_function.name=compute_score
-    "+reward.custom_reward_function.reward_kwargs={server_urls: '$server_urls', failure_file: '$exp_dir/reward_failure', by_syllable: $by_syllable}"
+    reward.custom_reward_function.path="$(hydra "$root/reward_tts.py")" reward.custom_reward_function.name=compute_score
+    "+reward.custom_reward_function.reward_kwargs={server_urls: $(hydra "$server_urls"), failure_file: $(hydra "$exp_dir/reward_failure"), by_syllable: $by_syllable}"
     trainer.n_gpus_per_node="$num_gpus" trainer.nnodes="$num_nodes"
-    "trainer.logger=[console,tensorboard]" trainer.project_name=tts_grpo trainer.experiment_name="$exp_name"
-    trainer.default_local_dir="$exp_dir/checkpoints" trainer.resume_mode=auto
+    "trainer.logger=[console,tensorboard]" trainer.project_name=tts_grpo trainer.experiment_name="$(hydra "$exp_name")"
+    trainer.default_local_dir="$(hydra "$exp_dir/checkpoints")" trainer.resume_mode=auto
     trainer.max_actor_ckpt_to_keep="$max_checkpoints" trainer.save_freq="$save_freq" trainer.test_freq="$test_freq"
-    trainer.validation_data_dir="$exp_dir/validation" # what was said, for TensorBoard's audio
-    hydra.run.dir="$exp_dir/log/hydra"                # its copy of the settings; the working folder by default
+    trainer.validation_data_dir="$(hydra "$exp_dir/validation")" # what was said, for TensorBoard's audio
+    hydra.run.dir="$(hydra "$exp_dir/log/hydra")"                # its copy of the settings; the working folder by default
     trainer.val_before_train=True trainer.total_epochs=1000 trainer.total_training_steps="$total_steps"
   )
 }

@@ -197,7 +197,7 @@ if [[ $train_device == cpu ]]; then # to try the profile with small weights
   source "$root/scripts/verl_cpu.sh"
 elif [[ -n $ray_address ]]; then # its processes were started elsewhere, without this environment
   profile_env+=(RAY_ADDRESS="$ray_address")
-  profile_verl_args+=("+ray_kwargs.ray_init.runtime_env.env_vars={PYTHONPATH: '$root:$PYTHONPATH', TENSORBOARD_DIR: '$exp_dir/tensorboard', OMP_NUM_THREADS: '$train_threads'}")
+  profile_verl_args+=("+ray_kwargs.ray_init.runtime_env.env_vars={PYTHONPATH: $(hydra "$root:$PYTHONPATH"), TENSORBOARD_DIR: $(hydra "$exp_dir/tensorboard"), OMP_NUM_THREADS: '$train_threads'}")
 else
   ((num_nodes == 1)) || [[ $mode != run ]] || die "num_nodes=$num_nodes needs ray_address: start Ray on each machine (ray start), see README.md"
   # Ray hands out any GPU that it sees: those beyond num_gpus may be the reward server's

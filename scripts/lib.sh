@@ -100,6 +100,20 @@ load_recipe() {
   source "$root/conf/recipes/$1.sh"
 }
 
+# hydra TEXT: a string of veRL's command line, which Hydra reads back as it is. Between single quotes it takes every
+# character for itself but a quote, and backslashes before a quote or at the end (hydra/grammar/OverrideLexer.g4, 1.3).
+hydra() {
+  local quoted='' backslashes='' i
+  for ((i = 0; i < ${#1}; i++)); do
+    case ${1:i:1} in
+    \\) backslashes+=\\ ;;
+    \') quoted+=$backslashes$backslashes"\\'" backslashes='' ;;
+    *) quoted+=$backslashes${1:i:1} backslashes='' ;;
+    esac
+  done
+  printf "'%s'" "$quoted$backslashes$backslashes"
+}
+
 # Run a command, or with --dry-run print it.
 run() {
   if ((dry_run)); then

@@ -1,8 +1,11 @@
 """run.sh with stub programs in place of the environments': which commands come, in which order, and what stops."""
 
 import functools
+import json
 import os
+import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -199,7 +202,11 @@ def test_a_language_model_of_ones_own_is_left_as_it_is(recipe, tmp_path):
     dry = recipe.run("--dry-run", "0", "4", **settings).stdout.replace("\\ ", " ")
     prepared = recipe.exp_dir / "sft_model"
     assert f"--sft-path {tmp_path}/own --output-dir {prepared} " in dry
-    for text in (f"actor_rollout_ref.model.path={prepared} ", f"--llm-path {prepared} ", f"--sft-path {prepared} "):
+    for text in (
+        f"actor_rollout_ref.model.path=\\'{prepared}\\' ",
+        f"--llm-path {prepared} ",
+        f"--sft-path {prepared} ",
+    ):
         assert text in dry
 
 
@@ -486,3 +493,66 @@ def test_each_setting_is_declared_once_and_profiles_hold_what_differs():
         for name, value in re.findall(r"(\w+)=\$\{\1:?-(.*?)\}(?:\s|$)", path.read_text()):
             assert name in defaults, f"{path}: {name} is not declared"
             assert value != defaults[name], f"{path}: {name}={value} is the default already"
+
+
+NASTY = (
+    "实验 一,\"x\"", "1e5", "true", "null", "2024", "1_000", "lr=1e-6", "a,b", "it's", "a(b)[c]{d}", "x&y#z", "~u", "é",
+    "a\nb", "C:\\new", "back\\", "\\'", "a\\\\'b", "''", "$x", "  a  ", "%(x)s", "*", ":", "-", "@a",
+)  # fmt: skip
+READ_OVERRIDES = """
+import json, sys
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+config = OmegaConf.create({})
+for override in OverridesParser.create().parse_overrides(sys.argv[1:]):
+    OmegaConf.update(config, override.key_or_group, override.value(), force_add=True)
+print(json.dumps(OmegaConf.to_container(config, resolve=True)))
+"""
+
+
+def read_by_hydra(overrides: list[str]) -> dict:
+    """The settings that veRL's Hydra makes of a command line."""
+    python = ROOT / ".venv/trainer/bin/python"
+    done = subprocess.run([python, "-c", READ_OVERRIDES, *overrides], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def test_any_text_reaches_hydra_as_it_is():
+    rng = random.Random(0)
+    texts = [*NASTY, *("".join(rng.choices("\\'\"a ,中é=[]{}()#\n:$", k=rng.randint(0, 9))) for _ in range(300))]
+    texts = [text for text in texts if "${" not in text]  # which conf/settings.sh refuses
+    command = f'source "{ROOT}/scripts/lib.sh"; for text; do printf "%s\\0" "$(hydra "$text")"; done'
+    quoted = subprocess.run(["bash", "-c", command, "bash", *texts], capture_output=True, text=True, check=True).stdout
+    config = read_by_hydra([f"x{i}={text}" for i, text in enumerate(quoted.split("\0")[:-1])])
+    assert list(config.values()) == texts
+
+
+@pytest.mark.parametrize("name", ['实验 一,"x"', "1e5", "null", "2024", "it's a\\", "(é)[c]{d}=&#~$\n"])
+def test_names_and_folders_reach_veRL_as_they_are(recipe, tmp_path, name):
+    """What the stub is given as veRL's command line, read by the real Hydra."""
+    exp_dir = f"{tmp_path}/exp {name}"
+    stub = recipe.root / "venv/trainer/bin/python"
+    stub.write_text(f'#!/usr/bin/env bash\nprintf "%s\\0" "$@" >"{tmp_path}/arguments"\n')
+    for path in ("data/train.parquet", "sft_model/config.json", ".done/0"):
+        (Path(exp_dir) / path).parent.mkdir(parents=True, exist_ok=True)
+        (Path(exp_dir) / path).touch()
+    Path(recipe.root / "ready").touch()
+    done = recipe.run(
+        "2", "2", "--", "trainer.foo=1", exp_name=name, exp_dir=exp_dir, server_urls="http://a:1,http://b:2"
+    )
+    assert done.returncode == 0, done.stderr
+    arguments = (tmp_path / "arguments").read_text().split("\0")[:-1]
+    config = read_by_hydra(arguments[arguments.index("verl.trainer.main_ppo") + 1 :])
+    assert config["trainer"]["experiment_name"] == name
+    assert config["trainer"]["default_local_dir"] == f"{exp_dir}/checkpoints"
+    assert config["data"]["train_files"] == f"{exp_dir}/data/train.parquet"
+    kwargs = config["reward"]["custom_reward_function"]["reward_kwargs"]
+    assert kwargs["failure_file"] == f"{exp_dir}/reward_failure" and kwargs["server_urls"] == "http://a:1,http://b:2"
+
+
+@pytest.mark.parametrize("text", ['x"y', "a\nb", "a\tb", "C:\\new", "中文"])
+def test_settings_are_recorded_as_they_are(recipe, text):
+    """As scripts/check.py and scripts/summarise.py get them."""
+    done = recipe.run("--dry-run", "4", "4", prompt_text=text)
+    line = next(line for line in done.stdout.splitlines() if "summarise.py" in line)
+    assert json.loads(shlex.split(line)[-1])["prompt_text"] == text
