@@ -58,19 +58,21 @@ make_environments() {
 }
 
 stage_0() {
-  [[ -e $sft_model/config.json ]] && done_with 0 "$key_0" && skip 0 && return
+  local state
+  state=$(state_of 0)
+  [[ -e $sft_model/config.json ]] && done_with 0 "$state" && skip && return
   run "$trainer_bin/python" "$root/scripts/prepare_llm.py" --sft-path "$sft_path" --output-dir "$sft_model"
   run "$trainer_bin/python" "$root/prepare_data.py" --train-file "$train_jsonl" --test-file "$test_jsonl" \
     --output-dir "$exp_dir/data" --llm-path "$sft_model" --max-prompt-length "$max_prompt_length" \
     --max-bad-ratio "$max_bad_ratio"
-  mark_done 0 "$key_0"
+  mark_done 0 "$state"
   echo "data: $exp_dir/data"
 }
 
 stage_1() {
   if ((start == 1 && stop == 1)); then
     run exec "${server_command[@]}"
-  elif ((stop >= 2)) && done_with 2 "$key_2"; then
+  elif ((stop >= 2)) && done_with 2 "$(state_of 2)"; then
     echo "not needed: stage 2 is done"
   else
     start_server
@@ -78,10 +80,13 @@ stage_1() {
 }
 
 stage_2() {
-  done_with 2 "$key_2" && skip 2 && return
+  local state
   need "$exp_dir/data/train.parquet" 0
   need "$sft_model/config.json" 0
-  check_checkpoints
+  need_made_from 0 "$exp_dir/data"
+  state=$(state_of 2)
+  done_with 2 "$state" && skip && return
+  check_checkpoints "$state"
   if ((dry_run == 0)) && ! server_ready "${server_urls%%[, ]*}"; then
     die "no reward server is ready at ${server_urls%%[, ]*}: start one with bash run.sh 1 1"
   fi
@@ -94,14 +99,15 @@ stage_2() {
     --server-url "${server_urls%%[, ]*}" --tensorboard-dir "$exp_dir/tensorboard" -- \
     "$trainer_bin/python" -m verl.trainer.main_ppo "${verl_args[@]}" "${profile_verl_args[@]}" \
     "${recipe_verl_args[@]}" "${verl_overrides[@]}"
-  mark_done 2 "$key_2"
+  mark_done 2 "$state"
   [[ -z $server_pid ]] || { stop "$server_pid" && server_pid=''; }
   echo "checkpoints: $exp_dir/checkpoints; curves: tensorboard --logdir $exp_dir/tensorboard"
 }
 
 stage_3() {
-  done_with 3 "$key_3" && skip 3 && return
-  local checkpoint=${llm_path:-$(last_checkpoint)}
+  local checkpoint=${llm_path:-$(last_checkpoint)} state
+  state=$(state_of 3)
+  done_with 3 "$state" && skip && return
   need "$checkpoint/actor" 2
   need "$sft_model/config.json" 0
   run rm -rf "$checkpoint/merged_hf_model.part" "$checkpoint/merged_hf_model"
@@ -110,30 +116,41 @@ stage_3() {
   run mv -T "$checkpoint/merged_hf_model.part" "$checkpoint/merged_hf_model"
   run ln -sfnT "$checkpoint/merged_hf_model" "$exp_dir/merged_hf_model"
   [[ -z $(type -t export_profile) ]] || export_profile "$checkpoint/merged_hf_model"
-  mark_done 3 "$key_3"
+  mark_done 3 "$state"
   echo "merged model: $checkpoint/merged_hf_model"
 }
 
 stage_4() {
-  done_with 4 "$key_4" && skip 4 && return
+  local state
   need "$exp_dir/merged_hf_model/config.json" 3
   need "$sft_model/config.json" 0
+  need_made_from 3 "$exp_dir/merged_hf_model"
+  state=$(state_of 4)
+  done_with 4 "$state" && skip && return
   ((force)) && run rm -rf "$exp_dir/eval"
   infer sft "$sft_model"
   infer grpo "$exp_dir/merged_hf_model"
   score sft
   score grpo
   wait_for_all "speech could not be scored: see above"
-  run "$speech_bin/python" "$root/scripts/summarise.py" --exp-dir "$exp_dir" --settings "$(all_settings json)"
+  run "$speech_bin/python" "$root/scripts/summarise.py" --exp-dir "$exp_dir" --settings "$(recorded_settings)"
   run "$speech_bin/python" "$root/scripts/report.py" --exp-dir "$exp_dir"
-  mark_done 4 "$key_4"
+  mark_done 4 "$state"
   echo "report: $exp_dir/report.html; figures: $exp_dir/summary.json; speech and alignments: $exp_dir/eval"
 }
 
-# infer NAME MODEL: speech of the test set by a model.
+# infer NAME MODEL: speech of the test set by a model, in eval/NAME; that is a link to a folder for each state, as the
+# speech of other settings is kept.
 infer() {
+  local folder=$exp_dir/eval/$1
+  if ((dry_run == 0)); then
+    folder+=-$(state_of 4 "$2" | sha256sum | cut -c 1-12)
+    mkdir -p "$folder"
+    [[ -L $exp_dir/eval/$1 || ! -e $exp_dir/eval/$1 ]] || mv -T "$exp_dir/eval/$1" "$exp_dir/eval/$1-before"
+    ln -sfnT "$(basename "$folder")" "$exp_dir/eval/$1"
+  fi
   run_long env OMP_NUM_THREADS=1 "$speech_bin/torchrun" --standalone --nproc-per-node "$infer_procs" "$root/infer_dist.py" \
-    --llm-path "$2" --token2wav-dir "$token2wav_dir" --eval-set "$eval_jsonl" --output-dir "$exp_dir/eval/$1" \
+    --llm-path "$2" --token2wav-dir "$token2wav_dir" --eval-set "$eval_jsonl" --output-dir "$folder" \
     --seeds "${seed_list[@]}" --batch-size "$infer_batch_size" --device "$infer_device" --precision "$infer_precision" \
     --lm-precision "$infer_lm_precision" --max-new-tokens "$max_new_tokens" --temperature "$temperature" --top-p "$top_p" --top-k "$top_k" \
     --repetition-penalty "$repetition_penalty"
@@ -142,7 +159,7 @@ infer() {
 # score NAME: error rates of that speech, and what they do not see; on one core, beside the other model's.
 score() {
   beside env OMP_NUM_THREADS=1 python="$speech_bin/python" eval_asr_dir="$eval_asr_dir" device="$infer_device" language="$language" \
-    quality_utterances="$quality_utterances" reference_audio="$reference_audio" speaker_model_dir="$speaker_model_dir" \
+    seeds="$seeds" quality_utterances="$quality_utterances" reference_audio="$reference_audio" speaker_model_dir="$speaker_model_dir" \
     bash "$root/scripts/compute_wer.sh" "$exp_dir/eval/$1" "$eval_jsonl"
 }
 
@@ -162,15 +179,56 @@ last_checkpoint() {
   echo "$exp_dir/checkpoints/global_step_$step"
 }
 
-# Checkpoints of other settings must not be trained on by mistake.
+# check_checkpoints STATE: checkpoints of other settings must not be trained on by mistake. More steps extend a training;
+# with another state of the code, only one that has not ended goes on.
 check_checkpoints() {
   ((dry_run)) && return
-  ((force)) && rm -rf "$exp_dir/checkpoints" "$exp_dir/tensorboard" "$exp_dir/validation"
-  if [[ -f $exp_dir/checkpoints/settings && $(<"$exp_dir/checkpoints/settings") != "$key_2" ]]; then
-    die "$exp_dir/checkpoints were trained with other settings: set exp_name to train anew beside them, or force=1 to train anew in their place"
+  local changed ignore=() trained=$exp_dir/checkpoints/settings step=
+  ((force)) && rm -rf "$exp_dir/checkpoints" "$exp_dir/tensorboard" "$exp_dir/validation" "$exp_dir/.done/2"
+  if [[ -f $trained ]]; then
+    [[ $learning_rate_schedule != constant ]] || ignore+=(total_steps)
+    [[ -f $exp_dir/.done/2 ]] || ignore+=(code)
+    changed=$(differences "$trained" "$1" "${ignore[@]}")
+    [[ -z $changed ]] || die "$exp_dir/checkpoints were trained with other settings ($changed): set exp_name to train anew beside them, or force=1 to train anew in their place"
   fi
+  step=$(basename "$(last_checkpoint)")
+  step=${step#global_step_}
+  [[ $step == N ]] || ((step <= total_steps)) || die "$exp_dir/checkpoints has trained $step steps, more than total_steps=$total_steps: set exp_name to train anew beside them, or force=1 to train anew in their place"
   mkdir -p "$exp_dir/checkpoints"
-  echo "$key_2" >"$exp_dir/checkpoints/settings"
+  rm -f "$exp_dir/.done/2"
+  echo "$1" >"$trained"
+}
+
+# recorded_settings: JSON of the settings, those of finished stages as they were then.
+recorded_settings() {
+  ((dry_run == 0)) || { echo '{}' && return; }
+  all_settings json --recorded "$exp_dir/.done/0" "$exp_dir/checkpoints/settings" "$exp_dir/.done/3"
+}
+
+# state_of STAGE [MODEL]: what the stage's result is made from, as scripts/settings.py has it; with MODEL, the speech of
+# that model.
+state_of() {
+  ((dry_run)) && return
+  local stages=("$1") read=() made_from=()
+  case $1${2:+model} in
+  2) made_from=(data="$(checksum "$exp_dir/.done/0")") ;;
+  3) [[ -n $llm_path ]] || made_from=(training="$(checksum "$exp_dir/checkpoints/settings")" checkpoint="$(basename "$(last_checkpoint)")") ;;
+  4)
+    stages+=(4s)
+    read=(sft_model="$sft_model" merged_hf_model="$exp_dir/merged_hf_model")
+    ;;
+  4model) read=(model="$2") made_from=(model="$2") ;;
+  esac
+  all_settings state --stages "${stages[@]}" --read "${read[@]}" --made-from "${made_from[@]}" \
+    --cache "$exp_dir/.done/checksums.json"
+}
+
+# need_made_from STAGE RESULT: fail if the stage would make something else now.
+need_made_from() {
+  ((dry_run)) && return
+  local changed
+  changed=$(differences "$exp_dir/.done/$1" "$(state_of "$1")")
+  [[ -z $changed ]] || die "$2 was made from something else ($changed): run bash run.sh $1 $1 first"
 }
 
 # The most memory of the run's processes goes into the summary.
@@ -254,15 +312,6 @@ configure() {
   )
 }
 
-# What each stage depends on, told anew before each: stage -1 may bring the files whose content counts.
-# shellcheck disable=SC2046 # names have no spaces
-set_keys() {
-  key_0=$(key $(settings_of 0))
-  key_2=$(key key_0 $(settings_of 2))
-  key_3=$(key key_2 $(settings_of 3))
-  key_4=$(key key_3 $(settings_of 4) $(settings_of 4s))
-}
-
 main() {
   local positional=() stage begin
   while (($#)); do
@@ -305,7 +354,6 @@ main() {
     echo "== stage $stage ($(date +%T))"
     begin=$SECONDS
     [[ -n $memory_pid ]] || watch_memory
-    set_keys
     "stage_$stage"
     echo "== stage $stage took $((SECONDS - begin)) s"
     record "$stage" "$((SECONDS - begin))"

@@ -7,8 +7,8 @@
 #   STAGES   whose results depend on it: 0 data, 2 training, 3 merged model, 4 speech of the evaluation, 4s its scores;
 #            -1 what is downloaded; "-" none, it may change at any time
 #   KIND     values allowed: int or number with bounds (int>=1, number>0<=1), choices (zh|en), ints (several, with
-#            spaces), devices (cpu, cuda:0 ...), name, text, path (where something is made or looked for), input (a file
-#            or folder that is read: its content counts, too). With "?", it may be empty
+#            spaces), devices (cpu, cuda:0 ...), name, text, path, folder (of results), input (a file or folder
+#            that is read: its content counts, too). With "?", it may be empty
 #
 # The defaults train as the newest published recipe does (conf/recipes/mair-hub.sh).
 #
@@ -19,7 +19,7 @@
 setting profile tiny - name 'conf/$profile.sh: tiny (CPU, offline) or cosyvoice2 (GPUs)'
 setting recipe '' - text? 'conf/recipes/$recipe.sh: a published recipe, for profile=cosyvoice2'
 setting exp_name '${recipe:-$profile}' - name "name of the experiment"
-setting exp_dir '$root/exp/$exp_name' - path "folder of the experiment"
+setting exp_dir '$root/exp/$exp_name' - folder "folder of the experiment"
 setting seed 42 2 int "random seed of data order and sampling in training"
 setting force 0 - "0|1" "1: redo the requested stages from scratch"
 setting base_python python3 - path "interpreter that the environments are built on, 3.11 or 3.12"

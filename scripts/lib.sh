@@ -28,9 +28,8 @@ mark() {
   done
 }
 
-# resolve NAME...: give the settings that have no value their defaults, and stop if a value is not allowed. A profile does
-# so with those that it computes others from.
-resolve() {
+# give_defaults NAME...: give the settings that have no value their defaults.
+give_defaults() {
   local name value
   mark profile
   for name; do
@@ -40,6 +39,12 @@ resolve() {
       setting_origin[$name]=default setting_marked[$name]=$value
     fi
   done
+}
+
+# resolve NAME...: as give_defaults, and stop if a value is not allowed. A profile does so with those that it computes
+# others from.
+resolve() {
+  give_defaults "$@"
   send_settings "$@" | "$base_python" -IS "$root/scripts/settings.py" validate || exit 1
 }
 
@@ -53,16 +58,14 @@ send_settings() {
   done
 }
 
-# all_settings ACTION: the settings as scripts/settings.py prints them.
-all_settings() { send_settings "${setting_names[@]}" | "$base_python" -IS "$root/scripts/settings.py" "$1"; }
+# all_settings ACTION [OPTION...]: the settings as scripts/settings.py prints them.
+all_settings() { send_settings "${setting_names[@]}" | "$base_python" -IS "$root/scripts/settings.py" "$@"; }
 
-# settings_of STAGE: names of the settings that its result depends on.
-settings_of() {
-  local name
-  for name in "${setting_names[@]}"; do
-    [[ " ${setting_stages[$name]} " != *" $1 "* ]] || echo "$name"
-  done
-}
+# differences FILE STATE NAME...: what differs between the state in a file and another, but for some names.
+differences() { "$base_python" -IS "$root/scripts/settings.py" differences --old "$1" --new "$2" --ignore "${@:3}"; }
+
+# checksum FILE: of the state in it; empty where there is none.
+checksum() { [[ ! -f $1 ]] || head -n 1 "$1" | sha256sum | cut -c 1-16; }
 
 # load_settings: declare the settings, and give them values from the environment, the recipe and the profile.
 load_settings() {
@@ -82,8 +85,8 @@ load_settings() {
     overrides=${verl_overrides[*]}
     mark "command line"
   fi
-  resolve profile recipe base_python exp_name exp_dir venv_root
-  [[ $exp_dir == /* ]] || exp_dir=$root/$exp_dir
+  give_defaults profile recipe base_python exp_name exp_dir venv_root
+  [[ $exp_dir == /* ]] || exp_dir=$root/$exp_dir setting_marked[exp_dir]=$root/$exp_dir
   # shellcheck source=conf/tiny.sh
   source "$root/conf/$profile.sh"
   resolve "${setting_names[@]}"
@@ -155,24 +158,23 @@ need() {
   ((dry_run)) || [[ -e $1 ]] || die "$1 is missing: run bash run.sh $2 $2 first"
 }
 
-# key NAME...: a checksum of variables; what stands for a file counts with the file's content.
+# key NAME...: a checksum of variables.
 key() {
   local name
-  for name; do
-    printf '%s=%s\n' "$name" "${!name-}"
-    [[ ! -f ${!name-} ]] || sha256sum <"${!name}"
-  done | sha256sum | cut -c 1-16
+  for name; do printf '%s=%s\n' "$name" "${!name}"; done | sha256sum | cut -c 1-16
 }
 
-# done_with STAGE KEY: whether the stage was finished with this key.
+# done_with STAGE STATE: whether the stage was finished with this state.
 done_with() {
-  ((dry_run == 0 && force == 0)) && [[ -f $exp_dir/.done/$1 && $(<"$exp_dir/.done/$1") == "$2" ]]
+  ((dry_run == 0 && force == 0)) && [[ -f $exp_dir/.done/$1 && $(head -n 1 "$exp_dir/.done/$1") == "$2" ]]
 }
 
+# mark_done STAGE STATE: note what the stage's result was made from, and by which commit.
 mark_done() {
   ((dry_run)) && return
   mkdir -p "$exp_dir/.done"
-  echo "$2" >"$exp_dir/.done/$1.part"
+  printf '%s\n' "$2" "commit $(git -C "$root" describe --always --dirty --abbrev=40 2>/dev/null || echo unknown)" \
+    >"$exp_dir/.done/$1.part"
   mv "$exp_dir/.done/$1.part" "$exp_dir/.done/$1"
 }
 

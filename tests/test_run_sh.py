@@ -65,7 +65,7 @@ class Recipe:
         for name in ("lib.sh", "verl_cpu.sh", "settings.py"):
             shutil.copy(ROOT / "scripts" / name, self.root / "scripts")
         (self.root / "scripts/make_env.sh").write_text('echo "make_env $1" >>"$CALLS"\n')
-        (self.root / "scripts/compute_wer.sh").write_text('echo "compute_wer $1" >>"$CALLS"\n')
+        (self.root / "scripts/compute_wer.sh").write_text('echo "compute_wer $1 seeds=$seeds" >>"$CALLS"\n')
         for name, text in (("venv/speech/bin/python", STUB), ("venv/trainer/bin/python", STUB),
                            ("venv/speech/bin/torchrun", STUB), ("bin/curl", CURL)):  # fmt: skip
             path = self.root / name
@@ -556,3 +556,111 @@ def test_settings_are_recorded_as_they_are(recipe, text):
     done = recipe.run("--dry-run", "4", "4", prompt_text=text)
     line = next(line for line in done.stdout.splitlines() if "summarise.py" in line)
     assert json.loads(shlex.split(line)[-1])["prompt_text"] == text
+
+
+def test_one_value_written_in_two_ways_is_one(recipe):
+    assert recipe.run("0", "4", learning_rate="1e-6", seeds="0 1").returncode == 0
+    assert recipe.run("0", "4", learning_rate="0.000001", seeds=" 0  1 ").returncode == 0
+    assert recipe.calls() == []
+
+
+def test_training_is_refused_on_data_that_was_made_from_something_else(recipe, tmp_path):
+    assert recipe.run("0", "2").returncode == 0
+    (tmp_path / "new.jsonl").write_text('{"text": "新"}\n')
+    for force in ("0", "1"):
+        done = recipe.run("2", "2", train_jsonl=str(tmp_path / "new.jsonl"), force=force, server_urls="http://a:1")
+        assert done.returncode == 1 and recipe.calls() == []
+        assert "data was made from something else (train_jsonl was " in done.stderr
+        assert "run bash run.sh 0 0 first" in done.stderr
+
+
+def settings_of_the_summary(recipe) -> dict:
+    line = next(line for line in recipe.calls_path.read_text().splitlines() if "summarise.py" in line)
+    return json.loads(line[line.index("--settings ") + len("--settings ") :])
+
+
+def test_the_summary_has_the_settings_that_were_trained_with(recipe):
+    assert recipe.run("0", "2", "--", "trainer.foo=1", rollout_n="4").returncode == 0
+    done = recipe.run("3", "5", seeds="7")
+    assert done.returncode == 0, done.stderr
+    settings = settings_of_the_summary(recipe)
+    assert settings["rollout_n"] == "4" and settings["overrides"] == "trainer.foo=1" and settings["seeds"] == "7"
+
+
+def test_only_the_seeds_asked_for_are_scored(recipe):
+    assert recipe.run("0", "4").returncode == 0
+    assert recipe.run("0", "4", seeds="0 1").returncode == 0
+    assert recipe.calls_path.read_text().count(" seeds=0 1\n") == 2
+
+
+def test_speech_of_other_settings_is_made_beside_the_first_and_kept(recipe):
+    folders = []
+    for settings in ({}, {"temperature": "0.6"}, {}):
+        stages = ("4", "4") if folders else ("0", "4")
+        assert recipe.run(*stages, **settings).returncode == 0
+        calls = recipe.calls_path.read_text()
+        folders.append(re.findall(r"--output-dir (\S+/eval/(?:sft|grpo)-\w+) ", calls.replace("a recipe", "a_recipe")))
+        links = [(recipe.exp_dir / "eval" / name).readlink().name for name in ("sft", "grpo")]
+        assert links == [Path(folder).name for folder in folders[-1]]
+    assert len({*folders[0], *folders[1]}) == 4 and folders[2] == folders[0]
+
+
+def test_more_steps_extend_a_training_and_fewer_are_refused(recipe):
+    assert recipe.run("0", "3", total_steps="7").returncode == 0
+    more = recipe.run("0", "3", total_steps="12")
+    assert more.returncode == 0 and "main_ppo" in recipe.calls() and "merge.py" in recipe.calls(), more.stderr
+    fewer = recipe.run("0", "2", total_steps="5")
+    assert fewer.returncode == 1 and "has trained 7 steps, more than total_steps=5" in fewer.stderr
+    cosine = {"learning_rate_schedule": "cosine", "exp_dir": f"{recipe.exp_dir}-cosine"}
+    assert recipe.run("0", "2", total_steps="7", **cosine).returncode == 0
+    done = recipe.run("0", "2", total_steps="12", **cosine)
+    assert done.returncode == 1 and "trained with other settings (total_steps was '7', is '12')" in done.stderr
+
+
+def test_replaced_weights_and_edited_code_count(recipe, tmp_path):
+    weights = tmp_path / "llm/model.safetensors"
+    weights.parent.mkdir()
+    weights.write_text("old")
+    code = recipe.root / "reward_tts.py"
+    code.write_text("a = 1")
+    assert recipe.run("0", "2", sft_path=str(weights.parent), FAIL="main_ppo").returncode != 0
+    code.write_text("a = 2")
+    assert recipe.run("0", "4", sft_path=str(weights.parent)).returncode == 0, "a training that has not ended goes on"
+    code.write_text("a = 3")
+    done = recipe.run("0", "4", sft_path=str(weights.parent))
+    assert done.returncode == 1 and "trained with other settings (reward_tts.py has changed)" in done.stderr
+    assert recipe.run("3", "4", sft_path=str(weights.parent)).returncode == 0 and recipe.calls() == []
+    weights.write_text("new")
+    assert recipe.run("0", "0", sft_path=str(weights.parent)).returncode == 0
+    assert "prepare_llm.py" in recipe.calls()
+
+
+def test_the_evaluation_is_refused_on_another_merged_model(recipe):
+    assert recipe.run("0", "3", total_steps="7").returncode == 0
+    assert recipe.run("1", "2", total_steps="12").returncode == 0
+    done = recipe.run("4", "4", total_steps="12")
+    assert done.returncode == 1 and "merged_hf_model was made from something else (training has changed)" in done.stderr
+    assert "run bash run.sh 3 3 first" in done.stderr
+
+
+RESULTS_DEPEND_ON = {
+    "0": "sft_path train_jsonl test_jsonl max_prompt_length max_bad_ratio",
+    "2": "seed token2wav_dir reward_asr_dir token2wav_precision reward_curve reward_tones prompt_audio prompt_text "
+    "prompt_list prompt_voice_per num_gpus num_nodes total_steps train_batch_size mini_batch_size rollout_n "
+    "rollout_temperature rollout_top_p rollout_top_k max_response_length learning_rate learning_rate_schedule adam_eps "
+    "credit norm_adv_by_std recipe_args overrides",
+    "3": "llm_path",
+    "4": "token2wav_dir eval_jsonl infer_batch_size infer_precision infer_lm_precision temperature top_p top_k "
+    "repetition_penalty max_new_tokens",
+    "4s": "eval_asr_dir eval_jsonl language seeds quality_utterances reference_audio speaker_model_dir",
+}
+
+
+def test_each_result_depends_on_its_settings_and_code(recipe):
+    assert recipe.run("0", "4").returncode == 0
+    made_from = {stage: json.loads((recipe.exp_dir / ".done" / stage).read_text().split("\n")[0]) for stage in "0234"}
+    wanted = {stage: set(names.split()) for stage, names in RESULTS_DEPEND_ON.items()}
+    wanted["4"] |= wanted.pop("4s")
+    assert {stage: set(state["settings"]) for stage, state in made_from.items()} == wanted
+    for state in made_from.values():
+        assert state["code"] and all((ROOT / path).exists() for path in state["code"])
