@@ -239,17 +239,18 @@ watch_memory() {
   memory_pid=$!
 }
 
-# Sizes that veRL would refuse only after minutes.
-check_batches() {
+# contradictions: a line for each pair of settings that do not fit, which veRL would refuse only after minutes.
+contradictions() {
   local rollouts=$((mini_batch_size * rollout_n)) passes=$((micro_batch_size * num_gpus * num_nodes))
-  ((mini_batch_size > 0 && train_batch_size % mini_batch_size == 0)) ||
-    die "train_batch_size=$train_batch_size is no multiple of mini_batch_size=$mini_batch_size: change one of them"
-  ((passes > 0 && rollouts % passes == 0)) ||
-    die "mini_batch_size * rollout_n = $rollouts rollouts are no multiple of micro_batch_size * GPUs = $passes: change one of them"
+  ((train_batch_size % mini_batch_size == 0)) ||
+    echo "train_batch_size=$train_batch_size is no multiple of mini_batch_size=$mini_batch_size: change one of them"
+  ((rollouts % passes == 0)) ||
+    echo "mini_batch_size * rollout_n = $rollouts rollouts are no multiple of micro_batch_size * GPUs = $passes: change one of them"
+  ((num_nodes == 1)) || [[ -n $ray_address ]] ||
+    echo "num_nodes=$num_nodes needs ray_address: start Ray on each machine (ray start), see README.md"
 }
 
 configure() {
-  [[ $mode == check ]] || check_batches
   local by_syllable=false
   [[ $credit != syllable ]] || by_syllable=true
   # The log-probabilities of rollouts are the old policy's. If top_p or top_k cut off tokens, they are those of the
@@ -313,7 +314,7 @@ configure() {
 }
 
 main() {
-  local positional=() stage begin
+  local positional=() wrong=() stage begin
   while (($#)); do
     case $1 in
     --dry-run) dry_run=1 ;;
@@ -339,11 +340,13 @@ main() {
     all_settings table
     return
   fi
+  mapfile -t wrong < <(contradictions)
   configure
   if [[ $mode == check ]]; then
     PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec "$base_python" "$root/scripts/check.py" \
-      --settings "$(all_settings json)"
+      --settings "$(all_settings json)" --contradictions "${wrong[@]}"
   fi
+  ((${#wrong[@]} == 0)) || die "${wrong[0]}"
   trap cleanup EXIT
   trap 'exit 130' INT
   trap 'exit 143' TERM

@@ -75,7 +75,7 @@ resolve mini_batch_size
 
 # rollouts in one backward pass: those that fit, at most a GPU's share of an update
 rollouts_per_update=$((mini_batch_size * rollout_n / (num_gpus * num_nodes)))
-micro_batch_size=${micro_batch_size:-$(smaller "$(micro_batch "$gpu_memory_gib")" "$rollouts_per_update")}
+micro_batch_size=${micro_batch_size:-$(smaller "$(micro_batch "$gpu_memory_gib")" "$(larger 1 "$rollouts_per_update")")}
 
 # evaluation (stages 4 and 5)
 eval_jsonl=${eval_jsonl:-$workspace/data/$dataset$( ((eval_strip_quotes)) && echo -stripped || true).jsonl}
@@ -199,7 +199,6 @@ elif [[ -n $ray_address ]]; then # its processes were started elsewhere, without
   profile_env+=(RAY_ADDRESS="$ray_address")
   profile_verl_args+=("+ray_kwargs.ray_init.runtime_env.env_vars={PYTHONPATH: $(hydra "$root:$PYTHONPATH"), TENSORBOARD_DIR: $(hydra "$exp_dir/tensorboard"), OMP_NUM_THREADS: '$train_threads'}")
 else
-  ((num_nodes == 1)) || [[ $mode != run ]] || die "num_nodes=$num_nodes needs ray_address: start Ray on each machine (ray start), see README.md"
   # Ray hands out any GPU that it sees: those beyond num_gpus may be the reward server's
   profile_env+=(CUDA_VISIBLE_DEVICES="$(first_gpus "$num_gpus")")
 fi

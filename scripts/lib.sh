@@ -69,12 +69,14 @@ checksum() { [[ ! -f $1 ]] || head -n 1 "$1" | sha256sum | cut -c 1-16; }
 
 # load_settings: declare the settings, and give them values from the environment, the recipe and the profile.
 load_settings() {
+  local given=${profile:+yes}
   profile=${profile:-tiny}
-  [[ -f $root/conf/$profile.sh ]] || { log "no profile conf/$profile.sh" && usage; }
+  [[ -f $root/conf/$profile.sh && $profile != settings ]] || { log "no profile conf/$profile.sh" && usage; }
   # shellcheck source=conf/settings.sh
   source "$root/conf/settings.sh"
   unset recipe_args overrides # these are not variables of the user
   mark environment
+  [[ -n $given ]] || setting_origin[profile]=default
   recipe_verl_args=()
   load_recipe "${recipe-}"
   # shellcheck disable=SC2034 # read by name
@@ -86,7 +88,8 @@ load_settings() {
     mark "command line"
   fi
   give_defaults profile recipe base_python exp_name exp_dir venv_root
-  [[ $exp_dir == /* ]] || exp_dir=$root/$exp_dir setting_marked[exp_dir]=$root/$exp_dir
+  [[ $exp_dir == /* ]] || exp_dir=$root/$exp_dir
+  setting_marked[exp_dir]=$exp_dir
   # shellcheck source=conf/tiny.sh
   source "$root/conf/$profile.sh"
   resolve "${setting_names[@]}"

@@ -213,6 +213,8 @@ def read_state(path: Path) -> dict:
 
 def differences(old: dict, new: dict, ignore: list[str]) -> list[str]:
     """In words: each name whose value or content differs."""
+    if not old:
+        return ["nothing is noted of what it was made from"]
     found = []
     for part in ("settings", "read", "code", "made_from"):
         before, after = old.get(part, {}), new.get(part, {})

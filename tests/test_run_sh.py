@@ -136,7 +136,7 @@ def test_usage_errors(recipe, arguments):
 
 
 def test_unknown_profile_and_help(recipe):
-    assert recipe.run("0", profile="huge").returncode == 2
+    assert recipe.run("0", profile="huge").returncode == 2 and recipe.run("0", profile="settings").returncode == 2
     assert "tongue-twister" in recipe.run("--help").stderr
 
 
@@ -447,6 +447,7 @@ def test_a_signal_ends_training_and_server_at_once(recipe, sent, status):
         ({"server_devices": "gpu"}, ["server_devices=gpu: it is cpu, cuda or cuda:N"]),
         ({"make_envs": "yes"}, ["make_envs=yes: it is 0 or 1"]),
         ({"exp_name": "a${b}"}, ["exp_name=a${b}: it is a name without ${"]),
+        ({"exp_dir": "/x/a[1]"}, ["exp_dir=/x/a[1]: it is a path without ${, [ or ]"]),
         ({"num_gpus": "x[$(touch hacked)]", "profile": "cosyvoice2"}, ["num_gpus=x[$(touch hacked)]: "]),
     ],
 )
@@ -472,6 +473,7 @@ def shown_settings(copy, *arguments, **variables) -> dict[str, tuple[str, str]]:
 def test_settings_are_shown_with_their_origin(recipe):
     tiny = shown_settings(recipe, "--", "trainer.foo=1", rollout_n="4", prompt_text="", exp_dir="")
     assert tiny["rollout_n"] == ("4", "environment") and tiny["train_batch_size"] == ("16", "profile")
+    assert shown_settings(recipe, profile="")["profile"] == ("tiny", "default")
     assert tiny["mini_batch_size"] == ("16", "default") and tiny["profile"] == ("tiny", "environment")
     assert tiny["overrides"] == ("trainer.foo=1", "command line") and "workspace" not in tiny
     assert tiny["exp_dir"] == (f"{recipe.root}/exp/tiny", "default")
@@ -527,16 +529,14 @@ def test_any_text_reaches_hydra_as_it_is():
     assert list(config.values()) == texts
 
 
-@pytest.mark.parametrize("name", ['实验 一,"x"', "1e5", "null", "2024", "it's a\\", "(é)[c]{d}=&#~$\n"])
+@pytest.mark.parametrize("name", ['实验 一,"x"', "1e5", "null", "2024", "it's a\\", "(é){d}=&#~$\n"])
 def test_names_and_folders_reach_veRL_as_they_are(recipe, tmp_path, name):
     """What the stub is given as veRL's command line, read by the real Hydra."""
     exp_dir = f"{tmp_path}/exp {name}"
+    assert recipe.run("0", "0", exp_name=name, exp_dir=exp_dir).returncode == 0
     stub = recipe.root / "venv/trainer/bin/python"
     stub.write_text(f'#!/usr/bin/env bash\nprintf "%s\\0" "$@" >"{tmp_path}/arguments"\n')
-    for path in ("data/train.parquet", "sft_model/config.json", ".done/0"):
-        (Path(exp_dir) / path).parent.mkdir(parents=True, exist_ok=True)
-        (Path(exp_dir) / path).touch()
-    Path(recipe.root / "ready").touch()
+    (recipe.root / "ready").touch()
     done = recipe.run(
         "2", "2", "--", "trainer.foo=1", exp_name=name, exp_dir=exp_dir, server_urls="http://a:1,http://b:2"
     )
