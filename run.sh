@@ -2,10 +2,11 @@
 # Train a speech language model with GRPO, stage by stage.
 #
 #   bash run.sh [--dry-run] [START [STOP]] [-- VERL_OVERRIDE...]
-#   bash run.sh --check
+#   bash run.sh --check | --settings
 #
 #   no stages: all, -1 to 5; START alone: that one. --dry-run prints the commands and runs none.
 #   --check: says in a minute all that would stop a run, and runs no stage
+#   --settings: prints all settings, their values, and where these come from
 #   VERL_OVERRIDE: veRL settings of stage 2, such as algorithm.norm_adv_by_std_in_grpo=False
 #
 #   -1  install: the speech and the trainer environment, and what the profile downloads
@@ -17,44 +18,15 @@
 #    5  one tongue-twister through the merged checkpoint
 #
 # A stage that is done with the same settings is skipped. Everything that is made is in exp/$exp_name.
-# Variables: those below, and those in conf/$profile.sh; set them there or in the environment.
-# shellcheck disable=SC2329  # stages are called by name
+# Settings: conf/settings.sh explains them all; set them in conf/$profile.sh or in the environment.
+# shellcheck disable=SC2329,SC2154  # stages are called by name; conf/settings.sh declares the settings
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=scripts/lib.sh
 source "$root/scripts/lib.sh"
 
-profile=${profile:-tiny}         # conf/$profile.sh: tiny (CPU, offline) or cosyvoice2 (GPUs)
-recipe=${recipe:-}               # conf/recipes/$recipe.sh: a published recipe, for profile=cosyvoice2
-recipe_verl_args=()              # veRL settings of the recipe
-load_recipe "$recipe" "$profile" # before all defaults: these do not replace its values
-
-exp_name=${exp_name:-${recipe:-$profile}} # name of the experiment
-exp_dir=${exp_dir:-$root/exp/$exp_name}   # its folder
-seed=${seed:-42}                          # of data order and sampling
-force=${force:-0}                         # 1: redo the stages asked for, from nothing
-base_python=${base_python:-python3}       # interpreter the environments are built on, 3.11 or 3.12
-venv_root=${venv_root:-$root/.venv}       # folder of the environments, speech and trainer
-make_envs=${make_envs:-1}                 # 0: those in venv_root are used as they are
-server_timeout_s=${server_timeout_s:-900} # longest wait for the reward server
-
-max_bad_ratio=${max_bad_ratio:-0.01}        # of unusable lines of the data (stage 0)
-server_address=${server_address:-127.0.0.1} # of the reward server; 0.0.0.0 serves other machines
-http_port=${http_port:-8000} grpc_port=${grpc_port:-8001} metrics_port=${metrics_port:-8002}
-server_urls=${server_urls:-http://127.0.0.1:$http_port} # what training talks to; several with commas
-check_reward=${check_reward:-1}                         # 0: train though real speech does not score high
-seeds=${seeds:-0 1 2 3 4}                               # of the evaluation (stage 4)
-language=${language:-zh}                                # of the evaluation set: zh or en
-reference_audio=${reference_audio:-}                    # recordings of the voice, where the set has no prompts
-speaker_model_dir=${speaker_model_dir:-}                # WavLM folder for the voice; empty: Resemblyzer
-prompt_audio=${prompt_audio:-}                          # recording whose voice speaks in stages 1 and 5
-prompt_text=${prompt_text:-}                            # its transcript
-prompt_list=${prompt_list:-}                            # instead of the two: JSONL of voices (stage 1)
-prompt_voice_per=${prompt_voice_per:-text}              # each has one of them; or rollout
-single_text=${single_text:-}                            # said in stage 5; empty: the tongue-twister
-
-dry_run=0 preflight=0
+dry_run=0 mode=run
 server_pid='' memory_pid='' beside_pids=()
 verl_overrides=()
 
@@ -86,19 +58,21 @@ make_environments() {
 }
 
 stage_0() {
-  [[ -e $sft_model/config.json ]] && done_with 0 "$key_0" && skip 0 && return
+  local state
+  state=$(state_of 0)
+  [[ -e $sft_model/config.json ]] && done_with 0 "$state" && skip && return
   run "$trainer_bin/python" "$root/scripts/prepare_llm.py" --sft-path "$sft_path" --output-dir "$sft_model"
   run "$trainer_bin/python" "$root/prepare_data.py" --train-file "$train_jsonl" --test-file "$test_jsonl" \
     --output-dir "$exp_dir/data" --llm-path "$sft_model" --max-prompt-length "$max_prompt_length" \
     --max-bad-ratio "$max_bad_ratio"
-  mark_done 0 "$key_0"
+  mark_done 0 "$state"
   echo "data: $exp_dir/data"
 }
 
 stage_1() {
   if ((start == 1 && stop == 1)); then
     run exec "${server_command[@]}"
-  elif ((stop >= 2)) && done_with 2 "$key_2"; then
+  elif ((stop >= 2)) && done_with 2 "$(state_of 2)"; then
     echo "not needed: stage 2 is done"
   else
     start_server
@@ -106,10 +80,13 @@ stage_1() {
 }
 
 stage_2() {
-  done_with 2 "$key_2" && skip 2 && return
+  local state
   need "$exp_dir/data/train.parquet" 0
   need "$sft_model/config.json" 0
-  check_checkpoints
+  need_made_from 0 "$exp_dir/data"
+  state=$(state_of 2)
+  done_with 2 "$state" && skip && return
+  check_checkpoints "$state"
   if ((dry_run == 0)) && ! server_ready "${server_urls%%[, ]*}"; then
     die "no reward server is ready at ${server_urls%%[, ]*}: start one with bash run.sh 1 1"
   fi
@@ -122,14 +99,15 @@ stage_2() {
     --server-url "${server_urls%%[, ]*}" --tensorboard-dir "$exp_dir/tensorboard" -- \
     "$trainer_bin/python" -m verl.trainer.main_ppo "${verl_args[@]}" "${profile_verl_args[@]}" \
     "${recipe_verl_args[@]}" "${verl_overrides[@]}"
-  mark_done 2 "$key_2"
+  mark_done 2 "$state"
   [[ -z $server_pid ]] || { stop "$server_pid" && server_pid=''; }
   echo "checkpoints: $exp_dir/checkpoints; curves: tensorboard --logdir $exp_dir/tensorboard"
 }
 
 stage_3() {
-  done_with 3 "$key_3" && skip 3 && return
-  local checkpoint=${llm_path:-$(last_checkpoint)}
+  local checkpoint=${llm_path:-$(last_checkpoint)} state
+  state=$(state_of 3)
+  done_with 3 "$state" && skip && return
   need "$checkpoint/actor" 2
   need "$sft_model/config.json" 0
   run rm -rf "$checkpoint/merged_hf_model.part" "$checkpoint/merged_hf_model"
@@ -138,30 +116,41 @@ stage_3() {
   run mv -T "$checkpoint/merged_hf_model.part" "$checkpoint/merged_hf_model"
   run ln -sfnT "$checkpoint/merged_hf_model" "$exp_dir/merged_hf_model"
   [[ -z $(type -t export_profile) ]] || export_profile "$checkpoint/merged_hf_model"
-  mark_done 3 "$key_3"
+  mark_done 3 "$state"
   echo "merged model: $checkpoint/merged_hf_model"
 }
 
 stage_4() {
-  done_with 4 "$key_4" && skip 4 && return
+  local state
   need "$exp_dir/merged_hf_model/config.json" 3
   need "$sft_model/config.json" 0
+  need_made_from 3 "$exp_dir/merged_hf_model"
+  state=$(state_of 4)
+  done_with 4 "$state" && skip && return
   ((force)) && run rm -rf "$exp_dir/eval"
   infer sft "$sft_model"
   infer grpo "$exp_dir/merged_hf_model"
   score sft
   score grpo
   wait_for_all "speech could not be scored: see above"
-  run "$speech_bin/python" "$root/scripts/summarise.py" --exp-dir "$exp_dir" --settings "$(settings_json "${recorded_settings[@]}")"
+  run "$speech_bin/python" "$root/scripts/summarise.py" --exp-dir "$exp_dir" --settings "$(recorded_settings)"
   run "$speech_bin/python" "$root/scripts/report.py" --exp-dir "$exp_dir"
-  mark_done 4 "$key_4"
+  mark_done 4 "$state"
   echo "report: $exp_dir/report.html; figures: $exp_dir/summary.json; speech and alignments: $exp_dir/eval"
 }
 
-# infer NAME MODEL: speech of the test set by a model.
+# infer NAME MODEL: speech of the test set by a model, in eval/NAME; that is a link to a folder for each state, as the
+# speech of other settings is kept.
 infer() {
+  local folder=$exp_dir/eval/$1
+  if ((dry_run == 0)); then
+    folder+=-$(state_of 4 "$2" | sha256sum | cut -c 1-12)
+    mkdir -p "$folder"
+    [[ -L $exp_dir/eval/$1 || ! -e $exp_dir/eval/$1 ]] || mv -T "$exp_dir/eval/$1" "$exp_dir/eval/$1-before"
+    ln -sfnT "$(basename "$folder")" "$exp_dir/eval/$1"
+  fi
   run_long env OMP_NUM_THREADS=1 "$speech_bin/torchrun" --standalone --nproc-per-node "$infer_procs" "$root/infer_dist.py" \
-    --llm-path "$2" --token2wav-dir "$token2wav_dir" --eval-set "$eval_jsonl" --output-dir "$exp_dir/eval/$1" \
+    --llm-path "$2" --token2wav-dir "$token2wav_dir" --eval-set "$eval_jsonl" --output-dir "$folder" \
     --seeds "${seed_list[@]}" --batch-size "$infer_batch_size" --device "$infer_device" --precision "$infer_precision" \
     --lm-precision "$infer_lm_precision" --max-new-tokens "$max_new_tokens" --temperature "$temperature" --top-p "$top_p" --top-k "$top_k" \
     --repetition-penalty "$repetition_penalty"
@@ -170,7 +159,7 @@ infer() {
 # score NAME: error rates of that speech, and what they do not see; on one core, beside the other model's.
 score() {
   beside env OMP_NUM_THREADS=1 python="$speech_bin/python" eval_asr_dir="$eval_asr_dir" device="$infer_device" language="$language" \
-    quality_utterances="$quality_utterances" reference_audio="$reference_audio" speaker_model_dir="$speaker_model_dir" \
+    seeds="$seeds" quality_utterances="$quality_utterances" reference_audio="$reference_audio" speaker_model_dir="$speaker_model_dir" \
     bash "$root/scripts/compute_wer.sh" "$exp_dir/eval/$1" "$eval_jsonl"
 }
 
@@ -190,26 +179,56 @@ last_checkpoint() {
   echo "$exp_dir/checkpoints/global_step_$step"
 }
 
-# Checkpoints of other settings must not be trained on by mistake.
+# check_checkpoints STATE: checkpoints of other settings must not be trained on by mistake. More steps extend a training;
+# with another state of the code, only one that has not ended goes on.
 check_checkpoints() {
   ((dry_run)) && return
-  ((force)) && rm -rf "$exp_dir/checkpoints" "$exp_dir/tensorboard" "$exp_dir/validation"
-  if [[ -f $exp_dir/checkpoints/settings && $(<"$exp_dir/checkpoints/settings") != "$key_2" ]]; then
-    die "$exp_dir/checkpoints were trained with other settings: set exp_name to train anew beside them, or force=1 to train anew in their place"
+  local changed ignore=() trained=$exp_dir/checkpoints/settings step=
+  ((force)) && rm -rf "$exp_dir/checkpoints" "$exp_dir/tensorboard" "$exp_dir/validation" "$exp_dir/.done/2"
+  if [[ -f $trained ]]; then
+    [[ $learning_rate_schedule != constant ]] || ignore+=(total_steps)
+    [[ -f $exp_dir/.done/2 ]] || ignore+=(code)
+    changed=$(differences "$trained" "$1" "${ignore[@]}")
+    [[ -z $changed ]] || die "$exp_dir/checkpoints were trained with other settings ($changed): set exp_name to train anew beside them, or force=1 to train anew in their place"
   fi
+  step=$(basename "$(last_checkpoint)")
+  step=${step#global_step_}
+  [[ $step == N ]] || ((step <= total_steps)) || die "$exp_dir/checkpoints has trained $step steps, more than total_steps=$total_steps: set exp_name to train anew beside them, or force=1 to train anew in their place"
   mkdir -p "$exp_dir/checkpoints"
-  echo "$key_2" >"$exp_dir/checkpoints/settings"
+  rm -f "$exp_dir/.done/2"
+  echo "$1" >"$trained"
 }
 
-# settings_json NAME...: variables as JSON.
-settings_json() {
-  local name value separator='{'
-  for name; do
-    value=${!name-}
-    printf '%s"%s": "%s"' "$separator" "$name" "${value//\"/\\\"}"
-    separator=', '
-  done
-  printf '}'
+# recorded_settings: JSON of the settings, those of finished stages as they were then.
+recorded_settings() {
+  ((dry_run == 0)) || { echo '{}' && return; }
+  all_settings json --recorded "$exp_dir/.done/0" "$exp_dir/checkpoints/settings" "$exp_dir/.done/3"
+}
+
+# state_of STAGE [MODEL]: what the stage's result is made from, as scripts/settings.py has it; with MODEL, the speech of
+# that model.
+state_of() {
+  ((dry_run)) && return
+  local stages=("$1") read=() made_from=()
+  case $1${2:+model} in
+  2) made_from=(data="$(checksum "$exp_dir/.done/0")") ;;
+  3) [[ -n $llm_path ]] || made_from=(training="$(checksum "$exp_dir/checkpoints/settings")" checkpoint="$(basename "$(last_checkpoint)")") ;;
+  4)
+    stages+=(4s)
+    read=(sft_model="$sft_model" merged_hf_model="$exp_dir/merged_hf_model")
+    ;;
+  4model) read=(model="$2") made_from=(model="$2") ;;
+  esac
+  all_settings state --stages "${stages[@]}" --read "${read[@]}" --made-from "${made_from[@]}" \
+    --cache "$exp_dir/.done/checksums.json"
+}
+
+# need_made_from STAGE RESULT: fail if the stage would make something else now.
+need_made_from() {
+  ((dry_run)) && return
+  local changed
+  changed=$(differences "$exp_dir/.done/$1" "$(state_of "$1")")
+  [[ -z $changed ]] || die "$2 was made from something else ($changed): run bash run.sh $1 $1 first"
 }
 
 # The most memory of the run's processes goes into the summary.
@@ -220,29 +239,20 @@ watch_memory() {
   memory_pid=$!
 }
 
-# Sizes that veRL would refuse only after minutes.
-check_batches() {
+# contradictions: a line for each pair of settings that do not fit, which veRL would refuse only after minutes.
+contradictions() {
   local rollouts=$((mini_batch_size * rollout_n)) passes=$((micro_batch_size * num_gpus * num_nodes))
-  ((mini_batch_size > 0 && train_batch_size % mini_batch_size == 0)) ||
-    die "train_batch_size=$train_batch_size is no multiple of mini_batch_size=$mini_batch_size: change one of them"
-  ((passes > 0 && rollouts % passes == 0)) ||
-    die "mini_batch_size * rollout_n = $rollouts rollouts are no multiple of micro_batch_size * GPUs = $passes: change one of them"
+  ((train_batch_size % mini_batch_size == 0)) ||
+    echo "train_batch_size=$train_batch_size is no multiple of mini_batch_size=$mini_batch_size: change one of them"
+  ((rollouts % passes == 0)) ||
+    echo "mini_batch_size * rollout_n = $rollouts rollouts are no multiple of micro_batch_size * GPUs = $passes: change one of them"
+  ((num_nodes == 1)) || [[ -n $ray_address ]] ||
+    echo "num_nodes=$num_nodes needs ray_address: start Ray on each machine (ray start), see README.md"
 }
 
 configure() {
-  [[ -f $root/conf/$profile.sh ]] || { log "no profile conf/$profile.sh" && usage; }
-  # shellcheck source=conf/tiny.sh
-  source "$root/conf/$profile.sh"
-  ((preflight)) || check_batches
-  case $credit in
-  syllable) by_syllable=true ;;
-  utterance) by_syllable=false ;;
-  *) die "credit=$credit: it is syllable or utterance" ;;
-  esac
-  case $prompt_voice_per in
-  text | rollout) ;;
-  *) die "prompt_voice_per=$prompt_voice_per: it is text or rollout" ;;
-  esac
+  local by_syllable=false
+  [[ $credit != syllable ]] || by_syllable=true
   # The log-probabilities of rollouts are the old policy's. If top_p or top_k cut off tokens, they are those of the
   # distribution that is left, which the trainer does not compute: then it computes the old policy's itself.
   local reuse_log_probs=False
@@ -272,11 +282,11 @@ configure() {
   )
   verl_args=(
     algorithm.adv_estimator=grpo algorithm.norm_adv_by_std_in_grpo="$norm_adv_by_std"
-    data.train_files="$exp_dir/data/train.parquet" data.val_files="$exp_dir/data/test.parquet"
+    data.train_files="$(hydra "$exp_dir/data/train.parquet")" data.val_files="$(hydra "$exp_dir/data/test.parquet")"
     data.train_batch_size="$train_batch_size" data.seed="$seed"
     data.max_prompt_length="$max_prompt_length" data.max_response_length="$max_response_length"
     data.truncation=error data.filter_overlong_prompts=False data.dataloader_num_workers=0
-    actor_rollout_ref.model.path="$sft_model"
+    actor_rollout_ref.model.path="$(hydra "$sft_model")"
     actor_rollout_ref.actor.optim.lr="$learning_rate" actor_rollout_ref.actor.use_kl_loss=False
     actor_rollout_ref.actor.optim.lr_scheduler_type="$learning_rate_schedule"
     "actor_rollout_ref.actor.optim.override_optimizer_config={eps: $adam_eps}"
@@ -291,51 +301,25 @@ configure() {
     actor_rollout_ref.rollout.val_kwargs.top_p="$rollout_top_p" actor_rollout_ref.rollout.val_kwargs.top_k="$rollout_top_k"
     actor_rollout_ref.rollout.calculate_log_probs=True algorithm.rollout_correction.bypass_mode="$reuse_log_probs"
     actor_rollout_ref.actor.calculate_entropy=True # for its curve; entropy_coeff is 0
-    reward.custom_reward_function.path="$root/reward_tts.py" reward.custom_reward_function.name=compute_score
-    "+reward.custom_reward_function.reward_kwargs={server_urls: '$server_urls', failure_file: '$exp_dir/reward_failure', by_syllable: $by_syllable}"
+    reward.custom_reward_function.path="$(hydra "$root/reward_tts.py")" reward.custom_reward_function.name=compute_score
+    "+reward.custom_reward_function.reward_kwargs={server_urls: $(hydra "$server_urls"), failure_file: $(hydra "$exp_dir/reward_failure"), by_syllable: $by_syllable}"
     trainer.n_gpus_per_node="$num_gpus" trainer.nnodes="$num_nodes"
-    "trainer.logger=[console,tensorboard]" trainer.project_name=tts_grpo trainer.experiment_name="$exp_name"
-    trainer.default_local_dir="$exp_dir/checkpoints" trainer.resume_mode=auto
+    "trainer.logger=[console,tensorboard]" trainer.project_name=tts_grpo trainer.experiment_name="$(hydra "$exp_name")"
+    trainer.default_local_dir="$(hydra "$exp_dir/checkpoints")" trainer.resume_mode=auto
     trainer.max_actor_ckpt_to_keep="$max_checkpoints" trainer.save_freq="$save_freq" trainer.test_freq="$test_freq"
-    trainer.validation_data_dir="$exp_dir/validation" # what was said, for TensorBoard's audio
-    hydra.run.dir="$exp_dir/log/hydra"                # its copy of the settings; the working folder by default
+    trainer.validation_data_dir="$(hydra "$exp_dir/validation")" # what was said, for TensorBoard's audio
+    hydra.run.dir="$(hydra "$exp_dir/log/hydra")"                # its copy of the settings; the working folder by default
     trainer.val_before_train=True trainer.total_epochs=1000 trainer.total_training_steps="$total_steps"
   )
-  recorded_settings=(
-    profile recipe exp_name seed llm sft_path token2wav_dir prompt_audio prompt_list prompt_voice_per token2wav_precision
-    reward_asr_dir eval_asr_dir train_texts num_train num_test max_text_s text_excludes train_jsonl test_jsonl
-    max_prompt_length reward_curve reward_tones num_gpus num_nodes total_steps train_batch_size mini_batch_size rollout_n
-    rollout_temperature rollout_top_p rollout_top_k max_response_length learning_rate learning_rate_schedule adam_eps credit
-    norm_adv_by_std eval_strip_quotes eval_jsonl language seeds infer_precision infer_lm_precision temperature top_p top_k
-    repetition_penalty max_new_tokens recipe_args overrides
-  )
-  checked_settings=(
-    exp_dir venv_root make_envs trainer_requirements prompt_text known_answer_jsonl server_address server_urls
-    http_port grpc_port metrics_port check_reward server_devices server_instances server_gib train_device micro_batch_size
-    vllm_memory_share max_checkpoints ray_address
-  )
-}
-
-# What each stage depends on, told anew before each: stage -1 may bring the files whose content counts.
-set_keys() {
-  # shellcheck disable=SC2034  # read by name
-  overrides=${verl_overrides[*]-} recipe_args=${recipe_verl_args[*]-}
-  key_0=$(key train_jsonl test_jsonl sft_path max_prompt_length max_bad_ratio)
-  key_2=$(key key_0 seed token2wav_dir prompt_audio prompt_list prompt_voice_per token2wav_precision reward_asr_dir \
-    reward_curve reward_tones num_gpus num_nodes total_steps train_batch_size mini_batch_size rollout_n \
-    rollout_temperature rollout_top_p rollout_top_k max_response_length learning_rate learning_rate_schedule adam_eps \
-    credit norm_adv_by_std recipe_args overrides)
-  key_3=$(key key_2 llm_path)
-  key_4=$(key key_3 eval_asr_dir eval_jsonl language quality_utterances reference_audio speaker_model_dir seeds \
-    infer_batch_size infer_precision infer_lm_precision temperature top_p top_k repetition_penalty max_new_tokens)
 }
 
 main() {
-  local positional=() stage begin
+  local positional=() wrong=() stage begin
   while (($#)); do
     case $1 in
     --dry-run) dry_run=1 ;;
-    --check) preflight=1 ;;
+    --check) mode=check ;;
+    --settings) mode=settings ;;
     --)
       shift
       verl_overrides=("$@")
@@ -350,13 +334,19 @@ main() {
   if ((${#positional[@]} > 2)) || ! [[ $start =~ ^(-1|[0-5])$ && $stop =~ ^(-1|[0-5])$ ]] || ((start > stop)); then
     usage
   fi
-  [[ $force =~ ^[01]$ ]] || usage
   cd "$root"
-  configure
-  if ((preflight)); then
-    PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec "$base_python" "$root/scripts/check.py" \
-      --settings "$(settings_json "${recorded_settings[@]}" "${checked_settings[@]}")"
+  load_settings
+  if [[ $mode == settings ]]; then
+    all_settings table
+    return
   fi
+  mapfile -t wrong < <(contradictions)
+  configure
+  if [[ $mode == check ]]; then
+    PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec "$base_python" "$root/scripts/check.py" \
+      --settings "$(all_settings json)" --contradictions "${wrong[@]}"
+  fi
+  ((${#wrong[@]} == 0)) || die "${wrong[0]}"
   trap cleanup EXIT
   trap 'exit 130' INT
   trap 'exit 143' TERM
@@ -367,7 +357,6 @@ main() {
     echo "== stage $stage ($(date +%T))"
     begin=$SECONDS
     [[ -n $memory_pid ]] || watch_memory
-    set_keys
     "stage_$stage"
     echo "== stage $stage took $((SECONDS - begin)) s"
     record "$stage" "$((SECONDS - begin))"

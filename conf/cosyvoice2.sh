@@ -1,6 +1,7 @@
 # shellcheck shell=bash disable=SC2034,SC2154  # run.sh's variables
 # Profile "cosyvoice2": the CosyVoice2 LLM (0.5B), CosyVoice2's token2wav and SenseVoice, on GPUs.
-# Every variable can also be set in the environment: num_gpus=8 profile=cosyvoice2 bash run.sh
+# Here is what differs from conf/settings.sh, where every setting is explained, and what follows from the GPUs. Any can
+# also be set in the environment: num_gpus=8 profile=cosyvoice2 bash run.sh
 #
 # The defaults train as the newest published recipe does (conf/recipes/mair-hub.sh); recipe=NAME reproduces a published
 # row, conf/recipes/NAME.sh; docs/differences.md says what differs from each of them, and why.
@@ -33,96 +34,53 @@ vllm_share() {
   printf '0.%02d\n' "$left"
 }
 
-workspace=${workspace:-/workspace} # folder of what is downloaded
+gpu_memory_gib=${gpu_memory_gib:-$(smallest_gpu_gib 80)}
+trainer_requirements=${trainer_requirements:-$root/requirements-verl-gpu.txt}
+
+# what the following is computed from
+resolve workspace llm sft_checkpoint cosyvoice_dir train_texts num_train num_test max_text_s text_excludes reward_voices \
+  num_gpus num_nodes ray_address gpu_memory_gib rollout_n train_device infer_device dataset eval_strip_quotes
 
 # models
-llm=${llm:-llasa} # language model to train: llasa (yuekai's SFT model) or official (CosyVoice2-0.5B's own, converted)
 llasa_dir=$workspace/llasa_cosyvoice2_token_qwen_0.5b
-sft_checkpoint=${sft_checkpoint-checkpoint-885000} # of llm=llasa: the folder of its repository to train; empty: the root
 default_sft_path=$([[ $llm == official ]] && echo "$workspace/CosyVoice2-0.5B-llm" || echo "$llasa_dir${sft_checkpoint:+/$sft_checkpoint}")
-sft_path=${sft_path:-$default_sft_path}                    # or a folder of your own, which is left as it is
-token2wav_dir=${token2wav_dir:-$workspace/CosyVoice2-0.5B} # speech tokens -> waveform
-cosyvoice_dir=${cosyvoice_dir:-$workspace/CosyVoice}       # its source
+sft_path=${sft_path:-$default_sft_path} # or a folder of your own, which is left as it is
+token2wav_dir=${token2wav_dir:-$workspace/CosyVoice2-0.5B}
 prompt_audio=${prompt_audio:-$cosyvoice_dir/asset/zero_shot_prompt.wav}
 prompt_text=${prompt_text:-希望你以后能够做的比我还好呦。}
-reward_asr_dir=${reward_asr_dir:-$workspace/SenseVoiceSmall} # recogniser of the reward
-eval_asr_dir=${eval_asr_dir:-$workspace/paraformer-zh}       # recogniser of the evaluation: another one
+reward_asr_dir=${reward_asr_dir:-$workspace/SenseVoiceSmall}
+eval_asr_dir=${eval_asr_dir:-$workspace/paraformer-zh}
 
 # data (stage 0): texts of voxbox, SparkAudio/voxbox's metadata/$train_texts.jsonl
-train_texts=${train_texts:-emilia_zh}      # or aishell-3, 88,035 texts
-num_train=${num_train:-80000}              # its first texts in Chinese of that length are considered
-num_test=${num_test:-100}                  # its last texts, whatever they are
-max_text_s=${max_text_s:-30}               # duration of the recording that a text must be below; 0: any
-text_excludes=${text_excludes-[A-Za-z0-9]} # texts with such a character are left out, as the reward cannot read them; empty: none
 texts_dir=$workspace/data/$train_texts-$(key train_texts num_train num_test max_text_s text_excludes)
 train_jsonl=${train_jsonl:-$texts_dir/train.jsonl}
-test_jsonl=${test_jsonl:-$texts_dir/test.jsonl}                              # validation during training
-known_answer_jsonl=${known_answer_jsonl:-$workspace/data/known_answer.jsonl} # text and speech_tokens of real speech
-max_prompt_length=${max_prompt_length:-512}                                  # in tokens
+test_jsonl=${test_jsonl:-$texts_dir/test.jsonl}
+known_answer_jsonl=${known_answer_jsonl:-$workspace/data/known_answer.jsonl}
 
-# GPUs
-num_gpus=${num_gpus:-1}                                  # for training, of a machine: the first ones
-num_nodes=${num_nodes:-1}                                # machines; several need ray_address
-ray_address=${ray_address:-}                             # of a running Ray cluster (ray start), such as 10.0.0.1:6379
-gpu_memory_gib=${gpu_memory_gib:-$(smallest_gpu_gib 80)} # of a GPU
-
-# reward server (stage 1): by default it shares the training's GPUs; cuda:8, say, is one of its own beside eight
-server_devices=${server_devices:-$(seq -s ' ' -f 'cuda:%g' 0 $((num_gpus - 1)))} # torch devices, separated by spaces
-server_instances=${server_instances:-$((gpu_memory_gib >= 70 ? 2 : 1))}          # processes on each device
-server_gib=${server_gib:-$((gpu_memory_gib >= 40 ? 9 : 6))}                      # what one of them may take of a GPU
-server_threads=${server_threads:-4}                                              # torch threads of each
-server_batch_size=${server_batch_size:-64}                                       # rollouts scored at once
-token2wav_precision=${token2wav_precision:-fp16}                                 # of the server's token2wav: fp32 (slow, exact), fp16 or bf16
+# reward server (stage 1): by default it shares the training's GPUs; cuda:8, for example, is one of its own beside eight
+server_devices=${server_devices:-$(seq -s ' ' -f 'cuda:%g' 0 $((num_gpus - 1)))}
+server_instances=${server_instances:-$((gpu_memory_gib >= 70 ? 2 : 1))}
+server_gib=${server_gib:-$((gpu_memory_gib >= 40 ? 9 : 6))}
 [[ $server_devices != cpu ]] || token2wav_precision=fp32
-reward_curve=${reward_curve:-exp} # or tanh, see tts_grpo/text/errors.py
-reward_tones=${reward_tones:-0}   # 1: tones count in the reward's pinyin error rate
-reward_voices=${reward_voices:-1} # 1: prompt_audio; N: as many recordings of AISHELL's test set, instead of a prompt_list
 aishell_voices=$workspace/data/aishell-voices-$reward_voices.jsonl
 ((reward_voices == 1)) || prompt_list=${prompt_list:-$aishell_voices}
+resolve server_devices server_instances server_gib
 
 # GRPO (stage 2)
-train_device=${train_device:-cuda} # or cpu
-total_steps=${total_steps:-1800}
-rollout_n=${rollout_n:-8}                                                        # rollouts per prompt
-train_batch_size=${train_batch_size:-$(larger 32 $((4 * num_gpus * num_nodes)))} # prompts per step: alike up to 8 GPUs
-mini_batch_size=${mini_batch_size:-$(larger 1 $((train_batch_size / 2)))}        # prompts per update
-rollout_temperature=${rollout_temperature:-1.0}                                  # of rollouts and validation
-rollout_top_p=${rollout_top_p:-1.0} rollout_top_k=${rollout_top_k:--1}
-max_response_length=${max_response_length:-1024}
-learning_rate=${learning_rate:-1e-6}
-learning_rate_schedule=${learning_rate_schedule:-constant}              # constant or cosine, which ends at 0
-adam_eps=${adam_eps:-1e-8}                                              # of AdamW
-credit=${credit:-utterance}                                             # syllable: advantages where the errors are (tts_grpo/training/credit.py)
-norm_adv_by_std=${norm_adv_by_std:-False}                               # True: GRPO's division by a group's deviation
-vllm_memory_share=${vllm_memory_share:-$(vllm_share "$gpu_memory_gib")} # of a GPU, for vLLM's weights and cache
-test_freq=${test_freq:-50}                                              # steps between validations
-save_freq=${save_freq:-50}                                              # steps between checkpoints
-max_checkpoints=${max_checkpoints:-4}                                   # kept of them
+train_batch_size=${train_batch_size:-$(larger 32 $((4 * num_gpus * num_nodes)))} # the same up to 8 GPUs
+resolve train_batch_size
+mini_batch_size=${mini_batch_size:-$(larger 1 $((train_batch_size / 2)))}
+vllm_memory_share=${vllm_memory_share:-$(vllm_share "$gpu_memory_gib")}
+resolve mini_batch_size
 
 # rollouts in one backward pass: those that fit, at most a GPU's share of an update
 rollouts_per_update=$((mini_batch_size * rollout_n / (num_gpus * num_nodes)))
-micro_batch_size=${micro_batch_size:-$(smaller "$(micro_batch "$gpu_memory_gib")" "$rollouts_per_update")}
-train_threads=${train_threads:-4}
-trainer_requirements=${trainer_requirements:-$root/requirements-verl-gpu.txt}
+micro_batch_size=${micro_batch_size:-$(smaller "$(micro_batch "$gpu_memory_gib")" "$(larger 1 "$rollouts_per_update")")}
 
 # evaluation (stages 4 and 5)
-dataset=${dataset:-zero_shot_zh}          # or test_zh
-eval_strip_quotes=${eval_strip_quotes:-0} # 1: quotes and brackets are taken out of the set's texts
 eval_jsonl=${eval_jsonl:-$workspace/data/$dataset$( ((eval_strip_quotes)) && echo -stripped || true).jsonl}
-quality_utterances=${quality_utterances:-100} # whose voice, DNSMOS and F0 are measured; 0: none
-infer_procs=${infer_procs:-$num_gpus}
-infer_device=${infer_device:-cuda}
 infer_batch_size=${infer_batch_size:-$((gpu_memory_gib >= 40 ? 128 : 32))}
-infer_precision=${infer_precision:-fp32}       # of token2wav in the evaluation; fp16, the server's, is several times as fast
-infer_lm_precision=${infer_lm_precision:-bf16} # of the language model there; or fp32
 [[ $infer_device != cpu ]] || infer_precision=fp32 infer_lm_precision=fp32
-temperature=${temperature:-0.8} top_p=${top_p:-0.95} top_k=${top_k:-50}
-repetition_penalty=${repetition_penalty:-1.0} # of the evaluation, on ids in prompt and response; 1.0: none
-max_new_tokens=${max_new_tokens:-2048}        # where the evaluation cuts an utterance
-
-# stage -1: everything is resumed, and skipped when it is there
-cosyvoice_url=${cosyvoice_url:-https://github.com/FunAudioLLM/CosyVoice.git}
-cosyvoice_commit=${cosyvoice_commit:-ace7c47f41bbd303aa6bf1ea80e6f9fbd595cd40}
 
 download() { run "$speech_bin/python" "$root/scripts/download.py" "$@"; }
 
@@ -218,6 +176,8 @@ install_eval_set() {
     --token2wav-dir "$token2wav_dir" --output "$known_answer_jsonl"
 }
 
+resolve vllm_memory_share train_threads # for the arguments of veRL
+
 # token2wav imports CosyVoice's modules
 export PYTHONPATH=$cosyvoice_dir:$cosyvoice_dir/third_party/Matcha-TTS${PYTHONPATH:+:$PYTHONPATH}
 
@@ -237,9 +197,8 @@ if [[ $train_device == cpu ]]; then # to try the profile with small weights
   source "$root/scripts/verl_cpu.sh"
 elif [[ -n $ray_address ]]; then # its processes were started elsewhere, without this environment
   profile_env+=(RAY_ADDRESS="$ray_address")
-  profile_verl_args+=("+ray_kwargs.ray_init.runtime_env.env_vars={PYTHONPATH: '$root:$PYTHONPATH', TENSORBOARD_DIR: '$exp_dir/tensorboard', OMP_NUM_THREADS: '$train_threads'}")
+  profile_verl_args+=("+ray_kwargs.ray_init.runtime_env.env_vars={PYTHONPATH: $(hydra "$root:$PYTHONPATH"), TENSORBOARD_DIR: $(hydra "$exp_dir/tensorboard"), OMP_NUM_THREADS: '$train_threads'}")
 else
-  ((num_nodes == 1 || preflight)) || die "num_nodes=$num_nodes needs ray_address: start Ray on each machine (ray start), see README.md"
   # Ray hands out any GPU that it sees: those beyond num_gpus may be the reward server's
   profile_env+=(CUDA_VISIBLE_DEVICES="$(first_gpus "$num_gpus")")
 fi

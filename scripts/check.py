@@ -53,6 +53,9 @@ def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--settings", type=json.loads, help="run.sh's variables, as JSON")
+    parser.add_argument(
+        "--contradictions", nargs="*", default=[], help="settings that do not fit, as run.sh found them"
+    )
     what.add_argument("--pins", type=Path, help="only compare this Python's packages with a requirements file")
     what.add_argument("--language-model", type=Path, help="only check this Hugging Face folder")
     return parser.parse_args(argv)
@@ -294,27 +297,6 @@ def check_compiler(s: dict) -> Iterator[Finding]:
     yield finding(headers.exists(), str(headers), " is missing, for Triton's kernels: install it (Debian: python3-dev)")
 
 
-def check_batches(s: dict) -> Iterator[Finding]:
-    gpus, batch, mini_batch = (
-        int(s["num_gpus"]) * int(s["num_nodes"]),
-        int(s["train_batch_size"]),
-        int(s["mini_batch_size"]),
-    )
-    rollouts, passes = mini_batch * int(s["rollout_n"]), int(s["micro_batch_size"]) * gpus
-    yield finding(
-        mini_batch > 0 and batch % mini_batch == 0,
-        f"{batch} prompts per step, {mini_batch} per update",
-        ": no multiple: change train_batch_size or mini_batch_size",
-    )
-    yield finding(
-        passes > 0 and rollouts % passes == 0,
-        f"{rollouts} rollouts per update, {passes} at once on {gpus} GPUs",
-        ": no multiple: change mini_batch_size, rollout_n or micro_batch_size",
-    )
-    if int(s["num_nodes"]) > 1 and not s.get("ray_address"):
-        yield False, "several machines need ray_address"
-
-
 def check_disk(s: dict) -> Iterator[Finding]:
     folder = Path(s["exp_dir"])
     weights = sum(path.stat().st_size for path in Path(s["sft_path"]).glob("*.safetensors"))
@@ -331,7 +313,7 @@ def check_disk(s: dict) -> Iterator[Finding]:
 
 
 CHECKS = (
-    check_environments, check_files, check_data, check_language_model, check_batches, check_gpus, check_compiler,
+    check_environments, check_files, check_data, check_language_model, check_gpus, check_compiler,
     check_server, check_disk,
 )  # fmt: skip
 
@@ -342,7 +324,8 @@ def main(argv=None):
         found = check_pins(args.pins) if args.pins else language_model_findings(args.language_model)
         print(json.dumps(list(found)))
         return 0
-    findings = [finding for check in CHECKS for finding in check(args.settings)]
+    findings = [(False, text) for text in args.contradictions] or [(True, "sizes of batches")]
+    findings += [finding for check in CHECKS for finding in check(args.settings)]
     for good, text in findings:
         print(f"{'ok   ' if good else 'WRONG'}  {text}", flush=True)
     wrong = sum(not good for good, _ in findings)

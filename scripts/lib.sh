@@ -1,5 +1,5 @@
-# shellcheck shell=bash disable=SC2154  # the variables are run.sh's
-# What run.sh's stages share: running, skipping, timing, and the reward server as a background process.
+# shellcheck shell=bash disable=SC2154  # the variables are those of run.sh and conf/settings.sh
+# What run.sh's stages share: settings, running, skipping, timing, and the reward server as a background process.
 
 log() { echo "run.sh: $*" >&2; }
 
@@ -8,15 +8,116 @@ die() {
   exit 1
 }
 
-# load_recipe NAME PROFILE: settings of a published recipe, if one is named; values of the environment are kept.
+setting_names=()
+declare -A setting_default setting_stages setting_kind setting_meaning setting_origin setting_marked
+
+# setting NAME DEFAULT STAGES KIND MEANING: declare a setting, see conf/settings.sh.
+setting() {
+  setting_names+=("$1")
+  setting_default[$1]=$2 setting_stages[$1]=$3 setting_kind[$1]=$4 setting_meaning[$1]=$5
+}
+
+# is_set NAME: whether a setting has a value; an empty one counts where it is allowed.
+is_set() { [[ -n ${!1-} || (-v $1 && ${setting_kind[$1]} == *\?) ]]; }
+
+# mark ORIGIN: the settings that have a value by now, and had none before, have it from there.
+mark() {
+  local name
+  for name in "${setting_names[@]}"; do
+    [[ -n ${setting_origin[$name]-} ]] || ! is_set "$name" || setting_origin[$name]=$1 setting_marked[$name]=${!name}
+  done
+}
+
+# give_defaults NAME...: give the settings that have no value their defaults.
+give_defaults() {
+  local name value
+  mark profile
+  for name; do
+    if ! is_set "$name"; then
+      eval "value=\"${setting_default[$name]}\"" # a default may refer to other settings
+      printf -v "$name" %s "$value"
+      setting_origin[$name]=default setting_marked[$name]=$value
+    fi
+  done
+}
+
+# resolve NAME...: as give_defaults, and stop if a value is not allowed. A profile does so with those that it computes
+# others from.
+resolve() {
+  give_defaults "$@"
+  send_settings "$@" | "$base_python" -IS "$root/scripts/settings.py" validate || exit 1
+}
+
+# send_settings NAME...: what scripts/settings.py reads.
+send_settings() {
+  local name origin
+  for name; do
+    origin=${setting_origin[$name]}
+    [[ ${!name} == "${setting_marked[$name]}" ]] || origin=profile # which changed what the environment gave
+    printf '%s\0' "$name" "${setting_stages[$name]}" "${setting_kind[$name]}" "${setting_meaning[$name]}" "$origin" "${!name}"
+  done
+}
+
+# all_settings ACTION [OPTION...]: the settings as scripts/settings.py prints them.
+all_settings() { send_settings "${setting_names[@]}" | "$base_python" -IS "$root/scripts/settings.py" "$@"; }
+
+# differences FILE STATE NAME...: what differs between the state in a file and another, but for some names.
+differences() { "$base_python" -IS "$root/scripts/settings.py" differences --old "$1" --new "$2" --ignore "${@:3}"; }
+
+# checksum FILE: of the state in it; empty where there is none.
+checksum() { [[ ! -f $1 ]] || head -n 1 "$1" | sha256sum | cut -c 1-16; }
+
+# load_settings: declare the settings, and give them values from the environment, the recipe and the profile.
+load_settings() {
+  local given=${profile:+yes}
+  profile=${profile:-tiny}
+  [[ -f $root/conf/$profile.sh && $profile != settings ]] || { log "no profile conf/$profile.sh" && usage; }
+  # shellcheck source=conf/settings.sh
+  source "$root/conf/settings.sh"
+  unset recipe_args overrides # these are not variables of the user
+  mark environment
+  [[ -n $given ]] || setting_origin[profile]=default
+  recipe_verl_args=()
+  load_recipe "${recipe-}"
+  # shellcheck disable=SC2034 # read by name
+  [[ ${#recipe_verl_args[@]} -eq 0 ]] || recipe_args=${recipe_verl_args[*]}
+  mark recipe
+  if ((${#verl_overrides[@]})); then
+    # shellcheck disable=SC2034 # read by name
+    overrides=${verl_overrides[*]}
+    mark "command line"
+  fi
+  give_defaults profile recipe base_python exp_name exp_dir venv_root
+  [[ $exp_dir == /* ]] || exp_dir=$root/$exp_dir
+  setting_marked[exp_dir]=$exp_dir
+  # shellcheck source=conf/tiny.sh
+  source "$root/conf/$profile.sh"
+  resolve "${setting_names[@]}"
+}
+
+# load_recipe NAME: settings of a published recipe, if one is named; values of the environment are kept.
 load_recipe() {
   [[ -n $1 ]] || return 0
   local names=("$root"/conf/recipes/*.sh)
   names=("${names[@]##*/}")
   [[ -f $root/conf/recipes/$1.sh ]] || die "recipe=$1 is unknown: it is one of ${names[*]%.sh}"
-  [[ $2 == cosyvoice2 ]] || die "recipe=$1 is for profile=cosyvoice2, not for profile=$2"
+  [[ $profile == cosyvoice2 ]] || die "recipe=$1 is for profile=cosyvoice2, not for profile=$profile"
   # shellcheck source=conf/recipes/mair-hub.sh
   source "$root/conf/recipes/$1.sh"
+}
+
+# hydra TEXT: a string of veRL's command line, which Hydra reads back as it is. Between single quotes it takes every
+# character for itself but a quote, and backslashes before a quote or at the end (hydra/grammar/OverrideLexer.g4, 1.3).
+hydra() {
+  local quoted='' backslashes='' i
+  for ((i = 0; i < ${#1}; i++)); do
+    case ${1:i:1} in
+    \\) backslashes+=\\ ;;
+    \') quoted+=$backslashes$backslashes"\\'" backslashes='' ;;
+    *) quoted+=$backslashes${1:i:1} backslashes='' ;;
+    esac
+  done
+  printf "'%s'" "$quoted$backslashes$backslashes"
 }
 
 # Run a command, or with --dry-run print it.
@@ -60,24 +161,23 @@ need() {
   ((dry_run)) || [[ -e $1 ]] || die "$1 is missing: run bash run.sh $2 $2 first"
 }
 
-# key NAME...: a checksum of variables; what stands for a file counts with the file's content.
+# key NAME...: a checksum of variables.
 key() {
   local name
-  for name; do
-    printf '%s=%s\n' "$name" "${!name-}"
-    [[ ! -f ${!name-} ]] || sha256sum <"${!name}"
-  done | sha256sum | cut -c 1-16
+  for name; do printf '%s=%s\n' "$name" "${!name}"; done | sha256sum | cut -c 1-16
 }
 
-# done_with STAGE KEY: whether the stage was finished with this key.
+# done_with STAGE STATE: whether the stage was finished with this state.
 done_with() {
-  ((dry_run == 0 && force == 0)) && [[ -f $exp_dir/.done/$1 && $(<"$exp_dir/.done/$1") == "$2" ]]
+  ((dry_run == 0 && force == 0)) && [[ -f $exp_dir/.done/$1 && $(head -n 1 "$exp_dir/.done/$1") == "$2" ]]
 }
 
+# mark_done STAGE STATE: note what the stage's result was made from, and by which commit.
 mark_done() {
   ((dry_run)) && return
   mkdir -p "$exp_dir/.done"
-  echo "$2" >"$exp_dir/.done/$1.part"
+  printf '%s\n' "$2" "commit $(git -C "$root" describe --always --dirty --abbrev=40 2>/dev/null || echo unknown)" \
+    >"$exp_dir/.done/$1.part"
   mv "$exp_dir/.done/$1.part" "$exp_dir/.done/$1"
 }
 

@@ -34,6 +34,7 @@ def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, required=True, help="folder with seed_*/manifest.jsonl")
     parser.add_argument("--eval-set", type=Path, required=True, help="JSONL of the test set")
+    parser.add_argument("--seeds", type=int, nargs="+", help="of the manifests to score; all there are, if not given")
     parser.add_argument("--language", choices=LANGUAGES, default="zh", help="of the test set")
     parser.add_argument("--asr-dir", type=Path, required=True, help="folder of the evaluation recogniser")
     parser.add_argument("--device", default="cpu", help="torch device")
@@ -188,12 +189,28 @@ def references(path: Path | None) -> list[Path]:
     return found
 
 
+def manifests_of(output_dir: Path, seeds: list[int] | None) -> list[Path]:
+    """The manifests of some seeds, or of all; the scores of other seeds are removed, as readers pool all there are.
+
+    Raises:
+        SystemExit: one is missing.
+    """
+    paths = {int(path.parent.name[5:]): path for path in output_dir.glob("seed_*/manifest.jsonl")}
+    seeds = sorted(paths if seeds is None else set(seeds))
+    missing = [seed for seed in seeds if seed not in paths]
+    if missing or not seeds:
+        names = ", ".join(f"seed_{seed}" for seed in missing) or "seed_*"
+        raise SystemExit(f"score.py: no {names}/manifest.jsonl in {output_dir}: run the inference first")
+    for path in (path for seed, path in paths.items() if seed not in seeds):
+        (path.parent / "utterances.jsonl").unlink(missing_ok=True)
+        (path.parent / "alignment.txt").unlink(missing_ok=True)
+    return [paths[seed] for seed in seeds]
+
+
 def main(argv=None):
     args = get_args(argv)
     logging.disable(logging.INFO)  # funasr's
-    manifests = sorted(args.output_dir.glob("seed_*/manifest.jsonl"), key=lambda p: int(p.parent.name[5:]))
-    if not manifests:
-        raise SystemExit(f"score.py: no seed_*/manifest.jsonl in {args.output_dir}: run the inference first")
+    manifests = manifests_of(args.output_dir, args.seeds)
     eval_set = read_jsonl(args.eval_set)
     asr = load_asr(args.asr_dir, args.device, args.language)
     reference, costly = references(args.reference_audio), None

@@ -50,7 +50,7 @@ def test_everything_wrong_is_named_at_once(tmp_path, assets):
     assert done.returncode == 1
     for text in (
         "environment speech: ", "environment trainer: ", "/nowhere/set.jsonl is missing", "train_jsonl ",
-        "reward_asr_dir is eval_asr_dir", "prompt_audio and prompt_text", "9 rollouts per update, 8 at once",
+        "reward_asr_dir is eval_asr_dir", "prompt_audio and prompt_text", "9 rollouts are no multiple of",
         "http_port ", "no reward server is ready at http://127.0.0.1:9", "llm is missing",
     ):  # fmt: skip
         assert any(line.startswith("WRONG") and text in line for line in done.stdout.splitlines()), (text, done.stdout)

@@ -1,7 +1,11 @@
 """run.sh with stub programs in place of the environments': which commands come, in which order, and what stops."""
 
 import functools
+import json
 import os
+import random
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -58,10 +62,10 @@ class Recipe:
         (self.root / "scripts").mkdir(parents=True)
         shutil.copytree(ROOT / "conf", self.root / "conf")
         shutil.copy(ROOT / "run.sh", self.root)
-        for name in ("lib.sh", "verl_cpu.sh"):
+        for name in ("lib.sh", "verl_cpu.sh", "settings.py"):
             shutil.copy(ROOT / "scripts" / name, self.root / "scripts")
         (self.root / "scripts/make_env.sh").write_text('echo "make_env $1" >>"$CALLS"\n')
-        (self.root / "scripts/compute_wer.sh").write_text('echo "compute_wer $1" >>"$CALLS"\n')
+        (self.root / "scripts/compute_wer.sh").write_text('echo "compute_wer $1 seeds=$seeds" >>"$CALLS"\n')
         for name, text in (("venv/speech/bin/python", STUB), ("venv/trainer/bin/python", STUB),
                            ("venv/speech/bin/torchrun", STUB), ("bin/curl", CURL)):  # fmt: skip
             path = self.root / name
@@ -132,7 +136,7 @@ def test_usage_errors(recipe, arguments):
 
 
 def test_unknown_profile_and_help(recipe):
-    assert recipe.run("0", profile="huge").returncode == 2
+    assert recipe.run("0", profile="huge").returncode == 2 and recipe.run("0", profile="settings").returncode == 2
     assert "tongue-twister" in recipe.run("--help").stderr
 
 
@@ -198,7 +202,11 @@ def test_a_language_model_of_ones_own_is_left_as_it_is(recipe, tmp_path):
     dry = recipe.run("--dry-run", "0", "4", **settings).stdout.replace("\\ ", " ")
     prepared = recipe.exp_dir / "sft_model"
     assert f"--sft-path {tmp_path}/own --output-dir {prepared} " in dry
-    for text in (f"actor_rollout_ref.model.path={prepared} ", f"--llm-path {prepared} ", f"--sft-path {prepared} "):
+    for text in (
+        f"actor_rollout_ref.model.path=\\'{prepared}\\' ",
+        f"--llm-path {prepared} ",
+        f"--sft-path {prepared} ",
+    ):
         assert text in dry
 
 
@@ -425,3 +433,234 @@ def test_a_signal_ends_training_and_server_at_once(recipe, sent, status):
     assert not (recipe.root / "ready").exists()
     left = subprocess.run(["pgrep", "-f", f"{recipe.root}.*main_ppo"], capture_output=True, text=True).stdout.split()
     assert left == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"seed": "x", "top_p": "2"}, ["seed=x: it is a whole number", "top_p=2: it is a number > 0 and <= 1"]),
+        ({"rollout_n": "08"}, ["rollout_n=08: it is a whole number >= 1"]),
+        ({"total_steps": "1_000"}, ["total_steps=1_000: it is a whole number >= 1"]),
+        ({"learning_rate": "1e-6x"}, ["learning_rate=1e-6x: it is a number > 0"]),
+        ({"http_port": "70000"}, ["http_port=70000: it is a whole number >= 1 and <= 65535"]),
+        ({"seeds": "1 2 1"}, ["seeds=1 2 1: it is whole numbers, separated by spaces, each once"]),
+        ({"server_devices": "gpu"}, ["server_devices=gpu: it is cpu, cuda or cuda:N"]),
+        ({"make_envs": "yes"}, ["make_envs=yes: it is 0 or 1"]),
+        ({"exp_name": "a${b}"}, ["exp_name=a${b}: it is a name without ${"]),
+        ({"exp_dir": "/x/a[1]"}, ["exp_dir=/x/a[1]: it is a path without ${, [ or ]"]),
+        ({"num_gpus": "x[$(touch hacked)]", "profile": "cosyvoice2"}, ["num_gpus=x[$(touch hacked)]: "]),
+    ],
+)
+def test_a_value_that_is_not_allowed_is_refused_before_any_work(recipe, settings, expected):
+    for arguments in (("-1", "5"), ("--check",)):
+        done = recipe.run(*arguments, **settings)
+        assert done.returncode == 1, done.stdout
+        for text in expected:
+            assert text in done.stderr
+    assert recipe.calls() == [] and not (recipe.root / "hacked").exists()
+
+
+def shown_settings(copy, *arguments, **variables) -> dict[str, tuple[str, str]]:
+    """``name -> (value, origin)`` of the table."""
+    done = copy.run("--settings", *arguments, **variables)
+    assert done.returncode == 0 and copy.calls() == [], done.stderr
+    rows = re.findall(
+        r"^(?!setting )(\w+) +(.*?)\s+(environment|recipe|profile|default|command line) ", done.stdout, re.MULTILINE
+    )
+    return {name: (value, origin) for name, value, origin in rows}
+
+
+def test_settings_are_shown_with_their_origin(recipe):
+    tiny = shown_settings(recipe, "--", "trainer.foo=1", rollout_n="4", prompt_text="", exp_dir="")
+    assert tiny["rollout_n"] == ("4", "environment") and tiny["train_batch_size"] == ("16", "profile")
+    assert shown_settings(recipe, profile="")["profile"] == ("tiny", "default")
+    assert tiny["mini_batch_size"] == ("16", "default") and tiny["profile"] == ("tiny", "environment")
+    assert tiny["overrides"] == ("trainer.foo=1", "command line") and "workspace" not in tiny
+    assert tiny["exp_dir"] == (f"{recipe.root}/exp/tiny", "default")
+    given = {"num_gpus": "2", "text_excludes": "", "infer_device": "cpu", "infer_precision": "fp16"}
+    full = shown_settings(recipe, profile="cosyvoice2", recipe="seed", **given)
+    assert full["rollout_n"] == ("4", "recipe") and full["num_gpus"] == ("2", "environment")
+    assert full["text_excludes"] == ("''", "environment") and full["train_batch_size"] == ("32", "profile")
+    assert full["infer_precision"] == ("fp32", "profile"), "there is no fp16 on a CPU"
+    assert set(tiny) < set(full)
+
+
+def test_each_setting_is_declared_once_and_profiles_hold_what_differs():
+    declared = re.findall(
+        r"^ *setting (\w+) ('.*?'|\".*?\"|\S+) ", (ROOT / "conf/settings.sh").read_text(), re.MULTILINE
+    )
+    defaults = {name: value.strip("'\"") for name, value in declared}
+    assert len(defaults) == len(declared) > 80
+    for path in (ROOT / "conf").glob("*.sh"):
+        for name, value in re.findall(r"(\w+)=\$\{\1:?-(.*?)\}(?:\s|$)", path.read_text()):
+            assert name in defaults, f"{path}: {name} is not declared"
+            assert value != defaults[name], f"{path}: {name}={value} is the default already"
+
+
+NASTY = (
+    "实验 一,\"x\"", "1e5", "true", "null", "2024", "1_000", "lr=1e-6", "a,b", "it's", "a(b)[c]{d}", "x&y#z", "~u", "é",
+    "a\nb", "C:\\new", "back\\", "\\'", "a\\\\'b", "''", "$x", "  a  ", "%(x)s", "*", ":", "-", "@a",
+)  # fmt: skip
+READ_OVERRIDES = """
+import json, sys
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+config = OmegaConf.create({})
+for override in OverridesParser.create().parse_overrides(sys.argv[1:]):
+    OmegaConf.update(config, override.key_or_group, override.value(), force_add=True)
+print(json.dumps(OmegaConf.to_container(config, resolve=True)))
+"""
+
+
+def read_by_hydra(overrides: list[str]) -> dict:
+    """The settings that veRL's Hydra makes of a command line."""
+    python = ROOT / ".venv/trainer/bin/python"
+    done = subprocess.run([python, "-c", READ_OVERRIDES, *overrides], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def test_any_text_reaches_hydra_as_it_is():
+    rng = random.Random(0)
+    texts = [*NASTY, *("".join(rng.choices("\\'\"a ,中é=[]{}()#\n:$", k=rng.randint(0, 9))) for _ in range(300))]
+    texts = [text for text in texts if "${" not in text]  # which conf/settings.sh refuses
+    command = f'source "{ROOT}/scripts/lib.sh"; for text; do printf "%s\\0" "$(hydra "$text")"; done'
+    quoted = subprocess.run(["bash", "-c", command, "bash", *texts], capture_output=True, text=True, check=True).stdout
+    config = read_by_hydra([f"x{i}={text}" for i, text in enumerate(quoted.split("\0")[:-1])])
+    assert list(config.values()) == texts
+
+
+@pytest.mark.parametrize("name", ['实验 一,"x"', "1e5", "null", "2024", "it's a\\", "(é){d}=&#~$\n"])
+def test_names_and_folders_reach_veRL_as_they_are(recipe, tmp_path, name):
+    """What the stub is given as veRL's command line, read by the real Hydra."""
+    exp_dir = f"{tmp_path}/exp {name}"
+    assert recipe.run("0", "0", exp_name=name, exp_dir=exp_dir).returncode == 0
+    stub = recipe.root / "venv/trainer/bin/python"
+    stub.write_text(f'#!/usr/bin/env bash\nprintf "%s\\0" "$@" >"{tmp_path}/arguments"\n')
+    (recipe.root / "ready").touch()
+    done = recipe.run(
+        "2", "2", "--", "trainer.foo=1", exp_name=name, exp_dir=exp_dir, server_urls="http://a:1,http://b:2"
+    )
+    assert done.returncode == 0, done.stderr
+    arguments = (tmp_path / "arguments").read_text().split("\0")[:-1]
+    config = read_by_hydra(arguments[arguments.index("verl.trainer.main_ppo") + 1 :])
+    assert config["trainer"]["experiment_name"] == name
+    assert config["trainer"]["default_local_dir"] == f"{exp_dir}/checkpoints"
+    assert config["data"]["train_files"] == f"{exp_dir}/data/train.parquet"
+    kwargs = config["reward"]["custom_reward_function"]["reward_kwargs"]
+    assert kwargs["failure_file"] == f"{exp_dir}/reward_failure" and kwargs["server_urls"] == "http://a:1,http://b:2"
+
+
+@pytest.mark.parametrize("text", ['x"y', "a\nb", "a\tb", "C:\\new", "中文"])
+def test_settings_are_recorded_as_they_are(recipe, text):
+    """As scripts/check.py and scripts/summarise.py get them."""
+    done = recipe.run("--dry-run", "4", "4", prompt_text=text)
+    line = next(line for line in done.stdout.splitlines() if "summarise.py" in line)
+    assert json.loads(shlex.split(line)[-1])["prompt_text"] == text
+
+
+def test_one_value_written_in_two_ways_is_one(recipe):
+    assert recipe.run("0", "4", learning_rate="1e-6", seeds="0 1").returncode == 0
+    assert recipe.run("0", "4", learning_rate="0.000001", seeds=" 0  1 ").returncode == 0
+    assert recipe.calls() == []
+
+
+def test_training_is_refused_on_data_that_was_made_from_something_else(recipe, tmp_path):
+    assert recipe.run("0", "2").returncode == 0
+    (tmp_path / "new.jsonl").write_text('{"text": "新"}\n')
+    for force in ("0", "1"):
+        done = recipe.run("2", "2", train_jsonl=str(tmp_path / "new.jsonl"), force=force, server_urls="http://a:1")
+        assert done.returncode == 1 and recipe.calls() == []
+        assert "data was made from something else (train_jsonl was " in done.stderr
+        assert "run bash run.sh 0 0 first" in done.stderr
+
+
+def settings_of_the_summary(recipe) -> dict:
+    line = next(line for line in recipe.calls_path.read_text().splitlines() if "summarise.py" in line)
+    return json.loads(line[line.index("--settings ") + len("--settings ") :])
+
+
+def test_the_summary_has_the_settings_that_were_trained_with(recipe):
+    assert recipe.run("0", "2", "--", "trainer.foo=1", rollout_n="4").returncode == 0
+    done = recipe.run("3", "5", seeds="7")
+    assert done.returncode == 0, done.stderr
+    settings = settings_of_the_summary(recipe)
+    assert settings["rollout_n"] == "4" and settings["overrides"] == "trainer.foo=1" and settings["seeds"] == "7"
+
+
+def test_only_the_seeds_asked_for_are_scored(recipe):
+    assert recipe.run("0", "4").returncode == 0
+    assert recipe.run("0", "4", seeds="0 1").returncode == 0
+    assert recipe.calls_path.read_text().count(" seeds=0 1\n") == 2
+
+
+def test_speech_of_other_settings_is_made_beside_the_first_and_kept(recipe):
+    folders = []
+    for settings in ({}, {"temperature": "0.6"}, {}):
+        stages = ("4", "4") if folders else ("0", "4")
+        assert recipe.run(*stages, **settings).returncode == 0
+        calls = recipe.calls_path.read_text()
+        folders.append(re.findall(r"--output-dir (\S+/eval/(?:sft|grpo)-\w+) ", calls.replace("a recipe", "a_recipe")))
+        links = [(recipe.exp_dir / "eval" / name).readlink().name for name in ("sft", "grpo")]
+        assert links == [Path(folder).name for folder in folders[-1]]
+    assert len({*folders[0], *folders[1]}) == 4 and folders[2] == folders[0]
+
+
+def test_more_steps_extend_a_training_and_fewer_are_refused(recipe):
+    assert recipe.run("0", "3", total_steps="7").returncode == 0
+    more = recipe.run("0", "3", total_steps="12")
+    assert more.returncode == 0 and "main_ppo" in recipe.calls() and "merge.py" in recipe.calls(), more.stderr
+    fewer = recipe.run("0", "2", total_steps="5")
+    assert fewer.returncode == 1 and "has trained 7 steps, more than total_steps=5" in fewer.stderr
+    cosine = {"learning_rate_schedule": "cosine", "exp_dir": f"{recipe.exp_dir}-cosine"}
+    assert recipe.run("0", "2", total_steps="7", **cosine).returncode == 0
+    done = recipe.run("0", "2", total_steps="12", **cosine)
+    assert done.returncode == 1 and "trained with other settings (total_steps was '7', is '12')" in done.stderr
+
+
+def test_replaced_weights_and_edited_code_count(recipe, tmp_path):
+    weights = tmp_path / "llm/model.safetensors"
+    weights.parent.mkdir()
+    weights.write_text("old")
+    code = recipe.root / "reward_tts.py"
+    code.write_text("a = 1")
+    assert recipe.run("0", "2", sft_path=str(weights.parent), FAIL="main_ppo").returncode != 0
+    code.write_text("a = 2")
+    assert recipe.run("0", "4", sft_path=str(weights.parent)).returncode == 0, "a training that has not ended goes on"
+    code.write_text("a = 3")
+    done = recipe.run("0", "4", sft_path=str(weights.parent))
+    assert done.returncode == 1 and "trained with other settings (reward_tts.py has changed)" in done.stderr
+    assert recipe.run("3", "4", sft_path=str(weights.parent)).returncode == 0 and recipe.calls() == []
+    weights.write_text("new")
+    assert recipe.run("0", "0", sft_path=str(weights.parent)).returncode == 0
+    assert "prepare_llm.py" in recipe.calls()
+
+
+def test_the_evaluation_is_refused_on_another_merged_model(recipe):
+    assert recipe.run("0", "3", total_steps="7").returncode == 0
+    assert recipe.run("1", "2", total_steps="12").returncode == 0
+    done = recipe.run("4", "4", total_steps="12")
+    assert done.returncode == 1 and "merged_hf_model was made from something else (training has changed)" in done.stderr
+    assert "run bash run.sh 3 3 first" in done.stderr
+
+
+RESULTS_DEPEND_ON = {
+    "0": "sft_path train_jsonl test_jsonl max_prompt_length max_bad_ratio",
+    "2": "seed token2wav_dir reward_asr_dir token2wav_precision reward_curve reward_tones prompt_audio prompt_text "
+    "prompt_list prompt_voice_per num_gpus num_nodes total_steps train_batch_size mini_batch_size rollout_n "
+    "rollout_temperature rollout_top_p rollout_top_k max_response_length learning_rate learning_rate_schedule adam_eps "
+    "credit norm_adv_by_std recipe_args overrides",
+    "3": "llm_path",
+    "4": "token2wav_dir eval_jsonl infer_batch_size infer_precision infer_lm_precision temperature top_p top_k "
+    "repetition_penalty max_new_tokens",
+    "4s": "eval_asr_dir eval_jsonl language seeds quality_utterances reference_audio speaker_model_dir",
+}
+
+
+def test_each_result_depends_on_its_settings_and_code(recipe):
+    assert recipe.run("0", "4").returncode == 0
+    made_from = {stage: json.loads((recipe.exp_dir / ".done" / stage).read_text().split("\n")[0]) for stage in "0234"}
+    wanted = {stage: set(names.split()) for stage, names in RESULTS_DEPEND_ON.items()}
+    wanted["4"] |= wanted.pop("4s")
+    assert {stage: set(state["settings"]) for stage, state in made_from.items()} == wanted
+    for state in made_from.values():
+        assert state["code"] and all((ROOT / path).exists() for path in state["code"])

@@ -173,3 +173,14 @@ def test_english_is_scored_by_words(tmp_path):
     assert scores["wer"]["rate"] == 4 / 6 and scores["seed-tts-eval"]["rate"] == (0 + 4 / 2) / 2
     assert "pinyin_error_rate" not in scores and utterances[0]["quality"]["speech_rate"] == 4.0
     assert score.alignment_text(utterances, "en").splitlines()[1] == "a hyp the fox doesn't jump"
+
+
+def test_only_the_seeds_asked_for_are_scored_and_pooled(tmp_path):
+    for seed in range(3):
+        write_jsonl(tmp_path / f"seed_{seed}/manifest.jsonl", [{"id": "a"}])
+        write_jsonl(tmp_path / f"seed_{seed}/utterances.jsonl", [{"id": "a", "seed": seed}])
+    assert [path.parent.name for path in score.manifests_of(tmp_path, [2, 0])] == ["seed_0", "seed_2"]
+    assert [row["seed"] for row in read_utterances(tmp_path)] == [0, 2]
+    assert len(score.manifests_of(tmp_path, None)) == 3
+    with pytest.raises(SystemExit, match="no seed_7/manifest.jsonl"):
+        score.manifests_of(tmp_path, [0, 7])

@@ -1,0 +1,128 @@
+# shellcheck shell=bash disable=SC2016,SC2154 # a default may refer to settings above it: '$name'
+# Every setting of run.sh, one line each:
+#
+#   setting NAME DEFAULT STAGES KIND MEANING
+#
+#   DEFAULT  holds where the environment, the recipe and the profile give no value
+#   STAGES   whose results depend on it: 0 data, 2 training, 3 merged model, 4 speech of the evaluation, 4s its scores;
+#            -1 what is downloaded; "-" none, it may change at any time
+#   KIND     values allowed: int or number with bounds (int>=1, number>0<=1), choices (zh|en), ints (several, with
+#            spaces), devices (cpu, cuda:0 ...), name, text, path, folder (of results), input (a file or folder
+#            that is read: its content counts, too). With "?", it may be empty
+#
+# The defaults train as the newest published recipe does (conf/recipes/mair-hub.sh).
+#
+# Set them in the environment, or in conf/$profile.sh and conf/recipes/$recipe.sh, which hold what differs from here:
+# name=${name:-value}. "bash run.sh --settings" shows all values and where they come from.
+
+# experiment
+setting profile tiny - name 'conf/$profile.sh: tiny (CPU, offline) or cosyvoice2 (GPUs)'
+setting recipe '' - text? 'conf/recipes/$recipe.sh: a published recipe, for profile=cosyvoice2'
+setting exp_name '${recipe:-$profile}' - name "name of the experiment"
+setting exp_dir '$root/exp/$exp_name' - folder "folder of the experiment"
+setting seed 42 2 int "random seed of data order and sampling in training"
+setting force 0 - "0|1" "1: redo the requested stages from scratch"
+setting base_python python3 - path "interpreter that the environments are built on, 3.11 or 3.12"
+setting venv_root '$root/.venv' - path "folder of the environments speech and trainer"
+setting make_envs 1 - "0|1" "0: the environments in venv_root are used as they are"
+setting trainer_requirements '$root/requirements-verl.txt' - path "pinned packages of the trainer environment"
+
+# models
+setting sft_path '' 0 input "language model to train, a Hugging Face folder"
+setting token2wav_dir '' "2 4" input "token2wav model: speech tokens to waveform"
+setting reward_asr_dir '' 2 input "speech recogniser of the reward"
+setting eval_asr_dir '' 4s input "speech recogniser of the evaluation, a different one"
+
+# data (stage 0)
+setting train_jsonl '' 0 input "training texts, JSONL"
+setting test_jsonl '' 0 input "validation texts, JSONL"
+setting known_answer_jsonl '' - path "text and speech_tokens of real speech, for the check of the reward"
+setting max_prompt_length 512 0 "int>=1" "longest prompt, in tokens"
+setting max_bad_ratio 0.01 0 "number>=0<=1" "largest tolerated share of unusable lines in the data"
+
+# reward server (stage 1)
+setting server_address 127.0.0.1 - name "address it listens on; 0.0.0.0 serves other machines"
+setting http_port 8000 - "int>=1<=65535" "its HTTP port"
+setting grpc_port 8001 - "int>=1<=65535" "its gRPC port"
+setting metrics_port 8002 - "int>=1<=65535" "its port for metrics"
+setting server_urls 'http://127.0.0.1:$http_port' - text "servers that training uses, separated by commas"
+setting server_timeout_s 900 - "int>=1" "longest wait for the server, in seconds"
+setting server_devices cpu - devices "torch devices, separated by spaces"
+setting server_instances 2 - "int>=1" "processes per device"
+setting server_threads 4 - "int>=1" "torch threads per process"
+setting server_batch_size 64 - "int>=1" "largest batch of rollouts"
+setting token2wav_precision fp16 2 "fp32|fp16|bf16" "precision of the server's token2wav"
+setting check_reward 1 - "0|1" "0: train although real speech does not score high"
+setting reward_curve exp 2 "exp|tanh" "error rate to reward, see tts_grpo/text/errors.py"
+setting reward_tones 0 2 "0|1" "1: tones count in the reward's pinyin error rate"
+setting prompt_audio '' 2 input? "recording of the voice of stages 1 and 5"
+setting prompt_text '' 2 text? "its transcript"
+setting prompt_list '' 2 input? "JSONL of voices for stage 1, instead of the two"
+setting prompt_voice_per text 2 "text|rollout" "what gets one voice of prompt_list"
+
+# GRPO (stage 2)
+setting num_gpus 1 2 "int>=1" "GPUs per machine for training; with tiny, workers on the CPU"
+setting num_nodes 1 2 "int>=1" "machines; several need ray_address"
+setting ray_address '' - text? "running Ray cluster (ray start), such as 10.0.0.1:6379"
+setting train_device cuda - "cpu|cuda" "device of the training"
+setting total_steps 1800 2 "int>=1" "training steps; a larger number extends a finished training"
+setting train_batch_size 32 2 "int>=1" "prompts per step"
+setting mini_batch_size '$train_batch_size' 2 "int>=1" "prompts per update"
+setting micro_batch_size 8 - "int>=1" "rollouts per forward and backward pass of a GPU"
+setting rollout_n 8 2 "int>=1" "rollouts per prompt"
+setting rollout_temperature 1.0 2 "number>0" "sampling of rollouts and validation"
+setting rollout_top_p 1.0 2 "number>0<=1" "sampling of rollouts and validation; 1.0: no cut"
+setting rollout_top_k -1 2 "int>=-1" "sampling of rollouts and validation; -1: no cut"
+setting max_response_length 1024 2 "int>=1" "longest rollout, in tokens"
+setting learning_rate 1e-6 2 "number>0" "learning rate of AdamW"
+setting learning_rate_schedule constant 2 "constant|cosine" "cosine decays to 0 at total_steps"
+setting adam_eps 1e-8 2 "number>0" "epsilon of AdamW; a large one keeps weights still that get almost no gradient"
+setting credit utterance 2 "syllable|utterance" "syllable: advantages where the errors are (tts_grpo/training/credit.py)"
+setting norm_adv_by_std False 2 "True|False" "True: GRPO's division by the standard deviation of a group"
+setting recipe_args '' 2 text? "veRL overrides of the recipe, its recipe_verl_args"
+setting overrides '' 2 text? "veRL overrides of the command line, those after --"
+setting vllm_memory_share 0.4 - "number>0<=1" "share of a GPU's memory for vLLM's weights and cache"
+setting test_freq 50 - "int>=1" "steps between validations"
+setting save_freq 50 - "int>=1" "steps between checkpoints"
+setting max_checkpoints 4 - "int>=1" "checkpoints that are kept"
+setting train_threads 4 - "int>=1" "torch threads of the training"
+setting llm_path '' 3 path? "checkpoint that stage 3 merges, .../global_step_N; empty: the last one"
+
+# evaluation (stages 4 and 5)
+setting eval_jsonl '' "4 4s" input "test set, JSONL"
+setting language zh 4s "zh|en" "language of the test set"
+setting seeds "0 1 2 3 4" 4s ints "random seeds; the set is synthesised once with each"
+setting quality_utterances 100 4s "int>=0" "utterances for speaker similarity, DNSMOS and F0; 0: none"
+setting reference_audio '' 4s input? "recordings of the voice, where the set has no prompts"
+setting speaker_model_dir '' 4s input? "WavLM folder for speaker similarity; empty: Resemblyzer"
+setting infer_procs '$num_gpus' - "int>=1" "torchrun processes, one per GPU"
+setting infer_device cuda - "cpu|cuda" "device of the evaluation"
+setting infer_batch_size 128 4 "int>=1" "utterances per batch"
+setting infer_precision fp32 4 "fp32|fp16|bf16" "precision of token2wav"
+setting infer_lm_precision bf16 4 "fp32|bf16" "precision of the language model"
+setting temperature 0.8 4 "number>=0" "sampling of the evaluation; 0: the likeliest token"
+setting top_p 0.95 4 "number>0<=1" "sampling of the evaluation; 1.0: no cut"
+setting top_k 50 4 "int>=-1" "sampling of the evaluation; -1: no cut"
+setting repetition_penalty 1.0 4 "number>0" "of ids in prompt and response; 1.0: none"
+setting max_new_tokens 2048 4 "int>=1" "longest utterance of the evaluation, in tokens"
+setting single_text '' - text? "text of stage 5; empty: the tongue-twister"
+
+# what the full-size profile downloads and derives other settings from
+if [[ $profile != tiny ]]; then
+  setting workspace /workspace - path "folder of downloads"
+  setting llm llasa -1 "llasa|official" "language model to train: yuekai's SFT model or CosyVoice2-0.5B's own"
+  setting sft_checkpoint checkpoint-885000 -1 text? "folder of llasa's repository to train; empty: its root"
+  setting cosyvoice_dir '$workspace/CosyVoice' -1 path "source of CosyVoice"
+  setting cosyvoice_url https://github.com/FunAudioLLM/CosyVoice.git -1 text "repository of that source"
+  setting cosyvoice_commit ace7c47f41bbd303aa6bf1ea80e6f9fbd595cd40 -1 text "its commit"
+  setting train_texts emilia_zh -1 name "metadata of SparkAudio/voxbox: emilia_zh, or aishell-3 (88,035 texts)"
+  setting num_train 80000 -1 "int>=1" "the first texts in Chinese of that length are considered"
+  setting num_test 100 -1 "int>=1" "the last texts, whatever they are"
+  setting max_text_s 30 -1 "number>=0" "a text's recording must be shorter, in seconds; 0: any"
+  setting text_excludes '[A-Za-z0-9]' -1 text? "texts with such a character are left out, as the reward cannot read them"
+  setting reward_voices 1 -1 "int>=1" "1: prompt_audio; N: that many recordings of AISHELL's test set as prompt_list"
+  setting dataset zero_shot_zh -1 name "test set: zero_shot_zh or test_zh"
+  setting eval_strip_quotes 0 -1 "0|1" "1: quotes and brackets are taken out of the set's texts"
+  setting gpu_memory_gib 80 - "int>=1" "memory of the smallest GPU, in GiB"
+  setting server_gib 9 - "int>=1" "memory that a reward server process may take of a GPU, in GiB"
+fi
