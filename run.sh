@@ -293,6 +293,7 @@ configure() {
     actor_rollout_ref.actor.calculate_entropy=True # for its curve; entropy_coeff is 0
     reward.custom_reward_function.path="$root/reward_tts.py" reward.custom_reward_function.name=compute_score
     "+reward.custom_reward_function.reward_kwargs={server_urls: '$server_urls', failure_file: '$exp_dir/reward_failure', by_syllable: $by_syllable}"
+    trainer.v1.trainer_mode=tts_grpo # tts_grpo/training/trainer.py
     trainer.n_gpus_per_node="$num_gpus" trainer.nnodes="$num_nodes"
     "trainer.logger=[console,tensorboard]" trainer.project_name=tts_grpo trainer.experiment_name="$exp_name"
     trainer.default_local_dir="$exp_dir/checkpoints" trainer.resume_mode=auto

@@ -221,9 +221,9 @@ install_eval_set() {
 # token2wav imports CosyVoice's modules
 export PYTHONPATH=$cosyvoice_dir:$cosyvoice_dir/third_party/Matcha-TTS${PYTHONPATH:+:$PYTHONPATH}
 
-profile_env=(PYTORCH_CUDA_ALLOC_CONF=)
+profile_env=(PYTORCH_CUDA_ALLOC_CONF= VERL_USE_EXTERNAL_MODULES=tts_grpo.training.trainer)
 profile_verl_args=(
-  actor_rollout_ref.model.external_lib=tts_grpo.training.verl_steps
+  actor_rollout_ref.model.external_lib=tts_grpo.training.engine
   actor_rollout_ref.model.use_remove_padding=True
   actor_rollout_ref.model.use_fused_kernels=True
   actor_rollout_ref.model.enable_gradient_checkpointing=True
@@ -237,7 +237,7 @@ if [[ $train_device == cpu ]]; then # to try the profile with small weights
   source "$root/scripts/verl_cpu.sh"
 elif [[ -n $ray_address ]]; then # its processes were started elsewhere, without this environment
   profile_env+=(RAY_ADDRESS="$ray_address")
-  profile_verl_args+=("+ray_kwargs.ray_init.runtime_env.env_vars={PYTHONPATH: '$root:$PYTHONPATH', TENSORBOARD_DIR: '$exp_dir/tensorboard', OMP_NUM_THREADS: '$train_threads'}")
+  profile_verl_args+=("+ray_kwargs.ray_init.runtime_env.env_vars={PYTHONPATH: '$root:$PYTHONPATH', VERL_USE_EXTERNAL_MODULES: tts_grpo.training.trainer, TENSORBOARD_DIR: '$exp_dir/tensorboard', OMP_NUM_THREADS: '$train_threads'}")
 else
   ((num_nodes == 1 || preflight)) || die "num_nodes=$num_nodes needs ray_address: start Ray on each machine (ray start), see README.md"
   # Ray hands out any GPU that it sees: those beyond num_gpus may be the reward server's
