@@ -119,7 +119,7 @@ stage_2() {
     --server-urls "$server_urls" "${check[@]}"
   run_long env "${train_env[@]}" "$trainer_bin/python" "$root/scripts/train.py" --log-file "$exp_dir/log/train.log" \
     --total-steps "$total_steps" --failure-file "$exp_dir/reward_failure" \
-    --server-url "${server_urls%%[, ]*}" --tensorboard-dir "$exp_dir/tensorboard" -- \
+    --server-url "${server_urls%%[, ]*}" --tensorboard-dir "$exp_dir/tensorboard" --validation-dir "$exp_dir/validation" -- \
     "$trainer_bin/python" -m verl.trainer.main_ppo "${verl_args[@]}" "${profile_verl_args[@]}" \
     "${recipe_verl_args[@]}" "${verl_overrides[@]}"
   mark_done 2 "$key_2"
