@@ -38,9 +38,9 @@ async def compute_score(
         ground_truth: what was to be said.
         extra_info: of the sample; not used.
         server_urls: reward servers, separated by commas or spaces.
-        failure_file: file that scripts/train.py watches to stop the training. veRL itself would go on: it logs an
-            exception of a rollout and trains on the others.
-        by_syllable: note the errors of each syllable too, for tts_grpo/training/credit.py.
+        failure_file: every exception is reported in this file, which scripts/train.py watches to stop the training at
+            once. veRL itself would log the exception and let the other rollouts end.
+        by_syllable: return the errors of each syllable too, for tts_grpo/training/credit.py.
 
     Returns:
         ``score`` in [0, 1]; ``pinyin_error_rate``, ``num_speech_tokens`` and ``bad_rollout`` for the metrics;
@@ -48,8 +48,18 @@ async def compute_score(
         scores 0 on purpose and counts as bad.
 
     Raises:
-        RewardServerError: no reward could be had, and no ``failure_file`` is given.
+        Exception: whatever prevented a reward, if no ``failure_file`` is given; with one, it is reported there and the
+            call never returns.
     """
+    try:
+        return await _score(solution_str, ground_truth, server_urls, by_syllable)
+    except Exception as error:
+        if failure_file is None:
+            raise
+        await _stop_training(error, ground_truth, failure_file)
+
+
+async def _score(solution_str: str, ground_truth: str, server_urls: str, by_syllable: bool) -> dict[str, float | str]:
     global _client
     try:
         speech_tokens = parse_speech_tokens(solution_str)
@@ -59,20 +69,18 @@ async def compute_score(
         return _bad_rollout("no speech tokens", ground_truth, by_syllable)
     if _client is None:
         _client = RewardClient(server_urls.replace(",", " ").split())
-    try:
-        scored = await _client.score(speech_tokens, ground_truth)
-    except RewardServerError as error:
-        if failure_file is None:
-            raise
-        await _stop_training(error, failure_file)
+    scored = await _client.score(speech_tokens, ground_truth)
     note = credit.encode(scored.unit_errors, scored.unit_starts) if by_syllable else None
     return _result(scored.reward, scored.error_rate, len(speech_tokens), note, bad=False)
 
 
-async def _stop_training(error: RewardServerError, failure_file: str) -> None:
+async def _stop_training(error: Exception, ground_truth: str, failure_file: str) -> None:
     """Report the failure and never return, so that nothing is learned from a step that lacks rewards."""
-    logger.error("stopping the training: %s", error)
-    write_text(failure_file, f"{error}\n")
+    reason = str(error)
+    if not isinstance(error, RewardServerError):  # an error of this program, whose message alone says little
+        reason = f"the reward of {ground_truth!r} failed with {type(error).__name__}: {error}"
+    logger.error("stopping the training: %s", reason, exc_info=error)
+    write_text(failure_file, f"{reason}\n")
     await asyncio.Event().wait()
 
 

@@ -96,7 +96,7 @@ stage_2() {
     --server-urls "$server_urls" "${check[@]}"
   run_long env "${train_env[@]}" "$trainer_bin/python" "$root/scripts/train.py" --log-file "$exp_dir/log/train.log" \
     --total-steps "$total_steps" --failure-file "$exp_dir/reward_failure" \
-    --server-url "${server_urls%%[, ]*}" --tensorboard-dir "$exp_dir/tensorboard" -- \
+    --server-url "${server_urls%%[, ]*}" --tensorboard-dir "$exp_dir/tensorboard" --validation-dir "$exp_dir/validation" -- \
     "$trainer_bin/python" -m verl.trainer.main_ppo "${verl_args[@]}" "${profile_verl_args[@]}" \
     "${recipe_verl_args[@]}" "${verl_overrides[@]}"
   mark_done 2 "$state"
@@ -303,6 +303,7 @@ configure() {
     actor_rollout_ref.actor.calculate_entropy=True # for its curve; entropy_coeff is 0
     reward.custom_reward_function.path="$(hydra "$root/reward_tts.py")" reward.custom_reward_function.name=compute_score
     "+reward.custom_reward_function.reward_kwargs={server_urls: $(hydra "$server_urls"), failure_file: $(hydra "$exp_dir/reward_failure"), by_syllable: $by_syllable}"
+    trainer.v1.trainer_mode=tts_grpo # tts_grpo/training/trainer.py
     trainer.n_gpus_per_node="$num_gpus" trainer.nnodes="$num_nodes"
     "trainer.logger=[console,tensorboard]" trainer.project_name=tts_grpo trainer.experiment_name="$(hydra "$exp_name")"
     trainer.default_local_dir="$(hydra "$exp_dir/checkpoints")" trainer.resume_mode=auto

@@ -181,9 +181,9 @@ resolve vllm_memory_share train_threads # for the arguments of veRL
 # token2wav imports CosyVoice's modules
 export PYTHONPATH=$cosyvoice_dir:$cosyvoice_dir/third_party/Matcha-TTS${PYTHONPATH:+:$PYTHONPATH}
 
-profile_env=(PYTORCH_CUDA_ALLOC_CONF=)
+profile_env=(PYTORCH_CUDA_ALLOC_CONF= VERL_USE_EXTERNAL_MODULES=tts_grpo.training.trainer)
 profile_verl_args=(
-  actor_rollout_ref.model.external_lib=tts_grpo.training.verl_steps
+  actor_rollout_ref.model.external_lib=tts_grpo.training.engine
   actor_rollout_ref.model.use_remove_padding=True
   actor_rollout_ref.model.use_fused_kernels=True
   actor_rollout_ref.model.enable_gradient_checkpointing=True
@@ -197,7 +197,7 @@ if [[ $train_device == cpu ]]; then # to try the profile with small weights
   source "$root/scripts/verl_cpu.sh"
 elif [[ -n $ray_address ]]; then # its processes were started elsewhere, without this environment
   profile_env+=(RAY_ADDRESS="$ray_address")
-  profile_verl_args+=("+ray_kwargs.ray_init.runtime_env.env_vars={PYTHONPATH: $(hydra "$root:$PYTHONPATH"), TENSORBOARD_DIR: $(hydra "$exp_dir/tensorboard"), OMP_NUM_THREADS: '$train_threads'}")
+  profile_verl_args+=("+ray_kwargs.ray_init.runtime_env.env_vars={PYTHONPATH: $(hydra "$root:$PYTHONPATH"), VERL_USE_EXTERNAL_MODULES: tts_grpo.training.trainer, TENSORBOARD_DIR: $(hydra "$exp_dir/tensorboard"), OMP_NUM_THREADS: '$train_threads'}")
 else
   # Ray hands out any GPU that it sees: those beyond num_gpus may be the reward server's
   profile_env+=(CUDA_VISIBLE_DEVICES="$(first_gpus "$num_gpus")")

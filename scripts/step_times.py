@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tts_grpo.training.verl_log import parse_step
 
-PARTS = {  # name -> veRL's; generation and reward_wait are ours (tts_grpo/training/verl_steps.py)
+PARTS = {  # name -> veRL's; generation and reward_wait are ours (tts_grpo/training/trainer.py)
     "generation": "timing_s/generation",
     "waiting for rewards": "timing_s/reward_wait",
     "log-probabilities": "timing_s/old_log_prob",

@@ -1,15 +1,16 @@
-"""Run veRL with its output in a log file and one line a step on the terminal.
+"""Run veRL with its output in a log file and one line per step on the terminal.
 
     python scripts/train.py --log-file LOG --total-steps N --failure-file FILE [--server-url URL
-        --tensorboard-dir DIR] -- COMMAND...
+        --tensorboard-dir DIR --validation-dir DIR] -- COMMAND...
 
 Exits with the command's status; on failure the last lines of the log are shown. SIGINT and SIGTERM are passed on.
 
-veRL logs the exception of a rollout and trains on without it. Here that ends the training: when the reward reports a
-failure in --failure-file, or veRL logs such an exception, the command is stopped.
+When the reward reports a failure in --failure-file, the command is stopped. After any other failed rollout, the trainer
+ends by itself with an error (tts_grpo/training/trainer.py). The output is copied to the log byte by byte; its lines are
+read for the display only, so that another wording changes what is shown and nothing else.
 
-With --tensorboard-dir, what each validation said goes there as sound (validation_audio.py): a process of its own, whose
-failure is told and goes no further.
+With --tensorboard-dir, a few utterances of each validation go there as audio (validation_audio.py), as soon as veRL's
+dump appears in --validation-dir. That is a process of its own, whose failure is printed and does not stop the training.
 """
 
 import argparse
@@ -20,22 +21,24 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from tts_grpo.training.verl_log import parse_step
 
 TAIL_LINES = 40
-SWALLOWED = "Error in _run_prompt"  # verl/trainer/ppo/v1/agent_loop_tq.py, veRL 0.9.1
-DUMPED = re.compile(r"Dumped generations to (.*\.jsonl)")  # verl/trainer/ppo/v1/trainer_base.py, when the file is whole
+POLL_S = 0.5  # between two looks at the failure file and the validation dumps
 STOP_TIMEOUT_S = 30.0
 AUDIO_TIMEOUT_S = 120.0  # after the training's end
+MAX_LINE_BYTES = 1 << 16  # longer lines are shown in parts; a step's metrics take 10 kB
+UNPRINTABLE = re.compile(r"[^\t\x1b\x20-\x7e\xa0-\U0010ffff]")  # escape sequences colour Ray's lines
 SHOWN = {  # veRL's name -> ours, format
     "critic/score/mean": "reward {:.3f}",
     "response_length/mean": "{:.0f} tokens",
     "response_length/clip_ratio": "{:.1%} cut",
     "actor/entropy_loss": "entropy {:.2f}",
     "timing_s/step": "{:.1f} s",
-    "timing_s/generation": "(rollouts {:.1f}",  # this one and the next: tts_grpo/training/verl_steps.py
+    "timing_s/generation": "(rollouts {:.1f}",  # this one and the next: tts_grpo/training/trainer.py
     "timing_s/reward_wait": "then waiting for rewards {:.1f}",
     "timing_s/update_actor": "update {:.1f})",
 }
@@ -52,15 +55,16 @@ def get_args(argv=None):
     parser.add_argument("--log-file", type=Path, required=True, help="everything the command prints is appended here")
     parser.add_argument("--total-steps", type=int, required=True, help="steps of the whole training")
     parser.add_argument("--failure-file", type=Path, required=True, help="where the reward reports that it failed")
-    parser.add_argument("--server-url", help="reward server that speaks what a validation said")
-    parser.add_argument("--tensorboard-dir", type=Path, help="where that goes; needs --server-url")
+    parser.add_argument("--server-url", help="reward server that synthesises utterances of a validation")
+    parser.add_argument("--tensorboard-dir", type=Path, help="folder of event files, for that audio")
+    parser.add_argument("--validation-dir", type=Path, help="folder in which veRL dumps validations, for that audio")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="-- and the command")
     args = parser.parse_args(argv)
     args.command = args.command[1:] if args.command[:1] == ["--"] else args.command
     if not args.command:
         parser.error("no command")
-    if args.tensorboard_dir and not args.server_url:
-        parser.error("--tensorboard-dir needs --server-url")
+    if args.tensorboard_dir and not (args.server_url and args.validation_dir):
+        parser.error("--tensorboard-dir needs --server-url and --validation-dir")
     return args
 
 
@@ -81,23 +85,50 @@ def summary(line: str, total_steps: int) -> list[str]:
     return shown
 
 
+class Lines:
+    """Cuts a stream of bytes into lines for the display, which end with a newline or a carriage return."""
+
+    def __init__(self):
+        self.rest = b""
+
+    def add(self, chunk: bytes) -> Iterator[str]:
+        """The lines that have ended, as text; what is no UTF-8 or not printable is replaced."""
+        *lines, self.rest = re.split(rb"[\r\n]", self.rest + chunk)
+        if len(self.rest) > MAX_LINE_BYTES:
+            lines, self.rest = [*lines, self.rest], b""
+        for line in filter(None, lines):
+            yield UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", line.decode(errors="replace"))
+
+    def finish(self) -> Iterator[str]:
+        """The last line, if the stream ended in the middle of it."""
+        yield from self.add(b"\n")
+
+
 class Training:
     """The command as a process that can be stopped with a reason."""
 
     def __init__(self, command: list[str], failure_file: Path):
         failure_file.unlink(missing_ok=True)
         self.failure_file, self.failure, self.lock = failure_file, None, threading.Lock()
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda received, frame: self.process.send_signal(received))
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
-        while self.process.poll() is None:
-            if self.failure_file.exists():
-                self.stop(self.failure_file.read_text(encoding="utf-8").strip())
-                return
-            time.sleep(0.5)
+        while self.process.poll() is None and self.failure is None:
+            self.check_failure()
+            time.sleep(POLL_S)
+
+    def check_failure(self) -> None:
+        """Stop the process if the reward has reported a failure."""
+        if self.failure_file.exists():
+            self.stop(self.failure_file.read_text(encoding="utf-8", errors="replace").strip())
+
+    def output(self) -> Iterator[bytes]:
+        """What the process prints, as soon as it does."""
+        while chunk := self.process.stdout.read1(MAX_LINE_BYTES):
+            yield chunk
 
     def stop(self, reason: str) -> None:
         """End the process; the first reason is kept."""
@@ -113,30 +144,55 @@ class Training:
 
 
 class ValidationAudio:
-    """Lets validations be heard in TensorBoard, each by a process of its own; a failure is printed only."""
+    """Starts a process per validation dump that writes audio for TensorBoard; its failure is printed only."""
 
-    def __init__(self, server_url: str, tensorboard_dir: Path):
+    def __init__(self, server_url: str, tensorboard_dir: Path, validation_dir: Path):
         script = str(Path(__file__).with_name("validation_audio.py"))
         self.command = [sys.executable, script, "--server-url", server_url, "--tensorboard-dir", str(tensorboard_dir)]
-        self.running = []
+        self.validation_dir, self.running, self.lock = validation_dir, [], threading.Lock()
+        self.seen = self._dumps()
 
-    def add(self, dump: str) -> None:
-        """Start on a dump, and tell of those that have ended since the last one."""
+    def _dumps(self) -> dict[Path, int]:
+        """Dumps and when they were written: a training that goes on repeats the validation of its checkpoint."""
+        return {path: path.stat().st_mtime_ns for path in self.validation_dir.glob("*.jsonl")}
+
+    def watch(self) -> None:
+        """Look for new dumps for as long as this process lives, in a thread."""
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while True:
+            self.look()
+            time.sleep(POLL_S)
+
+    def look(self) -> None:
+        """Start a process for each dump that is new."""
+        with self.lock:
+            dumps = self._dumps()
+            new = sorted(dumps.items() - self.seen.items(), key=lambda dump: dump[1])
+            self.seen = dumps
+            for path, _ in new:
+                self._add(str(path))
+
+    def _add(self, dump: str) -> None:
         self.running = [(name, process) for name, process in self.running if not self._ended(name, process, 0.0)]
         try:
-            process = subprocess.Popen([*self.command, "--dump", dump], stderr=subprocess.PIPE, text=True)
+            process = subprocess.Popen(
+                [*self.command, "--dump", dump], stderr=subprocess.PIPE, text=True, errors="replace"
+            )
         except OSError as error:
-            print(f"no sound of {dump}: {error}", flush=True)
+            print(f"no audio of {dump}: {error}", flush=True)
         else:
             self.running.append((dump, process))
 
     def finish(self, timeout_s: float) -> None:
         """Wait for those that still run, and end what takes too long."""
+        self.look()
         end = time.monotonic() + timeout_s
         for dump, process in self.running:
             if not self._ended(dump, process, max(0.0, end - time.monotonic())):
                 process.kill()
-                print(f"no sound of {dump}: not done in time", flush=True)
+                print(f"no audio of {dump}: not done in time", flush=True)
 
     @staticmethod
     def _ended(dump: str, process: subprocess.Popen, timeout_s: float) -> bool:
@@ -145,41 +201,55 @@ class ValidationAudio:
         except subprocess.TimeoutExpired:
             return False
         if process.returncode:
-            print(f"no sound of {dump}: {errors.strip()[-500:]}", flush=True)
+            print(f"no audio of {dump}: {errors.strip()[-500:]}", flush=True)
         return True
+
+
+def show(training: Training, log, total_steps: int) -> list[str]:
+    """Copy the output to the log and show the steps, until it ends; the last lines."""
+    tail, lines, start = collections.deque(maxlen=TAIL_LINES), Lines(), time.monotonic()
+
+    def show_lines(texts):
+        for line in texts:
+            tail.append(line)
+            for text in summary(line, total_steps):
+                print(f"[{time.monotonic() - start:6.0f} s] {text}", flush=True)
+
+    for chunk in training.output():
+        log.write(chunk)
+        log.flush()
+        show_lines(lines.add(chunk))
+    show_lines(lines.finish())
+    return list(tail)
 
 
 def main(argv=None):
     args = get_args(argv)
     args.log_file.parent.mkdir(parents=True, exist_ok=True)
-    tail = collections.deque(maxlen=TAIL_LINES)
-    start = time.monotonic()
     print(f"training starts (a minute or two until the first step); log: {args.log_file}", flush=True)
-    audio = ValidationAudio(args.server_url, args.tensorboard_dir) if args.tensorboard_dir else None
-    with args.log_file.open("a", encoding="utf-8") as log:
+    audio = None
+    if args.tensorboard_dir:
+        audio = ValidationAudio(args.server_url, args.tensorboard_dir, args.validation_dir)
+        audio.watch()
+    with args.log_file.open("ab") as log:
         training = Training(args.command, args.failure_file)
-        for line in training.process.stdout:
-            log.write(line)
-            log.flush()
-            tail.append(line)
-            for text in summary(line, args.total_steps):
-                print(f"[{time.monotonic() - start:6.0f} s] {text}", flush=True)
-            dumped = DUMPED.search(line)
-            if dumped and audio:
-                audio.add(dumped[1])
-            if SWALLOWED in line and training.failure is None:
-                reason = f"a rollout failed: {line.strip()}"
-                threading.Thread(target=training.stop, args=(reason,), daemon=True).start()
+        try:
+            tail = show(training, log, args.total_steps)
+        except BaseException as error:
+            training.stop(f"{type(error).__name__}: {error}")  # nobody would watch it any more
+            raise
     status = training.process.wait()
+    training.check_failure()  # it may have ended before anyone looked
     if audio:
         audio.finish(AUDIO_TIMEOUT_S if status == 0 else 0.0)
     if status == 0 and training.failure is None:
         return 0
-    sys.stderr.writelines(tail)
     reason = training.failure or f"status {status}"
-    print(f"training failed: {reason}\nIts last lines are above, all in {args.log_file}", file=sys.stderr)
+    print(*tail, f"training failed: {reason}", sep="\n", file=sys.stderr)
+    print(f"Its last lines are above, all in {args.log_file}", file=sys.stderr)
     return 128 - status if status < 0 else status or 1
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: whatever the locale, printing never fails
     sys.exit(main())

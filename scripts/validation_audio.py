@@ -1,10 +1,10 @@
-"""What a validation said, as sound in TensorBoard: a few texts of the set, the same at each step.
+"""Audio of a validation in TensorBoard: a few texts of the validation set, the same ones at each step.
 
     python scripts/validation_audio.py --dump exp/NAME/validation/20.jsonl --server-url URL --tensorboard-dir DIR
 
-The dump is veRL's (trainer.validation_data_dir): a line a rollout. The reward server speaks it, with its token2wav and
-its voice, so that one hears what was scored. It goes into DIR/validation, in TensorBoard a run beside the training's:
-TensorBoard does not go back to a file once a newer one is in the same folder.
+The dump is veRL's (trainer.validation_data_dir): one line per rollout. The reward server synthesises the audio with its
+token2wav and its voice, so that one hears what was scored. It is written to DIR/validation, which TensorBoard shows as
+a run beside the training's: TensorBoard stops reading an event file once there is a newer one in the same folder.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def get_args(argv=None):
     parser.add_argument("--dump", type=Path, required=True, help="veRL's validation dump, STEP.jsonl")
     parser.add_argument("--server-url", required=True, help="reward server")
     parser.add_argument("--tensorboard-dir", type=Path, required=True, help="folder of the training's event files")
-    parser.add_argument("--count", type=int, default=4, help="texts to hear")
+    parser.add_argument("--count", type=int, default=4, help="number of texts")
     return parser.parse_args(argv)
 
 
@@ -64,10 +64,10 @@ def wav_bytes(samples: list[int], rate: int) -> bytes:
 
 
 def audio_value(tag: str, text: str, samples: list[int], rate: int):
-    """One sound as a value of TensorBoard's summaries, shown under its text.
+    """One waveform as a value of TensorBoard's summaries, shown with its text.
 
-    It is a tensor of [WAV, label] as TensorBoard's audio plugin keeps it: the older kind of value, which torch writes,
-    has no place for a text.
+    It is a tensor of [WAV, label], the format of TensorBoard's audio plugin: the older kind of value, which torch
+    writes, cannot hold a text.
     """
     from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.plugins.audio import metadata

@@ -1,7 +1,7 @@
 # shellcheck shell=bash disable=SC2034,SC2154  # run.sh's variables
-# What veRL is told to train on a CPU, with the plug-in in tts_grpo/training/verl_cpu. FSDP1 fails there, and nothing gains from bfloat16.
+# veRL settings for training on a CPU, with the plug-in in tts_grpo/training/verl_cpu. FSDP1 fails there, and nothing gains from bfloat16.
 profile_env=(
-  VERL_USE_EXTERNAL_MODULES=tts_grpo.training.verl_cpu.platform
+  VERL_USE_EXTERNAL_MODULES="tts_grpo.training.verl_cpu.platform,tts_grpo.training.trainer" # the platform first
   VERL_PLATFORM=cpu
   RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0
   HF_HUB_OFFLINE=1

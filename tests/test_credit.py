@@ -1,11 +1,8 @@
-"""Credit by syllable: where errors are, and what becomes of them among veRL's advantages."""
-
-import subprocess
+"""Credit by syllable: where errors are, and the advantages made of them (in veRL: test_trainer.py)."""
 
 import numpy as np
 import pytest
 
-from tests.conftest import ROOT
 from tts_grpo.text.errors import count_errors, locate_errors
 from tts_grpo.training.credit import encode, syllable_advantages
 
@@ -71,22 +68,8 @@ def test_units_without_times_are_an_error():
         locate_errors("ab", "ab", (0.1,), 1.0)
 
 
-VERL = """
-from tts_grpo.training.credit import encode
-from tts_grpo.training.verl_steps import group_advantages
-right, wrong = encode((0, 0), (0, 2)), encode((0, 1), (0, 2))
-found = group_advantages("abab", [right, right, wrong, right], [1.0, 1.0, 0.5, 1.0], [3, 3, 4, 3], False)
-print([row.tolist() for row in found])
-try:
-    group_advantages("ab", [None, right], [1.0, 0.5], [3, 3], False)
-except ValueError as error:
-    print(error)
-"""
-
-
-def test_each_group_has_its_own_mean_and_a_missing_note_is_an_error(trainer_python):
-    run = subprocess.run([trainer_python, "-c", VERL], capture_output=True, text=True, cwd=ROOT)
-    assert run.returncode == 0, run.stderr
-    groups, error = run.stdout.splitlines()[-2:]
-    assert groups == "[[0.0, 0.0, 0.25], [0.0, 0.0, 0.0], [0.0, 0.0, -0.25, -0.25], [0.0, 0.0, 0.0]]"
-    assert "1 of 2 rollouts has no syllable_errors" in error and "credit=utterance" in error
+@pytest.mark.parametrize(("errors", "score"), [((0, 0, 0), 0.8), ((0, 1, 0), -0.2), ((0, 0, 0), 1.5)])
+def test_a_reward_of_more_than_the_errors_is_refused(errors, score):
+    """A penalty for anything else would be dropped, or be charged to the syllables that have errors."""
+    with pytest.raises(ValueError, match=f"{sum(errors)} syllable errors has the reward .*credit=utterance"):
+        syllable_advantages([encode(errors, STARTS), encode((0, 0, 0), STARTS)], [score, 1.0], [12, 12])

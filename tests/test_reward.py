@@ -119,6 +119,32 @@ def test_compute_score(reward_server, rows, monkeypatch):
         assert (bad["score"], bad["bad_rollout"], bad["syllable_errors"]) == (0.0, 1.0, "[[], []]")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "reported"),
+    [
+        ({"server_urls": None}, "AttributeError"),  # any mistake in this program or its settings
+        ({"solution_str": None}, "TypeError"),
+        ({"solution_str": "hello", "ground_truth": None}, "TypeError"),
+        ({}, "no reward after"),
+    ],
+)
+def test_whatever_goes_wrong_is_reported_and_gives_no_reward(tmp_path, monkeypatch, arguments, reported):
+    arguments = {"solution_str": "<|s_1|>", "ground_truth": "今天"} | arguments
+    failure_file = tmp_path / "failure"
+
+    async def go():
+        nobody = RewardClient(["http://127.0.0.1:9"], max_tries=2, backoff_s=0.01)
+        monkeypatch.setattr(reward_tts, "_client", None if "server_urls" in arguments else nobody)
+        with pytest.raises((AttributeError, TypeError, RewardServerError)):  # without a file, the caller sees it
+            await reward_tts.compute_score("", **arguments)
+        with pytest.raises(asyncio.TimeoutError):  # it never returns: the training is ended from outside
+            await asyncio.wait_for(reward_tts.compute_score("", **arguments, failure_file=str(failure_file)), 2.0)
+        await nobody.close()
+
+    asyncio.run(go())
+    assert reported in failure_file.read_text(encoding="utf-8")
+
+
 def test_no_server_is_an_error_and_never_a_reward(rows):
     client = RewardClient(["http://127.0.0.1:9"], max_tries=3, backoff_s=0.01)
     (result,) = score_all(client, [(rows[0]["speech_tokens"], rows[0]["text"])])

@@ -93,24 +93,35 @@ def test_what_was_not_said_is_left_out(reward_server, test_rows, tmp_path):
 
 
 def wrapped(tmp_path, url: str, dump, status: int = 0) -> int:
-    """scripts/train.py around a command that says what veRL says after a dump."""
+    """scripts/train.py around a command that dumps a validation as the trainer does."""
+    validations = tmp_path / "validation"
+    validations.mkdir(exist_ok=True)
+    (validations / "0.jsonl").write_text("from before: not to be read")
     flags = ["--log-file", str(tmp_path / "log"), "--total-steps", "9", "--failure-file", str(tmp_path / "failure"),
-             "--server-url", url, "--tensorboard-dir", str(tmp_path / "tensorboard")]  # fmt: skip
-    code = f"print('(TaskRunnerV1 pid=1) Dumped generations to {dump}'); raise SystemExit({status})"
+             "--server-url", url, "--tensorboard-dir", str(tmp_path / "tensorboard"),
+             "--validation-dir", str(validations)]  # fmt: skip
+    code = f"import os; os.replace({str(dump)!r}, {str(validations / dump.name)!r}); raise SystemExit({status})"
     return train.main([*flags, "--", sys.executable, "-c", code])
 
 
-def test_training_lets_one_hear_each_dump(reward_server, test_rows, tmp_path):
-    write_jsonl(tmp_path / "a dump.jsonl", dump_of(test_rows[:4]))
-    assert wrapped(tmp_path, reward_server.url, tmp_path / "a dump.jsonl") == 0
+def test_training_lets_one_hear_each_dump(reward_server, test_rows, tmp_path, capfd):
+    write_jsonl(tmp_path / "20.jsonl", dump_of(test_rows[:4]))
+    assert wrapped(tmp_path, reward_server.url, tmp_path / "20.jsonl") == 0
+    assert len(sounds(tmp_path / "tensorboard/validation")) == 4 and "no audio of" not in capfd.readouterr().out
+
+
+def test_a_dump_that_is_written_again_is_heard_again(reward_server, test_rows, tmp_path):
+    """A training that goes on repeats the validation of its checkpoint."""
+    write_jsonl(tmp_path / "0.jsonl", dump_of(test_rows[:4], 0))
+    assert wrapped(tmp_path, reward_server.url, tmp_path / "0.jsonl") == 0
     assert len(sounds(tmp_path / "tensorboard/validation")) == 4
 
 
 def test_a_failure_is_told_and_disturbs_no_training(test_rows, tmp_path, capfd):
-    write_jsonl(tmp_path / "0.jsonl", dump_of(test_rows[:4]))
     nobody = f"http://127.0.0.1:{free_ports(1)[0]}"
-    assert wrapped(tmp_path, nobody, tmp_path / "0.jsonl") == 0
-    assert "no sound of" in (shown := capfd.readouterr().out) and "does not speak" in shown
-    assert wrapped(tmp_path, nobody, tmp_path / "none.jsonl", status=3) == 3
-    assert "no sound of" in capfd.readouterr().out
+    for status in (0, 3):
+        write_jsonl(tmp_path / "20.jsonl", dump_of(test_rows[:4]))
+        assert wrapped(tmp_path, nobody, tmp_path / "20.jsonl", status) == status
+        assert "no audio of" in (shown := capfd.readouterr().out)
+        assert status or "does not speak" in shown
     assert not (tmp_path / "tensorboard").exists()

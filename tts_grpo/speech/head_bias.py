@@ -12,7 +12,7 @@ So the bias is added wherever logits are made, and the same policy generates, is
 
 - inference and rollouts on a CPU: :func:`add_head_bias` (``tts_grpo.speech.generation.load_lm``);
 - rollouts in vLLM: :func:`add_to_logits` (tts_grpo/training/verl_vllm.py);
-- training: :func:`over_said_ids` (tts_grpo/training/verl_steps.py), which leaves out the rows of all other ids.
+- training: :func:`over_said_ids` (tts_grpo/training/engine.py), which leaves out the rows of all other ids.
 
 It is not trained. scripts/merge.py copies it to the merged folder.
 """

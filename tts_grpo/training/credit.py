@@ -17,6 +17,8 @@ import numpy as np
 
 KEY = "syllable_errors"  # of what the reward notes of a rollout, beside its score
 
+TOLERANCE = 1e-3  # of rewards, which veRL keeps in float32 or less
+
 
 def encode(unit_errors: Sequence[int], unit_starts: Sequence[int]) -> str:
     """Errors and starts of a rollout's syllables, as the reward notes them; both empty for a bad rollout."""
@@ -24,10 +26,22 @@ def encode(unit_errors: Sequence[int], unit_starts: Sequence[int]) -> str:
 
 
 def _losses(errors: list[list[int]], scores: np.ndarray) -> np.ndarray:
-    """(n, N) reward that each rollout lost at each syllable; a bad one lost its part at every syllable alike."""
+    """(n, N) reward that each rollout lost at each syllable; a bad one lost its part at every syllable alike.
+
+    Raises:
+        ValueError: the rollouts have different numbers of syllables, or a reward lost something that is no syllable's
+            error.
+    """
     sizes = {len(row) for row in errors if row}
     if len(sizes) != 1:
         raise ValueError(f"rollouts of one group have {sorted(sizes)} syllables: they were not asked to say the same")
+    for row, score in zip(errors, scores, strict=True):
+        if not -TOLERANCE <= score <= 1 + TOLERANCE or (row and not any(row) and score < 1 - TOLERANCE):
+            raise ValueError(
+                f"a rollout with {sum(row)} syllable errors has the reward {score:g}: credit=syllable shares 1 - reward"
+                " among the errors and would drop what the reward takes off for anything else. Return a reward in "
+                "[0, 1] that is 1 without errors, or set credit=utterance"
+            )
     counts = np.array([row or [1] * max(sizes) for row in errors], dtype=float)
     return (1 - scores[:, None]) * counts / np.maximum(1, counts.sum(1, keepdims=True))
 
@@ -47,7 +61,8 @@ def syllable_advantages(
         n arrays float32 (T,).
 
     Raises:
-        ValueError: the rollouts have different numbers of syllables.
+        ValueError: the rollouts have different numbers of syllables, or a reward lost something that is no syllable's
+            error.
     """
     errors, starts = zip(*map(json.loads, notes), strict=True)
     scores = np.asarray(scores, dtype=float)

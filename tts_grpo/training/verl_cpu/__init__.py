@@ -1,5 +1,8 @@
 """veRL on a machine without a GPU, through veRL's own registries; written for veRL 0.9.1.
 
+What those do not reach is patched in two places, and only on a CPU: ``torch.cpu`` in ``platform``, and veRL's FSDP
+engine at the end of ``rollout``.
+
 ``platform`` makes a CPU a training device (``VERL_USE_EXTERNAL_MODULES=tts_grpo.training.verl_cpu.platform``,
 ``VERL_PLATFORM=cpu``); ``rollout`` generates with Transformers
 (``actor_rollout_ref.model.external_lib=tts_grpo.training.verl_cpu.rollout`` and

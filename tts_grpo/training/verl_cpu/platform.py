@@ -3,7 +3,13 @@
 from contextlib import contextmanager
 
 import torch
-from verl.plugin.platform import PlatformBase, PlatformRegistry
+import verl
+
+from tts_grpo.training.verl_version import require_verl
+
+require_verl(verl.__version__)
+
+from verl.plugin.platform import PlatformBase, PlatformRegistry  # noqa: E402  # after the check of its version
 
 # veRL calls these on its device module; torch.cpu lacks them.
 for _name in ("max_memory_allocated", "max_memory_reserved", "memory_allocated", "memory_reserved"):

@@ -1,4 +1,4 @@
-"""Rollouts by Transformers on the CPU, and veRL's FSDP engine there. Registers itself when imported.
+"""Rollouts by Transformers on the CPU, and patches of veRL's FSDP engine for it. Registers itself when imported.
 
 One Ray actor holds the model that speaks. It collects the requests of a step into batches; the actor worker pushes
 its weights to it after each update. What a request draws depends on the step, its prompt and which of the prompt's
@@ -21,7 +21,7 @@ from verl.workers.rollout.base import BaseRollout
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry, TokenOutput
 
 from tts_grpo.speech.generation import Sampling, generate, load_lm
-from tts_grpo.training import verl_steps  # noqa: F401  # as on a GPU
+from tts_grpo.training import engine  # noqa: F401  # registers itself, as on a GPU
 from tts_grpo.training.verl_cpu.log_probs import fused_linear
 
 NAME = "transformers_cpu"
@@ -145,25 +145,21 @@ def _register_rollout() -> None:
     RolloutReplicaRegistry.register(NAME, lambda: TransformersReplica)
 
 
-def _register_engine() -> None:
-    """veRL's FSDP engine as it is, with what differs on a CPU."""
+def _patch_engine() -> None:
+    """Change what veRL's FSDP engine takes for granted and a CPU lacks; no setting or registry reaches it."""
     from verl.utils.distributed import initialize_global_process_group_ray
     from verl.utils.experimental.torch_functional import FusedLinearForPPO
     from verl.workers import engine_workers
-    from verl.workers.engine import EngineRegistry
     from verl.workers.engine.fsdp import transformer_impl
 
     # veRL asks for "cpu:gloo,<device>:<backend>", which torch rejects when the device is the CPU as well.
     engine_workers.initialize_global_process_group_ray = partial(
         initialize_global_process_group_ray, backend="cpu:gloo"
     )
-    transformer_impl.load_fsdp_model_to_gpu = lambda model: None  # it is where it belongs
-    FusedLinearForPPO.forward = fused_linear
-    if "cpu" not in EngineRegistry._engines["language_model"]["fsdp"]:
-        register = EngineRegistry.register(model_type="language_model", backend=["fsdp", "fsdp2"], device="cpu")
-        register(transformer_impl.FSDPEngineWithLMHead)
+    transformer_impl.load_fsdp_model_to_gpu = lambda model: None  # the model stays on the CPU
+    FusedLinearForPPO.forward = fused_linear  # faster on a CPU; a head bias wraps it (tts_grpo/training/engine.py)
 
 
 _register_rollout()
 if get_device_name() == "cpu":
-    _register_engine()
+    _patch_engine()

@@ -1,28 +1,8 @@
-"""The parts of a training step: their definition, and the table of a run's log."""
-
-import subprocess
+"""The table of a training's steps, from veRL's console log."""
 
 import pytest
 
 from scripts.step_times import main
-from tests.conftest import ROOT
-
-CODE = """
-from tts_grpo.training.verl_steps import rollout_seconds
-rows = [(4.0, 0.5), (1.0, 2.0), (3.5, 1.75)]
-print(rollout_seconds([{"generate_sequences": g, "compute_score": s} for g, s in rows]))
-print(rollout_seconds([{"generate_sequences": 1.0, "compute_score": 9.0}]))
-"""
-
-
-def test_the_wait_begins_with_the_end_of_the_last_generation(trainer_python):
-    run = subprocess.run([trainer_python, "-c", CODE], capture_output=True, text=True, cwd=ROOT)
-    assert run.returncode == 0, run.stderr
-    # 4.0 s of generation; the third rollout's reward comes at 5.25 s, the first one's at 4.5 s
-    assert run.stdout.splitlines()[-2:] == [
-        "{'generation': 4.0, 'reward_wait': 1.25}",
-        "{'generation': 1.0, 'reward_wait': 9.0}",
-    ]
 
 
 def line(step: int, **values) -> str:

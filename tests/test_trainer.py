@@ -1,0 +1,105 @@
+"""This recipe's parts of veRL's trainer and engine, in the trainer environment; a whole training: test_training.py."""
+
+import json
+import os
+import shlex
+import subprocess
+
+import pytest
+
+from tests.conftest import ROOT
+from tts_grpo.training.verl_version import SUPPORTED, require_verl
+
+MODULES = "tts_grpo.training.verl_cpu.platform,tts_grpo.training.trainer"  # as scripts/verl_cpu.sh has them
+
+
+@pytest.fixture(scope="module")
+def found(trainer_python, tmp_path_factory) -> dict:
+    """Results of tests/verl_checks.py by name."""
+    environment = os.environ | {"VERL_USE_EXTERNAL_MODULES": MODULES, "VERL_PLATFORM": "cpu", "PYTHONPATH": str(ROOT)}
+    command = [trainer_python, "tests/verl_checks.py", str(tmp_path_factory.mktemp("checks"))]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("settings", "modules"),
+    [
+        ({"profile": "tiny"}, [f"VERL_USE_EXTERNAL_MODULES={MODULES}"]),
+        ({"profile": "cosyvoice2", "train_device": "cpu"}, [f"VERL_USE_EXTERNAL_MODULES={MODULES}"]),
+        (
+            {"profile": "cosyvoice2", "ray_address": "head:6379"},  # processes of other machines lack this environment
+            [
+                "VERL_USE_EXTERNAL_MODULES=tts_grpo.training.trainer",
+                "VERL_USE_EXTERNAL_MODULES: tts_grpo.training.trainer",
+            ],
+        ),
+    ],
+)
+def test_run_sh_gives_verl_the_modules_and_the_name(settings, modules, tmp_path):
+    environment = os.environ | {"exp_dir": str(tmp_path / "exp"), "workspace": str(tmp_path)} | settings
+    command = ["bash", str(ROOT / "run.sh"), "--dry-run", "2", "2"]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    (words,) = (words for line in run.stdout.splitlines() if "verl.trainer.main_ppo" in (words := shlex.split(line)))
+    assert "trainer.v1.trainer_mode=tts_grpo" in words
+    assert modules[0] in words and all(any(module in word for word in words) for module in modules)
+
+
+def test_verl_finds_the_trainer_and_its_own_classes_are_unchanged(found):
+    assert found["patched"] == {}
+    assert found["constructed"] == ["PPOTrainerSync", "ReplayBuffer", "sync", 0.1]
+
+
+def test_settings_that_credit_would_override_are_refused_by_name(found):
+    assert len(found["refused"]) == 5
+    for name, error in found["refused"].items():
+        assert f"credit=syllable would override {name}:" in error and "Set credit=utterance" in error
+    assert found["not_refused"] == ["", ""]
+
+
+def test_advantages_are_written_back_group_by_group(found):
+    returned, advantages, metrics = found["advantages"]
+    assert returned == "batch after the writing"
+    assert advantages == [[0.0, 0.0, 0.25], [0.0, 0.0, 0.0], [0.0, 0.0, -0.25, -0.25], [0.0, 0.0, 0.0]]
+    assert metrics == {"critic/advantages/nonzero": pytest.approx(3 / 13)}
+    assert "1 of 2 rollouts has no syllable_errors" in found["missing_errors"]
+    assert "credit=utterance" in found["missing_errors"]
+
+
+def test_the_wait_begins_with_the_end_of_the_last_generation(found):
+    # 4.0 s of generation; the third rollout's reward comes at 5.25 s, the first one's at 4.5 s
+    assert found["seconds"] == [{"generation": 4.0, "reward_wait": 1.25}, {"generation": 1.0, "reward_wait": 9.0}]
+    assert found["wait_for_rewards"] == {"step": 9.0, "generation": 2.0, "reward_wait": 1.5}
+
+
+def test_a_failed_rollout_stops_the_training(found):
+    assert found["failed_rollout"].startswith("RuntimeError: 1 of 2 prompts of this step have a failed rollout")
+    assert found["failed_validation"].startswith("RuntimeError: 1 of 2 rollouts of this validation failed")
+
+
+def test_a_dump_appears_when_it_is_complete(found):
+    while_written, names, text = found["dump"]
+    assert while_written == [[]] and names == ["15.jsonl"] and json.loads(text)["gts"] == "text"
+
+
+def test_only_a_head_with_a_bias_changes_the_log_probabilities(found):
+    assert found["engines"] == "HeadBiasEngine"
+    assert found["head_without_a_bias"] == [False, True]
+    assert found["head_with_a_bias"] == ["the model", True]
+    for name in ("unfused_head_with_a_bias", "other_kernel_with_a_bias"):
+        assert "has a bias, which training would ignore" in found[name] and "impl_backend=torch" in found[name]
+
+
+def test_another_version_of_verl_is_refused():
+    require_verl(SUPPORTED)
+    require_verl(SUPPORTED + "+cpu")
+    for version in ("0.9.0", "0.9.10", "0.10.0"):
+        with pytest.raises(ImportError, match=rf"veRL {version} is installed.*run bash run.sh -1"):
+            require_verl(version)
+
+
+def test_the_version_is_the_installed_one():
+    for name in ("requirements-verl.txt", "requirements-verl-gpu.txt"):
+        assert f"verl=={SUPPORTED}" in (ROOT / name).read_text()

@@ -1,0 +1,223 @@
+"""What tests/test_trainer.py asks of the trainer environment, in one process of it: importing veRL takes its time.
+
+    python tests/verl_checks.py FOLDER
+
+Prints a JSON object with the result of each function below, or with the error that it raised.
+"""
+
+import json
+import shutil
+import sys
+import types
+from pathlib import Path
+
+import torch
+import verl.trainer.main_ppo  # noqa: F401  # what run.sh starts
+from hydra import compose, initialize_config_module
+from safetensors.torch import save_file
+from verl.trainer.ppo.v1 import PPOTrainer, PPOTrainerSync, get_trainer_cls
+from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
+from verl.utils.experimental.torch_functional import FusedLinearForPPO
+
+LLM = Path(__file__).resolve().parent.parent / "assets/tiny/llm"
+TRAINER = get_trainer_cls("tts_grpo")  # nothing of this project was imported here: veRL did it
+DEFINED = {
+    f"{owner.__name__}.{name}": function.__module__
+    for owner in (PPOTrainer, PPOTrainerSync, ReplayBuffer)
+    for name, function in vars(owner).items()
+    if callable(function)
+} | {"FusedLinearForPPO.forward": FusedLinearForPPO.forward.__module__}
+
+from tts_grpo.training import engine, trainer  # noqa: E402
+from tts_grpo.training.credit import encode  # noqa: E402
+
+
+def config(*overrides: str, by_syllable: bool = True):
+    """veRL's configuration as run.sh composes it, as far as the trainer's constructor looks at it."""
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        return compose(
+            "ppo_trainer",
+            [
+                "trainer.v1.trainer_mode=tts_grpo", "algorithm.adv_estimator=grpo",
+                f"actor_rollout_ref.model.path={LLM}",
+                "reward.custom_reward_function.path=reward_tts.py", "data.train_batch_size=2",
+                "algorithm.norm_adv_by_std_in_grpo=False",
+                f"+reward.custom_reward_function.reward_kwargs={{by_syllable: {by_syllable}}}", *overrides,
+            ],
+        )  # fmt: skip
+
+
+def made() -> PPOTrainer:
+    """A trainer, without workers."""
+    return TRAINER(config())
+
+
+def refusal(*overrides: str, by_syllable: bool = True) -> str:
+    """The constructor's error; empty if there is none."""
+    try:
+        TRAINER(config(*overrides, by_syllable=by_syllable))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def patched(folder):
+    return {name: module for name, module in DEFINED.items() if module.startswith("tts_grpo")}
+
+
+def constructed(folder):
+    one = made()
+    buffer = one.replay_buffer
+    return [type(one).__mro__[1].__name__, type(buffer).__name__, one.trainer_mode, buffer.poll_interval]
+
+
+def refused(folder):
+    return {
+        override: refusal(override)
+        for override in (
+            "algorithm.adv_estimator=rloo", "algorithm.use_kl_in_reward=True", "reward.reward_model.enable=True",
+            "reward.reward_manager.name=dapo", "reward.custom_reward_function.path=null",
+        )
+    }  # fmt: skip
+
+
+def not_refused(folder):
+    """Without credit by syllable, and without conflicting settings."""
+    return [
+        refusal("algorithm.adv_estimator=rloo", "reward.reward_manager.name=dapo", by_syllable=False),
+        refusal("algorithm.norm_adv_by_std_in_grpo=True", "algorithm.filter_groups.enable=True",
+                "algorithm.filter_groups.metric=reward"),
+    ]  # fmt: skip
+
+
+def seconds(folder):
+    rows = [(4.0, 0.5), (1.0, 2.0), (3.5, 1.75)]
+    return [
+        trainer.rollout_seconds([{"generate_sequences": g, "compute_score": s} for g, s in rows]),
+        trainer.rollout_seconds([{"generate_sequences": 1.0, "compute_score": 9.0}]),
+    ]
+
+
+class Queue:
+    """Stands in for veRL's transfer queue: columns of one batch."""
+
+    def __init__(self, **columns):
+        self.columns = columns
+
+    def kv_batch_get(self, keys, partition_id, select_fields):
+        return {name: self.columns[name] for name in select_fields}
+
+    def kv_batch_put(self, keys, partition_id, fields):
+        self.columns |= {name: fields[name] for name in fields.keys()}  # noqa: SIM118  # a TensorDict
+        return "batch after the writing"
+
+
+def rollouts(*with_errors: bool) -> Queue:
+    """Two prompts with two rollouts of 3, 3, 4 and 3 tokens; the reward of each but the third is 1."""
+    scores = [torch.tensor([0.0] * (size - 1) + [score]) for size, score in ((3, 1.0), (3, 1.0), (4, 0.5), (3, 1.0))]
+    notes = [encode((0, int(errors)), (0, 2)) for errors in with_errors]
+    return Queue(
+        uid=list("abab"), rm_scores=torch.nested.as_nested_tensor(scores, layout=torch.jagged),
+        extra_fields=[{"reward_extra_info": {"syllable_errors": note}} for note in notes],
+        metrics=[{"generate_sequences": 2.0, "compute_score": 1.5}] * 4, advantages="GRPO's",
+    )  # fmt: skip
+
+
+BATCH = types.SimpleNamespace(keys=list("0123"), partition_id="train")
+
+
+def advantages(folder):
+    """They are written where the update reads them, after veRL's own."""
+    one, metrics = made(), {}
+    trainer.tq = queue = rollouts(False, False, True, False)
+    PPOTrainerSync._compute_advantage = lambda self, batch, metrics: BATCH
+    returned = one._compute_advantage(BATCH, metrics)
+    return [returned, [row.tolist() for row in queue.columns["advantages"].unbind()], metrics]
+
+
+def missing_errors(folder):
+    return trainer.group_advantages("ab", [None, encode((0, 0), (0, 2))], [1.0, 0.5], [3, 3], False)
+
+
+def wait_for_rewards(folder):
+    one, timing = made(), {"step": 9.0}
+    trainer.tq = rollouts(False, False, True, False)
+    PPOTrainerSync._compute_metrics = lambda self, batch, metrics, timing_raw, **kwargs: dict(timing_raw)
+    return one._compute_metrics(BATCH, {}, timing, global_steps=1, epoch=0)
+
+
+def failed_rollout(folder):
+    one = made()
+    one.checkpoint_manager, one.curr_step_profile = types.SimpleNamespace(sleep_replicas=lambda: None), False
+    one.on_sample_end()  # nothing has failed
+    one.replay_buffer.failure_keys["train"].add("uid")
+    one.on_sample_end()
+
+
+def failed_validation(folder):
+    made()._val_metrics_update(["x"], ["u"], {"reward": [1.0]}, [], expected_acc_counts={("x", "u"): 2})
+
+
+def dump(folder):
+    """veRL's writer is given a folder of its own; the file is moved into place when it returns."""
+    written = []
+    write = PPOTrainerSync._write_generations
+
+    def watched(*args):
+        write(*args)
+        written.append([path.name for path in Path(folder).rglob("*.jsonl") if path.parent == Path(folder)])
+
+    PPOTrainerSync._write_generations = staticmethod(watched)
+    TRAINER._write_generations(["in"], ["out"], ["text"], [0.5], {}, folder, 15)
+    return [written, [path.name for path in Path(folder).glob("*.jsonl")], (Path(folder) / "15.jsonl").read_text()]
+
+
+def engines(folder):
+    from verl.workers.engine import EngineRegistry
+
+    return EngineRegistry.get_engine_cls("language_model", "fsdp2").__name__
+
+
+def head_without_a_bias(folder):
+    before = FusedLinearForPPO.forward
+    return [engine.use_head_bias(str(LLM), True, "torch"), FusedLinearForPPO.forward is before]
+
+
+def biased(folder) -> str:
+    shutil.copytree(LLM, Path(folder) / "llm", dirs_exist_ok=True)
+    size = json.loads((LLM / "config.json").read_text())["vocab_size"]
+    save_file({"lm_head.bias": torch.zeros(size)}, Path(folder) / "llm/head_bias.safetensors")
+    return str(Path(folder) / "llm")
+
+
+def unfused_head_with_a_bias(folder):
+    return engine.use_head_bias(biased(folder), False, "torch")
+
+
+def other_kernel_with_a_bias(folder):
+    return engine.use_head_bias(biased(folder), True, "triton")
+
+
+def head_with_a_bias(folder):
+    """The engine's own method, after veRL's has loaded the model."""
+    before = FusedLinearForPPO.forward
+    engine.FSDPEngineWithLMHead._build_module = lambda self: "the model"
+    one = object.__new__(engine.HeadBiasEngine)
+    one.model_config = types.SimpleNamespace(
+        local_path=biased(folder), use_fused_kernels=True, fused_kernel_options={"impl_backend": "torch"}
+    )
+    return [one._build_module(), FusedLinearForPPO.forward is not before]
+
+
+def result(check, folder: str):
+    try:
+        return check(folder)
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+if __name__ == "__main__":
+    checks = (patched, constructed, refused, not_refused, seconds, advantages, missing_errors, wait_for_rewards,
+              failed_rollout, failed_validation, dump, engines, head_without_a_bias, unfused_head_with_a_bias,
+              other_kernel_with_a_bias, head_with_a_bias)  # fmt: skip
+    sys.stdout.write(json.dumps({check.__name__: result(check, sys.argv[1]) for check in checks}) + "\n")

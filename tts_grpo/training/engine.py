@@ -1,0 +1,59 @@
+"""The actor's FSDP engine for a model whose head has a bias (tts_grpo/speech/head_bias.py); written for veRL 0.9.1.
+
+``actor_rollout_ref.model.external_lib`` imports this module in the actor's process. The engine is registered with
+veRL for this machine's vendor, which veRL prefers to its own entry for the device.
+
+One thing is patched, and only for a model whose head has a bias: ``FusedLinearForPPO.forward``, which makes the
+log-probabilities and entropies. veRL's model forward creates that class itself for each micro-batch and offers no
+setting or registry for it (verl/models/transformers/dense_common.py). The process holds the actor and its
+reference, both with the same head.
+"""
+
+import inspect
+
+from transformers import AutoTokenizer
+from verl.utils.device import get_device_name, get_vendor
+from verl.utils.experimental.torch_functional import FusedLinearForPPO
+from verl.workers.engine import EngineRegistry
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+
+from tts_grpo.speech.head_bias import load_head_bias, over_said_ids
+
+FUSED_LINEAR_BACKENDS = ("torch", "liger")  # those of FusedLinearForPPO; with others, veRL does not use it
+
+
+def use_head_bias(folder: str, use_fused_kernels: bool, backend: str | None) -> bool:
+    """Let log-probabilities and entropies be those of a head with its bias, if the model in ``folder`` has one.
+
+    Args:
+        folder: Hugging Face folder of the model that is trained.
+        use_fused_kernels: veRL's ``actor_rollout_ref.model.use_fused_kernels``.
+        backend: veRL's ``actor_rollout_ref.model.fused_kernel_options.impl_backend``.
+
+    Returns:
+        Whether it has one.
+
+    Raises:
+        ValueError: the head has a bias that these settings would ignore, or it needs one and has none.
+    """
+    bias = load_head_bias(folder, AutoTokenizer.from_pretrained(folder))
+    if bias is None:
+        return False
+    if not use_fused_kernels or backend not in FUSED_LINEAR_BACKENDS:
+        raise ValueError(
+            f"the head of {folder} has a bias, which training would ignore with use_fused_kernels={use_fused_kernels} "
+            f"and fused_kernel_options.impl_backend={backend}: set use_fused_kernels=True and impl_backend=torch"
+        )
+    FusedLinearForPPO.forward = over_said_ids(inspect.unwrap(FusedLinearForPPO.forward), bias)
+    return True
+
+
+@EngineRegistry.register("language_model", ["fsdp", "fsdp2"], get_device_name(), get_vendor())
+class HeadBiasEngine(FSDPEngineWithLMHead):
+    """veRL's FSDP engine, which also looks for a bias of the head in the model's folder."""
+
+    def _build_module(self):
+        module = super()._build_module()
+        options = self.model_config.fused_kernel_options or {}
+        use_head_bias(self.model_config.local_path, self.model_config.use_fused_kernels, options.get("impl_backend"))
+        return module
