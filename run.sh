@@ -281,6 +281,7 @@ configure() {
     OMP_NUM_THREADS="$train_threads" RAY_USAGE_STATS_ENABLED=0
   )
   verl_args=(
+    trainer.v1.trainer_mode=tts_grpo # tts_grpo/training/trainer.py
     algorithm.adv_estimator=grpo algorithm.norm_adv_by_std_in_grpo="$norm_adv_by_std"
     data.train_files="$(hydra "$exp_dir/data/train.parquet")" data.val_files="$(hydra "$exp_dir/data/test.parquet")"
     data.train_batch_size="$train_batch_size" data.seed="$seed"
@@ -303,7 +304,6 @@ configure() {
     actor_rollout_ref.actor.calculate_entropy=True # for its curve; entropy_coeff is 0
     reward.custom_reward_function.path="$(hydra "$root/reward_tts.py")" reward.custom_reward_function.name=compute_score
     "+reward.custom_reward_function.reward_kwargs={server_urls: $(hydra "$server_urls"), failure_file: $(hydra "$exp_dir/reward_failure"), by_syllable: $by_syllable}"
-    trainer.v1.trainer_mode=tts_grpo # tts_grpo/training/trainer.py
     trainer.n_gpus_per_node="$num_gpus" trainer.nnodes="$num_nodes"
     "trainer.logger=[console,tensorboard]" trainer.project_name=tts_grpo trainer.experiment_name="$(hydra "$exp_name")"
     trainer.default_local_dir="$(hydra "$exp_dir/checkpoints")" trainer.resume_mode=auto
