@@ -247,7 +247,7 @@ contradictions() {
   ((rollouts % passes == 0)) ||
     echo "mini_batch_size * rollout_n = $rollouts rollouts are no multiple of micro_batch_size * GPUs = $passes: change one of them"
   ((num_nodes == 1)) || [[ -n $ray_address ]] ||
-    echo "num_nodes=$num_nodes needs ray_address: start Ray on each machine (ray start), see README.md"
+    echo "num_nodes=$num_nodes needs ray_address: start Ray on each machine (ray start), see docs/full_size.md"
 }
 
 configure() {

@@ -6,7 +6,7 @@
 # The defaults train as the newest published recipe does (conf/recipes/mair-hub.sh); recipe=NAME reproduces a published
 # row, conf/recipes/NAME.sh; docs/differences.md says what differs from each of them, and why.
 #
-# State: run on an H100 with random weights of the full shape (README.md has the figures); nobody has used the real ones.
+# State: run on an H100 with random weights of the full shape (docs/full_size.md has the figures); nobody has used the real ones.
 
 larger() { echo $(($1 > $2 ? $1 : $2)); }
 smaller() { echo $(($1 < $2 ? $1 : $2)); }

@@ -121,7 +121,7 @@ def check_files(s: dict) -> Iterator[Finding]:
     kind = token2wav_kind(s["token2wav_dir"]) or "cosyvoice2"
     missing = missing_files(s["token2wav_dir"], TOKEN2WAV_FILES[kind])
     missing += missing_files(s["reward_asr_dir"], SENSEVOICE_FILES)
-    # the evaluation's recogniser may be of several kinds (tts_grpo/speech/asr.py)
+    # the evaluation's recogniser may be of several kinds (tts_grpo/speech/asr/loading.py)
     others = (Path(s[name]) for name in ("eval_asr_dir", "eval_jsonl", "prompt_audio", "prompt_list") if s[name])
     missing += [path for path in others if not path.exists()]
     yield from ((False, f"{path} is missing: bash run.sh -1 -1 brings it, or set its variable") for path in missing)
