@@ -201,7 +201,7 @@ check_checkpoints() {
 
 # recorded_settings: JSON of the settings, those of finished stages as they were then.
 recorded_settings() {
-  ((dry_run == 0)) || { echo '{}' && return; }
+  ((dry_run == 0)) || { all_settings json && return; }
   all_settings json --recorded "$exp_dir/.done/0" "$exp_dir/checkpoints/settings" "$exp_dir/.done/3"
 }
 
