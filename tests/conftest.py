@@ -59,7 +59,7 @@ def sft_checkpoint(tmp_path_factory) -> Path:
     from scripts import random_llm
 
     folder = tmp_path_factory.mktemp("llasa") / "checkpoint-885000"
-    random_llm.main(["--output", str(folder), "--shape", "tiny", "--mean-tokens", "20"])
+    random_llm.main(["--output", str(folder), "--shape", "tiny", "--mean-tokens", "200"])
     return folder
 
 

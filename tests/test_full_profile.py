@@ -51,6 +51,8 @@ def shared(trainer_python, venv_root, assets, sft_checkpoint, tmp_path_factory):
         "total_steps": "2", "train_batch_size": "2", "rollout_n": "2", "micro_batch_size": "2",
         "max_response_length": "24", "max_new_tokens": "24", "save_freq": "2", "test_freq": "2", "train_threads": "2",
         "quality_utterances": "3",
+        # a random model ends at once where top_k leaves the end token and few others
+        "temperature": "1.0", "top_p": "1.0", "top_k": "-1",
     }  # fmt: skip
     hub.close()
 
