@@ -49,10 +49,8 @@ TEXT_SPECIAL_TOKENS = [  # CosyVoice2Tokenizer in cosyvoice/tokenizer/tokenizer.
 PAD = "<|endoftext|>"
 ROW_MULTIPLE = 128
 QWEN, EMBEDDING, HEAD = "llm.model.", "model.embed_tokens.weight", "lm_head.weight"
-TRAINING_STATE = (
-    "epoch",
-    "step",
-)  # what CosyVoice's trainer writes beside the weights (cosyvoice/utils/train_utils.py)
+# What CosyVoice's trainer writes beside the weights (cosyvoice/utils/train_utils.py).
+TRAINING_STATE = ("epoch", "step")
 
 
 def get_args(argv=None):

@@ -29,6 +29,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from tts_grpo.text.jsonl import write_json
 from tts_grpo.text.prompts import GENERATION_START, IM_END
@@ -106,16 +107,9 @@ def last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
     return parts[0], parts[1]
 
 
-def byte_characters() -> dict[int, str]:
-    """The printable character that stands for each byte in byte-level BPE (GPT-2's encoder.py, bytes_to_unicode)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
-
-
 def vocabulary(ranks: dict[bytes, int]) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """What vocab.json and merges.txt hold: ids by name, and the pairs to merge in their order."""
-    letters = byte_characters()
+    letters = bytes_to_unicode()
     name = lambda token: "".join(letters[byte] for byte in token)  # noqa: E731
     longer = sorted((rank, token) for token, rank in ranks.items() if len(token) > 1)
     merges = [tuple(map(name, last_merge(token, ranks))) for _, token in longer]

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from tts_grpo.speech.asr.funasr_model import load_funasr
-from tts_grpo.speech.asr.recogniser import MIN_SAMPLES
+from tts_grpo.speech.asr.recogniser import recognise_in_batches
 from tts_grpo.speech.model_folders import PARAFORMER_FILES
 
 
@@ -28,13 +28,7 @@ class Paraformer:
 
     def transcribe(self, recordings: Sequence[np.ndarray]) -> list[str]:
         """Transcripts of recordings, each float32 (T,) at 16 kHz; "" where nothing is heard."""
-        transcripts = [""] * len(recordings)
-        order = sorted((i for i, r in enumerate(recordings) if len(r) >= MIN_SAMPLES), key=lambda i: len(recordings[i]))
-        for first in range(0, len(order), self.batch_size):
-            batch = order[first : first + self.batch_size]
-            for i, text in zip(batch, self._decode([recordings[i] for i in batch]), strict=True):
-                transcripts[i] = text
-        return transcripts
+        return recognise_in_batches(recordings, self._decode, self.batch_size, "")
 
     def _decode(self, batch: list[np.ndarray]) -> list[str]:
         results = self._model.generate(input=batch, batch_size=len(batch), cache={})

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from tts_grpo.speech.asr.funasr_model import load_funasr
-from tts_grpo.speech.asr.recogniser import MIN_SAMPLES, Heard
+from tts_grpo.speech.asr.recogniser import Heard, recognise_in_batches
 from tts_grpo.speech.model_folders import SENSEVOICE_FILES
 from tts_grpo.text.units import characters, written_units
 
@@ -44,14 +44,7 @@ class SenseVoice:
 
     def hear(self, recordings: Sequence[np.ndarray | torch.Tensor]) -> list[Heard]:
         """:meth:`transcribe`, with the time of each unit."""
-        heard = [Heard()] * len(recordings)
-        # Like lengths together: less padding, and the same result.
-        order = sorted((i for i, r in enumerate(recordings) if len(r) >= MIN_SAMPLES), key=lambda i: len(recordings[i]))
-        for first in range(0, len(order), self.batch_size):
-            batch = order[first : first + self.batch_size]
-            for i, one in zip(batch, self._recognise([recordings[i] for i in batch]), strict=True):
-                heard[i] = one
-        return heard
+        return recognise_in_batches(recordings, self._recognise, self.batch_size, Heard())
 
     @torch.inference_mode()
     def _recognise(self, recordings) -> list[Heard]:
