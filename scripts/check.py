@@ -8,6 +8,7 @@ import argparse
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -104,7 +105,7 @@ def check_environments(s: dict) -> Iterator[Finding]:
 def check_pins(requirements: Path) -> Iterator[Finding]:
     wrong = []
     for line in requirements.read_text(encoding="utf-8").splitlines():
-        name, _, version = line.split("#")[0].split(";")[0].strip().partition("==")
+        name, _, version = re.split(r"[#;\\]", line)[0].strip().partition("==")
         if not version:
             continue
         try:

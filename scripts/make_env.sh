@@ -4,7 +4,8 @@
 #   bash scripts/make_env.sh NAME REQUIREMENTS...
 #
 #   NAME          folder under .venv, such as speech
-#   REQUIREMENTS  files with exact pins, installed together; a line marked "# no-deps" without what it asks for
+#   REQUIREMENTS  files that requirements/lock.sh wrote: every package with its version and hashes. Lines marked
+#                 "# no-hash" (torch) are installed last, with the dependencies that are not there yet
 #
 # Variables: base_python (interpreter to build on, 3.11 or 3.12), venv_root (folder of the environments).
 set -euo pipefail
@@ -20,8 +21,8 @@ die() {
 }
 
 check_machine() {
-  "$base_python" -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' ||
-    die "needs Python 3.11 or 3.12, but '$base_python' is $("$base_python" --version 2>&1): set base_python=/path/to/python3.11"
+  "$base_python" -c 'import sys; sys.exit(not (3, 11, 5) <= sys.version_info < (3, 13))' ||
+    die "needs Python 3.11.5 or later, or 3.12, but '$base_python' is $("$base_python" --version 2>&1): set base_python=/path/to/python3.11"
   "$base_python" -c 'import ensurepip, venv' 2>/dev/null ||
     die "'$base_python' cannot make virtual environments: install its venv package (Debian: apt-get install python3-venv)"
   local free_gib
@@ -43,13 +44,13 @@ mend_torchaudio() {
 install() {
   local dir=$1
   shift
-  "$dir/bin/python" -m pip install --quiet --disable-pip-version-check "$@" &
+  PIP_ROOT_USER_ACTION=ignore "$dir/bin/python" -m pip install -qq --disable-pip-version-check "$@" &
   wait $!
 }
 
 main() {
   (($# >= 2)) || {
-    sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,10s/^# \{0,1\}//p' "$0" >&2
     exit 2
   }
   local name=$1 dir=$venv_root/$1 key
@@ -58,14 +59,14 @@ main() {
   key=$({ "$base_python" --version && cat "$@" "$0"; } | sha256sum | cut -d ' ' -f 1)
   [[ -f $dir/.done && $(cat "$dir/.done") == "$key" ]] && return
   check_machine
-  echo "environment $name: installing into $dir (about 2 minutes)" >&2
+  echo "environment $name: installing into $dir (2 GiB, about 2 minutes; on a GPU machine with CUDA libraries 7 GiB)" >&2
   rm -rf "$dir"
   "$base_python" -m venv "$dir"
   trap 'kill $! 2>/dev/null; exit 143' INT TERM # bash would end and leave pip at work
-  sed '/# no-deps/d' "$@" >"$dir/requirements.txt"
-  install "$dir" -r "$dir/requirements.txt"
-  sed -n '/# no-deps/p' "$@" >"$dir/no-deps.txt"
-  [[ ! -s $dir/no-deps.txt ]] || install "$dir" --no-deps -r "$dir/no-deps.txt"
+  sed '/# no-hash/d' "$@" >"$dir/requirements.txt"
+  install "$dir" --require-hashes --no-deps -r "$dir/requirements.txt"
+  sed -n '/# no-hash/p' "$@" >"$dir/no-hash.txt"
+  [[ ! -s $dir/no-hash.txt ]] || install "$dir" --no-warn-conflicts -r "$dir/no-hash.txt"
   mend_torchaudio "$dir/bin/python"
   echo "$key" >"$dir/.done"
 }

@@ -1,11 +1,15 @@
 """scripts/make_env.sh with a stand-in for Python."""
 
 import os
+import re
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
+
+from tests.conftest import ROOT
 
 # Answers as Python would; "-m venv DIR" puts the stand-in itself there. Calls of pip are written to a file.
 STAND_IN = """#!/usr/bin/env bash
@@ -56,14 +60,46 @@ def test_a_failed_installation_is_not_taken_for_done(make_env):
     assert (done.returncode, calls) == (0, 2)
 
 
-def test_a_marked_line_is_installed_without_what_it_asks_for(make_env, tmp_path):
-    make_env.requirements.write_text("a==1\nb==2  # no-deps: asks for a compiler\n")
+def test_hashes_are_required_except_of_marked_lines(make_env, tmp_path):
+    make_env.requirements.write_text("a==1 --hash=sha256:0\nb==2  # no-hash: two builds\n")
     assert make_env()[1] == 2
     first, second = (tmp_path / "calls").read_text().splitlines()
-    assert "--no-deps" not in first and "--no-deps" in second
+    assert "--require-hashes --no-deps" in first
+    assert "--require-hashes" not in second and "--no-deps" not in second
     environment = tmp_path / "environments/speech"
-    assert (environment / "requirements.txt").read_text() == "a==1\n"
-    assert (environment / "no-deps.txt").read_text().startswith("b==2")
+    assert (environment / "requirements.txt").read_text().startswith("a==1")
+    assert (environment / "no-hash.txt").read_text().startswith("b==2")
+
+
+LOCKS = {
+    name: ROOT / f"requirements-{name}.txt" for name in ("cosyvoice", "asr", "verl", "verl-gpu")
+} | {"tests": ROOT / "tests/requirements.txt"}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOCKS)
+def test_locks_hold_the_versions_that_were_asked_for(name):
+    """requirements/lock.sh was run after the last edit, and every package has a hash."""
+
+    def versions(text: str) -> dict[str, str]:
+        found = re.findall(r"^([\w.-]+)==([^\s;]+)", text, re.MULTILINE)
+        return {re.sub(r"[-_.]+", "-", package).lower(): version for package, version in found}
+
+    lock = LOCKS[name].read_text()
+    asked = versions((ROOT / f"requirements/{name}.in").read_text())
+    assert asked and asked.items() <= versions(lock).items()
+    for entry in re.split(r"\n(?=\S)", lock.strip()):
+        assert entry.startswith("#") or "--hash=sha256:" in entry or "# no-hash" in entry, entry
+
+
+def test_environments_have_all_that_their_packages_need(trainer_python):
+    """They are installed without dependencies, so a package that a lock lacks would be missed at run time only."""
+    on_purpose = (
+        r"resemblyzer \S+ requires (typing|webrtcvad), |(token2wav-cosyvoice|dashscope) \S+ requires \S+, which"
+    )
+    for python in (sys.executable, trainer_python):
+        done = subprocess.run([python, "-m", "pip", "check"], capture_output=True, text=True)
+        lines = [line for line in done.stdout.splitlines() if line != "No broken requirements found."]
+        assert [line for line in lines if not re.match(on_purpose, line)] == []
 
 
 def test_the_installation_ends_with_the_script(make_env, tmp_path):
@@ -83,7 +119,7 @@ def test_the_installation_ends_with_the_script(make_env, tmp_path):
 def test_another_python_is_refused_in_words(make_env):
     done, calls = make_env(version="3.13.0")
     assert (done.returncode, calls) == (1, 0)
-    assert "needs Python 3.11 or 3.12" in done.stderr and "base_python=" in done.stderr
+    assert "needs Python 3.11.5 or later" in done.stderr and "base_python=" in done.stderr
 
 
 def test_usage():
