@@ -1,0 +1,130 @@
+"""Properties that hold for every input: credit, batches, packing and the server's protocol."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import infer_dist
+from tts_grpo.reward.protocol import OUTPUT_NAMES, bucket, decode_response, encode_request
+from tts_grpo.speech.cosyvoice2.kernels import QUERIES
+from tts_grpo.speech.cosyvoice2.packed_flow import GAP, SIZES, Row, fill_rows
+from tts_grpo.speech.decoder import pad_speech_tokens
+from tts_grpo.text.tokens import NUM_SPEECH_TOKENS, format_speech_tokens, parse_speech_tokens
+from tts_grpo.training.credit import encode, syllable_advantages
+
+speech_tokens = st.lists(st.integers(0, NUM_SPEECH_TOKENS - 1), min_size=1, max_size=60)
+
+
+@st.composite
+def groups(draw):
+    """Rollouts of one text: errors and starts of its syllables, rewards, numbers of tokens."""
+    syllables, rollouts = draw(st.integers(1, 12)), draw(st.integers(2, 6))
+    notes, scores, sizes = [], [], []
+    for _ in range(rollouts):
+        if draw(st.integers(0, 5)) == 0:  # a bad rollout has no syllables and no reward
+            notes.append(encode((), ()))
+            scores.append(0.0)
+            sizes.append(draw(st.integers(1, 40)))
+            continue
+        errors = draw(st.lists(st.integers(0, 2), min_size=syllables, max_size=syllables))
+        starts = sorted(draw(st.lists(st.integers(0, 30), min_size=syllables, max_size=syllables, unique=True)))
+        notes.append(encode(errors, starts))
+        scores.append(1.0 if not any(errors) else draw(st.floats(0, 1)))
+        sizes.append(max(starts) + draw(st.integers(1, 10)))
+    return notes, scores, sizes
+
+
+@given(groups())
+def test_credit_adds_up_to_grpos_advantage(group):
+    """Summed over its syllables, a rollout's advantage is its reward minus the group's mean."""
+    notes, scores, sizes = group
+    advantages = syllable_advantages(*group)
+    assert [len(row) for row in advantages] == sizes and all(np.isfinite(row).all() for row in advantages)
+    bad = encode((), ())
+    if all(note == bad for note in notes):
+        assert not np.concatenate(advantages).any()
+        return
+    for note, score, advantage in zip(notes, scores, advantages, strict=True):
+        starts = json.loads(note)[1]
+        total = advantage[0] if note == bad else sum(advantage[max(0, start) :][0] for start in [0, *starts[1:]])
+        assert total == pytest.approx(score - np.mean(scores), abs=1e-5)
+
+
+@given(st.lists(st.integers(1, 40), max_size=60), st.lists(st.integers(0, 9), min_size=1, max_size=3, unique=True),
+       st.integers(1, 16))  # fmt: skip
+def test_batches_hold_each_utterance_once_per_seed(lens, seeds, batch_size):
+    rows = [{"id": str(i), "target_text": "好" * n} for i, n in enumerate(lens)]
+    batches = infer_dist.make_batches(rows, seeds, batch_size)
+    assert len({batch.name for batch in batches}) == len(batches)
+    assert all(1 <= len(batch.rows) <= batch_size for batch in batches)
+    for seed in seeds:
+        ids = [row["id"] for batch in batches if batch.seed == seed for row in batch.rows]
+        assert sorted(ids, key=int) == [row["id"] for row in rows]
+
+
+@given(st.lists(st.integers(1, 3000), min_size=1, max_size=40))
+def test_packed_rows_hold_each_utterance_once_and_apart(lens):
+    filled = fill_rows(lens)
+    assert [i for row in filled for i in row] == list(range(len(lens)))
+    for members in filled:
+        own = [lens[i] for i in members]
+        assert len(members) == 1 or Row.fits(own, SIZES[-1])
+        size = next((size for size in SIZES if Row.fits(own, size)), None)
+        row = Row(own, size)
+        assert row.used.sum() == sum(own)
+        for i, (start, n) in enumerate(zip(row.starts, own, strict=True)):
+            assert (row.utterance[start : start + n] == i).all() and (
+                row.frame[start : start + n] == torch.arange(n)
+            ).all()
+            assert row.used[start + n : start + n + GAP].sum() == 0
+        check_tiles(row, own)
+
+
+def check_tiles(row, lens) -> None:
+    """Each frame is a query of exactly one block, whose keys are the frames of its own utterance."""
+    queries = torch.zeros(row.size, dtype=torch.int64)
+    half = row.tiles[: len(row.tiles) // 2]
+    for first, count, begin, end in half.tolist():
+        assert count <= QUERIES
+        queries[first : first + count] += 1
+        for start, n in zip(row.starts, lens, strict=True):
+            if count and start <= first < start + n:
+                assert (begin, end) == (start, start + n)
+    assert (queries == 1).all()
+
+
+@given(speech_tokens, st.text())
+def test_requests_keep_tokens_and_text(tokens, text):
+    inputs = {value["name"]: value for value in encode_request(tokens, text)["inputs"]}
+    (length,) = inputs["TOKEN_LENS"]["data"]
+    assert inputs["TOKENS"]["data"][:length] == tokens and not any(inputs["TOKENS"]["data"][length:])
+    assert inputs["TOKENS"]["shape"] == [1, bucket(length)] == [1, len(inputs["TOKENS"]["data"])]
+    assert inputs["GT_TEXT"]["data"] == [text]
+
+
+@given(st.one_of(st.floats(), st.none(), st.text(), st.booleans(), st.integers()))
+def test_only_rewards_from_0_to_1_are_rewards(reward):
+    values = {"REWARDS": [reward], "ERROR_RATES": [0.5], "TRANSCRIPTS": ["好"], "UNIT_ERRORS": [0], "UNIT_STARTS": [0]}
+    values |= {name: [""] for name in OUTPUT_NAMES if name not in values}
+    body = {"outputs": [{"name": name, "data": data} for name, data in values.items()]}
+    if isinstance(reward, int | float) and 0 <= reward <= 1:
+        assert decode_response(body).reward == reward
+    else:
+        with pytest.raises(ValueError, match="reward"):
+            decode_response(body)
+
+
+@given(speech_tokens)
+def test_speech_tokens_survive_their_text_form(tokens):
+    assert list(parse_speech_tokens(format_speech_tokens(tokens))) == tokens
+
+
+@given(st.lists(speech_tokens, min_size=1, max_size=6))
+def test_padding_keeps_every_sequence(sequences):
+    padded, lens = pad_speech_tokens(sequences)
+    assert [row[:n].tolist() for row, n in zip(padded, lens, strict=True)] == sequences
+    assert padded.shape == (len(sequences), max(map(len, sequences)))
