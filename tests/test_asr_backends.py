@@ -1,11 +1,14 @@
 """Recognisers of the evaluation in small folders of the real formats; SenseVoice is in test_asr.py."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import sherpa_onnx
 import torch
+import yaml
 
 from tests.asr_folders import TOKENS, make_paraformer, make_sherpa, make_whisper
 from tts_grpo.speech.asr.loading import load_asr
@@ -114,3 +117,22 @@ def test_a_folder_of_none_is_an_error(tmp_path):
     (tmp_path / "config.yaml").write_text("model: FsmnVADStreaming\n")
     with pytest.raises(ValueError, match="neither SenseVoiceSmall nor a Paraformer"):
         load_asr(tmp_path)
+
+
+def test_funasr_is_imported_for_what_the_folders_need(assets, tmp_path):
+    """Its full import takes longer than the rest of a process's start; it happens for a folder that needs it."""
+    folders = [assets / "asr_reward", *(make_paraformer(tmp_path / str(s), seaco=s) for s in (False, True))]
+    code = """import sys
+from tts_grpo.speech.asr.loading import load_asr
+for folder in sys.argv[1:]:
+    load_asr(folder)
+print([name for name in ("funasr.models.whisper.model", "funasr.models.conformer.model") if name in sys.modules])
+"""
+    run = [sys.executable, "-c", code, *map(str, folders)]
+    done = subprocess.run(run, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]", done.stderr[-3000:]
+    config = yaml.safe_load((folders[1] / "config.yaml").read_text())
+    config["encoder"] = "ConformerEncoder"  # what funasr imports in full only; its weights then do not fit
+    (folders[1] / "config.yaml").write_text(yaml.safe_dump(config))
+    done = subprocess.run(run, capture_output=True, text=True)
+    assert done.returncode and "NoneType" not in done.stderr.splitlines()[-1], done.stderr[-3000:]

@@ -1,11 +1,45 @@
 """Networks loaded through funasr: without dither, and with every weight checked."""
 
+import importlib
+import unittest.mock
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from tts_grpo.speech.model_folders import describe, missing_files
+
+# funasr's modules with the classes that config.yaml of SenseVoiceSmall, Paraformer and SeACo-Paraformer names
+_MODULES = (
+    "funasr.frontends.wav_frontend",
+    "funasr.models.bicif_paraformer.cif_predictor",
+    "funasr.models.paraformer.decoder",
+    "funasr.models.paraformer.model",
+    "funasr.models.sanm.encoder",
+    "funasr.models.seaco_paraformer.model",
+    "funasr.models.sense_voice.model",
+    "funasr.models.specaug.specaug",
+    "funasr.tokenizer.char_tokenizer",
+    "funasr.tokenizer.sentencepiece_tokenizer",
+)
+
+
+def _auto_model(**settings):
+    """funasr's ``AutoModel``, without the import of all models that funasr has.
+
+    ``import funasr`` imports each of its modules, which takes 6 s of CPU time per process; AutoModel finds the classes
+    of those that were imported. If it fails with these alone, for example because a folder names another class, all
+    modules are imported and it is tried once more.
+    """
+    with unittest.mock.patch("pkgutil.walk_packages", return_value=[]):
+        import funasr
+    for name in _MODULES:
+        importlib.import_module(name)
+    try:
+        return funasr.AutoModel(**settings)
+    except Exception:
+        funasr.import_submodules("funasr")
+        return funasr.AutoModel(**settings)
 
 
 def load_funasr(model_dir: str | Path, device: str, names: Sequence[str]):
@@ -26,11 +60,9 @@ def load_funasr(model_dir: str | Path, device: str, names: Sequence[str]):
             would leave such a weight at its random start, without an error.)
         RuntimeError: funasr's features have dither all the same.
     """
-    from funasr import AutoModel
-
     if missing := missing_files(model_dir, names):
         raise ValueError(f"{model_dir}: not a folder of this recogniser: {describe(missing)} missing")
-    model = AutoModel(
+    model = _auto_model(
         model=str(model_dir), device=device, disable_update=True, disable_pbar=True, ncpu=torch.get_num_threads(),
         frontend_conf={"dither": 0.0},  # merged over config.yaml; set later, it would be undone by each generate()
     )  # fmt: skip
