@@ -87,7 +87,7 @@ def test_all_stages(shared, assets, tmp_path, llm, seeds):
     assert preflight.returncode == 0 and "WRONG" not in preflight.stdout, preflight.stdout
     again = run("-1", "5")
     assert again.returncode == 0 and again.stdout.count("done already") == 4, again.stdout[-2000:]
-    assert again.stdout.count("there already") == 3 + (llm != "official")
+    assert again.stdout.count("there already") == 3 + (llm == "llasa")
 
 
 def check_evaluation(exp_dir: Path, seeds: list[str]) -> None:
