@@ -22,40 +22,20 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from tts_grpo.speech import distributed
+from tts_grpo.speech import distributed, synthesis
 from tts_grpo.speech.audio import save_audio
-from tts_grpo.speech.generation import LM_PRECISIONS, Sampling, generate_speech_tokens, load_lm
-from tts_grpo.speech.token2wav import decode, load_token2wav
-from tts_grpo.speech.voices import load_prompt_voice
 from tts_grpo.text.jsonl import dump_line, read_jsonl, write_json, write_jsonl
-from tts_grpo.text.prompts import render_prompt
 
 logger = logging.getLogger(__name__)
 
 
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--llm-path", type=Path, required=True, help="Hugging Face folder of the language model")
-    parser.add_argument("--token2wav-dir", type=Path, required=True, help="folder of the token2wav weights")
+    synthesis.add_arguments(parser)
     parser.add_argument("--eval-set", type=Path, required=True, help="JSONL of the test set")
     parser.add_argument("--output-dir", type=Path, required=True, help="folder for audio and manifests")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="the set is spoken once with each")
     parser.add_argument("--batch-size", type=int, default=32, help="utterances generated and decoded at once")
-    parser.add_argument("--device", default="cpu", help="cpu, or cuda: a GPU for each process")
-    parser.add_argument(
-        "--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help="of CosyVoice2's token2wav on a GPU"
-    )
-    parser.add_argument(
-        "--lm-precision",
-        choices=LM_PRECISIONS,
-        default=None,
-        help="of the language model; fp32 on a CPU and bf16 on a GPU, if not given",
-    )
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token")
-    parser.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling; 1.0 keeps all")
-    parser.add_argument("--top-k", type=int, default=-1, help="-1 keeps all")
-    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="of ids said before; 1.0 is none")
-    parser.add_argument("--max-new-tokens", type=int, default=512, help="where an utterance is cut")
     return parser.parse_args(argv)
 
 
@@ -102,58 +82,20 @@ def make_batches(rows: list[dict], seeds: list[int], batch_size: int) -> list[Ba
     ]
 
 
-def utterance_seed(seed: int, utt_id: str) -> int:
-    """Seed of one utterance's sampling."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{utt_id}".encode()).digest()[:7], "big")
-
-
-class Speaker:
-    """Language model and token2wav of this process."""
-
-    def __init__(self, args, device: str):
-        self.args = args
-        dtype = args.lm_precision and LM_PRECISIONS[args.lm_precision]
-        self.model, self.tokenizer = load_lm(args.llm_path, device, dtype)
-        self.token2wav = load_token2wav(args.token2wav_dir, device, args.precision)
-        self.sampling = Sampling(
-            args.temperature, args.top_p, args.top_k, args.max_new_tokens, repetition_penalty=args.repetition_penalty
-        )
-        self.voices = {}
-
-    def voice(self, row: dict):
-        """The prompt voice of an utterance, or None; each is read once."""
-        if not row["prompt_audio"]:
-            return None
-        key = (row["prompt_audio"], row["prompt_text"])
-        if key not in self.voices:
-            path = self.args.eval_set.parent / row["prompt_audio"]
-            self.voices[key] = load_prompt_voice(self.token2wav, path, row["prompt_text"])
-        return self.voices[key]
-
-    def speak(self, batch: Batch, output_dir: Path) -> list[dict]:
-        """Write a batch's audio; its manifest lines."""
-        voices = [self.voice(row) for row in batch.rows]
-        prompts = [
-            render_prompt(self.tokenizer, row["target_text"], row["prompt_text"], v.prompt_speech_tokens if v else ())
-            for row, v in zip(batch.rows, voices, strict=True)
-        ]
-        seeds = [utterance_seed(batch.seed, row["id"]) for row in batch.rows]
-        said = generate_speech_tokens(self.model, self.tokenizer, prompts, seeds, self.sampling, len(prompts))
-        tokens = [utterance.speech_tokens for utterance in said]
-        waveforms = decode(self.token2wav, tokens, voices, batch.seed, self.args.batch_size)
-        lines = []
-        for row, utterance, waveform in zip(batch.rows, said, waveforms, strict=True):
-            line = row | {
-                "seed": batch.seed, "num_speech_tokens": len(utterance.speech_tokens),
-                "finish_reason": utterance.finish_reason, "wav": None, "duration_s": 0.0, "error": "no speech tokens",
-            }  # fmt: skip
-            if len(waveform):
-                line |= {"wav": f"wavs/{row['id']}.wav", "error": None}
-                line["duration_s"] = round(len(waveform) / self.token2wav.sample_rate_hz, 3)
-                path = output_dir / f"seed_{batch.seed}" / line["wav"]
-                save_audio(path, waveform, self.token2wav.sample_rate_hz)
-            lines.append(line)
-        return lines
+def synthesise_batch(synthesiser: synthesis.Synthesiser, batch: Batch, output_dir: Path) -> list[dict]:
+    """Write a batch's audio; its manifest lines."""
+    rate, lines = synthesiser.token2wav.sample_rate_hz, []
+    for row, speech in zip(batch.rows, synthesiser.synthesise(batch.rows, batch.seed), strict=True):
+        line = row | {
+            "seed": batch.seed, "num_speech_tokens": speech.num_speech_tokens,
+            "finish_reason": speech.finish_reason, "wav": None, "duration_s": 0.0, "error": "no speech tokens",
+        }  # fmt: skip
+        if len(speech.waveform):
+            line |= {"wav": f"wavs/{row['id']}.wav", "error": None}
+            line["duration_s"] = round(len(speech.waveform) / rate, 3)
+            save_audio(output_dir / f"seed_{batch.seed}" / line["wav"], speech.waveform, rate)
+        lines.append(line)
+    return lines
 
 
 def fingerprint(args) -> dict:
@@ -224,17 +166,16 @@ def main(argv=None):
     distributed.barrier()  # all have read what is done before anyone adds to it
     mine = todo[rank::world_size]
     if mine:
-        speaker = Speaker(args, device)
-        if speaker.token2wav.needs_voice and (without := [row["id"] for row in rows if not row["prompt_audio"]]):
-            raise SystemExit(
-                f"infer_dist.py: {args.eval_set}: {len(without)} utterances have no prompt, {without[0]} first, and "
-                "this token2wav needs one: give them prompt_audio and prompt_text, or take them out"
-            )
+        synthesiser = synthesis.Synthesiser(args, device, args.eval_set.parent)
+        try:
+            synthesiser.check_voices(rows)
+        except ValueError as error:
+            raise SystemExit(f"infer_dist.py: {args.eval_set}: {error}") from error
         progress = tqdm(mine, desc=f"{args.output_dir.name}, process {rank}", unit="batch", disable=rank > 0)
         with (args.output_dir / f"batches.rank{rank}.jsonl").open("a", encoding="utf-8") as record:
             record.write("\n")  # after a line that a crash cut short
             for batch in progress:
-                lines = speaker.speak(batch, args.output_dir)
+                lines = synthesise_batch(synthesiser, batch, args.output_dir)
                 record.write(dump_line({"batch": batch.name, "lines": lines}))
                 record.flush()
     distributed.barrier()

@@ -150,10 +150,8 @@ infer() {
     ln -sfnT "$(basename "$folder")" "$exp_dir/eval/$1"
   fi
   run_long env OMP_NUM_THREADS=1 "$speech_bin/torchrun" --standalone --nproc-per-node "$infer_procs" "$root/infer_dist.py" \
-    --llm-path "$2" --token2wav-dir "$token2wav_dir" --eval-set "$eval_jsonl" --output-dir "$folder" \
-    --seeds "${seed_list[@]}" --batch-size "$infer_batch_size" --device "$infer_device" --precision "$infer_precision" \
-    --lm-precision "$infer_lm_precision" --max-new-tokens "$max_new_tokens" --temperature "$temperature" --top-p "$top_p" --top-k "$top_k" \
-    --repetition-penalty "$repetition_penalty"
+    --llm-path "$2" "${synthesis_flags[@]}" --eval-set "$eval_jsonl" --output-dir "$folder" --seeds "${seed_list[@]}" \
+    --batch-size "$infer_batch_size"
 }
 
 # score NAME: error rates of that speech, and what they do not see; on one core, beside the other model's.
@@ -165,9 +163,8 @@ score() {
 
 stage_5() {
   need "$exp_dir/merged_hf_model/config.json" 3
-  run "$speech_bin/python" "$root/infer_single.py" --llm-path "$exp_dir/merged_hf_model" --device "$infer_device" \
-    --token2wav-dir "$token2wav_dir" ${single_text:+--text "$single_text"} "${prompt_flags[@]}" \
-    --output "$exp_dir/tongue_twister.wav"
+  run "$speech_bin/python" "$root/infer_single.py" --llm-path "$exp_dir/merged_hf_model" "${synthesis_flags[@]}" \
+    --seed "${seed_list[0]}" ${single_text:+--text "$single_text"} "${prompt_flags[@]}" --output "$exp_dir/tongue_twister.wav"
 }
 
 skip() { echo "done already (force=1 redoes it)"; }
@@ -276,6 +273,11 @@ configure() {
   else
     server_command+=("${prompt_flags[@]}")
   fi
+  synthesis_flags=( # of the evaluation and of stage 5
+    --token2wav-dir "$token2wav_dir" --device "$infer_device" --precision "$infer_precision"
+    --lm-precision "$infer_lm_precision" --max-new-tokens "$max_new_tokens" --temperature "$temperature"
+    --top-p "$top_p" --top-k "$top_k" --repetition-penalty "$repetition_penalty"
+  )
   train_env=(
     "${profile_env[@]}" PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" TENSORBOARD_DIR="$exp_dir/tensorboard"
     OMP_NUM_THREADS="$train_threads" RAY_USAGE_STATS_ENABLED=0

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import infer_dist
-from tts_grpo.speech.audio import save_audio
+import infer_single
+from tts_grpo.speech.audio import load_audio, save_audio
 from tts_grpo.speech.cosyvoice2.random_weights import make_cosyvoice2_folder
 from tts_grpo.text.jsonl import read_jsonl, write_jsonl
 
@@ -144,14 +145,22 @@ def test_failures_never_make_a_score_better(assets, eval_set, one_process, tmp_p
     assert [line.split()[1] for line in lines] == ["ref", "hyp", "op", "#csid"]
 
 
-def test_single(assets, tmp_path):
-    command = [
-        sys.executable, str(ROOT / "infer_single.py"), "--llm-path", str(assets / "llm"), "--token2wav-dir",
-        str(assets / "token2wav"), "--text", "今天天气很好", "--output", str(tmp_path / "a.wav"),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str(tmp_path / "a.wav") and (tmp_path / "a.wav").stat().st_size > 20000
+@pytest.mark.parametrize("place", [0, 3], ids=["no prompt", "prompt"])
+def test_one_utterance_alone_is_that_of_the_evaluation(assets, eval_set, one_process, tmp_path, place):
+    row = read_jsonl(eval_set)[place]
+    command = ["--llm-path", assets / "llm", "--token2wav-dir", assets / "token2wav", "--text", row["target_text"]]
+    command += ["--max-new-tokens", "120", "--seed", "7", "--utt-id", row["id"], "--output", tmp_path / "a.wav"]
+    if place:
+        command += ["--prompt-audio", eval_set.parent / row["prompt_audio"], "--prompt-text", row["prompt_text"]]
+    infer_single.main([*map(str, command)])
+    alone, evaluated = (load_audio(path) for path in (tmp_path / "a.wav", one_process / f"seed_7/wavs/{row['id']}.wav"))
+    np.testing.assert_allclose(alone, evaluated, atol=1e-3)  # the same but for rounding: it was in another batch
+
+
+def test_the_single_text_may_be_the_tongue_twister(assets, tmp_path, capsys):
+    command = ["--llm-path", assets / "llm", "--token2wav-dir", assets / "token2wav", "--output", tmp_path / "a.wav"]
+    infer_single.main([*map(str, command)])
+    assert capsys.readouterr().out.strip() == str(tmp_path / "a.wav") and len(load_audio(tmp_path / "a.wav")) > 16000
 
 
 def test_utterances_without_a_prompt_are_named_before_anything_is_spoken(assets, eval_set, tmp_path):
@@ -160,3 +169,5 @@ def test_utterances_without_a_prompt_are_named_before_anything_is_spoken(assets,
     with pytest.raises(SystemExit, match=f"{NUM_UTTERANCES - 1} utterances have no prompt, .* first"):
         infer_dist.main([*map(str, command), "--output-dir", str(tmp_path / "out")])
     assert not list((tmp_path / "out").glob("seed_*"))
+    with pytest.raises(SystemExit, match="1 utterances have no prompt"):
+        infer_single.main([*map(str, command[:4]), "--output", str(tmp_path / "a.wav")])

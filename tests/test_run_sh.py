@@ -390,6 +390,14 @@ def test_dry_run_prints_and_runs_nothing(recipe, profile):
     assert recipe.calls() == [] and not recipe.exp_dir.exists(), list(recipe.exp_dir.rglob("*"))
 
 
+def test_the_tongue_twister_is_synthesised_as_the_evaluation_is(recipe):
+    settings = {"temperature": "0.7", "top_p": "0.9", "top_k": "7", "repetition_penalty": "1.1", "seeds": "3 4"}
+    lines = recipe.run("--dry-run", "4", "5", **settings).stdout.splitlines()
+    evaluation, single = (next(line for line in lines if name in line) for name in ("infer_dist.py", "infer_single.py"))
+    shared = re.search("--token2wav-dir .*--repetition-penalty [0-9.]+", evaluation)[0]
+    assert "--temperature 0.7 --top-p 0.9 --top-k 7 " in shared and f"{shared} --seed 3 " in single
+
+
 def test_missing_inputs_name_the_stage(recipe):
     assert "run bash run.sh 0 0 first" in recipe.run("2", "2").stderr
     assert recipe.run("0", "0").returncode == 0
