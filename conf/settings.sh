@@ -89,7 +89,7 @@ setting train_threads 4 - "int>=1" "torch threads of the training"
 setting llm_path '' 3 path? "checkpoint that stage 3 merges, .../global_step_N; empty: the last one"
 
 # evaluation (stages 4 and 5)
-setting eval_jsonl '' "4 4s" input "test set, JSONL"
+setting eval_jsonl '' 4s input "test set, JSONL; infer_dist.py synthesises what has changed in it"
 setting language zh 4s "zh|en" "language of the test set"
 setting seeds "0 1 2 3 4" 4s ints "random seeds; the set is synthesised once with each"
 setting quality_utterances 100 4s "int>=0" "utterances for speaker similarity, DNSMOS and F0; 0: none"

@@ -47,14 +47,24 @@ def get_args(argv=None):
 
 
 def utterances_of(manifest: Path, eval_set: list[dict], set_dir: Path) -> list[dict]:
-    """A line for each utterance of the set, from the manifest where it is there; ``audio`` is a path or None."""
+    """A line for each utterance of the set, from the manifest where it is there; ``audio`` is a path or None.
+
+    Raises:
+        SystemExit: an utterance was synthesised from another text than the set's.
+    """
     lines = {line["id"]: line for line in read_jsonl(manifest)}
     found = []
     for row in eval_set:
         line = lines.get(row["id"], {"error": "not in the manifest"})
+        text = row.get("target_text", row.get("text"))
+        if line.get("target_text", text) != text:
+            raise SystemExit(
+                f"score.py: {manifest}: {row['id']} was synthesised from {line['target_text']!r}, but the set's "
+                f"text is {text!r}: run the inference again, which makes only what has changed"
+            )
         prompt = row.get("prompt_audio")
         found.append({
-            "id": row["id"], "target_text": row.get("target_text", row.get("text")),
+            "id": row["id"], "target_text": text,
             "audio": str(manifest.parent / line["wav"]) if line.get("wav") else None,
             "prompt_audio": str((set_dir / prompt).absolute()) if prompt else None,
             "error": line.get("error"), "finish_reason": line.get("finish_reason"),

@@ -9,6 +9,7 @@ import pytest
 
 import infer_dist
 import infer_single
+from scripts.score import main as score_main
 from tts_grpo.speech.audio import load_audio, save_audio
 from tts_grpo.speech.cosyvoice2.random_weights import make_cosyvoice2_folder
 from tts_grpo.text.jsonl import read_jsonl, write_jsonl
@@ -71,18 +72,68 @@ def test_two_processes_and_a_resumed_run_give_the_same_bytes(assets, eval_set, o
     done = infer(assets, eval_set, tmp_path, 2)
     assert done.returncode == 0, done.stderr
     assert results(tmp_path) == results(one_process)
-    record = tmp_path / "batches.rank1.jsonl"  # as a crash would leave it: a line lost, the next cut short
+    record = tmp_path / "utterances.rank1.jsonl"  # as a crash would leave it: a line lost, the next cut short
     lines = record.read_text().splitlines()
     record.write_text("\n".join(lines[:-2]) + "\n" + lines[-1][:50])
-    shutil.rmtree(tmp_path / "seed_0" / "wavs")
-    lost = [line for line in lines[-2:] if line]
     for path in tmp_path.glob("seed_*/manifest.jsonl"):
         path.unlink()
-    kept = {name for line in lines[:-2] if line for name in [json.loads(line)["batch"]]}
-    assert lost and kept
     done = infer(assets, eval_set, tmp_path, 1)
     assert done.returncode == 0, done.stderr
-    assert results(tmp_path)["seed_7/manifest.jsonl"] == results(one_process)["seed_7/manifest.jsonl"]
+    assert results(tmp_path) == results(one_process)
+
+
+@pytest.fixture
+def changed_set(eval_set, tmp_path):
+    """A copy of the set, one line changed, one taken out and one added, with its prompt's recording elsewhere."""
+    rows = read_jsonl(eval_set)
+    (tmp_path / "voices").mkdir()
+    shutil.copy(eval_set.parent / rows[3]["prompt_audio"], tmp_path / "voices/voice.ogg")
+    rows[3]["prompt_audio"] = "voices/voice.ogg"
+    rows[0] |= {"target_text": "明天不会下雨。"}
+    write_jsonl(tmp_path / "set.jsonl", [{"id": "new", "target_text": "今天天气很好。"}, *rows[:5], *rows[6:]])
+    return tmp_path / "set.jsonl"
+
+
+def test_only_what_changed_in_the_set_is_synthesised_again(assets, eval_set, one_process, changed_set, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(one_process, out)
+    first = read_jsonl(eval_set)[0]["id"]
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("seed_*/wavs/*.wav") if path.stem != first}
+    done = infer(assets, changed_set, out, 2)
+    assert done.returncode == 0, done.stderr
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    for seed in (0, 7):
+        lines = read_jsonl(out / f"seed_{seed}/manifest.jsonl")
+        texts = [(line["id"], line["target_text"], line["prompt_audio"]) for line in lines]
+        assert texts == [(r["id"], r["target_text"], r.get("prompt_audio")) for r in read_jsonl(changed_set)]
+        assert (out / f"seed_{seed}/wavs/new.wav").is_file()
+        assert results(out)[f"seed_{seed}/wavs/{first}.wav"] != results(one_process)[f"seed_{seed}/wavs/{first}.wav"]
+    done = infer(assets, eval_set, out, 1)  # the first set again: the audio there is no longer that of its text
+    assert done.returncode == 0 and {path: path.stat().st_mtime_ns for path in kept} == kept, done.stderr
+    assert results(out)[f"seed_7/wavs/{first}.wav"] == results(one_process)[f"seed_7/wavs/{first}.wav"]
+
+
+def test_audio_that_is_gone_or_damaged_is_made_again(assets, eval_set, one_process, tmp_path):
+    shutil.copytree(one_process, tmp_path, dirs_exist_ok=True)
+    wavs = sorted((tmp_path / "seed_0/wavs").glob("*.wav"))
+    wavs[0].unlink()
+    wavs[1].write_bytes(wavs[1].read_bytes()[:-100])
+    done = infer(assets, eval_set, tmp_path, 1)
+    assert done.returncode == 0, done.stderr
+    assert results(tmp_path).keys() == results(one_process).keys()
+    for wav in wavs[:2]:
+        again, before = load_audio(wav), load_audio(one_process / wav.relative_to(tmp_path))
+        np.testing.assert_allclose(again, before, atol=1e-3)  # they were in other batches
+
+
+def test_another_voice_changes_the_fingerprint(eval_set, tmp_path):
+    rows = [{"id": "a", "target_text": "好", "prompt_text": "你好", "prompt_audio": "a.wav"}]
+    found = set()
+    for content in (b"1", b"2"):
+        (tmp_path / "a.wav").write_bytes(content)
+        found.add(infer_dist.fingerprints(rows, tmp_path)["a"])
+    found.add(infer_dist.fingerprints([rows[0] | {"prompt_text": "您好"}], tmp_path)["a"])
+    assert len(found) == 3
 
 
 def test_other_settings_are_refused(assets, eval_set, one_process):
@@ -110,6 +161,13 @@ def test_batches_do_not_depend_on_order_of_work():
     for seed in (1, 2):
         said = [row["id"] for batch in batches if batch.seed == seed for row in batch.rows]
         assert sorted(said, key=int) == [row["id"] for row in rows]
+
+
+def test_audio_of_another_text_is_not_scored(assets, one_process, changed_set):
+    command = ["--output-dir", one_process, "--eval-set", changed_set, "--asr-dir", assets / "asr_eval"]
+    with pytest.raises(SystemExit, match="was synthesised from .*, but the set's text is '明天不会下雨。'"):
+        score_main([*map(str, command), "--quality-utterances", "0"])
+    assert not (one_process / "scores.json").exists()
 
 
 def score(assets, output_dir, eval_set):

@@ -613,6 +613,17 @@ def test_speech_of_other_settings_is_made_beside_the_first_and_kept(recipe):
     assert len({*folders[0], *folders[1]}) == 4 and folders[2] == folders[0]
 
 
+def test_another_evaluation_set_goes_into_the_same_folder(recipe, tmp_path):
+    """infer_dist.py makes there only the utterances that have changed."""
+    folders = []
+    for text in ("好", "好吗"):
+        (tmp_path / "set.jsonl").write_text(f'{{"id": "a", "target_text": "{text}"}}\n')
+        done = recipe.run(*(("4", "4") if folders else ("0", "4")), eval_jsonl=str(tmp_path / "set.jsonl"))
+        assert done.returncode == 0 and recipe.calls().count("compute_wer") == 2, done.stderr
+        folders.append([(recipe.exp_dir / "eval" / name).readlink() for name in ("sft", "grpo")])
+    assert folders[0] == folders[1] and len(set(folders[0])) == 2
+
+
 def test_more_steps_extend_a_training_and_fewer_are_refused(recipe):
     assert recipe.run("0", "3", total_steps="7").returncode == 0
     more = recipe.run("0", "3", total_steps="12")
@@ -658,7 +669,7 @@ RESULTS_DEPEND_ON = {
     "rollout_temperature rollout_top_p rollout_top_k max_response_length learning_rate learning_rate_schedule adam_eps "
     "credit norm_adv_by_std recipe_args overrides",
     "3": "llm_path",
-    "4": "token2wav_dir eval_jsonl infer_batch_size infer_precision infer_lm_precision temperature top_p top_k "
+    "4": "token2wav_dir infer_batch_size infer_precision infer_lm_precision temperature top_p top_k "
     "repetition_penalty max_new_tokens",
     "4s": "eval_asr_dir eval_jsonl language seeds quality_utterances reference_audio speaker_model_dir",
 }
