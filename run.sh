@@ -28,6 +28,7 @@ source "$root/scripts/lib.sh"
 
 dry_run=0 mode=run
 server_pid='' memory_pid='' beside_pids=()
+running='' began=0 # stage at work, and when it began
 verl_overrides=()
 
 usage() {
@@ -39,11 +40,13 @@ usage() {
 cleanup() {
   local status=$? pid
   trap - EXIT INT TERM
+  [[ -z $running ]] || record "$running" "$((SECONDS - began))" || true
   for pid in $(jobs -p); do stop "$pid"; done
   exit "$status"
 }
 
 stage_-1() {
+  work_on environments
   ((make_envs)) && make_environments
   run "$speech_bin/python" -c 'import token2wav_asr_server; token2wav_asr_server.check_libpython()'
   [[ -z $(type -t install_profile) ]] || install_profile
@@ -61,6 +64,7 @@ stage_0() {
   local state
   state=$(state_of 0)
   [[ -e $sft_model/config.json ]] && done_with 0 "$state" && skip && return
+  work_on "$state"
   run "$trainer_bin/python" "$root/scripts/prepare_llm.py" --sft-path "$sft_path" --output-dir "$sft_model"
   run "$trainer_bin/python" "$root/prepare_data.py" --train-file "$train_jsonl" --test-file "$test_jsonl" \
     --output-dir "$exp_dir/data" --llm-path "$sft_model" --max-prompt-length "$max_prompt_length" \
@@ -75,6 +79,7 @@ stage_1() {
   elif ((stop >= 2)) && done_with 2 "$(state_of 2)"; then
     echo "not needed: stage 2 is done"
   else
+    work_on server
     start_server
   fi
 }
@@ -87,6 +92,7 @@ stage_2() {
   state=$(state_of 2)
   done_with 2 "$state" && skip && return
   check_checkpoints "$state"
+  ((dry_run)) || work_on "$(<"$exp_dir/checkpoints/begun")"
   if ((dry_run == 0)) && ! server_ready "${server_urls%%[, ]*}"; then
     die "no reward server is ready at ${server_urls%%[, ]*}: start one with bash run.sh 1 1"
   fi
@@ -108,6 +114,7 @@ stage_3() {
   local checkpoint=${llm_path:-$(last_checkpoint)} state
   state=$(state_of 3)
   done_with 3 "$state" && skip && return
+  work_on "$state"
   need "$checkpoint/actor" 2
   need "$sft_model/config.json" 0
   run rm -rf "$checkpoint/merged_hf_model.part" "$checkpoint/merged_hf_model"
@@ -127,6 +134,7 @@ stage_4() {
   need_made_from 3 "$exp_dir/merged_hf_model"
   state=$(state_of 4)
   done_with 4 "$state" && skip && return
+  work_on "$state"
   ((force)) && run rm -rf "$exp_dir/eval"
   infer sft "$sft_model"
   infer grpo "$exp_dir/merged_hf_model"
@@ -162,6 +170,7 @@ score() {
 }
 
 stage_5() {
+  work_on "this run's: $$ $(date +%T)" # each makes it anew
   need "$exp_dir/merged_hf_model/config.json" 3
   run "$speech_bin/python" "$root/infer_single.py" --llm-path "$exp_dir/merged_hf_model" "${synthesis_flags[@]}" \
     --seed "${seed_list[0]}" ${single_text:+--text "$single_text"} "${prompt_flags[@]}" --output "$exp_dir/tongue_twister.wav"
@@ -194,6 +203,7 @@ check_checkpoints() {
   mkdir -p "$exp_dir/checkpoints"
   rm -f "$exp_dir/.done/2"
   echo "$1" >"$trained"
+  [[ -f $exp_dir/checkpoints/begun ]] || echo "$(date +%FT%T) $$" >"$exp_dir/checkpoints/begun"
 }
 
 # recorded_settings: JSON of the settings, those of finished stages as they were then.
@@ -317,7 +327,7 @@ configure() {
 }
 
 main() {
-  local positional=() wrong=() stage begin
+  local positional=() wrong=() stage
   while (($#)); do
     case $1 in
     --dry-run) dry_run=1 ;;
@@ -358,11 +368,12 @@ main() {
   export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
   for ((stage = start; stage <= stop; stage++)); do
     echo "== stage $stage ($(date +%T))"
-    begin=$SECONDS
+    running=$stage began=$SECONDS worked_on=''
     [[ -n $memory_pid ]] || watch_memory
     "stage_$stage"
-    echo "== stage $stage took $((SECONDS - begin)) s"
-    record "$stage" "$((SECONDS - begin))"
+    echo "== stage $stage took $((SECONDS - began)) s"
+    record "$stage" "$((SECONDS - began))"
+    running=''
     if ((stage >= 4 && dry_run == 0)) && [[ -f $exp_dir/summary.json ]]; then # it was written before they were known
       "$speech_bin/python" "$root/scripts/summarise.py" --exp-dir "$exp_dir" --costs-only
     fi

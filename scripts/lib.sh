@@ -181,11 +181,15 @@ mark_done() {
   mv "$exp_dir/.done/$1.part" "$exp_dir/.done/$1"
 }
 
-# record STAGE SECONDS: for the summary.
+# work_on RESULT: what the stage at work makes, in any words: a run that goes on with the same result adds its time.
+work_on() { worked_on=$(sha256sum <<<"$1" | cut -c 1-16); }
+
+# record STAGE SECONDS: time of a run of the stage, for scripts/summarise.py; nothing where it was done already.
 record() {
-  ((dry_run)) && return
+  ((dry_run)) || [[ -z $worked_on ]] && return
   mkdir -p "$exp_dir"
-  printf '{"stage": %s, "seconds": %s}\n' "$1" "$2" >>"$exp_dir/stage_seconds.jsonl"
+  printf '{"stage": %s, "seconds": %s, "result": "%s", "anew": %s}\n' "$1" "$2" "$worked_on" "$force" \
+    >>"$exp_dir/stage_seconds.jsonl"
 }
 
 server_ready() {

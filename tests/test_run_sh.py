@@ -25,7 +25,7 @@ name=$(basename "$1")
 echo "$(basename "$0") $*" >>"$CALLS"
 all=" $* "
 value() { [[ $all =~ \ $1\ ([^ ]+) ]] && echo "${BASH_REMATCH[1]}"; }
-[[ -z ${FAIL-} || $all != *"$FAIL"* ]] || { echo "stub failure" >&2; exit 3; }
+[[ -z ${FAIL-} || $all != *"$FAIL"* ]] || { sleep "${SLOW:-0}"; echo "stub failure" >&2; exit 3; }
 case $all in
   *select_texts.py*|*--voices*) while (($#)); do
       [[ $1 != --*output ]] || { mkdir -p "$(dirname "$2")" && touch "$2"; }
@@ -593,6 +593,26 @@ def test_the_summary_has_the_settings_that_were_trained_with(recipe):
     assert done.returncode == 0, done.stderr
     settings = settings_of_the_summary(recipe)
     assert settings["rollout_n"] == "4" and settings["overrides"] == "trainer.foo=1" and settings["seeds"] == "7"
+
+
+def seconds(recipe, stage: int) -> list[tuple[int, str, int]]:
+    """Seconds, result and whether it was made anew, of the runs of a stage."""
+    rows = map(json.loads, (recipe.exp_dir / "stage_seconds.jsonl").read_text().splitlines())
+    return [(row["seconds"], row["result"], row["anew"]) for row in rows if row["stage"] == stage]
+
+
+def test_the_times_of_all_runs_of_a_stage_are_noted_with_what_they_made(recipe):
+    assert recipe.run("0", "2", total_steps="7", FAIL="main_ppo", SLOW="2").returncode != 0
+    assert recipe.run("0", "2", total_steps="7").returncode == 0
+    ((failed, first, _), (_, second, _)) = seconds(recipe, 2)
+    assert failed >= 2 and first == second and len(seconds(recipe, 0)) == 1, "a stage that was done already counts"
+    assert recipe.run("0", "2", total_steps="9").returncode == 0
+    assert seconds(recipe, 2)[2][1] == first, "a training that is extended is one training"
+    assert recipe.run("0", "2", learning_rate="1").returncode == 1
+    assert len(seconds(recipe, 2)) == 3, "a refused run counts"
+    assert recipe.run("2", "2", learning_rate="1", force="1", server_urls="http://a:1").returncode == 1
+    assert recipe.run("0", "2", learning_rate="1", force="1").returncode == 0
+    assert seconds(recipe, 2)[-1][1] != first and seconds(recipe, 2)[-1][2] == 1
 
 
 def test_only_the_seeds_asked_for_are_scored(recipe):
