@@ -226,8 +226,22 @@ state_of() {
     ;;
   4model) read=(model="$2") made_from=(model="$2") ;;
   esac
-  all_settings state --stages "${stages[@]}" --read "${read[@]}" --made-from "${made_from[@]}" \
+  all_settings state --stages "${stages[@]}" --commands "$(commands_of "$1${2:+model}" "${stages[@]}")" --read "${read[@]}" --made-from "${made_from[@]}" \
     --cache "$exp_dir/.done/checksums.json"
+}
+
+# commands_of RESULT STAGE...: checksum of the commands that make a result, as this file and conf/ put them together.
+commands_of() {
+  (
+    print_only "${@:2}"
+    configure
+    case $1 in
+    2) run "${server_command[@]}" && stage_2 ;;
+    4) for model in sft grpo; do infer "$model" model && score "$model"; done ;;
+    4model) infer model model ;;
+    *) "stage_$1" ;;
+    esac
+  ) | sha256sum | cut -c 1-16
 }
 
 # need_made_from STAGE RESULT: fail if the stage would make something else now.
@@ -258,6 +272,7 @@ contradictions() {
 }
 
 configure() {
+  [[ -z $(type -t configure_profile) ]] || configure_profile
   local by_syllable=false
   [[ $credit != syllable ]] || by_syllable=true
   # The log-probabilities of rollouts are the old policy's. If top_p or top_k cut off tokens, they are those of the

@@ -176,29 +176,32 @@ install_eval_set() {
     --token2wav-dir "$token2wav_dir" --output "$known_answer_jsonl"
 }
 
-resolve vllm_memory_share train_threads # for the arguments of veRL
-
 # token2wav imports CosyVoice's modules
 export PYTHONPATH=$cosyvoice_dir:$cosyvoice_dir/third_party/Matcha-TTS${PYTHONPATH:+:$PYTHONPATH}
 
-profile_env=(PYTORCH_CUDA_ALLOC_CONF= VERL_USE_EXTERNAL_MODULES=tts_grpo.training.trainer)
-profile_verl_args=(
-  actor_rollout_ref.model.external_lib=tts_grpo.training.engine
-  actor_rollout_ref.model.use_remove_padding=True
-  actor_rollout_ref.model.use_fused_kernels=True
-  actor_rollout_ref.model.enable_gradient_checkpointing=True
-  +actor_rollout_ref.model.override_config.attn_implementation=sdpa
-  actor_rollout_ref.rollout.name=vllm
-  +actor_rollout_ref.rollout.engine_kwargs.vllm.worker_extension_cls=tts_grpo.training.verl_vllm.HeadBiasExtension
-  actor_rollout_ref.rollout.gpu_memory_utilization="$vllm_memory_share"
-)
-if [[ $train_device == cpu ]]; then # to try the profile with small weights
-  # shellcheck source=scripts/verl_cpu.sh
-  source "$root/scripts/verl_cpu.sh"
-elif [[ -n $ray_address ]]; then # its processes were started elsewhere, without this environment
-  profile_env+=(RAY_ADDRESS="$ray_address")
-  profile_verl_args+=("+ray_kwargs.ray_init.runtime_env.env_vars={PYTHONPATH: $(hydra "$root:$PYTHONPATH"), VERL_USE_EXTERNAL_MODULES: tts_grpo.training.trainer, TENSORBOARD_DIR: $(hydra "$exp_dir/tensorboard"), OMP_NUM_THREADS: '$train_threads'}")
-else
-  # Ray hands out any GPU that it sees: those beyond num_gpus may be the reward server's
-  profile_env+=(CUDA_VISIBLE_DEVICES="$(first_gpus "$num_gpus")")
-fi
+# shellcheck source=scripts/verl_cpu.sh
+source "$root/scripts/verl_cpu.sh"
+
+# configure_profile: environment and arguments of veRL.
+configure_profile() {
+  profile_env=(PYTORCH_CUDA_ALLOC_CONF= VERL_USE_EXTERNAL_MODULES=tts_grpo.training.trainer)
+  profile_verl_args=(
+    actor_rollout_ref.model.external_lib=tts_grpo.training.engine
+    actor_rollout_ref.model.use_remove_padding=True
+    actor_rollout_ref.model.use_fused_kernels=True
+    actor_rollout_ref.model.enable_gradient_checkpointing=True
+    +actor_rollout_ref.model.override_config.attn_implementation=sdpa
+    actor_rollout_ref.rollout.name=vllm
+    +actor_rollout_ref.rollout.engine_kwargs.vllm.worker_extension_cls=tts_grpo.training.verl_vllm.HeadBiasExtension
+    actor_rollout_ref.rollout.gpu_memory_utilization="$vllm_memory_share"
+  )
+  if [[ $train_device == cpu ]]; then # to try the profile with small weights
+    configure_cpu_training
+  elif [[ -n $ray_address ]]; then # its processes were started elsewhere, without this environment
+    profile_env+=(RAY_ADDRESS="$ray_address")
+    profile_verl_args+=("+ray_kwargs.ray_init.runtime_env.env_vars={PYTHONPATH: $(hydra "$root:$PYTHONPATH"), VERL_USE_EXTERNAL_MODULES: tts_grpo.training.trainer, TENSORBOARD_DIR: $(hydra "$exp_dir/tensorboard"), OMP_NUM_THREADS: '$train_threads'}")
+  else
+    # Ray hands out any GPU that it sees: those beyond num_gpus may be the reward server's
+    profile_env+=(CUDA_VISIBLE_DEVICES="$(first_gpus "$num_gpus")")
+  fi
+}

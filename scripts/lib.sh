@@ -64,6 +64,32 @@ all_settings() { send_settings "${setting_names[@]}" | "$base_python" -IS "$root
 # differences FILE STATE NAME...: what differs between the state in a file and another, but for some names.
 differences() { "$base_python" -IS "$root/scripts/settings.py" differences --old "$1" --new "$2" --ignore "${@:3}"; }
 
+# print_only STAGE...: in a subshell, let stages print their commands, with fixed values for the folder of the recipe, the
+# user's environment and the settings on which the results of the given stages do not depend. So have numbers that can be
+# written in several ways, and total_steps, which may grow: these count as settings only.
+# shellcheck disable=SC2034 # run.sh's variables
+print_only() {
+  local name stage counts
+  dry_run=1 root='<root>' PYTHONPATH='' server_pid=''
+  unset CUDA_VISIBLE_DEVICES
+  for name in "${setting_names[@]}"; do
+    counts=0
+    for stage; do [[ " ${setting_stages[$name]} " != *" $stage "* ]] || counts=1; done
+    [[ $name != total_steps && ${setting_kind[$name]} != number* && ${setting_kind[$name]} != ints* ]] || counts=0
+    ((counts)) || printf -v "$name" %s "$(fixed_value "$name" "${setting_kind[$name]}")"
+  done
+}
+
+# fixed_value NAME KIND: a value that the kind allows.
+fixed_value() {
+  case $2 in
+  *\|*) echo "${2%%|*}" ;;
+  int* | number*) echo 1 ;;
+  devices) echo cpu ;;
+  *) echo "<$1>" ;;
+  esac
+}
+
 # checksum FILE: of the state in it; empty where there is none.
 checksum() { [[ ! -f $1 ]] || head -n 1 "$1" | sha256sum | cut -c 1-16; }
 

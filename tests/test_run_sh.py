@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from scripts.settings import CODE, COMMANDS, Digests
 from tests.conftest import git_commit
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -674,6 +675,58 @@ def test_replaced_weights_and_edited_code_count(recipe, tmp_path):
     assert "prepare_llm.py" in recipe.calls()
 
 
+def edit(path: Path, *change: str) -> None:
+    assert change[0] in path.read_text()
+    path.write_text(path.read_text().replace(*change))
+
+
+CODE_CHANGES = [  # of what is trained with
+    ("run.sh", "adv_estimator=grpo", "adv_estimator=rloo"),
+    ("run.sh", '--reward-curve "$reward_curve"', "--reward-curve exp"),
+    ("conf/tiny.sh", "configure_cpu_training; }", "configure_cpu_training; profile_verl_args+=(trainer.foo=1); }"),
+    ("scripts/verl_cpu.sh", "fsdp_config.dtype=float32", "fsdp_config.dtype=bfloat16"),
+    ("tts_grpo/reward/curves.py", "3.0 * error_rate", "4.0 * error_rate"),
+    ("requirements-verl.txt", "verl==0.9.1", "verl==0.9.2"),
+]
+
+
+@pytest.mark.parametrize("change", CODE_CHANGES, ids=[f"{change[0]}-{change[2][:9]}" for change in CODE_CHANGES])
+def test_changed_commands_modules_and_pins_of_a_training_count(recipe, change):
+    for name in ("reward_tts.py", "token2wav_asr_server.py", "requirements-verl.txt"):
+        shutil.copy(ROOT / name, recipe.root)
+    shutil.copytree(ROOT / "tts_grpo", recipe.root / "tts_grpo", ignore=shutil.ignore_patterns("__pycache__"))
+    assert recipe.run("0", "4").returncode == 0
+    edit(recipe.root / change[0], *change[1:])
+    done = recipe.run("0", "2")
+    what = COMMANDS if change[0].endswith(".sh") else change[0]
+    assert done.returncode == 1 and f"trained with other settings ({what} has changed)" in done.stderr
+    assert recipe.run("3", "4").returncode == 0 and recipe.calls() == [], "it changes nothing in the evaluation"
+
+
+def test_comments_other_stages_and_free_settings_do_not_count(recipe):
+    program = recipe.root / "reward_tts.py"
+    program.write_text('"""Reward."""\n\n\ndef f():\n    """One."""\n    return "#1"  # one\n')
+    assert recipe.run("0", "4").returncode == 0
+    program.write_text('"""The reward."""\n# new\ndef f():\n    """Two,\n\n    at length."""\n\n    return "#1"\n')
+    edit(recipe.root / "run.sh", "stage_2() {\n", "stage_2() {\n  # a comment\n")
+    edit(recipe.root / "run.sh", '--output "$exp_dir/tongue_twister.wav"', '--output "$exp_dir/one.wav"')
+    edit(recipe.root / "conf/tiny.sh", "# models\n", "# the models\n")
+    free = {"test_freq": "7", "train_threads": "1", "http_port": "81", "micro_batch_size": "16", "infer_procs": "3"}
+    done = recipe.run("0", "4", **free, CUDA_VISIBLE_DEVICES="3", PYTHONPATH="/x")
+    assert done.returncode == 0 and recipe.calls() == [], done.stderr
+    program.write_text('"""The reward."""\n\n\ndef f():\n    return "#2"\n')
+    assert "reward_tts.py has changed" in recipe.run("0", "2").stderr
+
+
+def test_every_module_of_the_training_counts_to_it():
+    """veRL imports some by their names."""
+    found = Digests(Path("/nonexistent")).of_code(CODE["2"])
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "tts_grpo/training").rglob("*.py")}
+    free = {"tts_grpo/training/verl_log.py"}  # for the display
+    assert {path for path in modules - free if "__init__" not in path} <= found.keys()
+    assert "missing" not in found.values() and "tts_grpo/evaluation/protocols.py" not in found
+
+
 def test_the_evaluation_is_refused_on_another_merged_model(recipe):
     assert recipe.run("0", "3", total_steps="7").returncode == 0
     assert recipe.run("1", "2", total_steps="12").returncode == 0
@@ -685,9 +738,9 @@ def test_the_evaluation_is_refused_on_another_merged_model(recipe):
 RESULTS_DEPEND_ON = {
     "0": "sft_path train_jsonl test_jsonl max_prompt_length max_bad_ratio",
     "2": "seed token2wav_dir reward_asr_dir token2wav_precision reward_curve reward_tones prompt_audio prompt_text "
-    "prompt_list prompt_voice_per num_gpus num_nodes total_steps train_batch_size mini_batch_size rollout_n "
-    "rollout_temperature rollout_top_p rollout_top_k max_response_length learning_rate learning_rate_schedule adam_eps "
-    "credit norm_adv_by_std recipe_args overrides",
+    "prompt_list prompt_voice_per num_gpus num_nodes train_device total_steps train_batch_size mini_batch_size "
+    "rollout_n rollout_temperature rollout_top_p rollout_top_k max_response_length learning_rate "
+    "learning_rate_schedule adam_eps credit norm_adv_by_std recipe_args overrides",
     "3": "llm_path",
     "4": "token2wav_dir infer_batch_size infer_precision infer_lm_precision temperature top_p top_k "
     "repetition_penalty max_new_tokens",
@@ -702,4 +755,4 @@ def test_each_result_depends_on_its_settings_and_code(recipe):
     wanted["4"] |= wanted.pop("4s")
     assert {stage: set(state["settings"]) for stage, state in made_from.items()} == wanted
     for state in made_from.values():
-        assert state["code"] and all((ROOT / path).exists() for path in state["code"])
+        assert len(state["code"]) > 1 and all((ROOT / path).exists() for path in state["code"].keys() - {COMMANDS})
