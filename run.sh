@@ -260,6 +260,26 @@ watch_memory() {
   memory_pid=$!
 }
 
+# refused_overrides: a line for each veRL override that would silently go round this recipe, with what to do instead.
+refused_overrides() {
+  local override key name trainer="this recipe's trainer, which stops at failed rollouts and gives credit, would be replaced or work otherwise: leave it out (docs/credit.md says how to change the algorithm)"
+  local -A instead=(
+    ["trainer.v1"]=$trainer ["trainer.use_v1"]=$trainer
+    ["actor_rollout_ref.model.external_lib"]="it loads this recipe's engine and rollouts: leave it out, and import what you need in tts_grpo/training/engine.py"
+    ["reward.custom_reward_function.reward_kwargs"]="set credit and server_urls"
+    ["actor_rollout_ref.model.path"]="set sft_path, and run stage 0 again" ["data.train_files"]="set train_jsonl, and run stage 0 again"
+    ["data.val_files"]="set test_jsonl, and run stage 0 again" ["trainer.default_local_dir"]="set exp_dir"
+    ["trainer.total_training_steps"]="set total_steps"
+  )
+  for override in "${recipe_verl_args[@]}" "${verl_overrides[@]}"; do
+    name=$(sed -E 's/^[+~]*//; s/[=@].*//; s/[[:space:]]//g; q' <<<"$override")
+    [[ $override != -* ]] || echo "-- $override is refused: it is an option of Hydra, and only settings of veRL (name=value) may follow --"
+    for key in "${!instead[@]}"; do # it, what is in it, or what it is in
+      [[ $name. != "$key".* && $key. != "$name".* ]] || echo "-- $override is refused: ${instead[$key]}"
+    done
+  done
+}
+
 # contradictions: a line for each pair of settings that do not fit, which veRL would refuse only after minutes.
 contradictions() {
   local rollouts=$((mini_batch_size * rollout_n)) passes=$((micro_batch_size * num_gpus * num_nodes))
@@ -368,7 +388,10 @@ main() {
     all_settings table
     return
   fi
-  mapfile -t wrong < <(contradictions)
+  mapfile -t wrong < <(
+    contradictions
+    refused_overrides
+  )
   configure
   if [[ $mode == check ]]; then
     PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec "$base_python" "$root/scripts/check.py" \

@@ -17,10 +17,11 @@ from tts_grpo.speech.token2wav import load_token2wav
 from tts_grpo.text.tokens import speech_token_str
 
 
-def run_check(**variables) -> subprocess.CompletedProcess:
+def run_check(*arguments, **variables) -> subprocess.CompletedProcess:
     http, grpc, metrics = map(str, free_ports(3))
     environment = os.environ | {"http_port": http, "grpc_port": grpc, "metrics_port": metrics} | variables
-    return subprocess.run(["bash", str(ROOT / "run.sh"), "--check"], env=environment, capture_output=True, text=True)
+    command = ["bash", str(ROOT / "run.sh"), "--check", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
 def test_tiny_profile_passes(venv_root, tmp_path):
@@ -42,7 +43,8 @@ def test_everything_wrong_is_named_at_once(tmp_path, assets):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         done = run_check(
-            venv_root=str(tmp_path / "none"), http_port=str(taken.getsockname()[1]), eval_jsonl="/nowhere/set.jsonl",
+            "--", "trainer.v1.trainer_mode=sync", venv_root=str(tmp_path / "none"),
+            http_port=str(taken.getsockname()[1]), eval_jsonl="/nowhere/set.jsonl",
             train_jsonl=str(tmp_path / "train.jsonl"), sft_path=str(tmp_path / "llm"), train_batch_size="3",
             reward_asr_dir=str(assets / "asr_eval"), max_checkpoints="1000000000", prompt_text="你好",
             server_urls="http://127.0.0.1:9", exp_dir=str(tmp_path), rollout_n="3",
@@ -52,6 +54,7 @@ def test_everything_wrong_is_named_at_once(tmp_path, assets):
         "environment speech: ", "environment trainer: ", "/nowhere/set.jsonl is missing", "train_jsonl ",
         "reward_asr_dir is eval_asr_dir", "prompt_audio and prompt_text", "9 rollouts are no multiple of",
         "http_port ", "no reward server is ready at http://127.0.0.1:9", "llm is missing",
+        "-- trainer.v1.trainer_mode=sync is refused",
     ):  # fmt: skip
         assert any(line.startswith("WRONG") and text in line for line in done.stdout.splitlines()), (text, done.stdout)
 

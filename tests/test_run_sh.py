@@ -372,6 +372,29 @@ def test_rollouts_must_fill_the_micro_batches(recipe):
     assert recipe.calls() == []
 
 
+@pytest.mark.parametrize(
+    ("override", "instead"),
+    [
+        ("trainer.v1.trainer_mode=sync", "leave it out (docs/credit.md"),
+        ("++trainer.v1.trainer_mode=colocate_async", "leave it out (docs/credit.md"),
+        ("~trainer.v1.trainer_mode", "leave it out (docs/credit.md"),
+        ("trainer.v1={trainer_mode: sync}", "leave it out (docs/credit.md"),
+        ("trainer.v1.sampler.sync_refill_failed_groups=True", "leave it out (docs/credit.md"),
+        ("trainer.use_v1=False", "leave it out (docs/credit.md"),
+        ("actor_rollout_ref.model.external_lib=mine", "import what you need in tts_grpo/training/engine.py"),
+        ("reward.custom_reward_function.reward_kwargs={by_syllable: false}", "set credit and server_urls"),
+        ("reward.custom_reward_function.reward_kwargs.by_syllable=false", "set credit and server_urls"),
+        ("trainer.total_training_steps=7", "set total_steps"),
+        ("data.train_files=x.parquet", "set train_jsonl, and run stage 0 again"),
+        ("--cfg=job", "only settings of veRL (name=value) may follow --"),
+    ],
+)
+def test_overrides_that_go_round_the_recipe_are_refused_by_name(recipe, override, instead):
+    done = recipe.run("0", "2", "--", "trainer.foo=1", override)
+    assert done.returncode == 1 and recipe.calls() == []
+    assert f"-- {override} is refused: " in done.stderr and instead in done.stderr and "foo=1 is" not in done.stderr
+
+
 def test_credit_reaches_the_reward(recipe):
     for credit, by_syllable in (("syllable", "true"), ("utterance", "false")):
         done = recipe.run("--dry-run", "2", "2", credit=credit)
