@@ -14,7 +14,7 @@ have the official model's probabilities exactly: text ids have probability 0 wha
 trained and comes back unchanged. A folder without one, such as one that CosyVoice's own recipe has trained, gets a bias
 of 0.
 
-Errors that grow on the way back to CosyVoice, causes by measurement (scripts/export_gap.py; figures in docs/export.md):
+Errors that grow on the way back to CosyVoice, causes by measurement (tools/export_gap.py; figures in docs/export.md):
 
 - Sampling is what changes the error most. CosyVoice's repetition aware sampling cuts the tail that rollouts at
   temperature 1 draw from, before training as after it: an exported model is to be compared with the official one under

@@ -56,7 +56,7 @@ def lm(assets):
 @pytest.fixture(scope="session")
 def sft_checkpoint(tmp_path_factory) -> Path:
     """A checkpoint of the SFT model as it was published, with a small network of random weights."""
-    from scripts import random_llm
+    from tools import random_llm
 
     folder = tmp_path_factory.mktemp("llasa") / "checkpoint-885000"
     random_llm.main(["--output", str(folder), "--shape", "tiny", "--mean-tokens", "200"])

@@ -16,8 +16,8 @@ import soundfile as sf
 import torch
 import yaml
 
-from scripts.random_llm import read_ranks, vocabulary
 from tests.asr_folders import make_paraformer
+from tools.random_llm import read_ranks, vocabulary
 from tts_grpo.speech.audio import load_audio
 from tts_grpo.speech.cosyvoice2.random_weights import (
     SENSEVOICE_BPE,
@@ -46,7 +46,7 @@ QWEN2_CHAT_TEMPLATE = (
 
 
 def make_all(root: Path, assets: Path, checkpoint: Path, trainer_python: str) -> None:
-    """All of them, under ``root/OWNER/NAME``; ``checkpoint`` is one of the SFT model (scripts/random_llm.py)."""
+    """All of them, under ``root/OWNER/NAME``; ``checkpoint`` is one of the SFT model (tools/random_llm.py)."""
     make_cosyvoice2(root, "modelscope")
     make_sensevoice(root / SENSEVOICE, assets / "asr_reward")
     make_paraformer(root / SEACO_PARAFORMER, seaco=True)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from scripts import bench_reward
+from tools import bench_reward
 
 
 def test_rollouts_are_as_long_as_asked_for():
@@ -25,7 +25,7 @@ def test_table_compares_with_what_was_measured():
 def test_all_is_measured_in_one_run(tmp_path):
     """The official code, one at a time, is the baseline of the same run, and a batch gives what it gives."""
     command = [
-        sys.executable, "scripts/bench_reward.py", "--server-url", "", "--random", tmp_path, "--small", "--seconds",
+        sys.executable, "tools/bench_reward.py", "--server-url", "", "--random", tmp_path, "--small", "--seconds",
         "1", "1", "1", "--num-rollouts", "4", "--batch-size", "2", "--baseline", "2", "--compare-precisions", "fp32",
     ]  # fmt: skip
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)

@@ -9,8 +9,8 @@ import pytest
 from transformers import AutoTokenizer, GenerationConfig
 
 from scripts import prepare_llm
-from scripts.random_llm import DEFAULT_CHAT_TEMPLATE
 from tests.conftest import ROOT
+from tools.random_llm import DEFAULT_CHAT_TEMPLATE
 from tts_grpo.text.prompts import chat_messages, load_tokenizer, render_prompt
 
 # Renders as the template that the original recipe passes with each call: it adds instruction and start token itself.

@@ -1,6 +1,6 @@
 import pytest
 
-from scripts import select_checkpoint
+from tools import select_checkpoint
 from tts_grpo.evaluation.aggregate import quality, rates
 from tts_grpo.evaluation.protocols import METRICS
 from tts_grpo.text.jsonl import write_json, write_jsonl

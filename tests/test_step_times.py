@@ -2,7 +2,7 @@
 
 import pytest
 
-from scripts.step_times import main
+from tools.step_times import main
 
 
 def line(step: int, **values) -> str:

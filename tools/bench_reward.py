@@ -1,7 +1,7 @@
 """Measure the reward: rollouts a second behind the server and in this process, against one at a time.
 
-    python scripts/bench_reward.py                                     # tiny stack, CPU: a running server, one thread
-    python scripts/bench_reward.py --random DIR --device cuda:0 --precision fp16 --baseline 12 ...
+    python tools/bench_reward.py                                     # tiny stack, CPU: a running server, one thread
+    python tools/bench_reward.py --random DIR --device cuda:0 --precision fp16 --baseline 12
 
 Rollouts are as long as --seconds says and come in random order. Measured are, in this order and each only if asked for:
 

@@ -1,6 +1,6 @@
 """Where the time of a training step goes, from a run's log.
 
-    python scripts/step_times.py --log-file exp/NAME/log/train.log [--skip 2]
+    python tools/step_times.py --log-file exp/NAME/log/train.log [--skip 2]
 
 Medians over the steps, the first ones (compilation, warm-up) left out. A step that saved a checkpoint counts without
 the saving. "sleep, poll and the rest" is what the named parts leave of the step.

@@ -1,6 +1,6 @@
 """What a model's error does between GRPO's rollouts and CosyVoice's own inference, each cause by itself.
 
-    python scripts/export_gap.py [--assets-dir assets/tiny] [--num-texts 150] [--seeds 0 1 2]
+    python tools/export_gap.py [--assets-dir assets/tiny] [--num-texts 150] [--seeds 0 1 2]
 
 The same sentences are synthesised with the sampling of the rollouts (temperature 1, all tokens) as the baseline, and
 with one thing changed: the sampling (CosyVoice's repetition aware one with its shortest and longest lengths, top_p and

@@ -1,7 +1,7 @@
 """Pick the best of several scored systems, such as the checkpoints of a run: the lowest error rate among those whose
 speech has not become worse in other ways.
 
-    python scripts/select_checkpoint.py exp/tiny/eval/sft exp/tiny/eval/step_20 exp/tiny/eval/step_40
+    python tools/select_checkpoint.py exp/tiny/eval/sft exp/tiny/eval/step_20 exp/tiny/eval/step_40
 
 The first folder is the baseline. A system is refused for a figure if it differs from the baseline by more than the
 figure's limit (tts_grpo/speech/quality.py has the figures), and if the difference is more than chance at this size (95%

@@ -1,6 +1,6 @@
 """Write a language model with random weights in the exact form of the SFT model that the full profile trains.
 
-    python scripts/random_llm.py --output DIR [--mean-tokens 124]
+    python tools/random_llm.py --output DIR [--mean-tokens 124]
 
 For measuring speed and memory, and for tests, without a download. The folder has the files, names and dtypes of one
 checkpoint of yuekai/llasa_cosyvoice2_token_qwen_0.5b as transformers 4 wrote it: Qwen2.5-0.5B-Instruct, whose
