@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Synthesise an evaluation set, with one or several seeds, on one or several processes.
 
-    torchrun --standalone --nproc-per-node 2 infer_dist.py --llm-path ... --eval-set set.jsonl --output-dir out
+    torchrun --standalone --nproc-per-node 2 infer_dist.py --llm-path assets/tiny/llm \
+        --token2wav-dir assets/tiny/token2wav --eval-set set.jsonl --output-dir out
 
 The set is a JSONL of ``id``, ``target_text`` and, for zero-shot prompting, ``prompt_text`` and ``prompt_audio`` (a
 path, relative to the set's folder). Written are, for each seed, ``seed_N/wavs/ID.wav`` and ``seed_N/manifest.jsonl``:
