@@ -12,6 +12,7 @@ import infer_single
 from scripts.score import main as score_main
 from tts_grpo.speech.audio import load_audio, save_audio
 from tts_grpo.speech.cosyvoice2.random_weights import make_cosyvoice2_folder
+from tts_grpo.speech.synthesis import utterance_seed
 from tts_grpo.text.jsonl import read_jsonl, write_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,7 +61,13 @@ def test_manifest_is_complete(one_process, eval_set):
             assert line["seed"] == seed and line["finish_reason"] in ("eos", "length")
             assert (one_process / f"seed_{seed}" / line["wav"]).stat().st_size > 44
             assert line["duration_s"] == pytest.approx(line["num_speech_tokens"] / 25)
-    assert results(one_process)["seed_0/manifest.jsonl"] != results(one_process)["seed_7/manifest.jsonl"]
+    wavs = {seed: {p.name: p.read_bytes() for p in (one_process / f"seed_{seed}/wavs").iterdir()} for seed in (0, 7)}
+    assert len(wavs[0]) == NUM_UTTERANCES
+    assert all(wavs[0][name] != wavs[7][name] for name in wavs[0]), "the seeds gave the same speech"
+
+
+def test_an_utterance_draws_by_its_seed_and_its_id():
+    assert len({utterance_seed(seed, utt_id) for seed in (0, 7) for utt_id in "ab"}) == 4
 
 
 def test_precision_is_the_decoders(assets, eval_set, tmp_path):

@@ -38,6 +38,7 @@ def test_the_lowest_rate_of_what_has_not_degraded(system):
     folders = [
         system("sft", 5), system("noisy", 1, dnsmos_ovrl=2.7), system("fast", 1, speech_rate=4.6),
         system("good", 3, dnsmos_ovrl=2.95, speech_rate=4.2), system("better_mos", 4, dnsmos_ovrl=3.5),
+        system("slow", 1, speech_rate=3.5),
         system("unended", 1, eos_share=0.9), system("lost", 1, failed=2), system("unmeasured", 1, dnsmos_ovrl=None),
     ]  # fmt: skip
     best, table = choose(folders)
@@ -45,6 +46,7 @@ def test_the_lowest_rate_of_what_has_not_degraded(system):
     reasons = {line.split()[1].rsplit("/", 1)[1]: line for line in table.splitlines()[1:-1]}
     assert "refused: dnsmos_ovrl 3.010 -> 2.710 (limit 0.1)" in reasons["noisy"]
     assert "refused: speech_rate 4.010 -> 4.610 (limit 10%)" in reasons["fast"]
+    assert "refused: speech_rate 4.010 -> 3.510 (limit 10%)" in reasons["slow"]
     assert "refused: eos_share" in reasons["unended"]
     assert "refused: 2 utterances without usable audio" in reasons["lost"]
     assert "refused: dnsmos_ovrl was not measured" in reasons["unmeasured"]

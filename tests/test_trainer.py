@@ -92,6 +92,11 @@ def test_only_a_head_with_a_bias_changes_the_log_probabilities(found):
         assert "has a bias, which training would ignore" in found[name] and "impl_backend=torch" in found[name]
 
 
+def test_rollouts_on_a_cpu_draw_by_step_prompt_and_request(found):
+    step_0, step_1, resumed = found["rollout_seeds"]
+    assert len({*step_0, *step_1}) == 4 and resumed == step_1
+
+
 def test_another_version_of_verl_is_refused():
     require_verl(SUPPORTED)
     require_verl(SUPPORTED + "+cpu")

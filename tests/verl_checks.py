@@ -5,6 +5,8 @@
 Prints a JSON object with the result of each function below, or with the error that it raised.
 """
 
+import asyncio
+import collections
 import json
 import shutil
 import sys
@@ -209,6 +211,25 @@ def head_with_a_bias(folder):
     return [one._build_module(), FusedLinearForPPO.forward is not before]
 
 
+def rollout_seeds(folder):
+    """Seeds of a prompt's two requests in step 0, in step 1, and in step 1 of a training that was resumed there."""
+    from tts_grpo.training.verl_cpu import rollout  # on a CPU, it patches veRL's engine: the last check
+
+    def server():
+        one = object.__new__(rollout.TransformersServer)
+        one.config, one.global_steps, one.times_asked = types.SimpleNamespace(seed=42), 0, collections.Counter()
+        one.model = types.SimpleNamespace(load_state_dict=lambda state, strict: ([], []))
+        return one
+
+    def drawn(one, steps: int | None = None):
+        if steps:
+            asyncio.run(one.update_weights({}, steps))
+        return [one.seed((1, 2), rollout.Sampling()) for _ in range(2)]
+
+    first = server()
+    return [drawn(first), drawn(first, 1), drawn(server(), 1)]
+
+
 def result(check, folder: str):
     try:
         return check(folder)
@@ -219,5 +240,5 @@ def result(check, folder: str):
 if __name__ == "__main__":
     checks = (patched, constructed, refused, not_refused, seconds, advantages, missing_errors, wait_for_rewards,
               failed_rollout, failed_validation, dump, engines, head_without_a_bias, unfused_head_with_a_bias,
-              other_kernel_with_a_bias, head_with_a_bias)  # fmt: skip
+              other_kernel_with_a_bias, head_with_a_bias, rollout_seeds)  # fmt: skip
     sys.stdout.write(json.dumps({check.__name__: result(check, sys.argv[1]) for check in checks}) + "\n")
