@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from tts_grpo.evaluation import bootstrap
 from tts_grpo.speech.asr.sensevoice import SenseVoice
 from tts_grpo.speech.generation import OFFICIAL, Sampling, generate_speech_tokens, load_lm
 from tts_grpo.speech.token2wav import decode, load_token2wav
@@ -23,7 +24,6 @@ from tts_grpo.text.errors import pinyin_errors
 from tts_grpo.text.jsonl import read_jsonl
 from tts_grpo.text.prompts import render_prompt
 
-NUM_DRAWS = 10_000
 ROLLOUTS = Sampling(max_new_tokens=300)
 SAMPLINGS = {
     "official: RAS, top_p 0.8, top_k 25, window 10, 2 to 20 tokens per text token": OFFICIAL,
@@ -78,14 +78,6 @@ def variants(llm: Path):
     yield "weights rounded to bfloat16", half.float(), tokenizer, ROLLOUTS
 
 
-def difference(counts: np.ndarray, baseline: np.ndarray) -> list[float]:
-    """Difference of two error rates and its 95% interval, by paired bootstrap over sentences."""
-    draws = np.random.default_rng(0).multinomial(len(counts), np.full(len(counts), 1 / len(counts)), NUM_DRAWS)
-    rate = lambda c: c[..., 0] / c[..., 1]  # noqa: E731
-    drawn = rate(draws @ counts) - rate(draws @ baseline)
-    return [rate(counts.sum(0)) - rate(baseline.sum(0)), *np.percentile(drawn, (2.5, 97.5))]
-
-
 def main(argv=None):
     args = get_args(argv)
     logging.disable(logging.INFO)  # funasr's
@@ -95,9 +87,10 @@ def main(argv=None):
     for name, model, tokenizer, sampling in variants(stack.llm):
         counts, ended = stack.errors(model, tokenizer, sampling)
         baseline = counts if baseline is None else baseline
-        change, low, high = difference(counts, baseline)
-        against = "" if counts is baseline else f"{change:+.1%} ({low:+.1%} to {high:+.1%})"
-        print(f"| {name} | {counts[:, 0].sum() / counts[:, 1].sum():.1%} | {against} | {ended:.0%} |", flush=True)
+        change = bootstrap.compare(baseline, counts)
+        against = "{:+.1%} ({:+.1%} to {:+.1%})".format(change["difference"], *change["ci"])
+        shown = "" if counts is baseline else against
+        print(f"| {name} | {bootstrap.ratio(counts):.1%} | {shown} | {ended:.0%} |", flush=True)
 
 
 if __name__ == "__main__":
