@@ -184,3 +184,14 @@ def test_only_the_seeds_asked_for_are_scored_and_pooled(tmp_path):
     assert len(score.manifests_of(tmp_path, None)) == 3
     with pytest.raises(SystemExit, match="no seed_7/manifest.jsonl"):
         score.manifests_of(tmp_path, [0, 7])
+
+
+def test_alignments_are_written_as_kaldi_does():
+    utterances = [
+        {"id": "a", "target_text": "我们，今天走吧", "hypothesis": "今天就走把了"},
+        {"id": "b", "target_text": "好", "hypothesis": ""},
+    ]
+    assert score.alignment_text(utterances, "zh").splitlines() == [
+        "a ref 我 们 今 天 *** 走 *** 吧", "a hyp *** *** 今 天 就 走 把 了", "a op D D C C I C I S", "a #csid 3 1 2 2",
+        "b ref 好", "b hyp ***", "b op D", "b #csid 0 0 0 1",
+    ]  # fmt: skip
