@@ -13,6 +13,7 @@ import logging
 from pathlib import Path
 
 from tts_grpo.reward.client import RewardClient, RewardServerError
+from tts_grpo.reward.protocol import RolloutScore
 from tts_grpo.text.jsonl import read_jsonl, write_jsonl, write_text
 from tts_grpo.text.tokens import parse_speech_tokens
 from tts_grpo.training import credit
@@ -69,9 +70,7 @@ async def _score(solution_str: str, ground_truth: str, server_urls: str, by_syll
         return _bad_rollout("no speech tokens", ground_truth, by_syllable)
     if _client is None:
         _client = RewardClient(server_urls.replace(",", " ").split())
-    scored = await _client.score(speech_tokens, ground_truth)
-    note = credit.encode(scored.unit_errors, scored.unit_starts) if by_syllable else None
-    return _result(scored.reward, scored.error_rate, len(speech_tokens), note, bad=False)
+    return _result(await _client.score(speech_tokens, ground_truth), len(speech_tokens), by_syllable)
 
 
 async def _stop_training(error: Exception, ground_truth: str, failure_file: str) -> None:
@@ -88,18 +87,20 @@ def _bad_rollout(reason: str, ground_truth: str, by_syllable: bool) -> dict[str,
     global _bad_rollouts
     _bad_rollouts += 1
     logger.warning("bad rollout %d of this worker (%s) for %r scores 0", _bad_rollouts, reason, ground_truth[:40])
-    return _result(0.0, 1.0, 0, credit.encode((), ()) if by_syllable else None, bad=True)
+    return _result(RolloutScore(reward=0.0, error_rate=1.0), 0, by_syllable, bad=True)
 
 
 def _result(
-    score: float, error_rate: float, num_speech_tokens: int, note: str | None, bad: bool
+    score: RolloutScore, num_speech_tokens: int, by_syllable: bool, bad: bool = False
 ) -> dict[str, float | str]:
-    return {
-        "score": score,
-        "pinyin_error_rate": error_rate,
+    """What veRL takes: numbers, which become metrics, and a text for the trainer."""
+    result = {
+        "score": score.reward,
+        "pinyin_error_rate": score.error_rate,
         "num_speech_tokens": float(num_speech_tokens),
         "bad_rollout": float(bad),
-    } | ({} if note is None else {credit.KEY: note})
+    }
+    return result | ({credit.KEY: credit.encode(score.unit_errors, score.unit_starts)} if by_syllable else {})
 
 
 def get_args(argv=None):

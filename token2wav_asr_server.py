@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tts_grpo.reward.protocol import MODEL_NAME, SPEECH_MODEL_NAME
+from tts_grpo.reward.protocol import MODEL_NAME, SPEECH_MODEL_NAME, encode_response, text_tensor
 from tts_grpo.text.tokens import NUM_SPEECH_TOKENS
 
 logger = logging.getLogger(__name__)
@@ -175,19 +175,6 @@ def unpad(tokens: np.ndarray, token_lens: np.ndarray) -> list[list[int]]:
     return [row[: max(0, n)].tolist() for row, n in zip(tokens, token_lens[:, 0].tolist(), strict=True)]
 
 
-def text_tensor(values: list[str]) -> np.ndarray:
-    """Texts as a tensor of bytes (B, 1)."""
-    return np.char.encode(np.array(values, dtype=np.str_), "utf-8")[:, None]
-
-
-def padded_tensor(rows: list[tuple[int, ...]]) -> np.ndarray:
-    """Rows of numbers as a tensor int32 (B, longest row), padded with -1."""
-    tensor = np.full((len(rows), max([1, *map(len, rows)])), -1, np.int32)
-    for values, row in zip(tensor, rows, strict=True):
-        values[: len(row)] = row
-    return tensor
-
-
 def infer_function(instance: Instance):
     """PyTriton's inference callable of one instance's scores."""
     from pytriton.decorators import batch
@@ -195,15 +182,7 @@ def infer_function(instance: Instance):
     @batch
     def infer(TOKENS, TOKEN_LENS, GT_TEXT):
         texts = [text.decode("utf-8") for text in GT_TEXT[:, 0]]
-        scores = instance.call("score", unpad(TOKENS, TOKEN_LENS), texts)
-        return {
-            "REWARDS": np.array([[score.reward] for score in scores], np.float32),
-            "ERROR_RATES": np.array([[score.error_rate] for score in scores], np.float32),
-            "TRANSCRIPTS": text_tensor([score.transcript for score in scores]),
-            "UNIT_ERRORS": padded_tensor([score.unit_errors for score in scores]),
-            "UNIT_STARTS": padded_tensor([score.unit_starts for score in scores]),
-            "ERRORS": text_tensor([score.error for score in scores]),
-        }
+        return encode_response(instance.call("score", unpad(TOKENS, TOKEN_LENS), texts))
 
     return infer
 

@@ -9,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import infer_dist
-from tts_grpo.reward.protocol import OUTPUT_NAMES, bucket, decode_response, encode_request
+from tts_grpo.reward.protocol import (
+    OUTPUT_NAMES,
+    RolloutScore,
+    bucket,
+    decode_response,
+    encode_request,
+    encode_response,
+)
 from tts_grpo.speech.cosyvoice2.kernels import QUERIES
 from tts_grpo.speech.cosyvoice2.packed_flow import GAP, SIZES, Row, fill_rows
 from tts_grpo.speech.decoder import pad_speech_tokens
@@ -115,6 +122,24 @@ def test_only_rewards_from_0_to_1_are_rewards(reward):
     else:
         with pytest.raises(ValueError, match="reward"):
             decode_response(body)
+
+
+unit_counts = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2000)), max_size=8)
+scores = st.builds(
+    lambda reward, transcript, units: RolloutScore(reward, 0.5, transcript, *(tuple(zip(*units)) or ((), ()))),
+    st.floats(0, 1, width=32), st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")), unit_counts,
+)  # fmt: skip
+
+
+@given(st.lists(scores, min_size=1, max_size=5))
+def test_scores_come_through_the_wire_as_they_are(sent):
+    """Each rollout of a batch is a response of its own, as Triton writes it in JSON."""
+    tensors = encode_response(sent)
+    assert set(tensors) == set(OUTPUT_NAMES)
+    for i, score in enumerate(sent):
+        rows = {name: tensor[i] for name, tensor in tensors.items()}
+        data = {n: [v.decode() for v in row] if row.dtype.kind == "S" else row.tolist() for n, row in rows.items()}
+        assert decode_response({"outputs": [{"name": n, "data": d} for n, d in data.items()]}) == score
 
 
 @given(speech_tokens)

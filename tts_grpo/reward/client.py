@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import aiohttp
 
-from tts_grpo.reward.protocol import MODEL_NAME, Scored, decode_response, encode_request
+from tts_grpo.reward.protocol import MODEL_NAME, RolloutScore, decode_response, encode_request
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class RewardClient:
         self._slots = asyncio.Semaphore(max_in_flight)
         self._session: aiohttp.ClientSession | None = None
 
-    async def score(self, speech_tokens: Sequence[int], ground_truth: str) -> Scored:
+    async def score(self, speech_tokens: Sequence[int], ground_truth: str) -> RolloutScore:
         """Score one rollout.
 
         Raises:
@@ -67,7 +67,7 @@ class RewardClient:
                 "Start it with: bash run.sh 1 1; then start the training again: it goes on from its last checkpoint"
             )
 
-    async def _request(self, url: str, body: bytes) -> Scored:
+    async def _request(self, url: str, body: bytes) -> RolloutScore:
         if self._session is None:
             self._session = aiohttp.ClientSession(
                 timeout=aiohttp.ClientTimeout(total=self.timeout_s, sock_connect=10.0),
