@@ -69,25 +69,21 @@ differences() { "$base_python" -IS "$root/scripts/settings.py" differences --old
 # written in several ways, and total_steps, which may grow: these count as settings only.
 # shellcheck disable=SC2034 # run.sh's variables
 print_only() {
-  local name stage counts
+  local name kind stage counts
   dry_run=1 root='<root>' PYTHONPATH='' server_pid=''
   unset CUDA_VISIBLE_DEVICES
   for name in "${setting_names[@]}"; do
-    counts=0
+    kind=${setting_kind[$name]} counts=0
     for stage; do [[ " ${setting_stages[$name]} " != *" $stage "* ]] || counts=1; done
-    [[ $name != total_steps && ${setting_kind[$name]} != number* && ${setting_kind[$name]} != ints* ]] || counts=0
-    ((counts)) || printf -v "$name" %s "$(fixed_value "$name" "${setting_kind[$name]}")"
+    [[ $name != total_steps && $kind != number* && $kind != ints* ]] || counts=0
+    ((counts == 0)) || continue
+    case $kind in # a value that is allowed
+    *\|*) printf -v "$name" %s "${kind%%|*}" ;;
+    int* | number*) printf -v "$name" 1 ;;
+    devices) printf -v "$name" cpu ;;
+    *) printf -v "$name" %s "<$name>" ;;
+    esac
   done
-}
-
-# fixed_value NAME KIND: a value that the kind allows.
-fixed_value() {
-  case $2 in
-  *\|*) echo "${2%%|*}" ;;
-  int* | number*) echo 1 ;;
-  devices) echo cpu ;;
-  *) echo "<$1>" ;;
-  esac
 }
 
 # checksum FILE: of the state in it; empty where there is none.
