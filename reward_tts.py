@@ -29,7 +29,7 @@ _bad_rollouts = 0
 
 async def compute_score(
     data_source, solution_str, ground_truth, extra_info=None, server_urls=DEFAULT_URL, failure_file=None,
-    by_syllable=False, **_
+    by_syllable=False, patience_s=180.0, **_
 ):  # fmt: skip
     """Score one rollout.
 
@@ -41,6 +41,7 @@ async def compute_score(
         server_urls: reward servers, separated by commas or spaces.
         failure_file: every exception is reported in this file, which scripts/train.py watches to stop the training at
             once. veRL itself would log the exception and let the other rollouts end.
+        patience_s: how long requests that fail are repeated, in seconds, before the training is stopped.
         by_syllable: return the errors of each syllable too, for tts_grpo/training/credit.py.
 
     Returns:
@@ -53,14 +54,16 @@ async def compute_score(
             call never returns.
     """
     try:
-        return await _score(solution_str, ground_truth, server_urls, by_syllable)
+        return await _score(solution_str, ground_truth, server_urls, by_syllable, patience_s)
     except Exception as error:
         if failure_file is None:
             raise
         await _stop_training(error, ground_truth, failure_file)
 
 
-async def _score(solution_str: str, ground_truth: str, server_urls: str, by_syllable: bool) -> dict[str, float | str]:
+async def _score(
+    solution_str: str, ground_truth: str, server_urls: str, by_syllable: bool, patience_s: float
+) -> dict[str, float | str]:
     global _client
     try:
         speech_tokens = parse_speech_tokens(solution_str)
@@ -69,7 +72,7 @@ async def _score(solution_str: str, ground_truth: str, server_urls: str, by_syll
     if not speech_tokens:
         return _bad_rollout("no speech tokens", ground_truth, by_syllable)
     if _client is None:
-        _client = RewardClient(server_urls.replace(",", " ").split())
+        _client = RewardClient(server_urls.replace(",", " ").split(), patience_s=patience_s)
     return _result(await _client.score(speech_tokens, ground_truth), len(speech_tokens), by_syllable)
 
 
@@ -108,7 +111,7 @@ def get_args(argv=None):
     parser.add_argument("--jsonl", type=Path, required=True, help="lines with text and speech_tokens")
     parser.add_argument("--server-urls", default=DEFAULT_URL, help="reward servers, separated by commas or spaces")
     parser.add_argument("--limit", type=int, default=None, help="score only so many lines")
-    parser.add_argument("--max-tries", type=int, default=3, help="requests for one line before giving up")
+    parser.add_argument("--patience-s", type=float, default=10.0, help="seconds for which failed requests are repeated")
     parser.add_argument("--check", action="store_true", help="known-answer check: right texts high, wrong ones low")
     parser.add_argument("--output", type=Path, default=None, help="also write a JSONL with each line's score here")
     return parser.parse_args(argv)
@@ -116,7 +119,7 @@ def get_args(argv=None):
 
 async def score_rows(args, rows: list[dict], texts: list[str]) -> list:
     """Scores of rows' speech tokens against ``texts``."""
-    client = RewardClient(args.server_urls.replace(",", " ").split(), max_tries=args.max_tries)
+    client = RewardClient(args.server_urls.replace(",", " ").split(), patience_s=args.patience_s)
     try:
         pairs = zip(rows, texts, strict=True)
         return await asyncio.gather(*(client.score(row["speech_tokens"], text) for row, text in pairs))

@@ -20,6 +20,10 @@
 # A stage that is done with the same settings is skipped. Everything that is made is in exp/$exp_name.
 # Settings: conf/settings.sh explains them all; set them in conf/$profile.sh or in the environment.
 # shellcheck disable=SC2329,SC2154  # stages are called by name; conf/settings.sh declares the settings
+((BASH_VERSINFO[0] > 4 || (BASH_VERSINFO[0] == 4 && BASH_VERSINFO[1] >= 4))) || {
+  echo "run.sh: bash $BASH_VERSION is too old: version 4.4 or later is needed" >&2
+  exit 1
+}
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -350,7 +354,7 @@ configure() {
     actor_rollout_ref.rollout.calculate_log_probs=True algorithm.rollout_correction.bypass_mode="$reuse_log_probs"
     actor_rollout_ref.actor.calculate_entropy=True # for its curve; entropy_coeff is 0
     reward.custom_reward_function.path="$(hydra "$root/reward_tts.py")" reward.custom_reward_function.name=compute_score
-    "+reward.custom_reward_function.reward_kwargs={server_urls: $(hydra "$server_urls"), failure_file: $(hydra "$exp_dir/reward_failure"), by_syllable: $by_syllable}"
+    "+reward.custom_reward_function.reward_kwargs={server_urls: $(hydra "$server_urls"), failure_file: $(hydra "$exp_dir/reward_failure"), by_syllable: $by_syllable, patience_s: $reward_patience_s}"
     trainer.n_gpus_per_node="$num_gpus" trainer.nnodes="$num_nodes"
     "trainer.logger=[console,tensorboard]" trainer.project_name=tts_grpo trainer.experiment_name="$(hydra "$exp_name")"
     trainer.default_local_dir="$(hydra "$exp_dir/checkpoints")" trainer.resume_mode=auto
@@ -392,6 +396,7 @@ main() {
     contradictions
     refused_overrides
   )
+  adapt_to_machine
   configure
   if [[ $mode == check ]]; then
     PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec "$base_python" "$root/scripts/check.py" \

@@ -110,11 +110,17 @@ def free_ports(count: int) -> list[int]:
 class RewardServer:
     """A real reward server of the tiny stack, as a process on ports of its own."""
 
-    def __init__(self, assets: Path, log: Path, *flags: str):
+    def __init__(self, assets: Path, log: Path, *flags: str, max_deaths: int | None = None):
         self.http, grpc, metrics = free_ports(3)
         self.url, self.metrics_url, self.log = f"http://127.0.0.1:{self.http}", f"http://127.0.0.1:{metrics}", log
+        program = [str(ROOT / "token2wav_asr_server.py")]
+        if max_deaths is not None:
+            program = [str(log.with_name("server.py"))]
+            start = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport token2wav_asr_server as server\n"
+            start += f'if __name__ == "__main__":\n    server.MAX_DEATHS = {max_deaths}\n    sys.exit(server.main())\n'
+            Path(program[0]).write_text(start)
         command = [
-            sys.executable, str(ROOT / "token2wav_asr_server.py"), "--token2wav-dir", str(assets / "token2wav"),
+            sys.executable, *program, "--token2wav-dir", str(assets / "token2wav"),
             "--asr-dir", str(assets / "asr_reward"), "--no-tones", "--http-port", str(self.http),
             "--grpc-port", str(grpc), "--metrics-port", str(metrics), "--max-batch-size", "8", *flags,
         ]  # fmt: skip

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -779,3 +780,54 @@ def test_each_result_depends_on_its_settings_and_code(recipe):
     assert {stage: set(state["settings"]) for stage, state in made_from.items()} == wanted
     for state in made_from.values():
         assert len(state["code"]) > 1 and all((ROOT / path).exists() for path in state["code"].keys() - {COMMANDS})
+
+
+def exported(recipe, name: str, **variables) -> tuple[str, str]:
+    """The value that a variable of run.sh's environment has in the programs that it starts, and what it logs."""
+    programs = recipe.root / "bin/python3"
+    settings = f'[ "$1" = -IS ] && exec {sys.executable} "$@"'
+    programs.write_text(f'#!/bin/sh\n{settings}\nprintf "%s" "${{{name}-}}" >"$SEEN"\n')
+    programs.chmod(0o755)
+    seen = recipe.root / "seen"
+    done = recipe.run("--check", SEEN=str(seen), base_python=str(programs), **variables)
+    assert done.returncode == 0, done.stderr
+    return seen.read_text(), done.stderr
+
+
+@pytest.mark.parametrize("given", ["", "example.org,10.0.0.9"])
+def test_local_addresses_go_round_a_proxy(recipe, given):
+    servers = "http://10.1.2.3:8000,http://reward.lan:8000"
+    variables = {"http_proxy": "http://127.0.0.1:9", "no_proxy": given, "server_urls": servers}
+    hosts, _ = exported(recipe, "no_proxy", **variables)
+    assert {"127.0.0.1", "localhost", "10.1.2.3", "reward.lan", *filter(None, given.split(","))} <= set(
+        hosts.split(",")
+    )
+    assert exported(recipe, "NO_PROXY", **variables)[0] == hosts
+    assert exported(recipe, "http_proxy", **variables)[0] == "http://127.0.0.1:9"  # downloads use it
+
+
+@pytest.mark.parametrize("home", ["", "/proc", "/nowhere"])
+def test_a_home_that_cannot_be_written_to_is_replaced(recipe, tmp_path, home):
+    used, log = exported(recipe, "HOME", HOME=home, TMPDIR=str(tmp_path))
+    assert Path(used).is_dir() and Path(used).parent == tmp_path and f"using {used}" in log
+    assert exported(recipe, "HOME", HOME=str(tmp_path))[0] == str(tmp_path)
+
+
+def test_folders_that_are_too_long_for_sockets_are_replaced(recipe, tmp_path):
+    long = str(tmp_path / ("t" * 60))
+    Path(long).mkdir()
+    used, log = exported(recipe, "TMPDIR", TMPDIR=long)
+    assert used == "/tmp" and "too long for the sockets of Ray" in log
+    for variables in ({"XDG_CACHE_HOME": long}, {"PYTRITON_HOME": long}, {"HOME": long}):
+        assert len(exported(recipe, "PYTRITON_HOME", **{"TMPDIR": "/tmp"} | variables)[0]) < 46
+    kept = "/tmp/short"
+    assert exported(recipe, "PYTRITON_HOME", TMPDIR="/tmp", PYTRITON_HOME=kept)[0] == kept
+
+
+def test_gpus_are_those_that_the_shell_may_use(recipe):
+    cosyvoice2 = {"profile": "cosyvoice2", "num_gpus": "2", "gpu_memory_gib": "80"}
+    shown = recipe.run("--dry-run", "2", CUDA_VISIBLE_DEVICES="GPU-1a, 5,7", **cosyvoice2)
+    assert "CUDA_VISIBLE_DEVICES=GPU-1a\\,5 " in shown.stdout, shown.stderr
+    for visible in ("", "3", "3,-1", "NoDevFiles"):
+        refused = recipe.run("--dry-run", "2", CUDA_VISIBLE_DEVICES=visible, **cosyvoice2)
+        assert refused.returncode == 1 and f"CUDA_VISIBLE_DEVICES='{visible}' allows" in refused.stderr

@@ -101,7 +101,7 @@ def served_seconds(url: str, pairs) -> float:
     """Wall-clock time of all rollouts through the server."""
 
     async def go() -> float:
-        client = RewardClient([url], max_in_flight=len(pairs), max_tries=1)
+        client = RewardClient([url], max_in_flight=len(pairs), patience_s=0)
         await asyncio.gather(*(client.score(*pair) for pair in pairs[:128]))  # connections and caches
         start = time.perf_counter()
         await asyncio.gather(*(client.score(*pair) for pair in pairs))
