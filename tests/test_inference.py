@@ -12,6 +12,8 @@ from tts_grpo.speech.audio import save_audio
 from tts_grpo.speech.cosyvoice2.random_weights import make_cosyvoice2_folder
 from tts_grpo.text.jsonl import read_jsonl, write_jsonl
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 NUM_UTTERANCES = 9
 

@@ -16,6 +16,8 @@ import pytest
 
 from tests.conftest import git_commit
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 
 STUB = r"""#!/usr/bin/env bash
