@@ -19,6 +19,13 @@ hypothesis.settings.register_profile("any_speed", deadline=None)  # no test depe
 hypothesis.settings.load_profile("any_speed")
 os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels on a CPU; Triton asks when it is imported
 
+LONGEST = ("test_full_profile", "test_training", "test_tiny_training", "test_inference")  # in this order, first
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    """The longest files first, so that two workers end at about the same time."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
 
 @pytest.fixture(scope="session")
 def assets() -> Path:

@@ -11,6 +11,8 @@ from tts_grpo.speech.audio import load_audio
 from tts_grpo.text.errors import pinyin_error_rate
 from tts_grpo.text.units import written_units
 
+pytestmark = pytest.mark.slow
+
 
 def recordings(assets, test_rows, count):
     rows = [row for row in test_rows if (assets / "recordings" / f"{row['id']}.ogg").exists()][:count]

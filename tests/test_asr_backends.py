@@ -15,6 +15,8 @@ from tts_grpo.speech.asr.loading import load_asr
 from tts_grpo.speech.asr.paraformer import Paraformer
 from tts_grpo.speech.audio import load_audio
 
+pytestmark = pytest.mark.slow
+
 CHARACTERS = set(TOKENS[3:-1])
 
 

@@ -48,6 +48,7 @@ def test_language_model_is_a_qwen2(lm):
     assert (lm.generation_config.temperature, lm.generation_config.top_p) == (1.0, 1.0)
 
 
+@pytest.mark.slow
 def test_figures(assets):
     """The stack is not worse than when it was shipped (times are for check.sh to print)."""
     from tiny_stack.check import measure

@@ -8,6 +8,8 @@ import pytest
 
 from tools import bench_reward
 
+pytestmark = pytest.mark.slow
+
 
 def test_rollouts_are_as_long_as_asked_for():
     args = bench_reward.get_args(["--random", "unused", "--seconds", "2", "4.5", "12", "--num-rollouts", "400"])

@@ -17,6 +17,8 @@ from tts_grpo.speech.cosyvoice2.token2wav import CosyVoice2Token2Wav
 from tts_grpo.speech.token2wav import load_token2wav
 from tts_grpo.text.tokens import speech_token_str
 
+pytestmark = pytest.mark.slow
+
 
 def run_check(*arguments, **variables) -> subprocess.CompletedProcess:
     http, grpc, metrics = map(str, free_ports(3))

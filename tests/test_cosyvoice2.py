@@ -13,6 +13,8 @@ from tts_grpo.speech.cosyvoice2.token2wav import CosyVoice2Token2Wav, load_modul
 from tts_grpo.speech.decoder import PromptVoice
 from tts_grpo.speech.token2wav import load_token2wav
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = 1e-4
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 

@@ -10,6 +10,8 @@ import pytest
 
 from tests.hub import Hub
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 REPO = "owner/model"
 

@@ -10,6 +10,8 @@ from tts_grpo.speech.token2wav import decode
 from tts_grpo.speech.voices import load_prompt_voice
 from tts_grpo.text.prompts import render_prompt
 
+pytestmark = pytest.mark.slow
+
 SAMPLING = Sampling(max_new_tokens=200)
 
 

@@ -15,6 +15,8 @@ from tts_grpo.speech.cosyvoice2.random_weights import make_cosyvoice2_folder
 from tts_grpo.speech.synthesis import utterance_seed
 from tts_grpo.text.jsonl import read_jsonl, write_jsonl
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 NUM_UTTERANCES = 9
 

@@ -12,6 +12,8 @@ from tts_grpo.speech.cosyvoice2.packed_flow import GAP, Row
 from tts_grpo.speech.cosyvoice2.random_weights import make_cosyvoice2_folder
 from tts_grpo.speech.cosyvoice2.token2wav import load_modules
 
+pytestmark = pytest.mark.slow
+
 LENS = (200, 77, 130)
 TOLERANCE = 1e-3  # of half precision, relative
 

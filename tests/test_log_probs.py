@@ -1,3 +1,4 @@
+import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -5,6 +6,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from tts_grpo.training.verl_cpu import log_probs
 from tts_grpo.training.verl_cpu.log_probs import fused_linear
+
+pytestmark = pytest.mark.slow
 
 
 def reference(hidden, weight, labels, temperature):

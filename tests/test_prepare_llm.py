@@ -13,6 +13,8 @@ from tests.conftest import ROOT
 from tools.random_llm import DEFAULT_CHAT_TEMPLATE
 from tts_grpo.text.prompts import chat_messages, load_tokenizer, render_prompt
 
+pytestmark = pytest.mark.slow
+
 # Renders as the template that the original recipe passes with each call: it adds instruction and start token itself.
 UPSTREAM_CHAT_TEMPLATE = (
     "{%- for message in messages %}{%- if message.role == 'user' %}"

@@ -11,6 +11,8 @@ from tts_grpo.speech.nets.dnsmos import DnsMos
 from tts_grpo.speech.nets.melody import Melody
 from tts_grpo.speech.nets.speaker import Resemblyzer, Similarity, WavLm
 
+pytestmark = pytest.mark.slow
+
 
 def tone(seconds, hz=200.0, amplitude=0.3):
     """A voice-like tone with six harmonics; ``hz`` may be one for each sample."""

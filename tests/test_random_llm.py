@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 from safetensors import safe_open
 
@@ -9,6 +10,8 @@ from tools.random_llm import SHAPES, make_model, make_tokenizer, read_ranks
 from tts_grpo.speech.generation import Sampling, generate, load_lm
 from tts_grpo.text.prompts import GENERATION_START, IM_END, render_prompt
 from tts_grpo.text.tokens import NUM_SPEECH_TOKENS, speech_token_str
+
+pytestmark = pytest.mark.slow
 
 
 def test_its_form_is_the_published_models(sft_checkpoint):

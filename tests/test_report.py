@@ -28,6 +28,8 @@ from tts_grpo.text.errors import count_errors, pinyin_error_rate
 from tts_grpo.text.jsonl import read_jsonl, write_json, write_jsonl
 from tts_grpo.text.units import pinyin
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 NUM_UTTERANCES = 14
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")

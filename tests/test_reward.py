@@ -29,6 +29,8 @@ from tts_grpo.text.jsonl import read_jsonl
 from tts_grpo.text.tokens import format_speech_tokens
 from tts_grpo.text.units import pinyin
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -18,6 +18,8 @@ import pytest
 from scripts.settings import CODE, COMMANDS, Digests
 from tests.conftest import git_commit
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 
 STUB = r"""#!/usr/bin/env bash

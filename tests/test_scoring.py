@@ -12,6 +12,8 @@ from tts_grpo.speech.asr.sensevoice import SenseVoice
 from tts_grpo.speech.audio import ASR_HZ, load_audio, resample, save_audio
 from tts_grpo.text.jsonl import read_jsonl, write_jsonl
 
+pytestmark = pytest.mark.slow
+
 NUM_UTTERANCES = 12
 PER = "pinyin_error_rate_toneless"
 

@@ -8,6 +8,8 @@ import pytest
 
 from tests.conftest import ROOT, TRAINER_SCRIPTS
 
+pytestmark = pytest.mark.slow
+
 PROGRAMS = sorted([*ROOT.glob("scripts/*.py"), *ROOT.glob("tools/*.py")])
 # Runs programs as Python does, in one process: most import torch, which takes seconds each time.
 RUN_ALL = """

@@ -181,6 +181,7 @@ def test_a_recording_that_is_missing_stops_the_packing(tmp_path):
         pack(tmp_path)
 
 
+@pytest.mark.slow
 def test_smoke_run(assets, tmp_path):
     """Every stage after the corpus, at smoke size: the corpus is the repository's recordings."""
     work_dir = tmp_path / "with space"

@@ -8,6 +8,8 @@ from tts_grpo.speech.tiny.codec import FiniteScalarQuantiser, LogMel
 from tts_grpo.speech.token2wav import decode, load_token2wav
 from tts_grpo.speech.voices import choose_voice, load_prompt_voice, load_prompt_voices
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = 1e-4
 
 

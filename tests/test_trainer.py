@@ -10,6 +10,8 @@ import pytest
 from tests.conftest import ROOT
 from tts_grpo.training.verl_version import SUPPORTED, require_verl
 
+pytestmark = pytest.mark.slow
+
 MODULES = "tts_grpo.training.verl_cpu.platform,tts_grpo.training.trainer"  # as scripts/verl_cpu.sh has them
 
 

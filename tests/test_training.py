@@ -13,6 +13,8 @@ from tests.conftest import free_ports
 from tests.test_validation_audio import sounds
 from tts_grpo.training.verl_log import parse_step
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT_S = 400
 

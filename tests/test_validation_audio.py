@@ -11,6 +11,8 @@ from tts_grpo.text.errors import pinyin_error_rate
 from tts_grpo.text.jsonl import write_jsonl
 from tts_grpo.text.tokens import format_speech_tokens
 
+pytestmark = pytest.mark.slow
+
 
 def dump_of(rows, step=20) -> list[dict]:
     """Lines as veRL dumps a validation."""
