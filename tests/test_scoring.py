@@ -112,7 +112,7 @@ def test_failures_worsen_every_score(evaluate, spoken, truth):
 
     missing, _ = evaluate("missing", [None, *spoken[1][1:]])
     broken, rows = evaluate("nan", spoken[1][:1] * NUM_UTTERANCES, write=nan)
-    assert missing["failed"] == 1 and broken["failed"] == NUM_UTTERANCES and "no numbers" in rows[0]["error"]
+    assert missing["failed"] == 1 and broken["failed"] == NUM_UTTERANCES and "NaN or infinite" in rows[0]["error"]
     for name in ("seed-tts-eval", "cv3-eval", "cer", "pinyin_error_rate", PER):
         assert truth[0][name]["rate"] < missing[name]["rate"] < broken[name]["rate"] == 1.0
         assert truth[0][name]["length"] == missing[name]["length"] == broken[name]["length"]
