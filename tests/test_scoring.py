@@ -129,7 +129,7 @@ def test_two_systems_are_compared_in_words(evaluate, spoken, truth, tmp_path):
     assert {c["verdict"] for c in compare_rates(good, bad, "zh").values()} == {"worse"}
     assert compare_quality(good, bad)["duration_s"]["verdict"] == "lower"
     good[0]["error"] = "lost"
-    assert {c["verdict"] for c in compare_rates(bad, good, "zh").values()} == {"no verdict: more audio failed"}
+    assert {c["verdict"] for c in compare_rates(bad, good, "zh").values()} == {"inconclusive: more audio failed"}
 
 
 def test_the_program_writes_all_figures(evaluate, spoken, truth, assets, tmp_path, capsys):
