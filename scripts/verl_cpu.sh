@@ -1,5 +1,6 @@
 # shellcheck shell=bash disable=SC2034,SC2154  # run.sh's variables
-# veRL settings for training on a CPU, with the plug-in in tts_grpo/training/verl_cpu. FSDP1 fails there, and nothing gains from bfloat16.
+# veRL settings for training on a CPU with the plug-in tts_grpo/training/verl_cpu: FSDP2, because FSDP1 fails on a CPU,
+# and float32, because bfloat16 is not faster there.
 configure_cpu_training() {
   profile_env=(
     VERL_USE_EXTERNAL_MODULES="tts_grpo.training.verl_cpu.platform,tts_grpo.training.trainer" # the platform first

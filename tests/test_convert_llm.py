@@ -1,6 +1,6 @@
-"""Conversion of the official CosyVoice2 language model, held against the official module with random weights.
+"""Compares the converted CosyVoice2 language model with the official module, both with random weights.
 
-With these weights no direction of the hidden states is nearly constant, so that nothing but a bias keeps text ids away.
+With these weights no direction of the hidden states is nearly constant, so that only a bias can exclude text ids.
 """
 
 import dataclasses
@@ -332,7 +332,7 @@ def test_folder_that_was_trained_without_a_bias(official, converted, tmp_path):
 
 def test_bias_that_does_not_fit(converted, tmp_path):
     shutil.copytree(converted, tmp_path / "hf")
-    for bias, message in ((torch.zeros(5), "has 5 values"), (torch.full((5,), torch.nan), "not numbers")):
+    for bias, message in ((torch.zeros(5), "has 5 values"), (torch.full((5,), torch.nan), "NaN or infinite")):
         save_file({"lm_head.bias": bias}, tmp_path / "hf/head_bias.safetensors")
         with pytest.raises(ValueError, match=message):
             load_lm(tmp_path / "hf")

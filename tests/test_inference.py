@@ -74,7 +74,7 @@ def test_an_utterance_draws_by_its_seed_and_its_id():
 
 def test_precision_is_the_decoders(assets, eval_set, tmp_path):
     done = infer(assets, eval_set, tmp_path, 1, "--precision", "fp16")
-    assert done.returncode and "the tiny token2wav has no precision fp16" in done.stderr
+    assert done.returncode and "the tiny token2wav does not support the precision fp16" in done.stderr
 
 
 def test_two_processes_and_a_resumed_run_give_the_same_bytes(assets, eval_set, one_process, tmp_path):

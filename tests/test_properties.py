@@ -18,7 +18,7 @@ from tts_grpo.reward.protocol import (
     encode_response,
 )
 from tts_grpo.speech.cosyvoice2.kernels import QUERIES
-from tts_grpo.speech.cosyvoice2.packed_flow import GAP, SIZES, Row, fill_rows
+from tts_grpo.speech.cosyvoice2.packed_flow import GAP, SIZES, PackedRow, assign_rows
 from tts_grpo.speech.decoder import pad_speech_tokens
 from tts_grpo.text.tokens import NUM_SPEECH_TOKENS, format_speech_tokens, parse_speech_tokens
 from tts_grpo.training.credit import encode, syllable_advantages
@@ -73,14 +73,14 @@ def test_batches_hold_each_utterance_once_per_seed(lens, seeds, batch_size):
 
 
 @given(st.lists(st.integers(1, 3000), min_size=1, max_size=40))
-def test_packed_rows_hold_each_utterance_once_and_apart(lens):
-    filled = fill_rows(lens)
-    assert [i for row in filled for i in row] == list(range(len(lens)))
-    for members in filled:
+def test_packed_rows_contain_each_utterance_once_with_gaps(lens):
+    rows = assign_rows(lens)
+    assert [i for members in rows for i in members] == list(range(len(lens)))
+    for members in rows:
         own = [lens[i] for i in members]
-        assert len(members) == 1 or Row.fits(own, SIZES[-1])
-        size = next((size for size in SIZES if Row.fits(own, size)), None)
-        row = Row(own, size)
+        assert len(members) == 1 or PackedRow.fits(own, SIZES[-1])
+        size = next((size for size in SIZES if PackedRow.fits(own, size)), None)
+        row = PackedRow(own, size)
         assert row.used.sum() == sum(own)
         for i, (start, n) in enumerate(zip(row.starts, own, strict=True)):
             assert (row.utterance[start : start + n] == i).all() and (

@@ -269,7 +269,7 @@ def test_a_broken_model_folder_is_named_at_start(assets, tmp_path):
     command = [sys.executable, str(ROOT / "token2wav_asr_server.py"), "--token2wav-dir", str(tmp_path), "--asr-dir",
                str(assets / "asr_reward")]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and "no token2wav here" in done.stderr
+    assert done.returncode == 1 and "no token2wav model found" in done.stderr
 
 
 def test_an_instance_on_a_second_gpu_makes_it_the_current_one(monkeypatch):

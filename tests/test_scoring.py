@@ -114,7 +114,7 @@ def test_failures_worsen_every_score(evaluate, spoken, truth):
 
     missing, _ = evaluate("missing", [None, *spoken[1][1:]])
     broken, rows = evaluate("nan", spoken[1][:1] * NUM_UTTERANCES, write=nan)
-    assert missing["failed"] == 1 and broken["failed"] == NUM_UTTERANCES and "no numbers" in rows[0]["error"]
+    assert missing["failed"] == 1 and broken["failed"] == NUM_UTTERANCES and "NaN or infinite" in rows[0]["error"]
     for name in ("seed-tts-eval", "cv3-eval", "cer", "pinyin_error_rate", PER):
         assert truth[0][name]["rate"] < missing[name]["rate"] < broken[name]["rate"] == 1.0
         assert truth[0][name]["length"] == missing[name]["length"] == broken[name]["length"]
@@ -131,7 +131,7 @@ def test_two_systems_are_compared_in_words(evaluate, spoken, truth, tmp_path):
     assert {c["verdict"] for c in compare_rates(good, bad, "zh").values()} == {"worse"}
     assert compare_quality(good, bad)["duration_s"]["verdict"] == "lower"
     good[0]["error"] = "lost"
-    assert {c["verdict"] for c in compare_rates(bad, good, "zh").values()} == {"no verdict: more audio failed"}
+    assert {c["verdict"] for c in compare_rates(bad, good, "zh").values()} == {"inconclusive: more audio failed"}
 
 
 def test_the_program_writes_all_figures(evaluate, spoken, truth, assets, tmp_path, capsys):

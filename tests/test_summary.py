@@ -40,7 +40,7 @@ def test_summary(exp_dir):
     assert set(summary["verdict"].values()) == {"better"} and set(summary["verdict"]) == set(METRICS["zh"])
     assert summary["quality_change"]["dnsmos_ovrl"]["verdict"] == "worse"
     assert summary["quality_change"]["dnsmos_ovrl"]["difference"] == pytest.approx(-0.5)
-    assert summary["quality_change"]["duration_s"]["verdict"] == "no difference at this size"
+    assert summary["quality_change"]["duration_s"]["verdict"] == "not significant (95%)"
     assert stage_seconds(exp_dir) == {"0": 5, "2": 53} == summary["stage_seconds"]
 
 

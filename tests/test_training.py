@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import free_ports
-from tests.test_validation_audio import sounds
+from tests.test_validation_audio import read_audio
 from tts_grpo.training.verl_log import parse_step
 
 pytestmark = pytest.mark.slow
@@ -69,7 +69,7 @@ def test_trains_survives_a_kill_and_merges(recipe):
     assert re.search(r"[Rr]esum\w* from .*global_step_1|Setting global step to 1", log)
     assert "step 2/2: reward" in done.stdout and "validation after step 2" in done.stdout
     assert {"0.jsonl", "2.jsonl"} <= {path.name for path in (exp_dir / "validation").iterdir()}
-    heard = sounds(exp_dir / "tensorboard/validation")
+    heard = read_audio(exp_dir / "tensorboard/validation")
     metrics = dict(filter(None, map(parse_step, log.splitlines())))[2]
     share, *bounds = (metrics[f"critic/advantages/{name}"] for name in ("nonzero", "min", "max"))
     assert (share > 0) == any(bounds)  # veRL's bounds are those of credit by syllable, the profile's setting
