@@ -100,14 +100,15 @@ stage_2() {
   if ((dry_run == 0)) && ! server_ready "${server_urls%%[, ]*}"; then
     die "no reward server is ready at ${server_urls%%[, ]*}: start one with bash run.sh 1 1"
   fi
-  local check=()
+  local check=() trainer
+  trainer=$(plain_path "$venv_root/trainer")
   ((check_reward == 0)) || check=(--check)
   run "$trainer_bin/python" "$root/reward_tts.py" --jsonl "$known_answer_jsonl" --limit 64 \
     --server-urls "$server_urls" "${check[@]}"
   run_long env "${train_env[@]}" "$trainer_bin/python" "$root/scripts/train.py" --log-file "$exp_dir/log/train.log" \
     --total-steps "$total_steps" --failure-file "$exp_dir/reward_failure" \
     --server-url "${server_urls%%[, ]*}" --tensorboard-dir "$exp_dir/tensorboard" --validation-dir "$exp_dir/validation" -- \
-    "$trainer_bin/python" -m verl.trainer.main_ppo "${verl_args[@]}" "${profile_verl_args[@]}" \
+    "$trainer/bin/python" -m verl.trainer.main_ppo "${verl_args[@]}" "${profile_verl_args[@]}" \
     "${recipe_verl_args[@]}" "${verl_overrides[@]}"
   mark_done 2 "$state"
   [[ -z $server_pid ]] || { stop "$server_pid" && server_pid=''; }

@@ -177,6 +177,20 @@ choose_socket_folders() {
   fi
 }
 
+# plain_path FOLDER: the folder, or a link to it where a shell would take its path apart. Ray starts its workers by a
+# shell command in which the path of Python is not quoted (ray 2.60, worker_pool.cc).
+plain_path() {
+  local links=${TMPDIR:-/tmp}/tts-grpo-links-$UID link
+  if ((dry_run)) || [[ $1 != *[^A-Za-z0-9_./+-]* ]]; then
+    echo "$1"
+    return
+  fi
+  link=$links/$(sha256sum <<<"$1" | cut -c 1-16)
+  own_folder "$links" || die "$links cannot be used: set venv_root to a folder without spaces and signs"
+  ln -sfnT "$1" "$link"
+  echo "$link"
+}
+
 # hydra TEXT: a string of veRL's command line, which Hydra reads back as it is. Between single quotes it takes every
 # character for itself but a quote, and backslashes before a quote or at the end (hydra/grammar/OverrideLexer.g4, 1.3).
 hydra() {

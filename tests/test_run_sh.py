@@ -833,3 +833,12 @@ def test_gpus_are_those_that_the_shell_may_use(recipe):
     for visible in ("", "3", "3,-1", "NoDevFiles"):
         refused = recipe.run("--dry-run", "2", CUDA_VISIBLE_DEVICES=visible, **cosyvoice2)
         assert refused.returncode == 1 and f"CUDA_VISIBLE_DEVICES='{visible}' allows" in refused.stderr
+
+
+def test_ray_gets_a_python_whose_path_needs_no_quotes(recipe):
+    """The recipe is in a folder with a space: Ray does not quote the path of Python in its workers' commands."""
+    assert recipe.run("0", "2").returncode == 0
+    (line,) = [line for line in recipe.calls_path.read_text().splitlines() if "main_ppo" in line]
+    python = line.split(" -m verl.trainer.main_ppo")[0].split(" -- ")[-1]
+    assert re.fullmatch(r"[\w./+-]+", python), python
+    assert Path(python).parent.parent.resolve() == (recipe.root / "venv/trainer").resolve()
