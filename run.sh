@@ -269,6 +269,7 @@ configure() {
     --metrics-port "$metrics_port" --precision "$token2wav_precision" --devices "${device_list[@]}"
   )
   ((reward_tones)) || server_command+=(--no-tones)
+  server_command+=(--language "$language")
   prompt_flags=()
   [[ -z $prompt_audio ]] || prompt_flags=(--prompt-audio "$prompt_audio" --prompt-text "$prompt_text")
   if [[ -n $prompt_list ]]; then

@@ -62,6 +62,7 @@ def get_args(argv=None):
     parser.add_argument("--max-queue-size", type=int, default=16384, help="waiting requests beyond this are refused")
     parser.add_argument("--reward-curve", choices=("tanh", "exp"), default="tanh", help="see tts_grpo/reward/curves.py")
     parser.add_argument("--no-tones", dest="tones", action="store_false", help="compare pinyin without tones")
+    parser.add_argument("--language", choices=("zh", "en"), default="zh", help="of the texts and of the recogniser")
     parser.add_argument("--address", default="127.0.0.1", help="where to listen; 0.0.0.0 serves other machines")
     parser.add_argument("--http-port", type=int, default=8000, help="HTTP port")
     parser.add_argument("--grpc-port", type=int, default=8001, help="gRPC port")
@@ -117,8 +118,10 @@ def load_scorer(args, device: str):
         voices = load_prompt_voices(token2wav, args.prompt_list)
     elif args.prompt_audio:
         voices = [load_prompt_voice(token2wav, args.prompt_audio, args.prompt_text)]
-    asr = SenseVoice(args.asr_dir, device)
-    return RewardScorer(token2wav, asr, args.tones, args.reward_curve, voices, args.seed, args.prompt_voice_per)
+    asr = SenseVoice(args.asr_dir, device, language=args.language)
+    return RewardScorer(
+        token2wav, asr, args.tones, args.reward_curve, voices, args.seed, args.prompt_voice_per, args.language
+    )
 
 
 def warm_up(scorer, max_batch_size: int) -> None:

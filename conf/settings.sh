@@ -90,7 +90,7 @@ setting llm_path '' 3 path? "checkpoint that stage 3 merges, .../global_step_N; 
 
 # evaluation (stages 4 and 5)
 setting eval_jsonl '' "4 4s" input "test set, JSONL"
-setting language zh 4s "zh|en" "language of the test set"
+setting language zh "0 2 4s" "zh|en" "language of the texts, of the test set and of the recognisers"
 setting seeds "0 1 2 3 4" 4s ints "random seeds; the set is synthesised once with each"
 setting quality_utterances 100 4s "int>=0" "utterances for speaker similarity, DNSMOS and F0; 0: none"
 setting reference_audio '' 4s input? "recordings of the voice, where the set has no prompts"

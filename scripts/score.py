@@ -27,7 +27,7 @@ from tts_grpo.text.units import characters, pinyin
 
 CHUNK = 256  # recordings in memory at once
 MAX_DURATION_ERROR_S = 0.05  # a recording that differs more from its manifest is another, or cut short
-PACKAGES = ("torch", "funasr", "pypinyin", "rapidfuzz", "zhconv", "zhon")
+PACKAGES = ("torch", "funasr", "pypinyin", "rapidfuzz", "zhconv", "zhon", "wetext")
 
 
 def get_args(argv=None):
@@ -81,8 +81,8 @@ def read_recording(utterance: dict) -> np.ndarray | None:
 
 
 def units_of(text: str, language: str) -> list[str]:
-    """What is counted for the speech rate and compared for repetition: syllables or words."""
-    return pinyin(text, tones=False) if language == "zh" else METRICS["en"]["wer"].units(text)
+    """What is counted for the speech rate and compared for repetition: syllables and words of the spoken form."""
+    return pinyin(text, tones=False, language=language)
 
 
 def measure(utterance: dict, speech: np.ndarray | None, language: str, costly: CostlyFigures | None) -> None:

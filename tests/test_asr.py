@@ -9,7 +9,6 @@ from tests.hub_repositories import make_sensevoice
 from tts_grpo.speech.asr.sensevoice import SenseVoice
 from tts_grpo.speech.audio import load_audio
 from tts_grpo.text.errors import pinyin_error_rate
-from tts_grpo.text.units import written_units
 
 
 def recordings(assets, test_rows, count):
@@ -30,7 +29,7 @@ def test_onsets_tell_when_each_syllable_came(asr, assets, test_rows):
     gap = np.zeros(8000, np.float32)
     alone, other, joined = asr.hear([first, second, np.concatenate([first, gap, second])])
     count = len(alone.onsets_s)
-    assert len(written_units(joined.text)) == len(joined.onsets_s) >= count + len(other.onsets_s) - 2
+    assert len(joined.text) == len(joined.onsets_s) >= count + len(other.onsets_s) - 2
     assert list(joined.onsets_s) == sorted(joined.onsets_s)
     np.testing.assert_allclose(joined.onsets_s[: count - 1], alone.onsets_s[:-1], atol=0.1)
     later = (len(first) + len(gap)) / 16000

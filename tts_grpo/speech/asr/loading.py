@@ -36,7 +36,7 @@ def load_asr(model_dir: str | Path, device: str = "cpu", language: str = "zh") -
         model_dir: folder of funasr (config.yaml, model.pt), of faster-whisper (model.bin) or of sherpa-onnx
             (tokens.txt, *.onnx).
         device: torch device; sherpa-onnx stays on the CPU.
-        language: "zh" or "en".
+        language: "zh" or "en", for SenseVoice and Whisper; a Paraformer has its own.
 
     Raises:
         ValueError: the folder holds none of them, or not all of one; or funasr's network is of another kind.
@@ -53,7 +53,7 @@ def _load(folder: Path, device: str, language: str) -> LoadedAsr:
     if (folder / "config.yaml").exists():
         kind = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")).get("model", "")
         if kind == "SenseVoiceSmall":
-            return LoadedAsr(SenseVoice(folder, device), "funasr", kind, folder / "model.pt")
+            return LoadedAsr(SenseVoice(folder, device, language=language), "funasr", kind, folder / "model.pt")
         if kind.endswith("Paraformer"):
             return LoadedAsr(Paraformer(folder, device), "funasr", kind, folder / "model.pt")
         raise ValueError(f"{folder}/config.yaml: model {kind!r}: neither SenseVoiceSmall nor a Paraformer")

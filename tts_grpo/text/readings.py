@@ -1,0 +1,493 @@
+"""What is written in digits, signs and letters -> its readings in words.
+
+:func:`tokens` cuts a plain text into Chinese characters, words and what has to be read; a reading function of each kind
+gives a chain of groups, each with its alternatives, the usual one first ("" is silence). Numbers are read by
+tts_grpo/text/numbers.py, units and currencies by the tables and the library of tts_grpo/text/measures.py.
+"""
+
+import itertools
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from tts_grpo.text import measures
+from tts_grpo.text.clean import HAN, is_han
+from tts_grpo.text.numbers import (
+    en_cardinals,
+    en_decimals,
+    en_digits,
+    en_ordinals,
+    en_serials,
+    zh_cardinals,
+    zh_decimals,
+    zh_digits,
+    zh_serials,
+)
+
+Groups = list[tuple[str, ...]]
+_NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?"
+_BEGIN = r"(?<![0-9])(?<![0-9][.,])"
+_SIGN = r"(?:(?<![0-9A-Za-z%°)\]年月日号点时分楼级周])[-+±])?"
+_UNIT = "|".join(sorted(map(re.escape, measures.ZH_UNITS), key=len, reverse=True))
+_MONEY = "|".join(sorted(map(re.escape, measures.ZH_CURRENCIES), key=len, reverse=True))
+_DOMAIN = r"(?:com|cn|net|org|io|ai|edu|gov|co|uk|me|tv|app|dev|info|top)"
+_PATTERNS = {
+    "address": r"(?:https?|ftp)://[A-Za-z0-9./_?=&%#:~-]+|[A-Za-z0-9][A-Za-z0-9._+-]*@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)+"
+    rf"|(?<![A-Za-z0-9])(?:[A-Za-z0-9][A-Za-z0-9-]*\.)+{_DOMAIN}(?![A-Za-z0-9])(?:/[A-Za-z0-9._?=&%/-]*)?",
+    "date": _BEGIN + r"(?P<year>[12][0-9]{3})(?P<mark>[-/.])(?P<month>0?[1-9]|1[0-2])(?P=mark)"
+    r"(?P<day>3[01]|[12][0-9]|0?[1-9])(?![0-9])|"
+    + _BEGIN
+    + r"(?P<year2>[12][0-9]{3})/(?P<month2>0?[1-9]|1[0-2])(?![0-9/])",
+    "time": r"(?<![0-9:])(?P<hour>[01]?[0-9]|2[0-4]):(?P<minute>[0-5][0-9])(?::(?P<second>[0-5][0-9]))?(?![0-9:])"
+    r"(?:\s?(?P<noon>[aApP])\.?[mM]\b\.?)?|" + _BEGIN + r"(?P<hour2>1[0-2]|[1-9])\s?(?P<noon2>[aApP])\.?[mM]\b\.?",
+    "phone": r"(?<![0-9])(?:\+[0-9]{1,3}[- ]?)?1[3-9][0-9](?P<gap>[- ]?)[0-9]{4}(?P=gap)[0-9]{4}(?![0-9])"
+    r"|(?<![0-9])\(?0[0-9]{2,3}\)?[- ]?[0-9]{7,8}(?:-[0-9]{1,5})?(?![0-9])"
+    r"|(?<![0-9])[48]00[- ]?[0-9]{3}[- ]?[0-9]{4}(?![0-9])|(?<![0-9])[0-9]{3}-[0-9]{3}-[0-9]{4}(?![0-9])"
+    r"|(?<![0-9])[0-9]{3}-[0-9]{4}(?![0-9年])",
+    "version": r"(?<![0-9])[0-9]+(?:\.[0-9]+){2,}",
+    "money": rf"(?P<currency>{_MONEY})\s?(?P<amount>{_NUMBER})"
+    r"(?P<scale>[万亿千百]+|\s?(?:k|K|[MB]n?|bn|[mb]illion)\b)?",
+    "percent": rf"(?P<psign>{_SIGN}){_BEGIN}(?P<share>{_NUMBER})(?:(?P<range>\s?[-~—]\s?)(?P<upto>{_NUMBER}))?"
+    r"\s?(?P<percent>[%‰])",
+    "fraction": r"(?<![0-9./])(?:(?P<ones>[0-9]+) )?(?P<over>[0-9]+)/(?P<under>[0-9]+)(?![0-9./]|\s?[A-Za-z]+/)",
+    "power": rf"{_BEGIN}(?P<base>{_NUMBER})\^(?P<power>-?[0-9]+)",
+    "measure": rf"(?P<msign>{_SIGN}){_BEGIN}(?<![A-Za-z])(?P<size>{_NUMBER})"
+    rf"(?:(?P<mrange>\s?[-~—]\s?)(?P<mupto>{_NUMBER}))?(?P<space>\s?)(?P<unit>{_UNIT})(?:/(?P<per>{_UNIT}|d|人|天|次|个|年|月|日))?(?![A-Za-z0-9])",
+    "price": rf"{_BEGIN}(?P<whole>[0-9]+)\.(?P<cents>[0-9]{{1,2}})(?P<yuan>[元块])",
+    "ordinal": r"(?<![0-9.])(?P<rank>[0-9]+)(?:st|nd|rd|th)\b",
+    "decade": r"(?<![0-9])'?(?P<decade>(?:1[0-9]|20)?[0-9]0)'?s\b",
+    "numero": r"\b[Nn][Oo]\.?\s?(?=[0-9])",
+    "number": rf"(?P<nsign>{_SIGN}){_BEGIN}(?P<number>{_NUMBER})|[0-9]+",
+    "word": r"[A-Za-z]+(?:'[A-Za-z]+)*",
+    "han": f"[{HAN}]",
+    "other": rf"[^\W_0-9A-Za-z{HAN}]+",
+    "sign": r"[-~—+*×÷=<>≤≥≈≠:/&@^_·#%.]+",
+    "mark": r"[^\w\s]|_",
+}
+_TOKEN = re.compile("|".join(f"(?P<{kind}_>{pattern})" for kind, pattern in _PATTERNS.items()))
+_SHORT = re.compile(r"[A-Z]{2,5}s?$")
+_COUNTED = frozenset("个只位条张本次天块件台辆家种名口把杯瓶双套间层年岁点分小周")  # 2 before them is usually 两
+# A number before one of them is a quantity, and not read digit by digit.
+_QUANTITIES = _COUNTED - {"年"} | frozenset(
+    "月日秒人元毛角度米斤公千百万亿倍成碗句首部支篇颗粒头匹页道题章节轮步群枚根盒袋箱份亩吨克升瓦伏平立厘毫英里"
+)
+_NAMED = re.compile(
+    r"(?:电话|拨打|热线|号码|短信|微信|邮编|编号|密码|证码|尾号|卡号|房间|航班|车次|车牌|工号|学号|账号|客服|代码|股票|QQ)"
+    r"[是为：:\s]{0,3}$"
+)
+_CALLS = frozenset(
+    [
+        "110",
+        "112",
+        "114",
+        "119",
+        "120",
+        "121",
+        "122",
+        "315",
+        "911",
+        "12306",
+        "12315",
+        "12345",
+        "10000",
+        "10010",
+        "10086",
+        "95588",
+    ]
+)
+
+
+_SPELLED = frozenset(
+    ["KB", "kb", "MB", "GB", "TB", "B", "M", "px", "ppm", "K", "bps", "kbps", "Mbps", "Gbps"]
+)  # usually said by their letters
+
+
+@dataclass(frozen=True)
+class Token:
+    """A stretch of a plain text, of which kind, and its readings: a chain of groups of alternatives."""
+
+    start: int
+    end: int
+    kind: str
+    groups: Groups
+
+
+def tokens(text: str, language: str) -> Iterator[Token]:
+    """The tokens of a plain text, in order; spaces are none."""
+    for found in _TOKEN.finditer(text):
+        kind = next(name for name in _PATTERNS if found[f"{name}_"] is not None)
+        yield Token(found.start(), found.end(), kind, _READERS[kind](found, language))
+
+
+def _options(*parts) -> tuple[str, ...]:
+    """All ways to say parts one after the other; each is a string or its alternatives."""
+    choices = [(part,) if isinstance(part, str) else part for part in parts]
+    return tuple(
+        dict.fromkeys(" ".join("".join(one).split()) for one in itertools.islice(itertools.product(*choices), 96))
+    )
+
+
+def _spaced(*parts) -> tuple[str, ...]:
+    """:func:`_options` of English words."""
+    return _options(*(tuple(f" {one} " for one in ((part,) if isinstance(part, str) else part)) for part in parts))
+
+
+def _near_latin(found: re.Match) -> bool:
+    """Whether Latin letters are the neighbours of a token, so that its numbers may be English."""
+    before, after = found.string[: found.start()].rstrip(" -"), found.string[found.end() :].lstrip(" -")
+    return any(c.isascii() and c.isalpha() for c in (before[-1:], after[:1]) if c)
+
+
+def _word(found: re.Match, language: str) -> Groups:
+    word = found[0]
+    if _SHORT.match(word):
+        return [(" ".join(word),)]
+    names = measures.EN_ABBREVIATIONS.get(word.lower(), "") if language == "en" else ""
+    if names and (found.string[found.end() :][:1] == "." or word.lower() in ("mr", "mrs", "dr")):
+        return [(*names.split(), word)] if word.lower() != "etc" else [(names, word)]
+    return [(word,)]
+
+
+def _number_words(number: str, language: str, both: bool) -> tuple[str, ...]:
+    """Readings of a number that has no unit."""
+    number = number.replace(",", "") if "," in number else number
+    if "." in number:
+        zh, en = zh_decimals(number), en_decimals(number)
+    else:
+        zh, en = zh_serials(number), en_serials(number)
+    return en if language == "en" else zh + en if both else zh
+
+
+def _zh_number(number: str, before: str, after: str) -> tuple[str, ...]:
+    """Readings of a number by what stands beside it: quantities, years, names."""
+    follows = after[:1]
+    if "." in number or "," in number or follows in _QUANTITIES:
+        words = zh_decimals(number.replace(",", ""))
+        return ("[两二]",) if words[0] == "[二两]" and follows in _COUNTED and before[-1:] != "第" else words
+    year = len(number) == 4 and "1900" <= number <= "2099" and not is_han(follows or " ")
+    year |= follows in ("年", "后") and len(number) in (2, 4) and number not in ("10", "20", "30")
+    return zh_serials(number, year or number in _CALLS or bool(_NAMED.search(before)))
+
+
+def _number(found: re.Match, language: str) -> Groups:
+    number, after = found["number"] or found[0], found.string[found.end() :]
+    before, latin = found.string[: found.start()], _near_latin(found)
+    if language == "en":
+        words = _number_words(number, "en", False)
+    else:
+        words = _zh_number(number, before, after) + (_number_words(number, "en", False) if latin else ())
+    if number in ("2", "4") and before[-1:].isalpha() and after[:1].isalpha() and latin:
+        words += {"2": ("to",), "4": ("for",)}[number]
+    return [*_signed(found["nsign"], language, after[:1] == "度"), words]
+
+
+def _signed(sign: str | None, language: str, cold: bool = False) -> Groups:
+    if not sign:
+        return []
+    names = {
+        "zh": {"-": ("负", "零下") if cold else ("负", "减"), "+": ("正", "加", "零上", ""), "±": ("正负",)},
+        "en": {"-": ("minus", "negative"), "+": ("plus", ""), "±": ("plus or minus",)},
+    }
+    return [names[language][sign]]
+
+
+def _sign(found: re.Match, language: str) -> Groups:
+    """A sign between words or numbers; elsewhere it is punctuation."""
+    sign, before, after = found[0], found.string[: found.start()].rstrip(), found.string[found.end() :].lstrip()
+    if len(sign) > 1 and sign not in ("<=", ">=", "=="):
+        return [("",)]
+    sign = {"<=": "≤", ">=": "≥", "==": "=", "—": "-", "~": "~"}.get(sign, sign)
+    left, right = before[-1:], after[:1]
+    digits = (left.isdigit() or left in ("%", "°")) and right.isdigit()
+    table = measures.ZH_SIGNS if language == "zh" else measures.EN_SIGNS
+    if sign in "-~":
+        return [_connector(left, right, digits, language)]
+    if digits or (sign in "&@=<>≤≥≈≠+" and left and right):
+        return [table.get(sign, ("",))]
+    if sign == "+" and left.isdigit():
+        return [("加", "多", "以上", "") if language == "zh" else ("plus", "")]
+    return [("", *(word for word in table.get(sign, ()) if word))] if left and right and sign in "/_·#" else [("",)]
+
+
+def _connector(left: str, right: str, digits: bool, language: str) -> tuple[str, ...]:
+    """A dash or tilde between two words: a range, a score, a minus, or nothing."""
+    if not left or not right or not (left.isalnum() or left in "%°") or not right.isalnum():
+        return ("",)
+    if digits:
+        return ("到", "至", "比", "减", "杠", "") if language == "zh" else ("to", "minus", "through", "dash", "")
+    return ("", "到", "至", "杠", "减", "dash") if language == "zh" else ("", "to", "dash", "minus")
+
+
+def _unit_words(unit: str, number: tuple[str, ...], language: str) -> Groups:
+    """A quantity: its number and its unit, in the order of the language."""
+    if language == "zh" and (names := measures.ZH_UNITS.get(unit)):
+        letters = (f" {unit}",) if unit.isalpha() else ()
+        return [number, letters + tuple(names.split()) if unit in _SPELLED else tuple(names.split()) + letters]
+    template = measures.library_template(unit, language)
+    if template is None:
+        return [number, (unit,)]
+    head, tail = template.split("{}")
+    names = (tail.strip(), tail.strip().removesuffix("s"), unit) if language == "en" and not head else (tail.strip(),)
+    return ([(head,)] if head.strip() else []) + [number] + ([names] if tail.strip() else [])
+
+
+def _measure(found: re.Match, language: str) -> Groups:
+    unit, per = found["unit"], found["per"]
+    values = [found["size"].replace(",", ""), *([found["mupto"].replace(",", "")] if found["mupto"] else [])]
+    words = [zh_decimals(v) if language == "zh" else en_decimals(v) for v in values]
+    letters = unit.isascii() and unit.isalpha() and unit not in ("kg", "km", "cm", "mm", "ml", "mL", "min")
+    if letters and not per and len(values) == 1:  # 5G, 3M: may be a name
+        words = [tuple(dict.fromkeys(words[0] + _number_words(values[0], language, True)))]
+    groups = _signed(found["msign"], language, unit.startswith("°"))
+    if len(words) == 2:
+        groups += [words[0], _connector("1", "1", True, language)]
+    if not per:
+        return groups + _unit_words(unit, words[-1], language)
+    if language == "en":
+        return groups + _unit_words(f"{unit}/{per}", words[-1], "en")
+    names, pers = (measures.ZH_UNITS.get(u, u).split() for u in (unit, per))
+    numbers = words[-1][:2]
+    plain = _options(numbers, names, "每", pers)
+    return [*groups, plain + _options("每", pers, numbers, names) + _options(numbers, f" {unit} 每 {per}")]
+
+
+def _percent(found: re.Match, language: str) -> Groups:
+    values = [found["share"].replace(",", ""), *([found["upto"].replace(",", "")] if found["upto"] else [])]
+    sign = _signed(found["psign"], language)
+    if language == "en":
+        name = ("percent", "per cent") if found["percent"] == "%" else ("per mille",)
+        groups = [en_decimals(values[0]), name]
+        return sign + ([en_decimals(values[0]), ("to",), en_decimals(values[1]), name] if values[1:] else groups)
+    name = "百分之" if found["percent"] == "%" else "千分之"
+    shares = [zh_decimals(v) + (("百",) if v == "100" and name[0] == "百" else ()) for v in values]
+    if found["psign"] == "-":
+        return [_options(name, "负", shares[0]) + _options("负", name, shares[0])]
+    if len(shares) == 1:
+        return [*sign, (name,), shares[0]]
+    return [*sign, (name,), shares[0], ("到", "至"), (name, ""), shares[1]]
+
+
+def _money(found: re.Match, language: str) -> Groups:
+    amount, currency, scale = found["amount"].replace(",", ""), found["currency"], (found["scale"] or "").strip()
+    whole, _, cents = amount.partition(".")
+    if language == "en":
+        return [_english_money(whole, cents, currency, scale)]
+    scales = {
+        "k": ("k", "千"),
+        "K": ("k", "千"),
+        "m": ("百万", "m"),
+        "M": ("百万", "m"),
+        "b": ("十亿", "b"),
+        "B": ("十亿", "b"),
+    }
+    large = ("",) if not scale else scales.get(scale[0], (scale,))
+    names = measures.ZH_CURRENCIES[currency].split()
+    said = _options(zh_decimals(amount), large, tuple(names))
+    if not scale and "元" in names[0] and 0 < len(cents) < 3:
+        said += _coins(whole, cents, "元块")
+    return [said]
+
+
+def _coins(whole: str, cents: str, names: str) -> tuple[str, ...]:
+    """Amounts in yuan, jiao and fen: 99.9 is 九十九块九, 九十九块九毛, 九十九元九角."""
+    jiao, fen = (zh_digits(digit) for digit in cents.ljust(2, "0"))
+    found = ()
+    for name in names:
+        tenth = "角" if name == "元" else "毛"
+        if cents.ljust(2, "0") == "00":
+            found += _options(zh_cardinals(whole), name)
+        elif fen == "零":
+            found += _options(zh_cardinals(whole), name, jiao, (tenth, ""))
+        elif jiao == "零":
+            found += _options(zh_cardinals(whole), name, ("零", ""), fen, "分")
+        else:
+            found += _options(zh_cardinals(whole), name, jiao, (tenth,), fen, ("分", ""))
+    return found
+
+
+def _price(found: re.Match, language: str) -> Groups:
+    whole, cents, yuan = found["whole"], found["cents"], found["yuan"]
+    return [_options(zh_decimals(f"{whole}.{cents}"), yuan) + _coins(whole, cents, yuan)]
+
+
+def _english_money(whole: str, cents: str, currency: str, scale: str) -> tuple[str, ...]:
+    major, minor = measures.EN_CURRENCIES.get(currency, "unit cent").split()
+    majors = (
+        (major,) if whole == "1" and not scale and major != "yuan" else (f"{major}s" if major != "yuan" else major,)
+    )
+    large = {"k": "thousand", "K": "thousand", "M": "million", "m": "million", "B": "billion", "b": "billion"}
+    scales = ("",) if not scale else (large.get(scale[0], scale),)
+    amount = f"{whole}.{cents}" if cents else whole
+    said = _spaced(en_decimals(amount), scales, majors)
+    if len(cents) == 2 and not scale:
+        said = _spaced(en_cardinals(whole), majors, ("and", ""), en_cardinals(cents), (f"{minor}s", minor, "")) + said
+    return said
+
+
+def _date(found: re.Match, language: str) -> Groups:
+    year, month, day = found["year"] or found["year2"], found["month"] or found["month2"], found["day"]
+    if language == "en":
+        months = measures.EN_MONTHS[int(month) - 1]
+        if day is None:
+            return [(months,), en_serials(year)]
+        days = en_ordinals(day.lstrip("0")) + en_cardinals(day.lstrip("0"))
+        return [_spaced(months, ("", "the"), days) + _spaced("the", days, "of", months), en_serials(year)]
+    groups = [zh_serials(year, digits_first=True), ("年",), zh_cardinals(str(int(month))), ("月",)]
+    return groups + ([zh_cardinals(str(int(day))), ("日", "号")] if day else [])
+
+
+def _clock(hour: str, minute: str, second: str | None) -> tuple[str, ...]:
+    """A time of day in Chinese, without morning or afternoon."""
+    hours = tuple(one.replace("[二两]", "[两二]") for one in zh_cardinals(str(int(hour))))
+    minutes = zh_cardinals(str(int(minute)))
+    if second is not None:
+        low = int(minute) < 10
+        middles = _options(("零", "") if low and minute != "00" else "", "零" if minute == "00" else minutes, "分")
+        return _options(hours, "点", middles, zh_cardinals(second.lstrip("0") or "0") + zh_cardinals(second), "秒")
+    if minute == "00":
+        return _options(hours, "点", ("", "整", "钟"))
+    found = _options(hours, "点", ("零", "") if int(minute) < 10 else "", minutes, ("分", ""))
+    extra = {"15": ("一刻",), "30": ("半",), "45": ("三刻",)}.get(minute, ())
+    return found + (_options(hours, "点", extra) if extra else ())
+
+
+def _time(found: re.Match, language: str) -> Groups:
+    hour, minute, second = found["hour"] or found["hour2"], found["minute"] or "00", found["second"]
+    noon = (found["noon"] or found["noon2"] or "").lower()
+    if language == "en":
+        return [_english_time(hour, minute, second, noon)]
+    said = _clock(hour, minute, second)
+    if 12 < int(hour) < 24:
+        short = _clock(str(int(hour) - 12), minute, second)
+        said += short + _options(("下午", "晚上", "傍晚") if int(hour) > 16 else "下午", short)
+    if noon:
+        half = ("上午", "早上", "凌晨") if noon == "a" else ("下午", "晚上", "中午")
+        return [_options(half, said) + _options(said, f" {noon} m")]
+    if second is None:
+        said += _options(zh_cardinals(hour), "比", zh_cardinals(minute))
+    return [said]
+
+
+def _english_time(hour: str, minute: str, second: str | None, noon: str) -> tuple[str, ...]:
+    tail = f"{noon} m" if noon else ""
+    hours = en_cardinals(str(int(hour)))
+    if minute == "00":
+        said = _spaced(hours, (tail,)) + _spaced(hours, "o'clock", (tail,)) + _spaced(hours, "o clock", (tail,))
+        return said if second is None else _spaced(hours, "o'clock", "and", en_cardinals(second), "seconds", (tail,))
+    zero = ("oh", "o", "zero") if int(minute) < 10 else ""
+    said = _spaced(hours, zero, en_cardinals(str(int(minute))))
+    if second is not None:
+        said = _spaced(said, ("and", ""), en_cardinals(str(int(second))), ("seconds", ""))
+    return _spaced(said, (tail,))
+
+
+def _phone(found: re.Match, language: str) -> Groups:
+    read: Callable = en_digits if language == "en" else lambda digits: (zh_digits(digits.ljust(3)[: len(digits)]),)
+    groups: Groups = [("plus", "") if language == "en" else ("加", "")] if found[0].startswith("+") else []
+    for part in re.findall(r"[0-9]+|-", found[0].lstrip("+")):
+        if part == "-":
+            groups.append(("", "dash") if language == "en" else ("", "杠", "转"))
+        elif language == "en":
+            groups.append(read(part))
+        else:
+            groups.append((zh_digits(part).replace("一", "[一幺]") if len(part) < 3 else zh_digits(part),))
+    return groups
+
+
+def _version(found: re.Match, language: str) -> Groups:
+    groups: Groups = []
+    for part in re.split(r"(\.)", found[0]):
+        if part == ".":
+            groups.append(("点",) if language == "zh" else ("point", "dot"))
+        else:
+            groups.append(_number_words(part, language, _near_latin(found)))
+    return groups
+
+
+def _fraction(found: re.Match, language: str) -> Groups:
+    ones, over, under = found["ones"], found["over"], found["under"]
+    if language == "en":
+        return [_english_fraction(ones, over, under)]
+    said = _options(zh_cardinals(under), "分之", zh_cardinals(over))
+    if ones:
+        return [_options(zh_cardinals(ones), ("又", ""), said)]
+    month, day = int(over[:3]), int(under[:3])
+    if 1 <= month <= 12 and 1 <= day <= 31:
+        date = _options(zh_cardinals(str(month)), "月", zh_cardinals(str(day)), ("日", "号"))
+        said = date + said if over[0] == "0" else said + date
+    said += _options(zh_serials(over), ("杠", "斜杠", "比", ""), zh_serials(under))
+    return [said + (("一半", "half") if (over, under) == ("1", "2") else ())]
+
+
+def _english_fraction(ones: str | None, over: str, under: str) -> tuple[str, ...]:
+    names = {"2": ("half", "halves"), "4": ("quarter", "fourth")}.get(under, en_ordinals(under))
+    plural = names if over == "1" else tuple(n if n == "halves" else f"{n}s" for n in names)
+    said = _spaced(en_cardinals(over) + (("a", "") if over == "1" else ()), plural)
+    said += _spaced(en_cardinals(over), ("slash", "over", "out of", ""), en_cardinals(under))
+    month, day = int(over[:3]), int(under[:3])
+    if 1 <= month <= 12 and 1 <= day <= 31:
+        said += _spaced(measures.EN_MONTHS[month - 1], en_ordinals(str(day)) + en_cardinals(str(day)))
+    return _spaced(en_cardinals(ones), "and", said) if ones else said
+
+
+def _power(found: re.Match, language: str) -> Groups:
+    base, power = found["base"].replace(",", ""), found["power"]
+    if language == "en":
+        known = {"2": ("squared",), "3": ("cubed",)}.get(power, ())
+        name = _spaced("to the", ("power of", ""), en_cardinals(power.lstrip("-")) + en_ordinals(power.lstrip("-")))
+        return [en_decimals(base), known + name]
+    minus = "负" if power.startswith("-") else ""
+    known = {"2": ("的平方", "平方"), "3": ("的立方", "立方")}.get(power, ())
+    return [zh_decimals(base), _options(("的", ""), minus, zh_cardinals(power.lstrip("-")), ("次方", "次幂")) + known]
+
+
+def _ordinal(found: re.Match, language: str) -> Groups:
+    english = en_ordinals(found["rank"])
+    return [english if language == "en" else english + _options("第", zh_cardinals(found["rank"]))]
+
+
+def _decade(found: re.Match, language: str) -> Groups:
+    digits = found["decade"]
+    if language == "zh":
+        return [_options((zh_digits(digits), *zh_cardinals(digits)), ("年代", " s"))]
+    tens = en_cardinals(digits[-2:])[0].removesuffix("y") + "ies" if digits[-2:] != "00" else "hundreds"
+    return [_spaced(*([en_cardinals(digits[:-2])] if len(digits) == 4 else []), tens)]
+
+
+def _numero(found: re.Match, language: str) -> Groups:
+    return [("number", "n o", "no") if language == "en" else ("number", "第", "编号", "n o", "号码")]
+
+
+def _address(found: re.Match, language: str) -> Groups:
+    """A web or mail address: words, letters or digits, and the names of its signs."""
+    signs = {
+        "zh": {".": ("点", "dot"), "/": ("斜杠", "杠", "slash"), ":": ("冒号", ""), "@": ("艾特", "at", "圈a"),
+               "-": ("杠", "横杠", "减", "中划线", "dash"), "_": ("下划线", "杠")},
+        "en": {".": ("dot",), "/": ("slash",), ":": ("colon", ""), "@": ("at",), "-": ("dash", "hyphen"),
+               "_": ("underscore",)},
+    }[language]  # fmt: skip
+    groups: Groups = []
+    for part in re.findall(r"[A-Za-z]+|[0-9]+|[^A-Za-z0-9]", found[0].rstrip("/.?")):
+        if part.isdigit():
+            groups.append(_number_words(part, language, True))
+        elif part.isalpha():
+            groups.append((part.lower(), "三w") if part == "www" else (part.lower(),))
+        else:
+            groups.append(signs.get(part, ("",)))
+    return groups
+
+
+def _itself(found: re.Match, language: str) -> Groups:
+    return [(found[0],)]
+
+
+def _silent(found: re.Match, language: str) -> Groups:
+    return [("",)]
+
+
+_READERS: dict[str, Callable[[re.Match, str], Groups]] = {
+    "address": _address, "date": _date, "time": _time, "phone": _phone, "version": _version, "money": _money,
+    "percent": _percent, "fraction": _fraction, "power": _power, "measure": _measure, "price": _price,
+    "ordinal": _ordinal, "decade": _decade, "numero": _numero, "number": _number, "word": _word, "han": _itself,
+    "other": _itself, "sign": _sign, "mark": _silent,
+}  # fmt: skip
