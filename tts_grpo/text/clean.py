@@ -16,9 +16,11 @@ _BEFORE = {
     **{chr(code): f"^{digit}" for digit, code in enumerate((0x2070, 0xB9, 0xB2, 0xB3, *range(0x2074, 0x207A)))},
     **{fraction: f" {unicodedata.normalize('NFKC', fraction).replace('⁄', '/')}" for fraction in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"},
     **{chr(0x2160 + i): f" {i + 1}" for i in range(12)},
-    "㎡": "m^2", "㎥": "m^3", "㎢": "km^2", "〇": "零", "○": "零", "’": "'", "‘": "'", "＇": "'", "−": "-", "–": "-",
+    "㎡": "m^2", "㎥": "m^3", "㎢": "km^2", "〇": "零", "’": "'", "‘": "'", "＇": "'", "−": "-", "–": "-",
     "‐": "-", "‑": "-", "〜": "~", "～": "~", "∶": ":",
+    "™": "", "®": "", "©": "", "℡": "", "⁻": "^-",
 }  # fmt: skip
+_SUPERSCRIPTS = frozenset(c for c, plain in _BEFORE.items() if plain[:1] == "^" and c != "^")
 HAN = "\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 _HAN = re.compile(f"[{HAN}]")
 # CosyVoice's marks for sounds and stress, marks of other programs, and special tokens of language models.
@@ -94,6 +96,9 @@ def clean(raw: str) -> PlainText:
             characters.append((" ", tags[0][0], tags[0][1]))
             tags.pop(0)
         if not tags or end <= tags[0][0]:
-            characters += [(c, begin, end) for c in _plain(raw[begin:end])]
+            plain = _plain(raw[begin:end])
+            if plain[:1] == "^" and raw[begin - 1 : begin] in _SUPERSCRIPTS:
+                plain = plain[1:]  # 10⁻¹² is 10^-12
+            characters += [(c, begin, end) for c in plain]
     text, starts, ends = zip(*characters, strict=True) if characters else ((), (), ())
     return PlainText(simplified("".join(text)), starts, ends)

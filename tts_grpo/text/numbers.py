@@ -10,7 +10,7 @@ ZH_DIGITS = "零一二三四五六七八九"
 _SECTION = ("", "十", "百", "千")
 _LARGE = ("", "万", "亿", "万亿")
 _TWO = "贰"  # stands for 2 where 二 and 两 are both said, until the reading is complete
-_SHORTER = {"十": "百", "百": "千", "千": "万"}  # 一百五十 is also said 一百五
+_SHORTER = {"十": "百", "百": "千", "千": "万"}  # the unit below each, which may be left out: 一百五
 
 _ONES = (
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
@@ -54,7 +54,7 @@ def _chinese(number: int) -> str:
 
 @lru_cache(maxsize=4096)
 def zh_cardinals(digits: str) -> tuple[str, ...]:
-    """A whole number as a quantity: 150 is 一百五十 and 一百五, 2 is 二 and 两, 10 is 十 and 一十; 05 is 五 and 零五.
+    """A whole number as a quantity: 2 is 二 and 两, 10 is 十 and 一十, 05 is 五 and 零五.
 
     Args:
         digits: ASCII digits; a number of more than 16 of them is read digit by digit.
@@ -64,8 +64,6 @@ def zh_cardinals(digits: str) -> tuple[str, ...]:
         return (zh_digits(digits),)
     said = _chinese(int(plain))
     found = [said[1:], said] if said.startswith("一十") else [said]
-    if len(said) > 3 and said[-1] in _SHORTER and said[-3] == _SHORTER[said[-1]]:
-        found.append(said[:-1])
     found += [one.replace("零一十", "零十") for one in found if "零一十" in one]
     if digits[0] == "0" and len(digits) > 1:
         found += [zh_digits(digits)] if plain == "0" else ["零" + found[0]]
@@ -77,6 +75,12 @@ def zh_digits(digits: str) -> str:
     """Digit by digit; 1 is also yao in numbers of three and more digits: 119 is 幺幺九."""
     said = "".join(ZH_DIGITS[int(digit)] for digit in digits)
     return said.replace("一", "[一幺]") if len(digits) > 2 else said
+
+
+def zh_short(digits: str) -> tuple[str, ...]:
+    """A whole number without its last unit, as it is said where nothing follows: 150 is 一百五; else empty."""
+    said = zh_cardinals(digits)[0]
+    return (said[:-1],) if len(said) > 3 and _SHORTER.get(said[-1]) == said[-3] else ()
 
 
 def zh_decimals(number: str) -> tuple[str, ...]:
@@ -93,7 +97,9 @@ def zh_serials(digits: str, digits_first: bool = False) -> tuple[str, ...]:
     if len(digits) == 1:
         return zh_cardinals(digits)
     named, counted = (zh_digits(digits),), zh_cardinals(digits)
-    first = digits_first or digits[0] == "0" or len(digits) > 8
+    if digits[0] == "0":
+        return named + (counted if len(digits) == 2 and digits != "00" else ())
+    first = digits_first or len(digits) > 8
     return tuple(dict.fromkeys(named + counted if first else counted + named))
 
 

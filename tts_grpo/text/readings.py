@@ -22,6 +22,7 @@ from tts_grpo.text.numbers import (
     zh_decimals,
     zh_digits,
     zh_serials,
+    zh_short,
 )
 
 Groups = list[tuple[str, ...]]
@@ -39,35 +40,49 @@ _PATTERNS = {
     + _BEGIN
     + r"(?P<year2>[12][0-9]{3})/(?P<month2>0?[1-9]|1[0-2])(?![0-9/])",
     "time": r"(?<![0-9:])(?P<hour>[01]?[0-9]|2[0-4]):(?P<minute>[0-5][0-9])(?::(?P<second>[0-5][0-9]))?(?![0-9:])"
-    r"(?:\s?(?P<noon>[aApP])\.?[mM]\b\.?)?|" + _BEGIN + r"(?P<hour2>1[0-2]|[1-9])\s?(?P<noon2>[aApP])\.?[mM]\b\.?",
+    r"(?:\s?(?P<noon>[aApP])\.?[mM](?![A-Za-z])\.?)?|"
+    + _BEGIN
+    + r"(?P<hour2>1[0-2]|[1-9])\s?(?P<noon2>[aApP])\.?[mM](?![A-Za-z])\.?",
     "phone": r"(?<![0-9])(?:\+[0-9]{1,3}[- ]?)?1[3-9][0-9](?P<gap>[- ]?)[0-9]{4}(?P=gap)[0-9]{4}(?![0-9])"
-    r"|(?<![0-9])\(?0[0-9]{2,3}\)?[- ]?[0-9]{7,8}(?:-[0-9]{1,5})?(?![0-9])"
+    r"|(?<![0-9])\(?0[0-9]{2,3}\)?[- ]?[0-9]{3,4}[- ]?[0-9]{4}(?:-[0-9]{1,5})?(?![0-9])"
     r"|(?<![0-9])[48]00[- ]?[0-9]{3}[- ]?[0-9]{4}(?![0-9])|(?<![0-9])[0-9]{3}-[0-9]{3}-[0-9]{4}(?![0-9])"
     r"|(?<![0-9])[0-9]{3}-[0-9]{4}(?![0-9年])",
     "version": r"(?<![0-9])[0-9]+(?:\.[0-9]+){2,}",
     "money": rf"(?P<currency>{_MONEY})\s?(?P<amount>{_NUMBER})"
-    r"(?P<scale>[万亿千百]+|\s?(?:k|K|[MB]n?|bn|[mb]illion)\b)?",
-    "percent": rf"(?P<psign>{_SIGN}){_BEGIN}(?P<share>{_NUMBER})(?:(?P<range>\s?[-~—]\s?)(?P<upto>{_NUMBER}))?"
+    r"(?P<scale>[万亿千百]+|\s?(?:k|K|[MB]n?|bn|[mb]illion)(?![A-Za-z]))?",
+    "minutes": r"(?<![0-9.])(?P<minutes>[0-9]{1,2})'(?P<seconds>[0-9]{1,2})(?:''|\")",
+    "percent": rf"(?P<psign>{_SIGN}){_BEGIN}(?P<share>{_NUMBER})(?:[%‰]?(?P<range>\s?[-~—]\s?)(?P<upto>{_NUMBER}))?"
     r"\s?(?P<percent>[%‰])",
+    "decade": r"(?<![0-9.])'?(?P<decade>(?:1[0-9]|20)?[0-9]0)'?s(?![A-Za-z])",
+    "anniversary": r"(?<![0-9])(?P<nth>1[0-2]|[1-9])·(?P<of>[0-9]{1,2})(?![0-9])",
     "fraction": r"(?<![0-9./])(?:(?P<ones>[0-9]+) )?(?P<over>[0-9]+)/(?P<under>[0-9]+)(?![0-9./]|\s?[A-Za-z]+/)",
     "power": rf"{_BEGIN}(?P<base>{_NUMBER})\^(?P<power>-?[0-9]+)",
     "measure": rf"(?P<msign>{_SIGN}){_BEGIN}(?<![A-Za-z])(?P<size>{_NUMBER})"
-    rf"(?:(?P<mrange>\s?[-~—]\s?)(?P<mupto>{_NUMBER}))?(?P<space>\s?)(?P<unit>{_UNIT})(?:/(?P<per>{_UNIT}|d|人|天|次|个|年|月|日))?(?![A-Za-z0-9])",
+    rf"(?:(?P<mrange>\s?[-~—]\s?)(?P<mupto>{_NUMBER}))?\s?(?P<unit>{_UNIT})"
+    rf"(?:/(?P<per>{_UNIT}|d|人|天|次|个|年|月|日))?(?![A-Za-z0-9])",
     "price": rf"{_BEGIN}(?P<whole>[0-9]+)\.(?P<cents>[0-9]{{1,2}})(?P<yuan>[元块])",
-    "ordinal": r"(?<![0-9.])(?P<rank>[0-9]+)(?:st|nd|rd|th)\b",
-    "decade": r"(?<![0-9])'?(?P<decade>(?:1[0-9]|20)?[0-9]0)'?s\b",
-    "numero": r"\b[Nn][Oo]\.?\s?(?=[0-9])",
+    "ordinal": r"(?<![0-9.])(?P<rank>[0-9]+)(?:st|nd|rd|th)(?![A-Za-z])",
+    "numero": r"(?<![A-Za-z])[Nn][Oo]\.?\s?(?=[0-9])",
+    "cross": r"(?<=[0-9])\s?[xX]\s?(?=[0-9])",
+    "unknown": rf"(?P<usign>{_SIGN}){_BEGIN}(?<![A-Za-z])(?P<count>{_NUMBER})"
+    r"(?P<odd>[A-Za-z]{2,6}(?:/[A-Za-z]{1,3})?)(?![A-Za-z0-9])",
     "number": rf"(?P<nsign>{_SIGN}){_BEGIN}(?P<number>{_NUMBER})|[0-9]+",
     "word": r"[A-Za-z]+(?:'[A-Za-z]+)*",
     "han": f"[{HAN}]",
     "other": rf"[^\W_0-9A-Za-z{HAN}]+",
-    "sign": r"[-~—+*×÷=<>≤≥≈≠:/&@^_·#%.]+",
+    "exponent": r"(?<=[A-Za-z])\^(?P<exponent>-?[0-9]+)",
+    "degree": r"°(?:[CF](?![A-Za-z]))?",
+    "sign": r"[~—](?=[-+]?[0-9])|[-~—+*×÷=<>≤≥≈≠:/&@^_·#%.]+",
     "mark": r"[^\w\s]|_",
 }
 _TOKEN = re.compile("|".join(f"(?P<{kind}_>{pattern})" for kind, pattern in _PATTERNS.items()))
+_ENDS_IN_NUMBER = re.compile(r"(?:[0-9%‰°]|°[CF])$")
+_DATED = frozenset("年月日号点时分秒度元岁天周楼级米")  # between one of them and a number, a dash is a range
+_LONE_UNITS = frozenset(("kg", "km", "cm", "mm", "ml", "mL", "GB", "MB", "TB", "kWh", "mAh"))
 _SHORT = re.compile(r"[A-Z]{2,5}s?$")
 _COUNTED = frozenset("个只位条张本次天块件台辆家种名口把杯瓶双套间层年岁点分小周")  # 2 before them is usually 两
 # A number before one of them is a quantity, and not read digit by digit.
+_NAMES = frozenset("年后版式级届款型班")  # before them, a number is often read digit by digit
 _QUANTITIES = _COUNTED - {"年"} | frozenset(
     "月日秒人元毛角度米斤公千百万亿倍成碗句首部支篇颗粒头匹页道题章节轮步群枚根盒袋箱份亩吨克升瓦伏平立厘毫英里"
 )
@@ -75,31 +90,10 @@ _NAMED = re.compile(
     r"(?:电话|拨打|热线|号码|短信|微信|邮编|编号|密码|证码|尾号|卡号|房间|航班|车次|车牌|工号|学号|账号|客服|代码|股票|QQ)"
     r"[是为：:\s]{0,3}$"
 )
-_CALLS = frozenset(
-    [
-        "110",
-        "112",
-        "114",
-        "119",
-        "120",
-        "121",
-        "122",
-        "315",
-        "911",
-        "12306",
-        "12315",
-        "12345",
-        "10000",
-        "10010",
-        "10086",
-        "95588",
-    ]
-)
-
-
+_CALLS = re.compile(r"1(?:10|12|14|19|2[0-2]|2306|23[14]5|00(?:00|10|86))|315|911|95[0-9]{3}")  # well-known numbers
 _SPELLED = frozenset(
-    ["KB", "kb", "MB", "GB", "TB", "B", "M", "px", "ppm", "K", "bps", "kbps", "Mbps", "Gbps"]
-)  # usually said by their letters
+    ("KB", "kb", "MB", "GB", "TB", "B", "M", "px", "ppm", "K", "bps", "kbps", "Mbps", "Gbps", "A", "N", "J")
+)  # units that are usually said by their letters
 
 
 @dataclass(frozen=True)
@@ -115,7 +109,7 @@ class Token:
 def tokens(text: str, language: str) -> Iterator[Token]:
     """The tokens of a plain text, in order; spaces are none."""
     for found in _TOKEN.finditer(text):
-        kind = next(name for name in _PATTERNS if found[f"{name}_"] is not None)
+        kind = found.lastgroup[:-1]  # the outermost group closes last
         yield Token(found.start(), found.end(), kind, _READERS[kind](found, language))
 
 
@@ -140,12 +134,27 @@ def _near_latin(found: re.Match) -> bool:
 
 def _word(found: re.Match, language: str) -> Groups:
     word = found[0]
+    if word in _LONE_UNITS and language == "zh":
+        return [(word, *measures.ZH_UNITS[word].split())]
     if _SHORT.match(word):
         return [(" ".join(word),)]
-    names = measures.EN_ABBREVIATIONS.get(word.lower(), "") if language == "en" else ""
-    if names and (found.string[found.end() :][:1] == "." or word.lower() in ("mr", "mrs", "dr")):
+    title = word.lower() in ("mr", "mrs", "dr")
+    names = measures.EN_ABBREVIATIONS.get(word.lower(), "") if language == "en" or title else ""
+    if names and (found.string[found.end() :][:1] == "." or title):
         return [(*names.split(), word)] if word.lower() != "etc" else [(names, word)]
     return [(word,)]
+
+
+def _cross(found: re.Match, language: str) -> Groups:
+    return [measures.ZH_SIGNS["x"] if language == "zh" else measures.EN_SIGNS["x"]]
+
+
+def _anniversary(found: re.Match, language: str) -> Groups:
+    """A day that is called by its numbers, such as 3·15: by digits or as numbers."""
+    nth, of = found["nth"], found["of"]
+    if language == "en":
+        return [en_cardinals(nth), en_cardinals(of)]
+    return [(zh_digits(nth + of), *_options(zh_cardinals(nth), ("", "点"), zh_cardinals(of)))]
 
 
 def _number_words(number: str, language: str, both: bool) -> tuple[str, ...]:
@@ -160,13 +169,18 @@ def _number_words(number: str, language: str, both: bool) -> tuple[str, ...]:
 
 def _zh_number(number: str, before: str, after: str) -> tuple[str, ...]:
     """Readings of a number by what stands beside it: quantities, years, names."""
-    follows = after[:1]
-    if "." in number or "," in number or follows in _QUANTITIES:
+    ranged = re.match(r"\s?[-~—]\s?[0-9.,]+", after)
+    follows = after[ranged.end() :][:1] if ranged else after[:1]
+    beside = before.rstrip(" -")[-1:]
+    name = (beside.isascii() and beside.isalpha()) or follows in _NAMES or beside in ("米", "块")
+    pair = len(number) == 2 and number[0] != "0" and not _NAMED.search(before)  # is hardly read digit by digit
+    if "." in number or "," in number or ((follows in _QUANTITIES or pair) and not name):
         words = zh_decimals(number.replace(",", ""))
-        return ("[两二]",) if words[0] == "[二两]" and follows in _COUNTED and before[-1:] != "第" else words
+        return ("[两二]",) if words[0] == "[二两]" and follows in _COUNTED and before[-1:] not in "第-" else words
     year = len(number) == 4 and "1900" <= number <= "2099" and not is_han(follows or " ")
-    year |= follows in ("年", "后") and len(number) in (2, 4) and number not in ("10", "20", "30")
-    return zh_serials(number, year or number in _CALLS or bool(_NAMED.search(before)))
+    year |= follows in ("年", "后", "学") and len(number) in (2, 4) and number not in ("10", "20", "30")
+    short = () if is_han(follows or " ") and follows != "块" else zh_short(number)
+    return zh_serials(number, year or bool(_CALLS.fullmatch(number)) or bool(_NAMED.search(before))) + short
 
 
 def _number(found: re.Match, language: str) -> Groups:
@@ -175,7 +189,9 @@ def _number(found: re.Match, language: str) -> Groups:
     if language == "en":
         words = _number_words(number, "en", False)
     else:
-        words = _zh_number(number, before, after) + (_number_words(number, "en", False) if latin else ())
+        words = _zh_number(number, before + (found["nsign"] or ""), after) + (
+            _number_words(number, "en", False) if latin else ()
+        )
     if number in ("2", "4") and before[-1:].isalpha() and after[:1].isalpha() and latin:
         words += {"2": ("to",), "4": ("for",)}[number]
     return [*_signed(found["nsign"], language, after[:1] == "度"), words]
@@ -193,17 +209,25 @@ def _signed(sign: str | None, language: str, cold: bool = False) -> Groups:
 
 def _sign(found: re.Match, language: str) -> Groups:
     """A sign between words or numbers; elsewhere it is punctuation."""
-    sign, before, after = found[0], found.string[: found.start()].rstrip(), found.string[found.end() :].lstrip()
+    before, after = found.string[: found.start()].rstrip(), found.string[found.end() :].lstrip(" -+")
+    sign, left, right = found[0], before[-1:], after[:1]
+    if set(sign) == {"+"} and left.isascii() and left.isalpha():  # C++, A+
+        return [("加" * len(sign), " plus" * len(sign)) if language == "zh" else (" plus" * len(sign),)]
     if len(sign) > 1 and sign not in ("<=", ">=", "=="):
         return [("",)]
-    sign = {"<=": "≤", ">=": "≥", "==": "=", "—": "-", "~": "~"}.get(sign, sign)
-    left, right = before[-1:], after[:1]
-    digits = (left.isdigit() or left in ("%", "°")) and right.isdigit()
+    sign = {"<=": "≤", ">=": "≥", "==": "=", "—": "-"}.get(sign, sign)
+    digits = bool(_ENDS_IN_NUMBER.search(before) or (sign in "×*÷" and left.isalnum())) and right.isdigit()
     table = measures.ZH_SIGNS if language == "zh" else measures.EN_SIGNS
     if sign in "-~":
-        return [_connector(left, right, digits, language)]
+        names = _connector(left, right, digits, language)
+        close = re.search(r"(?<![0-9.])[0-9]$", before) and re.match(r"[0-9](?![0-9.])", after)
+        return [(*names, "")] if close and int(right) - int(left) == 1 else [names]  # 2-3天 is also 两三天
     if digits or (sign in "&@=<>≤≥≈≠+" and left and right):
         return [table.get(sign, ("",))]
+    if sign in "<>≤≥≈" and right.isdigit():
+        return [table[sign]]
+    if sign == "/" and is_han(right or " ") and language == "zh":
+        return [("每", "一", "") if re.search(r"[0-9][^0-9]{0,3}$", before) else ("", "或", "和")]
     if sign == "+" and left.isdigit():
         return [("加", "多", "以上", "") if language == "zh" else ("plus", "")]
     return [("", *(word for word in table.get(sign, ()) if word))] if left and right and sign in "/_·#" else [("",)]
@@ -211,10 +235,12 @@ def _sign(found: re.Match, language: str) -> Groups:
 
 def _connector(left: str, right: str, digits: bool, language: str) -> tuple[str, ...]:
     """A dash or tilde between two words: a range, a score, a minus, or nothing."""
+    if left in _DATED and right.isdigit() and language == "zh":
+        return ("到", "至", "")
     if not left or not right or not (left.isalnum() or left in "%°") or not right.isalnum():
         return ("",)
     if digits:
-        return ("到", "至", "比", "减", "杠", "") if language == "zh" else ("to", "minus", "through", "dash", "")
+        return ("到", "至", "比", "减", "杠") if language == "zh" else ("to", "minus", "through", "dash")
     return ("", "到", "至", "杠", "减", "dash") if language == "zh" else ("", "to", "dash", "minus")
 
 
@@ -240,7 +266,8 @@ def _measure(found: re.Match, language: str) -> Groups:
         words = [tuple(dict.fromkeys(words[0] + _number_words(values[0], language, True)))]
     groups = _signed(found["msign"], language, unit.startswith("°"))
     if len(words) == 2:
-        groups += [words[0], _connector("1", "1", True, language)]
+        names = measures.ZH_UNITS.get(unit, "").split() if language == "zh" else ()
+        groups += [words[0], ("", *names), _connector("1", "1", True, language)]
     if not per:
         return groups + _unit_words(unit, words[-1], language)
     if language == "en":
@@ -249,6 +276,16 @@ def _measure(found: re.Match, language: str) -> Groups:
     numbers = words[-1][:2]
     plain = _options(numbers, names, "每", pers)
     return [*groups, plain + _options("每", pers, numbers, names) + _options(numbers, f" {unit} 每 {per}")]
+
+
+def _unknown(found: re.Match, language: str) -> Groups:
+    """A number with letters that no table has: the library may know the unit, otherwise it is a word."""
+    number, odd, sign = found["count"], found["odd"], _signed(found["usign"], language)
+    if measures.library_template(odd, language):
+        number = number.replace(",", "")
+        return sign + _unit_words(odd, zh_decimals(number) if language == "zh" else en_decimals(number), language)
+    words = (" ".join(odd),) if _SHORT.match(odd) else (odd,)
+    return [*sign, _number_words(number, language, True), words]
 
 
 def _percent(found: re.Match, language: str) -> Groups:
@@ -294,6 +331,8 @@ def _coins(whole: str, cents: str, names: str) -> tuple[str, ...]:
     found = ()
     for name in names:
         tenth = "角" if name == "元" else "毛"
+        if whole == "0" and fen == "零":
+            found += (jiao + tenth,)
         if cents.ljust(2, "0") == "00":
             found += _options(zh_cardinals(whole), name)
         elif fen == "零":
@@ -441,6 +480,32 @@ def _power(found: re.Match, language: str) -> Groups:
     return [zh_decimals(base), _options(("的", ""), minus, zh_cardinals(power.lstrip("-")), ("次方", "次幂")) + known]
 
 
+def _exponent(found: re.Match, language: str) -> Groups:
+    """A power of a letter or a unit, such as x^2."""
+    power = found["exponent"]
+    if language == "en":
+        return [{"2": ("squared",), "3": ("cubed",)}.get(power, ()) + _spaced("to the", en_ordinals(power.lstrip("-")))]
+    minus = "负" if power.startswith("-") else ""
+    known = {"2": ("的平方", "平方"), "3": ("的立方", "立方")}.get(power, ())
+    return [known + _options(("的", ""), minus, zh_cardinals(power.lstrip("-")), ("次方", "次幂", ""))]
+
+
+def _degree(found: re.Match, language: str) -> Groups:
+    names = {"°C": ("摄氏度", "度"), "°F": ("华氏度",), "°": ("度",)}
+    english = {"°C": ("degrees celsius",), "°F": ("degrees fahrenheit",), "°": ("degrees",)}
+    return [(names if language == "zh" else english)[found[0]]]
+
+
+def _minutes(found: re.Match, language: str) -> Groups:
+    """Minutes and seconds, or feet and inches: 3'20\"."""
+    first, second = found["minutes"], found["seconds"]
+    if language == "en":
+        parts = (("minutes", "seconds"), ("feet", "inches"), ("foot", ""))
+        return [tuple(w for a, b in parts for w in _spaced(en_cardinals(first), a, en_cardinals(second), b))]
+    parts = (("分", "秒"), ("英尺", "英寸"))
+    return [tuple(w for a, b in parts for w in _options(zh_cardinals(first), a, zh_cardinals(second), b))]
+
+
 def _ordinal(found: re.Match, language: str) -> Groups:
     english = en_ordinals(found["rank"])
     return [english if language == "en" else english + _options("第", zh_cardinals(found["rank"]))]
@@ -449,7 +514,8 @@ def _ordinal(found: re.Match, language: str) -> Groups:
 def _decade(found: re.Match, language: str) -> Groups:
     digits = found["decade"]
     if language == "zh":
-        return [_options((zh_digits(digits), *zh_cardinals(digits)), ("年代", " s"))]
+        seconds = ("秒",) if len(digits) == 2 and "'" not in found[0] else ()
+        return [_options((*zh_cardinals(digits), zh_digits(digits)), (*seconds, "年代", " s"))]
     tens = en_cardinals(digits[-2:])[0].removesuffix("y") + "ies" if digits[-2:] != "00" else "hundreds"
     return [_spaced(*([en_cardinals(digits[:-2])] if len(digits) == 4 else []), tens)]
 
@@ -477,6 +543,14 @@ def _address(found: re.Match, language: str) -> Groups:
     return groups
 
 
+def _han(found: re.Match, language: str) -> Groups:
+    """A character as it is; 二 and 两 are both said before 百, 千, 万 and 亿."""
+    character, after = found[0], found.string[found.end() :][:1]
+    if character in "二两" and after and after in "百千万亿":
+        return [(f"[{character}{'两' if character == '二' else '二'}]",)]
+    return [(character,)]
+
+
 def _itself(found: re.Match, language: str) -> Groups:
     return [(found[0],)]
 
@@ -487,7 +561,8 @@ def _silent(found: re.Match, language: str) -> Groups:
 
 _READERS: dict[str, Callable[[re.Match, str], Groups]] = {
     "address": _address, "date": _date, "time": _time, "phone": _phone, "version": _version, "money": _money,
-    "percent": _percent, "fraction": _fraction, "power": _power, "measure": _measure, "price": _price,
-    "ordinal": _ordinal, "decade": _decade, "numero": _numero, "number": _number, "word": _word, "han": _itself,
-    "other": _itself, "sign": _sign, "mark": _silent,
+    "minutes": _minutes, "percent": _percent, "decade": _decade, "anniversary": _anniversary, "fraction": _fraction,
+    "power": _power, "measure": _measure, "price": _price, "ordinal": _ordinal, "numero": _numero, "cross": _cross,
+    "unknown": _unknown, "number": _number, "word": _word, "han": _han, "other": _itself, "exponent": _exponent,
+    "degree": _degree, "sign": _sign, "mark": _silent,
 }  # fmt: skip

@@ -15,7 +15,7 @@ from tts_grpo.text.readings import tokens
 LANGUAGES = ("zh", "en")
 _SLOT = re.compile(r"\[(.)[^\]]*\]")
 _PLAIN_KINDS = ("han", "word", "other", "mark")
-_SCRIPTS = ("LATIN", "CJK", "IDEOGRAPHIC", "DIGIT", "GREEK", "FULLWIDTH", "MICRO", "OHM", "KELVIN", "ANGSTROM")
+_SCRIPTS = ("LATIN", "GREEK", "MICRO", "MODIFIER")  # those of names, of signs in formulas, of phonetics
 
 
 @dataclass(frozen=True)
@@ -88,17 +88,18 @@ def foreign_scripts(raw: str, language: str = "zh") -> list[str]:
     """Scripts of a text's letters that neither language is written in, such as ["HANGUL"]; tags are not looked at."""
     found = set()
     for character in clean(raw).text:
-        if character.isalpha() and not character.isascii() and not is_han(character):
+        if is_han(character):
+            found |= {"CHINESE"} if language == "en" else set()
+        elif character.isalpha() and not character.isascii():
             script = unicodedata.name(character, "UNKNOWN").split()[0].split("-")[0]
-            if script not in _SCRIPTS or (language == "en" and script in ("CJK", "IDEOGRAPHIC")):
-                found.add(script)
+            found |= set() if script in _SCRIPTS else {script}
     return sorted(found)
 
 
 def text_fault(raw: str, language: str = "zh") -> str:
     """Why a text cannot be trained on or scored; "" if it can.
 
-    A text of the other language of the two is no fault; :func:`has_language` finds it.
+    English words in a Chinese text, and a text of nothing else, are no fault; :func:`has_language` finds the latter.
     """
     spoken = spoken_form(raw, language)
     if scripts := foreign_scripts(raw, language):
