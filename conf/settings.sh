@@ -119,7 +119,7 @@ if [[ $profile != tiny ]]; then
   setting num_train 80000 -1 "int>=1" "the first texts in Chinese of that length are considered"
   setting num_test 100 -1 "int>=1" "the last texts, whatever they are"
   setting max_text_s 30 -1 "number>=0" "a text's recording must be shorter, in seconds; 0: any"
-  setting text_excludes '[A-Za-z0-9]' -1 text? "texts with such a character are left out, as the reward cannot read them"
+  setting text_excludes '[A-Za-z]' -1 text? "texts with such a character are left out, as mair-hub does"
   setting reward_voices 1 -1 "int>=1" "1: prompt_audio; N: that many recordings of AISHELL's test set as prompt_list"
   setting dataset zero_shot_zh -1 name "test set: zero_shot_zh or test_zh"
   setting eval_strip_quotes 0 -1 "0|1" "1: quotes and brackets are taken out of the set's texts"

@@ -16,13 +16,14 @@ import numpy as np
 import torch
 
 from tts_grpo.evaluation.aggregate import quality, rates
-from tts_grpo.evaluation.protocols import LANGUAGES, MAIN_METRIC, METRICS, count_all, prepare_hypothesis
+from tts_grpo.evaluation.protocols import MAIN_METRIC, METRICS, count_all, prepare_hypothesis
 from tts_grpo.speech.asr.loading import load_asr
 from tts_grpo.speech.audio import ASR_HZ, load_audio
 from tts_grpo.speech.nets.costly import CostlyFigures
 from tts_grpo.speech.quality import FIGURES, cheap_figures, failed_figures, spread
 from tts_grpo.text.errors import align
 from tts_grpo.text.jsonl import read_jsonl, write_json, write_jsonl, write_text
+from tts_grpo.text.spoken import LANGUAGES
 from tts_grpo.text.units import characters, pinyin
 
 CHUNK = 256  # recordings in memory at once

@@ -230,8 +230,9 @@ def test_the_official_language_model_is_converted_and_comes_back(recipe, tmp_pat
 PRESETS = {  # of a published recipe: what stage -1 asks for, and the arguments of server, veRL and evaluation
     "": [
         "--include metadata/emilia_zh.jsonl ",
-        "--num-train 80000 --num-test 100 --max-duration-s 30 --excludes [A-Za-z0-9] ", "--reward-curve exp ",
-        " --no-tones ", "norm_adv_by_std_in_grpo=False ", "train_batch_size=32 ", "ppo_mini_batch_size=16 ",
+        "--num-train 80000 --num-test 100 --max-duration-s 30 --excludes [A-Za-z] ", "--reward-curve exp ",
+        " --no-tones ", " --language zh", "norm_adv_by_std_in_grpo=False ", "train_batch_size=32 ",
+        "ppo_mini_batch_size=16 ",
         "rollout.n=8 ", "rollout.temperature=1.0 ", "rollout.top_p=1.0 ", "rollout.top_k=-1 ",
         "bypass_mode=True ", "max_response_length=1024 ", "total_training_steps=1800 ",
         "--temperature 0.8 --top-p 0.95 --top-k 50 ", "--max-new-tokens 2048 ",

@@ -29,6 +29,15 @@ from tts_grpo.text.jsonl import read_jsonl, write_jsonl
 from tts_grpo.text.tokens import NUM_SPEECH_TOKENS
 
 NUM_PROMPTS = 3
+WITH_DIGITS = {
+    "hsk1-0230": "请给我1个杯子。",
+    "hsk2-0061": "这本书5块4角。",
+    "hsk2-0322": "鸡生了1个蛋。",
+    "hsk4-0057": "他的身高1米8，体重70公斤。",
+    "hsk4-0633": "这是1个神秘的地方。",
+    "hsk4-0695": "机器上有1个装置。",
+    "hsk5-0755": "1分钟有60秒。",
+}
 PROMPT_S = (2.5, 4.0)
 NUM_RECORDINGS = 90  # of test sentences, for check.sh
 OPUS_COMPRESSION = 0.95  # on libsndfile's scale: about 21 kbit/s
@@ -64,6 +73,11 @@ def export_codec(work_dir: Path, settings, folder: Path) -> None:
     (folder / "corpus_token_counts.json").write_text(json.dumps(counts.tolist(), separators=(",", ":")) + "\n")
 
 
+def written(utt_id: str) -> dict[str, str]:
+    """A sentence as people write it, with digits: known answers of the reward server's text front end."""
+    return {"written": WITH_DIGITS[utt_id]} if utt_id in WITH_DIGITS else {}
+
+
 def export_data(work_dir: Path, folder: Path) -> None:
     """Everyday sentences by split, dev and test with the teacher's speech tokens."""
     (folder / "data").mkdir(parents=True, exist_ok=True)
@@ -76,7 +90,7 @@ def export_data(work_dir: Path, folder: Path) -> None:
             if row["split"] == split and row["source"] == "hsk":
                 line = {"text": row["text"]}
                 if split != "train":
-                    line = {"id": row["id"], **line, "speech_tokens": ids[i, : lens[i]].tolist()}
+                    line = {"id": row["id"], **line, **written(row["id"]), "speech_tokens": ids[i, : lens[i]].tolist()}
                 lines.append(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n")
         (folder / "data" / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
 

@@ -120,7 +120,7 @@ def count_all(target_text: str, hypothesis: str, language: str) -> dict[str, Err
     Args:
         target_text: what should be said.
         hypothesis: what was heard, as :func:`prepare_hypothesis` gives it; "" where there is no audio.
-        language: one of ``LANGUAGES``.
+        language: one of :data:`tts_grpo.text.spoken.LANGUAGES`.
 
     Raises:
         ValueError: nothing is left of the target text, so that it has no error rate.

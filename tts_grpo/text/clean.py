@@ -88,8 +88,13 @@ def _particle(text: str, i: int) -> str:
     return "着" if "着" in part and "著" not in part else "著"
 
 
-def clean(raw: str) -> PlainText:
-    """The plain text of a raw one; tags are left out, each leaves a space."""
+def clean(raw: str, simplify: bool = True) -> PlainText:
+    """The plain text of a raw one; tags are left out, each leaves a space.
+
+    Args:
+        raw: any text.
+        simplify: make traditional characters simplified.
+    """
     tags, characters = find_tags(raw), []
     for begin, end in _clusters(raw):
         while tags and tags[0][1] <= begin:
@@ -101,4 +106,5 @@ def clean(raw: str) -> PlainText:
                 plain = plain[1:]  # 10⁻¹² is 10^-12
             characters += [(c, begin, end) for c in plain]
     text, starts, ends = zip(*characters, strict=True) if characters else ((), (), ())
-    return PlainText(simplified("".join(text)), starts, ends)
+    plain = "".join(text)
+    return PlainText(simplified(plain) if simplify else plain, starts, ends)
