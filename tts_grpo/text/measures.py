@@ -24,10 +24,9 @@ ZH_UNITS = {
     "mmHg": "毫米汞柱", "bar": "巴", "N": "牛 牛顿", "J": "焦 焦耳", "kJ": "千焦", "KJ": "千焦", "cal": "卡 卡路里",
     "kcal": "千卡 大卡", "dB": "分贝", "db": "分贝", "B": "字节", "KB": "千字节", "kb": "千字节", "MB": "兆 兆字节",
     "M": "兆 百万", "GB": "吉 吉字节 个吉", "TB": "太字节", "Mbps": "兆比特每秒 兆", "kbps": "千比特每秒",
-    "Gbps": "吉比特每秒", "bps": "比特每秒", "rpm": "转每分 转每分钟",
-    "r/min": "转每分 转每分钟", "kW·h": "千瓦时 度", "px": "像素", "mol": "摩尔 摩",
-    "mmol": "毫摩尔 毫摩", "ppm": "百万分之", "kgf": "公斤力", "hp": "马力", "cd": "坎德拉", "lm": "流明",
-    "lx": "勒克斯",
+    "Gbps": "吉比特每秒", "bps": "比特每秒", "rpm": "转每分 转每分钟", "r/min": "转每分 转每分钟", "kW·h": "千瓦时 度",
+    "px": "像素", "fps": "帧", "mol": "摩尔 摩", "mmol": "毫摩尔 毫摩", "ppm": "百万分之", "kgf": "公斤力",
+    "hp": "马力", "cd": "坎德拉", "lm": "流明", "lx": "勒克斯",
 }  # fmt: skip
 ZH_CURRENCIES = {
     "$": "美元 美金 刀", "US$": "美元 美金", "USD": "美元 美金", "HK$": "港元 港币", "HKD": "港元 港币",
@@ -40,20 +39,20 @@ EN_CURRENCIES = {
 }  # fmt: skip
 # Between two numbers, or beside letters: what is said for a sign. "" is silence.
 ZH_SIGNS = {
-    "+": ("加", "正"), "*": ("乘", "乘以", ""), "×": ("乘", "乘以", ""), "x": ("乘", "乘以", "x"), "÷": ("除以",),
-    "=": ("等于", "是", "得"), "<": ("小于",), ">": ("大于",), "≤": ("小于等于", "小于或等于"),
+    "+": ("加", "正"), "*": ("乘", "乘以", ""), "×": ("乘", "乘以", ""), "x": ("乘", "乘以", "x"), "±": ("正负",),
+    "÷": ("除以",), "=": ("等于", "是", "得"), "<": ("小于",), ">": ("大于",), "≤": ("小于等于", "小于或等于"),
     "≥": ("大于等于", "大于或等于"), "≈": ("约等于",), "≠": ("不等于",), ":": ("比",),
-    "/": ("", "斜杠", "斜线", "或", "每", "杠"), "&": ("和", "and", "与", ""), "@": ("at", "艾特", "圈a"), "^": ("的",),
-    "_": ("下划线", ""), "·": ("", "点"), "#": ("", "井号", "井"), "%": ("百分号",), "~": ("到", "至"),
+    "/": ("", "斜杠", "斜线", "或", "每", "杠"), "&": ("和", "and", "与", ""), "@": ("艾特", "at", "圈a", ""),
+    "^": ("的",), "_": ("下划线", ""), "·": ("", "点"), "#": ("", "井号", "井"), "%": ("百分号",), "~": ("到", "至"),
     ".": ("点", ""),
 }  # fmt: skip
 EN_SIGNS = {
-    "+": ("plus",), "*": ("times",), "×": ("times", "by"), "x": ("times", "by", "x"), "÷": ("divided by",),
-    "=": ("equals", "is", "is equal to"), "<": ("less than", "is less than"), ">": ("greater than", "is greater than"),
-    "≤": ("less than or equal to",), "≥": ("greater than or equal to",), "≈": ("approximately",),
-    "≠": ("is not equal to",), ":": ("to",), "/": ("slash", "or", "per", ""), "&": ("and",), "@": ("at",),
-    "^": ("to the power of",), "_": ("underscore", ""), "·": ("", "dot"), "#": ("number", "hash", "hashtag", ""),
-    "%": ("percent",), "~": ("to",), ".": ("dot", "point", ""),
+    "+": ("plus",), "*": ("times",), "×": ("times", "by"), "x": ("times", "by", "x"), "±": ("plus or minus",),
+    "÷": ("divided by",), "=": ("equals", "is", "is equal to"), "<": ("less than", "is less than"),
+    ">": ("greater than", "is greater than"), "≤": ("less than or equal to",), "≥": ("greater than or equal to",),
+    "≈": ("approximately",), "≠": ("is not equal to",), ":": ("to",), "/": ("slash", "or", "per", ""), "&": ("and",),
+    "@": ("at",), "^": ("to the power of",), "_": ("underscore", ""), "·": ("", "dot"),
+    "#": ("number", "hash", "hashtag", ""), "%": ("percent",), "~": ("to",), ".": ("dot", "point", ""),
 }  # fmt: skip
 EN_MONTHS = (
     "january", "february", "march", "april", "may", "june", "july", "august", "september", "october", "november",

@@ -57,10 +57,11 @@ _PATTERNS = {
     "anniversary": r"(?<![0-9])(?P<nth>1[0-2]|[1-9])·(?P<of>[0-9]{1,2})(?![0-9])",
     "fraction": r"(?<![0-9./])(?:(?P<ones>[0-9]+) )?(?P<over>[0-9]+)/(?P<under>[0-9]+)(?![0-9./]|\s?[A-Za-z]+/)",
     "power": rf"{_BEGIN}(?P<base>{_NUMBER})\^(?P<power>-?[0-9]+)",
+    "height": rf"{_BEGIN}(?<![A-Za-z])(?P<metres>[0-9])\.(?P<rest>[0-9]{{1,2}})(?:米|\s?m(?![A-Za-z0-9^/]))(?![/^])",
     "measure": rf"(?P<msign>{_SIGN}){_BEGIN}(?<![A-Za-z])(?P<size>{_NUMBER})"
     rf"(?:(?P<mrange>\s?[-~—]\s?)(?P<mupto>{_NUMBER}))?\s?(?P<unit>{_UNIT})"
     rf"(?:/(?P<per>{_UNIT}|d|人|天|次|个|年|月|日))?(?![A-Za-z0-9])",
-    "price": rf"{_BEGIN}(?P<whole>[0-9]+)\.(?P<cents>[0-9]{{1,2}})(?P<yuan>[元块])",
+    "price": rf"{_BEGIN}(?P<whole>[0-9]{{1,3}}(?:,[0-9]{{3}})+|[0-9]+)\.(?P<cents>[0-9]{{1,2}})(?P<yuan>[元块])",
     "ordinal": r"(?<![0-9.])(?P<rank>[0-9]+)(?:st|nd|rd|th)(?![A-Za-z])",
     "numero": r"(?<![A-Za-z])[Nn][Oo]\.?\s?(?=[0-9])",
     "cross": r"(?<=[0-9])\s?[xX]\s?(?=[0-9])",
@@ -72,13 +73,16 @@ _PATTERNS = {
     "other": rf"[^\W_0-9A-Za-z{HAN}]+",
     "exponent": r"(?<=[A-Za-z])\^(?P<exponent>-?[0-9]+)",
     "degree": r"°(?:[CF](?![A-Za-z]))?",
-    "sign": r"[~—](?=[-+]?[0-9])|[-~—+*×÷=<>≤≥≈≠:/&@^_·#%.]+",
+    "sign": r"[~—](?=[-+]?[0-9])|[-~—+±*×÷=<>≤≥≈≠:/&@^_·#%.]+",
     "mark": r"[^\w\s]|_",
 }
 _TOKEN = re.compile("|".join(f"(?P<{kind}_>{pattern})" for kind, pattern in _PATTERNS.items()))
 _ENDS_IN_NUMBER = re.compile(r"(?:[0-9%‰°]|°[CF])$")
 _DATED = frozenset("年月日号点时分秒度元岁天周楼级米")  # between one of them and a number, a dash is a range
 _LONE_UNITS = frozenset(("kg", "km", "cm", "mm", "ml", "mL", "GB", "MB", "TB", "kWh", "mAh"))
+_DOTTED = re.compile(
+    r"(?:1[0-2]|[1-9])\.(?:[0-9]折|[0-9]{1,2}(?:节|事件|大促|假|活动|黄金周|晚会|购物|运动|地震|妇女|劳动|国庆))"
+)
 _SHORT = re.compile(r"[A-Z]{2,5}s?$")
 _COUNTED = frozenset("个只位条张本次天块件台辆家种名口把杯瓶双套间层年岁点分小周")  # 2 before them is usually 两
 # A number before one of them is a quantity, and not read digit by digit.
@@ -128,7 +132,7 @@ def _spaced(*parts) -> tuple[str, ...]:
 
 def _near_latin(found: re.Match) -> bool:
     """Whether Latin letters are the neighbours of a token, so that its numbers may be English."""
-    before, after = found.string[: found.start()].rstrip(" -"), found.string[found.end() :].lstrip(" -")
+    before, after = found.string[: found.start()].rstrip(" -."), found.string[found.end() :].lstrip(" -")
     return any(c.isascii() and c.isalpha() for c in (before[-1:], after[:1]) if c)
 
 
@@ -176,9 +180,11 @@ def _zh_number(number: str, before: str, after: str) -> tuple[str, ...]:
     pair = len(number) == 2 and number[0] != "0" and not _NAMED.search(before)  # is hardly read digit by digit
     if "." in number or "," in number or ((follows in _QUANTITIES or pair) and not name):
         words = zh_decimals(number.replace(",", ""))
+        if _DOTTED.match(number + after):  # 9.11事件, 4.5折: by digits
+            words += (zh_digits(number.replace(".", "")),)
         return ("[两二]",) if words[0] == "[二两]" and follows in _COUNTED and before[-1:] not in "第-" else words
     year = len(number) == 4 and "1900" <= number <= "2099" and not is_han(follows or " ")
-    year |= follows in ("年", "后", "学") and len(number) in (2, 4) and number not in ("10", "20", "30")
+    year |= follows in ("年", "后", "学", "届", "赛") and len(number) in (2, 4) and number not in ("10", "20", "30")
     short = () if is_han(follows or " ") and follows != "块" else zh_short(number)
     return zh_serials(number, year or bool(_CALLS.fullmatch(number)) or bool(_NAMED.search(before))) + short
 
@@ -221,8 +227,10 @@ def _sign(found: re.Match, language: str) -> Groups:
     if sign in "-~":
         names = _connector(left, right, digits, language)
         close = re.search(r"(?<![0-9.])[0-9]$", before) and re.match(r"[0-9](?![0-9.])", after)
-        return [(*names, "")] if close and int(right) - int(left) == 1 else [names]  # 2-3天 is also 两三天
-    if digits or (sign in "&@=<>≤≥≈≠+" and left and right):
+        years = re.search(r"(?<![0-9])(?:19|20)[0-9]{2}$", before) and re.match(r"(?:19|20)[0-9]{2}(?![0-9])", after)
+        # 2-3天 is also 两三天, 2020-2021 also 二零二零二零二一.
+        return [(*names, "")] if years or (close and int(right) - int(left) == 1) else [names]
+    if digits or (sign in "&=<>≤≥≈≠+" and left and right) or (sign in "@±" and right):
         return [table.get(sign, ("",))]
     if sign in "<>≤≥≈" and right.isdigit():
         return [table[sign]]
@@ -345,8 +353,8 @@ def _coins(whole: str, cents: str, names: str) -> tuple[str, ...]:
 
 
 def _price(found: re.Match, language: str) -> Groups:
-    whole, cents, yuan = found["whole"], found["cents"], found["yuan"]
-    return [_options(zh_decimals(f"{whole}.{cents}"), yuan) + _coins(whole, cents, yuan)]
+    whole, cents, yuan = found["whole"].replace(",", ""), found["cents"], found["yuan"]
+    return [_options(zh_decimals(f"{whole}.{cents}"), yuan) + _coins(whole, cents, "元块" if yuan == "元" else yuan)]
 
 
 def _english_money(whole: str, cents: str, currency: str, scale: str) -> tuple[str, ...]:
@@ -506,6 +514,17 @@ def _minutes(found: re.Match, language: str) -> Groups:
     return [tuple(w for a, b in parts for w in _options(zh_cardinals(first), a, zh_cardinals(second), b))]
 
 
+def _height(found: re.Match, language: str) -> Groups:
+    """Metres with a fraction: 1.85m is 一点八五米 and 一米八五."""
+    metres, rest = found["metres"], found["rest"]
+    if language == "en":
+        return [en_decimals(f"{metres}.{rest}"), ("meters", "meter", "metres", "m")]
+    tens = zh_cardinals(rest) if len(rest) == 2 and rest[0] != "0" else ()
+    said = _options(zh_decimals(f"{metres}.{rest}"), ("米", " m")) if "m" in found[0] else ()
+    said = said or _options(zh_decimals(f"{metres}.{rest}"), "米")
+    return [said + _options(zh_cardinals(metres), "米", (zh_digits(rest), *tens))]
+
+
 def _ordinal(found: re.Match, language: str) -> Groups:
     english = en_ordinals(found["rank"])
     return [english if language == "en" else english + _options("第", zh_cardinals(found["rank"]))]
@@ -562,7 +581,7 @@ def _silent(found: re.Match, language: str) -> Groups:
 _READERS: dict[str, Callable[[re.Match, str], Groups]] = {
     "address": _address, "date": _date, "time": _time, "phone": _phone, "version": _version, "money": _money,
     "minutes": _minutes, "percent": _percent, "decade": _decade, "anniversary": _anniversary, "fraction": _fraction,
-    "power": _power, "measure": _measure, "price": _price, "ordinal": _ordinal, "numero": _numero, "cross": _cross,
-    "unknown": _unknown, "number": _number, "word": _word, "han": _han, "other": _itself, "exponent": _exponent,
-    "degree": _degree, "sign": _sign, "mark": _silent,
+    "power": _power, "measure": _measure, "height": _height, "price": _price, "ordinal": _ordinal, "numero": _numero,
+    "cross": _cross, "unknown": _unknown, "number": _number, "word": _word, "han": _han, "other": _itself,
+    "exponent": _exponent, "degree": _degree, "sign": _sign, "mark": _silent,
 }  # fmt: skip
