@@ -23,11 +23,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from tts_grpo.speech import distributed
-from tts_grpo.speech.audio import save_audio
+from tts_grpo.speech.audio import check_audio, save_audio
 from tts_grpo.speech.generation import LM_PRECISIONS, Sampling, generate_speech_tokens, load_lm
 from tts_grpo.speech.token2wav import decode, load_token2wav
 from tts_grpo.speech.voices import load_prompt_voice
-from tts_grpo.text.jsonl import dump_line, read_jsonl, write_json, write_jsonl
+from tts_grpo.text.input_files import read_eval_set, too_long_to_speak
+from tts_grpo.text.jsonl import dump_line, write_json, write_jsonl
 from tts_grpo.text.prompts import render_prompt
 
 logger = logging.getLogger(__name__)
@@ -68,26 +69,23 @@ class Batch:
     rows: list[dict]
 
 
-def load_eval_set(path: Path) -> list[dict]:
-    """The utterances of a set.
+def load_eval_set(path: Path, max_new_tokens: int) -> list[dict]:
+    """The utterances of a set, checked whole: nothing is spoken of a set with a fault.
 
     Raises:
-        ValueError: one lacks its id or text, or an id is not fit for a file name or comes twice; it is named.
+        SystemExit: the set cannot be used, or a recording cannot be read; the faults are named.
     """
-    rows, seen = [], set()
-    for number, row in enumerate(read_jsonl(path), 1):
-        utt_id, text = row.get("id"), row.get("target_text", row.get("text"))
-        if not utt_id or not text:
-            raise ValueError(f"{path}, utterance {number}: needs id and target_text")
-        if utt_id in seen or "/" in utt_id or utt_id.startswith("."):
-            raise ValueError(f"{path}, utterance {number}: the id {utt_id!r} comes twice or is no file name")
-        if bool(row.get("prompt_text")) != bool(row.get("prompt_audio")):
-            raise ValueError(f"{path}, utterance {utt_id}: a prompt needs both prompt_text and prompt_audio")
-        seen.add(utt_id)
-        rows.append({"id": utt_id, "target_text": text, "prompt_text": row.get("prompt_text") or "",
-                     "prompt_audio": row.get("prompt_audio")})  # fmt: skip
-    if not rows:
-        raise ValueError(f"{path}: no utterance")
+    try:
+        rows = read_eval_set(path)
+        for audio in sorted({row["prompt_audio"] for row in rows if row["prompt_audio"]}):
+            check_audio(path.parent / audio)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"infer_dist.py: {error}") from error
+    if long := too_long_to_speak(rows, max_new_tokens):
+        logger.warning(
+            "%d texts are too long for max_new_tokens=%d and will be cut, %s (%d characters) first: raise it, or take "
+            "them out", len(long), max_new_tokens, long[0]["id"], len(long[0]["target_text"]),
+        )  # fmt: skip
     return rows
 
 
@@ -215,7 +213,7 @@ def main(argv=None):
     args = get_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s: %(message)s")
     rank, world_size, device = distributed.setup(args.device)
-    rows = load_eval_set(args.eval_set)
+    rows = load_eval_set(args.eval_set, args.max_new_tokens)
     if rank == 0:
         check_fingerprint(args)
     distributed.barrier()

@@ -14,7 +14,8 @@ import logging
 from pathlib import Path
 
 from tts_grpo.reward.client import RewardClient, RewardServerError
-from tts_grpo.text.jsonl import read_jsonl, write_jsonl, write_text
+from tts_grpo.text.input_files import read_known_answers
+from tts_grpo.text.jsonl import write_jsonl, write_text
 from tts_grpo.text.tokens import parse_speech_tokens
 from tts_grpo.training import credit
 
@@ -163,14 +164,14 @@ def load_rows(path: Path, limit: int | None) -> list[dict]:
     """Lines to score.
 
     Raises:
-        ValueError: there are fewer than two, or one has no text or no speech tokens.
+        SystemExit: there are fewer than two, or one has no text or no speech tokens.
     """
-    rows = read_jsonl(path)[:limit]
-    for number, row in enumerate(rows, 1):
-        if not row.get("text") or not row.get("speech_tokens"):
-            raise ValueError(f"{path}, line {number}: needs text and speech_tokens")
+    try:
+        rows = read_known_answers(path, limit)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"reward_tts.py: {error}") from error
     if len(rows) < 2:
-        raise ValueError(f"{path}: needs at least two lines")
+        raise SystemExit(f"reward_tts.py: {path}: needs at least two lines")
     return rows
 
 

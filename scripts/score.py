@@ -22,6 +22,7 @@ from tts_grpo.speech.audio import ASR_HZ, load_audio
 from tts_grpo.speech.nets.costly import CostlyFigures
 from tts_grpo.speech.quality import FIGURES, cheap_figures, failed_figures, spread
 from tts_grpo.text.errors import align
+from tts_grpo.text.input_files import read_eval_set
 from tts_grpo.text.jsonl import read_jsonl, write_json, write_jsonl, write_text
 from tts_grpo.text.spoken import LANGUAGES
 from tts_grpo.text.units import characters, pinyin
@@ -55,7 +56,7 @@ def utterances_of(manifest: Path, eval_set: list[dict], set_dir: Path) -> list[d
         line = lines.get(row["id"], {"error": "not in the manifest"})
         prompt = row.get("prompt_audio")
         found.append({
-            "id": row["id"], "target_text": row.get("target_text", row.get("text")),
+            "id": row["id"], "target_text": row["target_text"],
             "audio": str(manifest.parent / line["wav"]) if line.get("wav") else None,
             "prompt_audio": str((set_dir / prompt).absolute()) if prompt else None,
             "error": line.get("error"), "finish_reason": line.get("finish_reason"),
@@ -212,7 +213,10 @@ def main(argv=None):
     args = get_args(argv)
     logging.disable(logging.INFO)  # funasr's
     manifests = manifests_of(args.output_dir, args.seeds)
-    eval_set = read_jsonl(args.eval_set)
+    try:
+        eval_set = read_eval_set(args.eval_set)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"score.py: {error}") from error
     asr = load_asr(args.asr_dir, args.device, args.language)
     reference, costly = references(args.reference_audio), None
     if args.quality_utterances:

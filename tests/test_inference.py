@@ -89,18 +89,31 @@ def test_other_settings_are_refused(assets, eval_set, one_process):
     assert done.returncode != 0 and "results of other settings (differing: temperature)" in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("row", "fault"),
-    [
-        ({"id": "a"}, "needs id and target_text"),
-        ({"id": "a/b", "target_text": "好"}, "no file name"),
-        ({"id": "a", "target_text": "好", "prompt_text": "好"}, "needs both"),
-    ],
-)
-def test_bad_sets_are_named(tmp_path, row, fault):
-    write_jsonl(tmp_path / "set.jsonl", [row])
-    with pytest.raises(ValueError, match=fault):
-        infer_dist.load_eval_set(tmp_path / "set.jsonl")
+@pytest.mark.parametrize("fault", ["no word", "no audio", "missing"])
+def test_a_set_with_a_fault_is_refused_before_anything_is_spoken(assets, eval_set, tmp_path, fault):
+    rows = [*read_jsonl(eval_set), {"id": "last", "target_text": "我们走吧。"}]
+    rows[-1] |= {"target_text": "……"} if fault == "no word" else {"prompt_text": "好", "prompt_audio": "a.wav"}
+    if fault == "no audio":
+        (tmp_path / "a.wav").write_bytes(b"RIFF")
+    shutil.copy(next(eval_set.parent.glob("*.ogg")), tmp_path)
+    write_jsonl(tmp_path / "set.jsonl", rows)
+    message = {"no word": f"line {NUM_UTTERANCES + 1}: target_text has no word", "missing": "a.wav is missing",
+               "no audio": "a.wav: cannot be read as audio"}[fault]  # fmt: skip
+    command = ["--llm-path", assets / "llm", "--token2wav-dir", assets / "token2wav"]
+    command += ["--eval-set", tmp_path / "set.jsonl", "--output-dir", tmp_path / "out"]
+    with pytest.raises(SystemExit, match=message):
+        infer_dist.main([*map(str, command)])
+    assert not (tmp_path / "out").exists()
+
+
+def test_texts_that_no_speech_of_that_length_fits_are_told(tmp_path, caplog):
+    rows = [{"id": "s", "target_text": "今天天气很好。"}, {"id": "l", "target_text": "我们明天早上出发。" * 10}]
+    write_jsonl(tmp_path / "set.jsonl", rows)
+    assert [row["id"] for row in infer_dist.load_eval_set(tmp_path / "set.jsonl", 160)] == ["s", "l"]
+    assert "1 texts are too long for max_new_tokens=160 and will be cut, l (90 characters) first" in caplog.text
+    caplog.clear()
+    infer_dist.load_eval_set(tmp_path / "set.jsonl", 512)
+    assert not caplog.text
 
 
 def test_batches_do_not_depend_on_order_of_work():
