@@ -27,9 +27,10 @@ from tts_grpo.speech.audio import check_audio, save_audio
 from tts_grpo.speech.generation import LM_PRECISIONS, Sampling, generate_speech_tokens, load_lm
 from tts_grpo.speech.token2wav import decode, load_token2wav
 from tts_grpo.speech.voices import load_prompt_voice
-from tts_grpo.text.input_files import read_eval_set, too_long_to_speak
 from tts_grpo.text.jsonl import dump_line, write_json, write_jsonl
 from tts_grpo.text.prompts import render_prompt
+from tts_grpo.text.rules import TextRules, model_text, usable_eval_set, warnings_of
+from tts_grpo.text.tags import holding_control_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,11 @@ def get_args(argv=None):
     parser.add_argument("--top-k", type=int, default=-1, help="-1 keeps all")
     parser.add_argument("--repetition-penalty", type=float, default=1.0, help="of ids said before; 1.0 is none")
     parser.add_argument("--max-new-tokens", type=int, default=512, help="where an utterance is cut")
+    parser.add_argument("--language", choices=("zh", "en"), default="zh", help="of the texts")
+    parser.add_argument("--text-tags", choices=("reject", "remove"), default="reject", help="tags in texts, such as "
+                        "[laughter]: the set is refused, or they are taken out")  # fmt: skip
+    parser.add_argument("--llm-text", choices=("raw", "spoken"), default="raw", help="what the language model reads: "
+                        "texts as they are, or their numbers in words")  # fmt: skip
     return parser.parse_args(argv)
 
 
@@ -69,23 +75,20 @@ class Batch:
     rows: list[dict]
 
 
-def load_eval_set(path: Path, max_new_tokens: int) -> list[dict]:
+def load_eval_set(path: Path, max_new_tokens: int, rules: TextRules) -> list[dict]:
     """The utterances of a set, checked whole: nothing is spoken of a set with a fault.
 
     Raises:
         SystemExit: the set cannot be used, or a recording cannot be read; the faults are named.
     """
     try:
-        rows = read_eval_set(path)
+        rows = usable_eval_set(path, rules)
         for audio in sorted({row["prompt_audio"] for row in rows if row["prompt_audio"]}):
             check_audio(path.parent / audio)
     except (ValueError, OSError) as error:
         raise SystemExit(f"infer_dist.py: {error}") from error
-    if long := too_long_to_speak(rows, max_new_tokens):
-        logger.warning(
-            "%d texts are too long for max_new_tokens=%d and will be cut, %s (%d characters) first: raise it, or take "
-            "them out", len(long), max_new_tokens, long[0]["id"], len(long[0]["target_text"]),
-        )  # fmt: skip
+    for warning in warnings_of(rows, path, max_new_tokens, rules):
+        logger.warning("%s", warning)
     return rows
 
 
@@ -108,8 +111,8 @@ def utterance_seed(seed: int, utt_id: str) -> int:
 class Speaker:
     """Language model and token2wav of this process."""
 
-    def __init__(self, args, device: str):
-        self.args = args
+    def __init__(self, args, device: str, rules: TextRules):
+        self.args, self.rules = args, rules
         dtype = args.lm_precision and LM_PRECISIONS[args.lm_precision]
         self.model, self.tokenizer = load_lm(args.llm_path, device, dtype)
         self.token2wav = load_token2wav(args.token2wav_dir, device, args.precision)
@@ -117,6 +120,10 @@ class Speaker:
             args.temperature, args.top_p, args.top_k, args.max_new_tokens, repetition_penalty=args.repetition_penalty
         )
         self.voices = {}
+
+    def texts(self, row: dict) -> tuple[str, str]:
+        """An utterance's texts of prompt and target, as the language model reads them."""
+        return model_text(row["prompt_text"], self.rules), model_text(row["target_text"], self.rules)
 
     def voice(self, row: dict):
         """The prompt voice of an utterance, or None; each is read once."""
@@ -132,8 +139,8 @@ class Speaker:
         """Write a batch's audio; its manifest lines."""
         voices = [self.voice(row) for row in batch.rows]
         prompts = [
-            render_prompt(self.tokenizer, row["target_text"], row["prompt_text"], v.prompt_speech_tokens if v else ())
-            for row, v in zip(batch.rows, voices, strict=True)
+            render_prompt(self.tokenizer, target, prompt, v.prompt_speech_tokens if v else ())
+            for (prompt, target), v in zip(map(self.texts, batch.rows), voices, strict=True)
         ]
         seeds = [utterance_seed(batch.seed, row["id"]) for row in batch.rows]
         said = generate_speech_tokens(self.model, self.tokenizer, prompts, seeds, self.sampling, len(prompts))
@@ -152,6 +159,18 @@ class Speaker:
                 save_audio(path, waveform, self.token2wav.sample_rate_hz)
             lines.append(line)
         return lines
+
+
+def refuse_control_tokens(speaker: Speaker, rows: list[dict]) -> None:
+    """Speak no set whose texts have control tokens in them.
+
+    Raises:
+        SystemExit: one has; it is named.
+    """
+    found = holding_control_tokens(speaker.tokenizer, ["".join(speaker.texts(row)) for row in rows])
+    for row, token in zip(rows, found, strict=True):
+        if token:
+            raise SystemExit(f"infer_dist.py: the text of {row['id']} holds the control token {token}: take it out")
 
 
 def fingerprint(args) -> dict:
@@ -213,7 +232,8 @@ def main(argv=None):
     args = get_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s: %(message)s")
     rank, world_size, device = distributed.setup(args.device)
-    rows = load_eval_set(args.eval_set, args.max_new_tokens)
+    rules = TextRules(args.language, args.text_tags, args.llm_text)
+    rows = load_eval_set(args.eval_set, args.max_new_tokens, rules)
     if rank == 0:
         check_fingerprint(args)
     distributed.barrier()
@@ -222,7 +242,8 @@ def main(argv=None):
     distributed.barrier()  # all have read what is done before anyone adds to it
     mine = todo[rank::world_size]
     if mine:
-        speaker = Speaker(args, device)
+        speaker = Speaker(args, device, rules)
+        refuse_control_tokens(speaker, rows)
         if speaker.token2wav.needs_voice and (without := [row["id"] for row in rows if not row["prompt_audio"]]):
             raise SystemExit(
                 f"infer_dist.py: {args.eval_set}: {len(without)} utterances have no prompt, {without[0]} first, and "

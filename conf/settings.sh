@@ -39,6 +39,9 @@ setting test_jsonl '' 0 input "validation texts, JSONL"
 setting known_answer_jsonl '' - path "text and speech_tokens of real speech, for the check of the reward"
 setting max_prompt_length 512 0 "int>=1" "longest prompt, in tokens"
 setting max_bad_ratio 0.01 0 "number>=0<=1" "largest tolerated share of unusable lines in the data"
+setting max_test_overlap 0.1 0 "number>=0<=1" "largest tolerated share of test texts that are trained on"
+setting text_tags reject "0 4 4s" "reject|remove" "texts with tags such as [laughter] or <|im_end|>: left out, or without the tags"
+setting llm_text raw "0 4" "raw|spoken" "what the language model reads: raw texts, or spoken: numbers and signs in words"
 
 # reward server (stage 1)
 setting server_address 127.0.0.1 - name "address it listens on; 0.0.0.0 serves other machines"
@@ -66,7 +69,7 @@ setting num_nodes 1 2 "int>=1" "machines; several need ray_address"
 setting ray_address '' - text? "running Ray cluster (ray start), such as 10.0.0.1:6379"
 setting train_device cuda - "cpu|cuda" "device of the training"
 setting total_steps 1800 2 "int>=1" "training steps; a larger number extends a finished training"
-setting train_batch_size 32 2 "int>=1" "prompts per step"
+setting train_batch_size 32 "0 2" "int>=1" "prompts per step"
 setting mini_batch_size '$train_batch_size' 2 "int>=1" "prompts per update"
 setting micro_batch_size 8 - "int>=1" "rollouts per forward and backward pass of a GPU"
 setting rollout_n 8 2 "int>=1" "rollouts per prompt"
@@ -90,7 +93,7 @@ setting llm_path '' 3 path? "checkpoint that stage 3 merges, .../global_step_N; 
 
 # evaluation (stages 4 and 5)
 setting eval_jsonl '' "4 4s" input "test set, JSONL"
-setting language zh "0 2 4s" "zh|en" "language of the texts, of the test set and of the recognisers"
+setting language zh "0 2 4 4s" "zh|en" "language of texts and recognisers; zh: Chinese, English words may stand in it"
 setting seeds "0 1 2 3 4" 4s ints "random seeds; the set is synthesised once with each"
 setting quality_utterances 100 4s "int>=0" "utterances for speaker similarity, DNSMOS and F0; 0: none"
 setting reference_audio '' 4s input? "recordings of the voice, where the set has no prompts"

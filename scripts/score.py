@@ -22,8 +22,8 @@ from tts_grpo.speech.audio import ASR_HZ, load_audio
 from tts_grpo.speech.nets.costly import CostlyFigures
 from tts_grpo.speech.quality import FIGURES, cheap_figures, failed_figures, spread
 from tts_grpo.text.errors import align
-from tts_grpo.text.input_files import read_eval_set
 from tts_grpo.text.jsonl import read_jsonl, write_json, write_jsonl, write_text
+from tts_grpo.text.rules import TextRules, usable_eval_set
 from tts_grpo.text.spoken import LANGUAGES
 from tts_grpo.text.units import characters, pinyin
 
@@ -38,6 +38,8 @@ def get_args(argv=None):
     parser.add_argument("--eval-set", type=Path, required=True, help="JSONL of the test set")
     parser.add_argument("--seeds", type=int, nargs="+", help="of the manifests to score; all there are, if not given")
     parser.add_argument("--language", choices=LANGUAGES, default="zh", help="of the test set")
+    parser.add_argument("--text-tags", choices=("reject", "remove"), default="reject", help="tags in its texts, such "
+                        "as [laughter]: the set is refused, or they are taken out")  # fmt: skip
     parser.add_argument("--asr-dir", type=Path, required=True, help="folder of the evaluation recogniser")
     parser.add_argument("--device", default="cpu", help="torch device")
     parser.add_argument("--quality-utterances", type=int, default=80, help="of the first seed, evenly spread, for "
@@ -214,7 +216,7 @@ def main(argv=None):
     logging.disable(logging.INFO)  # funasr's
     manifests = manifests_of(args.output_dir, args.seeds)
     try:
-        eval_set = read_eval_set(args.eval_set)
+        eval_set = usable_eval_set(args.eval_set, TextRules(args.language, args.text_tags))
     except (ValueError, OSError) as error:
         raise SystemExit(f"score.py: {error}") from error
     asr = load_asr(args.asr_dir, args.device, args.language)

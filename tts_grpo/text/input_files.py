@@ -48,11 +48,15 @@ def _kind(value: Any) -> str:
     return "null" if value is None else f"the number {value}" if not isinstance(value, bool) else str(value).lower()
 
 
-def read_eval_set(path: str | Path) -> list[dict[str, str | None]]:
+def read_eval_set(path: str | Path, prepare: Callable[[str], str] = lambda text: text) -> list[dict[str, str | None]]:
     """The utterances of an evaluation set, each with ``id``, ``target_text``, ``prompt_text`` and ``prompt_audio``.
 
     ``target_text`` may be called ``text``. An id may be an integer; it becomes text. Utterances without a prompt have
     the ``prompt_text`` "" and the ``prompt_audio`` None.
+
+    Args:
+        path: the file.
+        prepare: what is done to each text of target or prompt; it may raise a ValueError.
 
     Raises:
         ValueError: an utterance lacks its id or text, a text has no word, a prompt is not complete or its recording is
@@ -60,12 +64,15 @@ def read_eval_set(path: str | Path) -> list[dict[str, str | None]]:
         OSError: the file cannot be opened.
     """
     ids: dict[str, tuple[int, str]] = {}
-    return _read(path, lambda number, row: _utterance(Path(path).parent, ids, number, row), "utterance")
 
+    def utterance(number: int, row: dict) -> dict[str, str | None]:
+        found = {"id": new_id(row.get("id"), number, ids), "target_text": checked_text(row, "target_text", "text")}
+        found |= _prompt(Path(path).parent, row) or {"prompt_text": "", "prompt_audio": None}
+        texts = {name: prepare(found[name]) for name in ("target_text", "prompt_text") if found[name]}
+        checked_text(texts, "target_text")  # what is left of it
+        return found | texts
 
-def _utterance(folder: Path, ids: dict[str, tuple[int, str]], number: int, row: dict) -> dict[str, str | None]:
-    utterance = {"id": new_id(row.get("id"), number, ids), "target_text": checked_text(row, "target_text", "text")}
-    return utterance | (_prompt(folder, row) or {"prompt_text": "", "prompt_audio": None})
+    return _read(path, utterance, "utterance")
 
 
 def _prompt(folder: Path, row: dict) -> dict[str, str] | None:
@@ -107,6 +114,16 @@ def new_id(utt_id: Any, number: int, ids: dict[str, tuple[int, str]]) -> str:
         how = "comes twice, first" if other == utt_id else f"is but for upper and lower case the id {other!r}"
         raise ValueError(f"the id {utt_id!r} {how} in entry {before}: each names a file, so change one of them")
     return utt_id
+
+
+def read_texts(path: str | Path) -> list[dict]:
+    """The entries of a file of texts, each with ``text``.
+
+    Raises:
+        ValueError: an entry has none, or one without a word, or there is no entry; all are named.
+        OSError: the file cannot be opened.
+    """
+    return _read(path, lambda number, row: row | {"text": checked_text(row, "text")}, "text")
 
 
 def read_voices(path: str | Path) -> list[dict[str, str]]:
