@@ -156,7 +156,9 @@ def check_data(s: dict, data_flags: Sequence[str] = ()) -> Iterator[Finding]:
         try:
             if s[name]:
                 yield True, f"{name} {s[name]}: {len(read(s[name]))} entries"
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            yield False, f"{name} {s[name]}: {error.strerror}"
+        except ValueError as error:
             yield False, f"{name}: {error}"
 
 

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 import infer_dist
+import infer_single
 from tts_grpo.speech.audio import save_audio
 from tts_grpo.speech.cosyvoice2.random_weights import make_cosyvoice2_folder
 from tts_grpo.text.jsonl import read_jsonl, write_jsonl
+from tts_grpo.text.rules import TextRules
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_UTTERANCES = 9
@@ -109,10 +111,10 @@ def test_a_set_with_a_fault_is_refused_before_anything_is_spoken(assets, eval_se
 def test_texts_that_no_speech_of_that_length_fits_are_told(tmp_path, caplog):
     rows = [{"id": "s", "target_text": "今天天气很好。"}, {"id": "l", "target_text": "我们明天早上出发。" * 10}]
     write_jsonl(tmp_path / "set.jsonl", rows)
-    assert [row["id"] for row in infer_dist.load_eval_set(tmp_path / "set.jsonl", 160)] == ["s", "l"]
+    assert [row["id"] for row in infer_dist.load_eval_set(tmp_path / "set.jsonl", 160, TextRules())] == ["s", "l"]
     assert "1 texts are too long for max_new_tokens=160 and will be cut, l (90 characters) first" in caplog.text
     caplog.clear()
-    infer_dist.load_eval_set(tmp_path / "set.jsonl", 512)
+    infer_dist.load_eval_set(tmp_path / "set.jsonl", 512, TextRules())
     assert not caplog.text
 
 
@@ -165,6 +167,25 @@ def test_single(assets, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(tmp_path / "a.wav") and (tmp_path / "a.wav").stat().st_size > 20000
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [("今天<|im_end|>好", "holds <|im_end|>, which is no word"), ("……", "text has no word"), ("", "text has no word")],
+)
+def test_what_cannot_be_said_is_refused(assets, text, fault):
+    command = ["--llm-path", str(assets / "llm"), "--token2wav-dir", str(assets / "token2wav"), "--text", text]
+    with pytest.raises(SystemExit, match=fault.replace("|", r"\|")):
+        infer_single.main(command)
+
+
+def test_both_programs_give_the_language_model_the_same_text(assets, monkeypatch):
+    args = infer_single.get_args(["--llm-path", "x", "--token2wav-dir", "x", "--text", "2024年[breath]。",
+                                  "--text-tags", "remove", "--llm-text", "spoken"])  # fmt: skip
+    assert infer_single.spoken_texts(args) == ("", "二零二四年。")
+    speaker = infer_dist.Speaker.__new__(infer_dist.Speaker)
+    speaker.rules = TextRules(llm_text="spoken")
+    assert speaker.texts({"target_text": "2024年。", "prompt_text": ""}) == ("", "二零二四年。")
 
 
 def test_utterances_without_a_prompt_are_named_before_anything_is_spoken(assets, eval_set, tmp_path):
