@@ -27,7 +27,7 @@ from tts_grpo.speech.audio import check_audio, save_audio
 from tts_grpo.speech.generation import LM_PRECISIONS, Sampling, generate_speech_tokens, load_lm
 from tts_grpo.speech.token2wav import decode, load_token2wav
 from tts_grpo.speech.voices import load_prompt_voice
-from tts_grpo.text.jsonl import dump_line, write_json, write_jsonl
+from tts_grpo.text.jsonl import dump_line, numbered_rows, write_json, write_jsonl
 from tts_grpo.text.prompts import render_prompt
 from tts_grpo.text.rules import TextRules, model_text, usable_eval_set, warnings_of
 from tts_grpo.text.tags import holding_control_tokens
@@ -205,12 +205,9 @@ def finished(output_dir: Path) -> dict[str, list[dict]]:
     """Manifest lines of the batches that earlier runs finished; a line cut short by a crash is none."""
     done = {}
     for path in sorted(output_dir.glob("batches.rank*.jsonl")):
-        for line in path.read_text(encoding="utf-8").split("\n"):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            done[row["batch"]] = row["lines"]
+        for _, row in numbered_rows(path):
+            if isinstance(row, dict):
+                done[row["batch"]] = row["lines"]
     return done
 
 

@@ -174,8 +174,23 @@ class Instance:
 
 
 def unpad(tokens: np.ndarray, token_lens: np.ndarray) -> list[list[int]]:
-    """Sequences of a batch: TOKENS int32 (B, T) and TOKEN_LENS int32 (B, 1) of a request."""
-    return [row[: max(0, n)].tolist() for row, n in zip(tokens, token_lens[:, 0].tolist(), strict=True)]
+    """Sequences of a batch: TOKENS int32 (B, T) and TOKEN_LENS int32 (B, 1) of a request.
+
+    A length that is none gives [-1], which is no speech token: that sample alone is answered with an error.
+    """
+    lens = token_lens[:, 0].tolist()
+    return [row[:n].tolist() if 0 < n <= len(row) else [-1] for row, n in zip(tokens, lens, strict=True)]
+
+
+def decoded(texts: np.ndarray) -> list[str]:
+    """GT_TEXT bytes (B,) of a request; what is not UTF-8 gives "", and its sample is answered with an error."""
+    found = []
+    for text in texts:
+        try:
+            found.append(text.decode("utf-8"))
+        except UnicodeDecodeError:
+            found.append("")
+    return found
 
 
 def text_tensor(values: list[str]) -> np.ndarray:
@@ -197,8 +212,7 @@ def infer_function(instance: Instance):
 
     @batch
     def infer(TOKENS, TOKEN_LENS, GT_TEXT):
-        texts = [text.decode("utf-8") for text in GT_TEXT[:, 0]]
-        scores = instance.call("score", unpad(TOKENS, TOKEN_LENS), texts)
+        scores = instance.call("score", unpad(TOKENS, TOKEN_LENS), decoded(GT_TEXT[:, 0]))
         return {
             "REWARDS": np.array([[score.reward] for score in scores], np.float32),
             "ERROR_RATES": np.array([[score.error_rate] for score in scores], np.float32),

@@ -21,7 +21,11 @@ NUM_UTTERANCES = 9
 @pytest.fixture(scope="module")
 def eval_set(assets, tmp_path_factory):
     path = tmp_path_factory.mktemp("set") / "set.jsonl"
-    rows = [{"id": r["id"], "target_text": r["text"]} for r in read_jsonl(assets / "data/test.jsonl")[:NUM_UTTERANCES]]
+    found = (
+        read_jsonl(assets / "data/test.jsonl")[: NUM_UTTERANCES - 4]
+        + read_jsonl(assets / "data/test_digits.jsonl")[-4:]
+    )
+    rows = [{"id": r["id"], "target_text": r["text"]} for r in found]
     prompt = read_jsonl(assets / "prompts/prompts.jsonl")[0]
     shutil.copy(assets / "prompts" / prompt["prompt_audio"], path.parent)
     rows[3] |= {"prompt_text": prompt["prompt_text"], "prompt_audio": prompt["prompt_audio"]}
@@ -34,7 +38,7 @@ def infer(assets, eval_set, output_dir, num_processes: int, *flags):
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes),
         str(ROOT / "infer_dist.py"), "--llm-path", str(assets / "llm"), "--token2wav-dir", str(assets / "token2wav"),
         "--eval-set", str(eval_set), "--output-dir", str(output_dir), "--seeds", "0", "7", "--batch-size", "2",
-        "--max-new-tokens", "120", *flags,
+        "--max-new-tokens", "120", "--llm-text", "spoken", *flags,
     ]  # fmt: skip
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

@@ -20,7 +20,7 @@ SPOKEN = TextRules(llm_text="spoken")
         ("今日は天気", "zh", "another script"), ("Guten Tag, schöne Grüße", "zh", "no Chinese"),
         ("Hello world, how are you?", "zh", "no Chinese"), ("今天 meeting 取消了", "zh", None), ("119", "zh", None),
         ("重慶", "zh", None), ("α波", "zh", None), ("他在café里", "zh", None), ("Hello world", "en", None),
-        ("today 今天", "en", "Chinese"), ("今天", "en", "Chinese"), ("Привет, мир", "en", "another script"),
+        ("today 今天", "en", "chinese"), ("今天", "en", "chinese"), ("Привет, мир", "en", "another script"),
         ("今天[laughter]", "zh", r"holds \[laughter\], which is no word"),
         ("用四川话说<|endofprompt|>好", "zh", "holds"),
     ],
@@ -77,7 +77,7 @@ def test_no_text_without_tags_changes_a_prompt(tokenizer, text):
         ("用GPT-4，好吗？", "zh", "用GPT-四，好吗？"), ("“下午14:30”开会……", "zh", "“下午十四点三十分”开会……"),
         ("It costs $100, really.", "en", "It costs one hundred dollars, really."),
         ("No digits here.", "en", "No digits here."),
-        ("重10kg/箱", "zh", "重十千克/箱"),
+        ("重10kg/箱", "zh", "重十千克每箱"),
     ],
 )  # fmt: skip
 def test_what_the_language_model_reads(text, language, read):

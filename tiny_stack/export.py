@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from tiny_stack.settings import PRESETS, add_common_args
 from tiny_stack.stack import overall_error, speak, speak_groups
+from tiny_stack.written import TEST, as_written
 from tts_grpo.reward.curves import reward
 from tts_grpo.speech.asr.sensevoice import SenseVoice
 from tts_grpo.speech.audio import ASR_HZ, load_audio
@@ -93,6 +94,9 @@ def export_data(work_dir: Path, folder: Path) -> None:
                     line = {"id": row["id"], **line, **written(row["id"]), "speech_tokens": ids[i, : lens[i]].tolist()}
                 lines.append(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n")
         (folder / "data" / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+    rows = [row for row in read_jsonl(folder / "data" / "test.jsonl") if row["text"] in TEST]
+    lines = [json.dumps(row | {"text": TEST[row["text"]]}, ensure_ascii=False, separators=(",", ":")) for row in rows]
+    (folder / "data" / "test_digits.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def export_recordings(work_dir: Path, folder: Path) -> None:
@@ -141,7 +145,7 @@ def export_prompts(work_dir: Path, output_dir: Path, count: int, device: str) ->
     groups = speak_groups(*stack, texts, ROLLOUTS, temperature=1.0, seed=0)
     deviations = [np.std([reward(spoken.error_rate) for spoken in group]) for group in groups]
     chosen = sorted(np.argsort(deviations, kind="stable")[::-1][:count])
-    write_jsonl(output_dir / "data" / "grpo.jsonl", ({"text": texts[i]} for i in chosen))
+    write_jsonl(output_dir / "data" / "grpo.jsonl", ({"text": as_written(texts[i])} for i in chosen))
 
 
 def export_lm(chosen: Path, folder: Path) -> None:
