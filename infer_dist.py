@@ -28,9 +28,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from tts_grpo.speech import distributed, synthesis
-from tts_grpo.speech.audio import save_audio
+from tts_grpo.speech.audio import check_audio, save_audio
 from tts_grpo.speech.model_folders import TOKEN2WAV_FILES, token2wav_kind
-from tts_grpo.text.jsonl import dump_line, read_jsonl, write_json, write_jsonl
+from tts_grpo.text.jsonl import dump_line, write_json, write_jsonl
+from tts_grpo.text.rules import TextRules, usable_eval_set, warnings_of
 
 logger = logging.getLogger(__name__)
 
@@ -53,26 +54,20 @@ class Batch:
     rows: list[dict]
 
 
-def load_eval_set(path: Path) -> list[dict]:
-    """The utterances of a set.
+def load_eval_set(path: Path, max_new_tokens: int, rules: TextRules) -> list[dict]:
+    """The utterances of a set, checked whole: nothing is spoken of a set with a fault.
 
     Raises:
-        ValueError: one lacks its id or text, or an id is not fit for a file name or comes twice; it is named.
+        SystemExit: the set cannot be used, or a recording cannot be read; the faults are named.
     """
-    rows, seen = [], set()
-    for number, row in enumerate(read_jsonl(path), 1):
-        utt_id, text = row.get("id"), row.get("target_text", row.get("text"))
-        if not utt_id or not text:
-            raise ValueError(f"{path}, utterance {number}: needs id and target_text")
-        if utt_id in seen or "/" in utt_id or utt_id.startswith("."):
-            raise ValueError(f"{path}, utterance {number}: the id {utt_id!r} comes twice or is no file name")
-        if bool(row.get("prompt_text")) != bool(row.get("prompt_audio")):
-            raise ValueError(f"{path}, utterance {utt_id}: a prompt needs both prompt_text and prompt_audio")
-        seen.add(utt_id)
-        rows.append({"id": utt_id, "target_text": text, "prompt_text": row.get("prompt_text") or "",
-                     "prompt_audio": row.get("prompt_audio")})  # fmt: skip
-    if not rows:
-        raise ValueError(f"{path}: no utterance")
+    try:
+        rows = usable_eval_set(path, rules)
+        for audio in sorted({row["prompt_audio"] for row in rows if row["prompt_audio"]}):
+            check_audio(path.parent / audio)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"infer_dist.py: {error}") from error
+    for warning in warnings_of(rows, path, max_new_tokens, rules):
+        logger.warning("%s", warning)
     return rows
 
 
@@ -208,7 +203,8 @@ def main(argv=None):
     args = get_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s: %(message)s")
     rank, world_size, device = distributed.setup(args.device)
-    rows = load_eval_set(args.eval_set)
+    rules = TextRules(args.language, args.text_tags, args.llm_text)
+    rows = load_eval_set(args.eval_set, args.max_new_tokens, rules)
     if rank == 0:
         check_fingerprint(args)
     distributed.barrier()
@@ -219,7 +215,7 @@ def main(argv=None):
     if mine:
         synthesiser = synthesis.Synthesiser(args, device, args.eval_set.parent)
         try:
-            synthesiser.check_voices(rows)
+            synthesiser.check(rows)
         except ValueError as error:
             raise SystemExit(f"infer_dist.py: {args.eval_set}: {error}") from error
         progress = tqdm(mine, desc=f"{args.output_dir.name}, process {rank}", unit="batch", disable=rank > 0)

@@ -9,7 +9,9 @@ import logging
 from pathlib import Path
 
 from tts_grpo.speech import synthesis
-from tts_grpo.speech.audio import save_audio
+from tts_grpo.speech.audio import check_audio, save_audio
+from tts_grpo.text.input_files import checked_text
+from tts_grpo.text.tags import apply_tags
 
 logger = logging.getLogger(__name__)
 
@@ -31,15 +33,32 @@ def get_args(argv=None):
     return args
 
 
+def checked_texts(args) -> tuple[str, str]:
+    """Text of the prompt and text to synthesise, without tags if they are removed.
+
+    Raises:
+        SystemExit: one has no word, or tags that are not to be removed, or the recording is no audio.
+    """
+    try:
+        if args.prompt_audio:
+            check_audio(args.prompt_audio)
+        text, prompt_text = (
+            checked_text({"text": apply_tags(text, args.text_tags)}, "text") if text is not None else ""
+            for text in (args.text, args.prompt_text or None)
+        )
+    except ValueError as error:
+        raise SystemExit(f"infer_single.py: {error}") from error
+    return prompt_text, text
+
+
 def main(argv=None):
     args = get_args(argv)
+    prompt_text, text = checked_texts(args)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s: %(message)s")
-    row = {
-        "id": args.utt_id, "target_text": args.text, "prompt_text": args.prompt_text, "prompt_audio": args.prompt_audio
-    }  # fmt: skip
+    row = {"id": args.utt_id, "target_text": text, "prompt_text": prompt_text, "prompt_audio": args.prompt_audio}
     synthesiser = synthesis.Synthesiser(args, args.device, Path.cwd())
     try:
-        synthesiser.check_voices([row])
+        synthesiser.check([row])
         (speech,) = synthesiser.synthesise([row], args.seed)
     except ValueError as error:
         raise SystemExit(f"infer_single.py: {error}") from error

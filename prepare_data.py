@@ -1,18 +1,25 @@
 #!/usr/bin/env python3
 """Prepare GRPO data: JSONL, or a JSON array, of objects with a ``text`` -> train.parquet and test.parquet for veRL.
 
-JSONL is streamed: a million lines need no more memory than a thousand. Lines that cannot be used (not JSON, no text,
-nothing left of it after normalisation, too long a prompt) are left out, counted and listed with their number and
-reason in rejects.jsonl (in an array, the number of the element); too many of them stop the run, and nothing is written.
-Other keys than ``text`` are ignored.
+JSONL is streamed: memory grows by a number per text. Lines that cannot be used (not JSON, no text, no word, marks such
+as <|im_end|>, another language, too long a prompt) are left out, counted and listed with their number and reason in
+rejects.jsonl (in an array, the number of the element); too many of them stop the run, and nothing is written. So do
+too few texts for a batch, too many test texts that are trained on, and an evaluation set with a fault. Other keys than
+``text`` are ignored.
 
 Columns: ``data_source``, ``prompt`` (chat messages; the checkpoint's template renders them), ``ability``,
 ``reward_model`` (``ground_truth`` is the text), ``extra_info`` (split, index, text).
+
+    python prepare_data.py --preview 20 --train-file train.jsonl
+
+prints how texts are read, and writes nothing.
 """
 
 import argparse
 import collections
 import itertools
+import re
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,12 +28,25 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from tts_grpo.text.jsonl import dump_line, numbered_rows
+from tts_grpo.text.input_files import checked_text
+from tts_grpo.text.jsonl import as_object, dump_line, numbered_rows
 from tts_grpo.text.prompts import chat_messages, load_tokenizer, render_prompt
-from tts_grpo.text.units import normalise
+from tts_grpo.text.rules import (
+    TextRules,
+    comparison_key,
+    is_plain,
+    model_text,
+    spoken_text,
+    usable_eval_set,
+    usable_text,
+    warnings_of,
+)
+from tts_grpo.text.tags import control_tokens, find_tags, holding_control_tokens
 
 SPLITS = ("train", "test")
 BATCH_LINES = 4096
+NUM_EXAMPLES = 10
+CHANGED = "changed"
 SCHEMA = pa.schema(
     [
         ("data_source", pa.string()),
@@ -36,51 +56,139 @@ SCHEMA = pa.schema(
         ("extra_info", pa.struct([("split", pa.string()), ("index", pa.int64()), ("text", pa.string())])),
     ]
 )
+HOLDING = {"digits": re.compile(r"\d"), "Latin letters": re.compile("[A-Za-zＡ-Ｚａ-ｚ]")}
 
 
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train-file", type=Path, required=True, help="JSONL or JSON array to train on")
-    parser.add_argument("--test-file", type=Path, required=True, help="JSONL or JSON array to validate on")
-    parser.add_argument("--output-dir", type=Path, required=True, help="folder for the parquet and rejects files")
-    parser.add_argument("--llm-path", type=Path, required=True, help="checkpoint whose template and tokenizer are used")
+    parser.add_argument("--test-file", type=Path, help="JSONL or JSON array to validate on")
+    parser.add_argument("--output-dir", type=Path, help="folder for the parquet and rejects files")
+    parser.add_argument("--llm-path", type=Path, help="checkpoint whose template and tokenizer are used")
+    parser.add_argument("--eval-set", type=Path, help="evaluation set to check, too")
     parser.add_argument("--data-source", default="text-to-speech", help="name of the data in veRL's metrics")
+    parser.add_argument("--language", choices=("zh", "en"), default="zh", help="of the texts")
+    parser.add_argument("--text-tags", choices=("reject", "remove"), default="reject", help="marks such as [laughter]")
+    parser.add_argument("--llm-text", choices=("raw", "spoken"), default="raw", help="what the language model reads: "
+                        "the text as it is, or its numbers in words")  # fmt: skip
     parser.add_argument("--max-prompt-length", type=int, default=512, help="longest prompt, in tokens")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=2048, help="longest utterance of the evaluation, in tokens"
+    )
     parser.add_argument("--max-bad-ratio", type=float, default=0.01, help="largest share of unusable lines")
-    return parser.parse_args(argv)
+    parser.add_argument("--max-test-overlap", type=float, default=0.1, help="largest share of test texts in training")
+    parser.add_argument("--batch-size", type=int, default=1, help="least number of training texts")
+    parser.add_argument("--check", action="store_true", help="read everything, write nothing")
+    parser.add_argument("--preview", type=int, default=0, help="only print how the first texts are read, so many")
+    args = parser.parse_args(argv)
+    needed = ("test_file", "llm_path", *(() if args.check else ("output_dir",)))
+    missing = [f"--{name.replace('_', '-')}" for name in needed if getattr(args, name) is None]
+    if missing and not args.preview:
+        parser.error(f"the following arguments are required: {', '.join(missing)}")
+    return args
+
+
+def rules_of(args) -> TextRules:
+    return TextRules(args.language, args.text_tags, args.llm_text)
 
 
 def rows_with_progress(path: Path) -> Iterator[tuple[int, Any]]:
-    """:func:`tts_grpo.text.jsonl.numbered_rows`, with a progress bar in bytes."""
-    with tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.name) as bar:
+    """:func:`tts_grpo.text.jsonl.numbered_rows`, with a progress bar in bytes on a terminal."""
+    with tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
         try:
             yield from numbered_rows(path, bar.update)
         except ValueError as error:
             raise SystemExit(f"prepare_data.py: {error}") from error
 
 
-def parse_row(row: Any) -> tuple[str, str]:
+def parse_row(row: Any, rules: TextRules) -> tuple[str, str]:
     """``(text, "")`` of a row, or ``("", reason)``."""
-    if isinstance(row, ValueError):
-        return "", "not JSON"
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        return "", "no text"
-    text = row["text"].strip()
-    return (text, "") if normalise(text) else ("", "nothing left of the text after normalisation")
+    try:
+        return usable_text(checked_text(as_object(row), "text"), rules), ""
+    except ValueError as reason:
+        return "", str(reason)
 
 
-def too_long(tokenizer, texts: list[str], max_prompt_length: int) -> list[bool]:
-    """Whether each text's whole prompt has more tokens than allowed."""
-    prompts = [render_prompt(tokenizer, text) for text in texts]
-    lengths = map(len, tokenizer(prompts, add_special_tokens=False)["input_ids"]) if prompts else ()
-    return [length > max_prompt_length for length in lengths]
+class Prompts:
+    """What prompts of texts hold, for one tokenizer."""
+
+    def __init__(self, tokenizer, max_length: int):
+        self.tokenizer, self.max_length, self.control = tokenizer, max_length, frozenset(control_tokens(tokenizer))
+        # a template is slow and the same for each text
+        self.before, self.after = render_prompt(tokenizer, "TEXT").split("TEXT")
+        self.own_control = self._num_control(self._ids([""])[0])
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        prompts = [self.before + text + self.after for text in texts]
+        return self.tokenizer(prompts, add_special_tokens=False)["input_ids"] if prompts else []
+
+    def _num_control(self, ids: list[int]) -> int:
+        return sum(i in self.control for i in ids)
+
+    def faults(self, texts: list[str]) -> list[str]:
+        """What is wrong with the prompt of each text, or ""."""
+        return [self._fault(text, ids) for text, ids in zip(texts, self._ids(texts), strict=True)]
+
+    def _fault(self, text: str, ids: list[int]) -> str:
+        if self._num_control(ids) > self.own_control:
+            (token,) = holding_control_tokens(self.tokenizer, [text])
+            return f"the prompt would hold the control token {token}"
+        return f"the prompt has more than {self.max_length} tokens" if len(ids) > self.max_length else ""
 
 
-def sample(tokenizer, text: str, split: str, index: int, data_source: str) -> dict:
-    """One row of the parquet file."""
+class Tally:
+    """What the texts of a split hold, and which cannot be used."""
+
+    def __init__(self, rules: TextRules):
+        self.rules, self.kept, self.repeated = rules, 0, 0
+        self.bad, self.holding, self.keys = collections.Counter(), collections.Counter(), set()
+        self.first_fault, self.examples = "", []
+
+    def add(self, raw: Any, text: str) -> None:
+        """Count a text as it stands in the file and, if it can be used, as it is used."""
+        if not isinstance(raw, str) or is_plain(raw):
+            return
+        self.holding.update(name for name, pattern in HOLDING.items() if pattern.search(raw))
+        self.holding["tags"] += bool(find_tags(raw))
+        if text and (said := spoken_text(text, self.rules)).replace(" ", "").lower() != without_punctuation(raw):
+            self.holding[CHANGED] += 1
+            if len(self.examples) < NUM_EXAMPLES:
+                self.examples.append(f"{raw} -> {said}")
+
+    def reject(self, number: int, reason: str) -> None:
+        self.bad[re.split(r": | \(|, ", reason)[0]] += 1
+        self.first_fault = self.first_fault or f"the first: {number}, {reason}"
+
+    def keep(self, texts: list[str]) -> None:
+        for text in texts:
+            key = hash(comparison_key(text, self.rules))
+            self.repeated += key in self.keys
+            self.keys.add(key)
+        self.kept += len(texts)
+
+    def lines(self, name: str) -> Iterator[str]:
+        """What there is to tell."""
+        yield f"{name}: {self.kept} samples, {self.bad.total()} lines left out" + (
+            f": {dict(self.bad.most_common(5))}" if self.bad else ""
+        )
+        counts = [f"{count} {what}" for what, count in self.holding.items() if count and what != CHANGED]
+        yield f"  texts that hold {', '.join(counts) if counts else 'digits, Latin letters or tags: none'}"
+        if self.repeated:
+            yield f"  {self.repeated} texts are read as one before them"
+        if self.holding[CHANGED]:
+            yield f"  {self.holding[CHANGED]} texts are not read as they are written, such as"
+            yield from (f"    {example}" for example in self.examples)
+
+
+def without_punctuation(text: str) -> str:
+    return re.sub(r"[\W_]+", "", text).lower()
+
+
+def sample(tokenizer, text: str, prompt_text: str, split: str, index: int, data_source: str) -> dict:
+    """One row of the parquet file; ``prompt_text`` is the text as the language model reads it."""
     return {
         "data_source": data_source,
-        "prompt": chat_messages(tokenizer, text),
+        "prompt": chat_messages(tokenizer, prompt_text),
         "ability": "text-to-speech",
         "reward_model": {"style": "rule", "ground_truth": text},
         "extra_info": {"split": split, "index": index, "text": text},
@@ -91,56 +199,107 @@ class Converter:
     """Turns one split after the other into parquet, counting what is left out."""
 
     def __init__(self, args, tokenizer):
-        self.args, self.tokenizer = args, tokenizer
-        self.kept, self.bad = collections.Counter(), {split: collections.Counter() for split in SPLITS}
-        self.test_texts: set[int] = set()
-        self.overlap = 0
+        self.args, self.tokenizer, self.rules = args, tokenizer, rules_of(args)
+        self.prompts = Prompts(tokenizer, args.max_prompt_length)
+        self.tallies = {split: Tally(self.rules) for split in SPLITS}
 
     def convert(self, path: Path, split: str, output: Path, rejects) -> None:
         """Stream one file into ``output``; rejected lines go to the file object ``rejects``."""
+        tally = self.tallies[split]
         with pq.ParquetWriter(output, SCHEMA) as writer:
             for batch in batched(rows_with_progress(path), BATCH_LINES):
-                texts = self._usable(batch, path, split, rejects)
+                pairs = self._usable(batch, path, tally, rejects)
                 rows = [
-                    sample(self.tokenizer, text, split, self.kept[split] + i, self.args.data_source)
-                    for i, text in enumerate(texts)
+                    sample(self.tokenizer, text, prompt_text, split, tally.kept + i, self.args.data_source)
+                    for i, (text, prompt_text) in enumerate(pairs)
                 ]
-                self._count(texts, split)
+                tally.keep([text for text, _ in pairs])
                 if rows:
                     writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
 
-    def _usable(self, batch, path: Path, split: str, rejects) -> list[str]:
-        parsed = [(number, *parse_row(row)) for number, row in batch]
-        long = iter(too_long(self.tokenizer, [text for _, text, _ in parsed if text], self.args.max_prompt_length))
-        texts = []
-        for number, text, reason in parsed:
-            if text and next(long):
-                reason = f"the prompt has more than {self.args.max_prompt_length} tokens"
-            if reason:
-                self.bad[split][reason] += 1
-                rejects.write(dump_line({"file": str(path), "line": number, "reason": reason}))
+    def _usable(self, batch, path: Path, tally: Tally, rejects) -> list[tuple[str, str]]:
+        """Texts of a batch that can be used, each with what the language model reads."""
+        parsed = [(number, row, *parse_row(row, self.rules)) for number, row in batch]
+        prompt_texts = [model_text(text, self.rules) for _, _, text, _ in parsed if text]
+        pairs, checked = [], iter(zip(prompt_texts, self.prompts.faults(prompt_texts), strict=True))
+        for number, row, text, reason in parsed:
+            prompt_text, fault = next(checked) if text else ("", reason)
+            tally.add(row.get("text") if isinstance(row, dict) else None, "" if fault else text)
+            if fault:
+                tally.reject(number, fault)
+                rejects.write(dump_line({"file": str(path), "line": number, "reason": fault}))
             else:
-                texts.append(text)
-        return texts
-
-    def _count(self, texts: list[str], split: str) -> None:
-        self.kept[split] += len(texts)
-        keys = [hash(normalise(text)) for text in texts]
-        if split == "test":
-            self.test_texts.update(keys)
-        else:
-            self.overlap += sum(key in self.test_texts for key in keys)
+                pairs.append((text, prompt_text))
+        return pairs
 
     def check(self, split: str, path: Path, rejects_path: Path) -> None:
         """Raises SystemExit if too many lines of a split were unusable, or none was left."""
-        bad, total = self.bad[split].total(), self.bad[split].total() + self.kept[split]
-        if bad > self.args.max_bad_ratio * total:
+        tally, most = self.tallies[split], self.args.max_bad_ratio
+        bad, total = tally.bad.total(), tally.bad.total() + tally.kept
+        if bad > most * total:
             raise SystemExit(
-                f"prepare_data.py: {bad} of {total} lines of {path} cannot be used ({dict(self.bad[split])}), more "
-                f"than --max-bad-ratio {self.args.max_bad_ratio} allows. They are listed in {rejects_path}"
+                f"prepare_data.py: {bad} of {total} lines of {path} cannot be used ({dict(tally.bad.most_common(5))}, "
+                f"{tally.first_fault}), more than --max-bad-ratio {most} allows"
+                + ("" if self.args.check else f". They are listed in {rejects_path}")
             )
-        if not self.kept[split]:
+        if not tally.kept:
             raise SystemExit(f"prepare_data.py: {path} has no usable line")
+
+    def check_size(self) -> None:
+        """Raises SystemExit if there are fewer training texts than a batch has."""
+        if self.tallies["train"].kept < self.args.batch_size:
+            raise SystemExit(
+                f"prepare_data.py: {self.args.train_file} has {self.tallies['train'].kept} usable texts, fewer than "
+                f"the {self.args.batch_size} of a training step: add texts, or lower train_batch_size"
+            )
+
+    def check_overlap(self, path: Path, keys: set[int]) -> str:
+        """How many of a test file's texts are trained on, in words.
+
+        Raises:
+            SystemExit: they are too many.
+        """
+        both = len(keys & self.tallies["train"].keys)
+        told = f"{both} of the {len(keys)} texts of {path} are training texts as well"
+        if both > self.args.max_test_overlap * len(keys):
+            raise SystemExit(
+                f"prepare_data.py: {told}, more than max_test_overlap={self.args.max_test_overlap} allows: take them "
+                f"out of {self.args.train_file}, or set max_test_overlap"
+            )
+        return told
+
+
+def check_eval_set(args, prompts: Prompts) -> tuple[set[int], list[str]]:
+    """What its texts are compared by, and warnings.
+
+    Raises:
+        SystemExit: an utterance cannot be spoken; the faults are named.
+    """
+    rules, path = rules_of(args), args.eval_set
+    try:
+        rows = usable_eval_set(path, rules)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"prepare_data.py: {error}") from error
+    texts = [model_text(row["prompt_text"] + row["target_text"], rules) for row in rows]
+    token = holding_control_tokens(prompts.tokenizer, texts)
+    if wrong := next((row["id"] for row, token in zip(rows, token, strict=True) if token), None):
+        raise SystemExit(f"prepare_data.py: {path}: the prompt of {wrong} would hold a control token")
+    return {hash(comparison_key(row["target_text"], rules)) for row in rows}, warnings_of(
+        rows, path, args.max_new_tokens, rules
+    )
+
+
+def preview(args) -> None:
+    """Print how the first texts are read."""
+    from tts_grpo.text.units import sentence
+
+    rules = rules_of(args)
+    for number, row in itertools.islice(numbered_rows(args.train_file), args.preview):
+        text, reason = parse_row(row, rules)
+        print(f"{number}  {text or reason}")
+        if text:
+            print(f"   model   {model_text(text, rules)}\n   spoken  {spoken_text(text, rules)}")
+            print(f"   units   {' '.join(unit.written[0] for unit in sentence(text, rules.language).units)}")
 
 
 def batched(items: Iterator, size: int) -> Iterator[tuple]:
@@ -150,33 +309,48 @@ def batched(items: Iterator, size: int) -> Iterator[tuple]:
         yield batch
 
 
-def main(argv=None):
-    args = get_args(argv)
-    for path in (args.train_file, args.test_file):
-        if not path.is_file():
-            raise SystemExit(f"prepare_data.py: {path} is missing")
-    try:
-        tokenizer = load_tokenizer(args.llm_path)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"prepare_data.py: {error}") from error
-    converter = Converter(args, tokenizer)
+def convert_all(args, converter: Converter) -> None:
+    """Write both parquet files, if all is as it should be."""
     args.output_dir.mkdir(parents=True, exist_ok=True)
     rejects_path = args.output_dir / "rejects.jsonl"
     parts = {split: args.output_dir / f"{split}.parquet.part" for split in SPLITS}
     try:
         with rejects_path.open("w", encoding="utf-8") as rejects:
-            for split, path in (("test", args.test_file), ("train", args.train_file)):  # test first: for the overlap
+            for split, path in (("test", args.test_file), ("train", args.train_file)):
                 converter.convert(path, split, parts[split], rejects)
                 rejects.flush()
                 converter.check(split, path, rejects_path)
+        converter.check_size()
+        told = [converter.check_overlap(args.test_file, converter.tallies["test"].keys)]
+        if args.eval_set:
+            keys, warnings = check_eval_set(args, converter.prompts)
+            told += [converter.check_overlap(args.eval_set, keys), *warnings]
         for split, part in parts.items():
             part.replace(args.output_dir / f"{split}.parquet")
     finally:
         for part in parts.values():
             part.unlink(missing_ok=True)
     for split in SPLITS:
-        print(f"{split}: {converter.kept[split]} samples, {converter.bad[split].total()} lines left out")
-    print(f"{converter.overlap} training texts are test texts as well" + (": remove them" if converter.overlap else ""))
+        print("\n".join(converter.tallies[split].lines(split)))
+    print("\n".join(told))
+
+
+def main(argv=None):
+    args = get_args(argv)
+    try:
+        if args.preview:
+            preview(args)
+            return
+        for path in (args.train_file, args.test_file):
+            if not path.is_file():
+                raise SystemExit(f"prepare_data.py: {path} is missing")
+        tokenizer = load_tokenizer(args.llm_path)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"prepare_data.py: {error}") from error
+    with tempfile.TemporaryDirectory() as scratch:
+        if args.check:
+            args.output_dir = Path(scratch)
+        convert_all(args, Converter(args, tokenizer))
 
 
 if __name__ == "__main__":

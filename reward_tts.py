@@ -3,7 +3,8 @@
 
 veRL calls :func:`compute_score` (``reward.custom_reward_function.path=reward_tts.py``). As a program it scores a
 JSONL of ``text`` and ``speech_tokens`` on a running server, and with ``--check`` asserts that the server tells right
-from wrong: tokens of the text itself must score high, tokens of another text low.
+from wrong: tokens of the text itself must score high, tokens of another text low; a text that the file also has with
+digits (``written``) must score with them as in words.
 """
 
 import argparse
@@ -14,7 +15,8 @@ from pathlib import Path
 
 from tts_grpo.reward.client import RewardClient, RewardServerError
 from tts_grpo.reward.protocol import RolloutScore
-from tts_grpo.text.jsonl import read_jsonl, write_jsonl, write_text
+from tts_grpo.text.input_files import read_known_answers
+from tts_grpo.text.jsonl import write_jsonl, write_text
 from tts_grpo.text.tokens import parse_speech_tokens
 from tts_grpo.training import credit
 
@@ -22,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 CHECK_BOUNDS = (0.6, 0.2)  # mean reward: at least, of the right texts; at most, of the wrong ones
+MAX_WRITTEN_LOSS = 0.05  # of the mean reward, where texts are written with digits instead of words
 
 _client: RewardClient | None = None
 _bad_rollouts = 0
@@ -131,9 +134,20 @@ def mean_reward(scores) -> float:
     return sum(scored.reward for scored in scores) / len(scores)
 
 
-def known_answer_check(right: float, wrong: float) -> str | None:
-    """What is wrong with a server of these mean rewards, or None."""
+def known_answer_check(right: float, wrong: float, written_loss: float = 0.0) -> str | None:
+    """What is wrong with a server of these mean rewards, or None.
+
+    Args:
+        right: of the right texts.
+        wrong: of wrong texts.
+        written_loss: what texts lose that are written with digits instead of words.
+    """
     least, most = CHECK_BOUNDS
+    if written_loss > MAX_WRITTEN_LOSS:
+        return (
+            f"texts written with digits have a mean reward {written_loss:.3f} lower than in words, expected at most "
+            f"{MAX_WRITTEN_LOSS}: does the server run this version, with the same language?"
+        )
     if right < least:
         return f"speech of the right texts has a mean reward of {right:.3f}, expected at least {least}"
     if wrong > most:
@@ -141,18 +155,27 @@ def known_answer_check(right: float, wrong: float) -> str | None:
     return None
 
 
+def lost_by_digits(args, rows: list[dict], scores: list) -> float:
+    """How much less the mean reward is with the texts as they are written; 0 where no line has one."""
+    pairs = [(row, scored) for row, scored in zip(rows, scores, strict=True) if row.get("written")]
+    if not pairs:
+        return 0.0
+    again = asyncio.run(score_rows(args, [row for row, _ in pairs], [row["written"] for row, _ in pairs]))
+    return mean_reward([scored for _, scored in pairs]) - mean_reward(again)
+
+
 def load_rows(path: Path, limit: int | None) -> list[dict]:
     """Lines to score.
 
     Raises:
-        ValueError: there are fewer than two, or one has no text or no speech tokens.
+        SystemExit: there are fewer than two, or one has no text or no speech tokens.
     """
-    rows = read_jsonl(path)[:limit]
-    for number, row in enumerate(rows, 1):
-        if not row.get("text") or not row.get("speech_tokens"):
-            raise ValueError(f"{path}, line {number}: needs text and speech_tokens")
+    try:
+        rows = read_known_answers(path, limit)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"reward_tts.py: {error}") from error
     if len(rows) < 2:
-        raise ValueError(f"{path}: needs at least two lines")
+        raise SystemExit(f"reward_tts.py: {path}: needs at least two lines")
     return rows
 
 
@@ -167,6 +190,7 @@ def main(argv=None):
             result["mean_reward_of_wrong_texts"] = mean_reward(
                 asyncio.run(score_rows(args, rows, texts[1:] + texts[:1]))
             )
+            result["lost_by_digits"] = lost_by_digits(args, rows, scores)
     except RewardServerError as error:
         raise SystemExit(f"reward_tts.py: {error}") from None
     print(json.dumps(result))

@@ -71,8 +71,7 @@ stage_0() {
   work_on "$state"
   run "$trainer_bin/python" "$root/scripts/prepare_llm.py" --sft-path "$sft_path" --output-dir "$sft_model"
   run "$trainer_bin/python" "$root/prepare_data.py" --train-file "$train_jsonl" --test-file "$test_jsonl" \
-    --output-dir "$exp_dir/data" --llm-path "$sft_model" --max-prompt-length "$max_prompt_length" \
-    --max-bad-ratio "$max_bad_ratio"
+    --output-dir "$exp_dir/data" --llm-path "$sft_model" "${data_flags[@]}"
   mark_done 0 "$state"
   echo "data: $exp_dir/data"
 }
@@ -169,7 +168,7 @@ infer() {
 
 # score NAME: error rates of that speech, and what they do not see; on one core, beside the other model's.
 score() {
-  beside env OMP_NUM_THREADS=1 python="$speech_bin/python" eval_asr_dir="$eval_asr_dir" device="$infer_device" language="$language" \
+  beside env OMP_NUM_THREADS=1 python="$speech_bin/python" eval_asr_dir="$eval_asr_dir" device="$infer_device" language="$language" text_tags="$text_tags" \
     seeds="$seeds" quality_utterances="$quality_utterances" reference_audio="$reference_audio" speaker_model_dir="$speaker_model_dir" \
     bash "$root/scripts/compute_wer.sh" "$exp_dir/eval/$1" "$eval_jsonl"
 }
@@ -316,6 +315,12 @@ configure() {
     --metrics-port "$metrics_port" --precision "$token2wav_precision" --devices "${device_list[@]}"
   )
   ((reward_tones)) || server_command+=(--no-tones)
+  server_command+=(--language "$language")
+  text_flags=(--language "$language" --text-tags "$text_tags" --llm-text "$llm_text")
+  data_flags=(
+    --eval-set "$eval_jsonl" "${text_flags[@]}" --max-prompt-length "$max_prompt_length" --max-bad-ratio "$max_bad_ratio"
+    --max-test-overlap "$max_test_overlap" --batch-size "$train_batch_size" --max-new-tokens "$max_new_tokens"
+  )
   prompt_flags=()
   [[ -z $prompt_audio ]] || prompt_flags=(--prompt-audio "$prompt_audio" --prompt-text "$prompt_text")
   if [[ -n $prompt_list ]]; then
@@ -326,7 +331,7 @@ configure() {
   synthesis_flags=( # of the evaluation and of stage 5
     --token2wav-dir "$token2wav_dir" --device "$infer_device" --precision "$infer_precision"
     --lm-precision "$infer_lm_precision" --max-new-tokens "$max_new_tokens" --temperature "$temperature"
-    --top-p "$top_p" --top-k "$top_k" --repetition-penalty "$repetition_penalty"
+    --top-p "$top_p" --top-k "$top_k" --repetition-penalty "$repetition_penalty" "${text_flags[@]}"
   )
   train_env=(
     "${profile_env[@]}" PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" TENSORBOARD_DIR="$exp_dir/tensorboard"
@@ -401,7 +406,7 @@ main() {
   configure
   if [[ $mode == check ]]; then
     PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec "$base_python" "$root/scripts/check.py" \
-      --settings "$(all_settings json)" --contradictions "${wrong[@]}"
+      --settings "$(all_settings json)" --contradictions "${wrong[@]}" --data-flags "${data_flags[@]}"
   fi
   ((${#wrong[@]} == 0)) || die "${wrong[0]}"
   trap cleanup EXIT

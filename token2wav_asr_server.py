@@ -66,6 +66,7 @@ def get_args(argv=None):
     parser.add_argument("--max-queue-size", type=int, default=16384, help="waiting requests beyond this are refused")
     parser.add_argument("--reward-curve", choices=("tanh", "exp"), default="tanh", help="see tts_grpo/reward/curves.py")
     parser.add_argument("--no-tones", dest="tones", action="store_false", help="compare pinyin without tones")
+    parser.add_argument("--language", choices=("zh", "en"), default="zh", help="of the texts and of the recogniser")
     parser.add_argument("--address", default="127.0.0.1", help="where to listen; 0.0.0.0 serves other machines")
     parser.add_argument("--http-port", type=int, default=8000, help="HTTP port")
     parser.add_argument("--grpc-port", type=int, default=8001, help="gRPC port")
@@ -126,8 +127,10 @@ def load_scorer(args, device: str):
         voices = load_prompt_voices(token2wav, args.prompt_list)
     elif args.prompt_audio:
         voices = [load_prompt_voice(token2wav, args.prompt_audio, args.prompt_text)]
-    asr = SenseVoice(args.asr_dir, device)
-    return RewardScorer(token2wav, asr, args.tones, args.reward_curve, voices, args.seed, args.prompt_voice_per)
+    asr = SenseVoice(args.asr_dir, device, language=args.language)
+    return RewardScorer(
+        token2wav, asr, args.tones, args.reward_curve, voices, args.seed, args.prompt_voice_per, args.language
+    )
 
 
 def warm_up(scorer, max_batch_size: int) -> None:
@@ -219,8 +222,23 @@ class Instance:
 
 
 def unpad(tokens: np.ndarray, token_lens: np.ndarray) -> list[list[int]]:
-    """Sequences of a batch: TOKENS int32 (B, T) and TOKEN_LENS int32 (B, 1) of a request."""
-    return [row[: max(0, n)].tolist() for row, n in zip(tokens, token_lens[:, 0].tolist(), strict=True)]
+    """Sequences of a batch: TOKENS int32 (B, T) and TOKEN_LENS int32 (B, 1) of a request.
+
+    A length that is none gives [-1], which is no speech token: that sample alone is answered with an error.
+    """
+    lens = token_lens[:, 0].tolist()
+    return [row[:n].tolist() if 0 < n <= len(row) else [-1] for row, n in zip(tokens, lens, strict=True)]
+
+
+def decoded(texts: np.ndarray) -> list[str]:
+    """GT_TEXT bytes (B,) of a request; what is not UTF-8 gives "", and its sample is answered with an error."""
+    found = []
+    for text in texts:
+        try:
+            found.append(text.decode("utf-8"))
+        except UnicodeDecodeError:
+            found.append("")
+    return found
 
 
 def infer_function(instance: Instance):
@@ -229,8 +247,7 @@ def infer_function(instance: Instance):
 
     @batch
     def infer(TOKENS, TOKEN_LENS, GT_TEXT):
-        texts = [text.decode("utf-8") for text in GT_TEXT[:, 0]]
-        return encode_response(instance.call("score", unpad(TOKENS, TOKEN_LENS), texts))
+        return encode_response(instance.call("score", unpad(TOKENS, TOKEN_LENS), decoded(GT_TEXT[:, 0])))
 
     return infer
 

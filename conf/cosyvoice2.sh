@@ -69,6 +69,9 @@ texts_dir=$workspace/data/$train_texts-$(key train_texts num_train num_test max_
 train_jsonl=${train_jsonl:-$texts_dir/train.jsonl}
 test_jsonl=${test_jsonl:-$texts_dir/test.jsonl}
 known_answer_jsonl=${known_answer_jsonl:-$workspace/data/known_answer.jsonl}
+max_bad_ratio=${max_bad_ratio:-0.05} # texts of recordings from the web: a few are in another language
+# CosyVoice puts numbers into words before its own language model; the SFT model was trained on texts as they are
+llm_text=${llm_text:-$([[ $llm == official ]] && echo spoken || echo raw)}
 
 # reward server (stage 1): by default it shares the training's GPUs; cuda:8, for example, is one of its own beside eight
 server_devices=${server_devices:-$(seq -s ' ' -f 'cuda:%g' 0 $((num_gpus - 1)))}

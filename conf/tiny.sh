@@ -14,6 +14,7 @@ train_jsonl=${train_jsonl:-$root/assets/tiny/data/grpo.jsonl} # texts that no pa
 test_jsonl=${test_jsonl:-$root/assets/tiny/data/dev.jsonl}
 known_answer_jsonl=${known_answer_jsonl:-$root/assets/tiny/data/dev.jsonl}
 max_prompt_length=${max_prompt_length:-64}
+llm_text=${llm_text:-spoken} # the tiny language model was trained on texts in words
 
 # reward server (stage 1)
 server_threads=${server_threads:-1}

@@ -15,7 +15,7 @@ import sys
 import sysconfig
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tts_grpo.reward.ports import port_fault
@@ -29,7 +29,7 @@ from tts_grpo.speech.model_folders import (
     missing_files,
     token2wav_kind,
 )
-from tts_grpo.text.jsonl import numbered_rows
+from tts_grpo.text.input_files import read_eval_set, read_known_answers, read_texts, read_voices
 from tts_grpo.text.prompts import (
     GENERATION_END,
     GENERATION_START,
@@ -57,6 +57,7 @@ def get_args(argv=None):
     parser.add_argument(
         "--contradictions", nargs="*", default=[], help="settings that do not fit, as run.sh found them"
     )
+    parser.add_argument("--data-flags", nargs=argparse.REMAINDER, default=[], help="of prepare_data.py; they come last")
     what.add_argument("--pins", type=Path, help="only compare this Python's packages with a requirements file")
     what.add_argument("--language-model", type=Path, help="only check this Hugging Face folder")
     return parser.parse_args(argv)
@@ -137,16 +138,28 @@ def check_files(s: dict) -> Iterator[Finding]:
         yield True, "files of token2wav, recognisers and evaluation set"
 
 
-def check_data(s: dict) -> Iterator[Finding]:
-    for name, keys in (("train_jsonl", ["text"]), ("test_jsonl", ["text"]), ("known_answer_jsonl", ["speech_tokens"])):
+def check_data(s: dict, data_flags: Sequence[str] = ()) -> Iterator[Finding]:
+    """Every line of every file: as stage 0 does, if its environment is there, or else whether each can be read."""
+    python, model = Path(s["venv_root"]) / "trainer/bin/python", Path(s["sft_path"])
+    readers = {"known_answer_jsonl": read_known_answers, "prompt_list": read_voices}
+    if python.exists() and model.exists():
+        files = ["--train-file", s["train_jsonl"], "--test-file", s["test_jsonl"], "--llm-path", model]
+        command = [python, ROOT / "prepare_data.py", "--check", *files, *data_flags]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT)
+        if done.returncode:
+            yield False, f"texts: {done.stderr.strip().split('prepare_data.py: ')[-1]}"
+        else:
+            yield True, f"texts: {done.stdout.strip()}"
+    else:
+        readers |= {"train_jsonl": read_texts, "test_jsonl": read_texts, "eval_jsonl": read_eval_set}
+    for name, read in readers.items():
         try:
-            _, row = next(numbered_rows(s[name]), (0, {}))
-            if isinstance(row, ValueError):
-                raise row
-            lacking = [key for key in keys if not row.get(key)]
-            yield finding(not lacking, f"{name} {s[name]}", f": its first line has no {', '.join(lacking)}")
-        except (OSError, ValueError, AttributeError) as error:
-            yield False, f"{name} {s[name]}: {error}"
+            if s[name]:
+                yield True, f"{name} {s[name]}: {len(read(s[name]))} entries"
+        except OSError as error:
+            yield False, f"{name} {s[name]}: {error.strerror}"
+        except ValueError as error:
+            yield False, f"{name}: {error}"
 
 
 def check_language_model(s: dict) -> Iterator[Finding]:
@@ -346,8 +359,7 @@ def check_disk(s: dict) -> Iterator[Finding]:
 
 
 CHECKS = (
-    check_environments, check_files, check_data, check_language_model, check_gpus, check_compiler,
-    check_server, check_disk,
+    check_environments, check_files, check_language_model, check_gpus, check_compiler, check_server, check_disk,
 )  # fmt: skip
 
 
@@ -359,8 +371,9 @@ def main(argv=None):
         return 0
     findings = [(False, text) for text in args.contradictions] or [(True, "sizes of batches")]
     findings += [finding for check in CHECKS for finding in check(args.settings)]
+    findings += check_data(args.settings, args.data_flags)
     for good, text in findings:
-        print(f"{'ok   ' if good else 'WRONG'}  {text}", flush=True)
+        print(f"{'ok   ' if good else 'WRONG'}  {text.replace(chr(10), chr(10) + ' ' * 7)}", flush=True)
     wrong = sum(not good for good, _ in findings)
     print(f"{wrong} of {len(findings)} checks failed" if wrong else f"all {len(findings)} checks passed")
     return int(wrong > 0)

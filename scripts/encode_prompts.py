@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from tts_grpo.speech.audio import load_audio
 from tts_grpo.speech.token2wav import load_token2wav
-from tts_grpo.text.jsonl import read_jsonl, write_jsonl
+from tts_grpo.text.input_files import read_eval_set
+from tts_grpo.text.jsonl import write_jsonl
 
 
 def get_args(argv=None):
@@ -27,7 +28,10 @@ def get_args(argv=None):
 
 def main(argv=None):
     args = get_args(argv)
-    rows = [row for row in read_jsonl(args.eval_set) if row.get("prompt_audio")][: args.limit]
+    try:
+        rows = [row for row in read_eval_set(args.eval_set) if row["prompt_audio"]][: args.limit]
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"encode_prompts.py: {error}") from error
     if not rows:
         raise SystemExit(f"encode_prompts.py: {args.eval_set} has no utterance with a prompt_audio")
     token2wav = load_token2wav(args.token2wav_dir, args.device)

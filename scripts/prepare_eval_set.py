@@ -24,7 +24,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tts_grpo.text.jsonl import write_jsonl
+from tts_grpo.text.input_files import checked_text, new_id
+from tts_grpo.text.jsonl import numbered_lines, write_jsonl
 
 VOICE_COLUMNS = ("text", "audio")
 COLUMNS = ("id", "prompt_text", "target_text", "prompt_audio")
@@ -32,7 +33,7 @@ COLUMNS = ("id", "prompt_text", "target_text", "prompt_audio")
 # texts before it gives them to the language model; a closing single quote is not among them.
 QUOTES = str.maketrans("", "", "\"'()“”‘（）")
 FORMATS = {b"RIFF": ".wav", b"fLaC": ".flac", b"OggS": ".ogg", b"ID3": ".mp3"}
-Row = tuple[str, str, str, bytes | None]  # id, prompt text, target text, encoded recording (None if there is none)
+Row = tuple[str, dict, bytes | None]  # where it stands; id and texts; encoded recording (None if there is none)
 
 
 def get_args(argv=None):
@@ -119,9 +120,9 @@ def from_parquet(folder: Path, split: str) -> Iterator[Row]:
         ValueError: there are no files, or a column is missing.
     """
     for file in open_parquet(folder, split, COLUMNS):
-        for batch in file.iter_batches(batch_size=64, columns=list(COLUMNS)):
-            for row in batch.to_pylist():
-                yield str(row["id"]), row["prompt_text"], row["target_text"], embedded(row["prompt_audio"], row["id"])
+        rows = (row for batch in file.iter_batches(64, columns=list(COLUMNS)) for row in batch.to_pylist())
+        for number, row in enumerate(rows, 1):
+            yield f"{folder}, row {number} of {split or 'a file'}", row, embedded(row["prompt_audio"], row["id"])
 
 
 def embedded(audio: dict | None, utt_id: str) -> bytes | None:
@@ -143,50 +144,51 @@ def from_meta(path: Path) -> Iterator[Row]:
     Raises:
         ValueError: a line has not its four parts, or a recording is missing.
     """
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
-        if not line.strip():
-            continue
-        parts = line.strip().split("|")
+    for number, line in numbered_lines(path):
+        where = f"{path}, line {number}"
+        if isinstance(line, ValueError):
+            raise ValueError(f"{where}: {line}")
+        parts = [part.strip() for part in line.split("|")]
         if len(parts) < 4:
-            raise ValueError(f"{path}, line {number}: wants id|prompt text|prompt wav|target text")
+            raise ValueError(f"{where}: wants id|prompt text|prompt wav|target text")
         wav = path.parent / parts[2]
-        if not wav.exists():
-            raise ValueError(f"{path}, line {number}: {wav} is missing")
-        yield parts[0], parts[1], parts[3], wav.read_bytes()
+        if not wav.is_file():
+            raise ValueError(f"{where}: the recording {wav} is missing")
+        yield where, {"id": parts[0], "prompt_text": parts[1], "target_text": parts[3]}, wav.read_bytes()
 
 
 def without_quotes(rows: Iterator[Row]) -> Iterator[Row]:
     """Rows whose texts have no quotes and brackets."""
-    for utt_id, prompt_text, target_text, audio in rows:
-        yield utt_id, (prompt_text or "").translate(QUOTES), (target_text or "").translate(QUOTES), audio
+    for where, row, audio in rows:
+        texts = {name: (row[name] or "").translate(QUOTES) for name in ("prompt_text", "target_text")}
+        yield where, row | texts, audio
 
 
 def write_set(rows: Iterator[Row], output: Path) -> tuple[int, int]:
     """Write recordings, then the JSONL; the number of utterances, and of those without a prompt.
 
     Raises:
-        ValueError: an id is no file name or comes twice, a text is missing, or there is no row.
+        ValueError: an id is no file name or comes twice, a text is missing or has no word, or there is no row.
     """
-    folder, lines = output.with_suffix(""), {}
+    folder, lines, ids = output.with_suffix(""), [], {}
     folder.mkdir(parents=True, exist_ok=True)
-    for utt_id, prompt_text, target_text, audio in rows:
-        if not re.fullmatch(r"[\w][\w.\-]*", utt_id) or utt_id in lines:
-            raise ValueError(f"the id {utt_id!r} comes twice or is no file name")
-        if not target_text or (audio is not None and not prompt_text):
-            raise ValueError(f"{utt_id}: {'prompt_text' if target_text else 'target_text'} is empty")
-        prompt_audio = None
-        if audio is not None:
-            wav = folder / f"{utt_id}{suffix(audio, utt_id)}"
-            wav.write_bytes(audio)
-            prompt_audio = str(wav.relative_to(output.parent))
-        lines[utt_id] = {
-            "id": utt_id, "prompt_text": prompt_text if prompt_audio else "", "prompt_audio": prompt_audio,
-            "target_text": target_text,
-        }  # fmt: skip
+    for number, (where, row, audio) in enumerate(rows, 1):
+        try:
+            utt_id, prompt_text, prompt_audio = new_id(row["id"], number, ids), "", None
+            target_text = checked_text(row, "target_text")
+            if audio is not None:
+                prompt_text = checked_text(row, "prompt_text")
+                wav = folder / f"{utt_id}{suffix(audio, utt_id)}"
+                wav.write_bytes(audio)
+                prompt_audio = str(wav.relative_to(output.parent))
+        except ValueError as fault:
+            raise ValueError(f"{where}: {fault}") from fault
+        lines.append({"id": utt_id, "prompt_text": prompt_text, "prompt_audio": prompt_audio,
+                      "target_text": target_text})  # fmt: skip
     if not lines:
         raise ValueError("the set is empty")
-    write_jsonl(output, lines.values())
-    return len(lines), sum(line["prompt_audio"] is None for line in lines.values())
+    write_jsonl(output, lines)
+    return len(lines), sum(line["prompt_audio"] is None for line in lines)
 
 
 def voices_from_parquet(folder: Path, split: str, count: int) -> Iterator[tuple[str, str, bytes]]:

@@ -17,18 +17,20 @@ import numpy as np
 import torch
 
 from tts_grpo.evaluation.aggregate import quality, rates
-from tts_grpo.evaluation.protocols import LANGUAGES, MAIN_METRIC, METRICS, align_units, count_all, prepare_hypothesis
+from tts_grpo.evaluation.protocols import MAIN_METRIC, METRICS, align_units, count_all, prepare_hypothesis
 from tts_grpo.speech.asr.loading import load_asr
 from tts_grpo.speech.audio import ASR_HZ, load_audio
 from tts_grpo.speech.nets.costly import CostlyFigures
 from tts_grpo.speech.quality import FIGURES, cheap_figures, failed_figures, spread
 from tts_grpo.text.jsonl import read_jsonl, write_json, write_jsonl, write_text
+from tts_grpo.text.rules import TextRules, usable_eval_set
+from tts_grpo.text.spoken import LANGUAGES
 from tts_grpo.text.units import characters, pinyin
 
 OPERATIONS = {"equal": "C", "substitute": "S", "delete": "D", "insert": "I"}  # jiwer's names
 CHUNK = 256  # recordings in memory at once
 MAX_DURATION_ERROR_S = 0.05  # a recording that differs more from its manifest is another, or cut short
-PACKAGES = ("torch", "funasr", "pypinyin", "jiwer", "rapidfuzz", "zhconv", "zhon")
+PACKAGES = ("torch", "funasr", "pypinyin", "jiwer", "rapidfuzz", "zhconv", "zhon", "wetext")
 
 
 def get_args(argv=None):
@@ -37,6 +39,8 @@ def get_args(argv=None):
     parser.add_argument("--eval-set", type=Path, required=True, help="JSONL of the test set")
     parser.add_argument("--seeds", type=int, nargs="+", help="of the manifests to score; all there are, if not given")
     parser.add_argument("--language", choices=LANGUAGES, default="zh", help="of the test set")
+    parser.add_argument("--text-tags", choices=("reject", "remove"), default="reject", help="tags in its texts, such "
+                        "as [laughter]: the set is refused, or they are taken out")  # fmt: skip
     parser.add_argument("--asr-dir", type=Path, required=True, help="folder of the evaluation recogniser")
     parser.add_argument("--device", default="cpu", help="torch device")
     parser.add_argument("--quality-utterances", type=int, default=80, help="of the first seed, evenly spread, for "
@@ -92,8 +96,8 @@ def read_recording(utterance: dict) -> np.ndarray | None:
 
 
 def units_of(text: str, language: str) -> list[str]:
-    """What is counted for the speech rate and compared for repetition: syllables or words."""
-    return pinyin(text, tones=False) if language == "zh" else METRICS["en"]["wer"].units(text)
+    """What is counted for the speech rate and compared for repetition: syllables and words of the spoken form."""
+    return pinyin(text, tones=False, language=language)
 
 
 def measure(utterance: dict, speech: np.ndarray | None, language: str, costly: CostlyFigures | None) -> None:
@@ -227,7 +231,10 @@ def main(argv=None):
     args = get_args(argv)
     logging.disable(logging.INFO)  # funasr's
     manifests = manifests_of(args.output_dir, args.seeds)
-    eval_set = read_jsonl(args.eval_set)
+    try:
+        eval_set = usable_eval_set(args.eval_set, TextRules(args.language, args.text_tags))
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"score.py: {error}") from error
     asr = load_asr(args.asr_dir, args.device, args.language)
     reference, costly = references(args.reference_audio), None
     if args.quality_utterances:

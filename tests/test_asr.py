@@ -6,10 +6,10 @@ import torch
 import yaml
 
 from tests.hub_repositories import make_sensevoice
+from tts_grpo.speech.asr.loading import load_asr
 from tts_grpo.speech.asr.sensevoice import SenseVoice
 from tts_grpo.speech.audio import load_audio
 from tts_grpo.text.errors import pinyin_error_rate
-from tts_grpo.text.units import written_units
 
 pytestmark = pytest.mark.slow
 
@@ -32,11 +32,29 @@ def test_onsets_are_the_times_of_the_syllables(asr, assets, test_rows):
     gap = np.zeros(8000, np.float32)
     alone, other, joined = asr.hear([first, second, np.concatenate([first, gap, second])])
     count = len(alone.onsets_s)
-    assert len(written_units(joined.text)) == len(joined.onsets_s) >= count + len(other.onsets_s) - 2
+    assert len(joined.text) == len(joined.onsets_s) >= count + len(other.onsets_s) - 2
     assert list(joined.onsets_s) == sorted(joined.onsets_s)
     np.testing.assert_allclose(joined.onsets_s[: count - 1], alone.onsets_s[:-1], atol=0.1)
     later = (len(first) + len(gap)) / 16000
     np.testing.assert_allclose(joined.onsets_s[-3:], np.array(other.onsets_s[-3:]) + later, atol=0.1)
+
+
+def test_the_network_is_told_the_language(assets):
+    english = load_asr(assets / "asr_reward", language="en").recogniser
+    ids = english._model.model.lid_dict
+    assert english._language_id == ids["en"] != SenseVoice(assets / "asr_reward")._language_id == ids["zh"]
+    with pytest.raises(ValueError, match="no language 'fr': SenseVoice knows auto, zh, en"):
+        SenseVoice(assets / "asr_reward", language="fr")
+
+
+def test_each_character_has_a_time_whatever_the_pieces_are(asr):
+    """The tokenizer's pieces and the transcript may differ, by tags and by spaces."""
+    ids = asr._model.kwargs["tokenizer"].encode("你好")
+    spoken = [(2 * i, piece) for i, piece in enumerate(ids)]
+    for text in ("你好", "〇 𠮷a，b", "", "……", "二〇〇八 年"):
+        onsets = asr._onsets(text, spoken)
+        assert len(onsets) == len(text) and list(onsets) == sorted(onsets)
+    assert asr._onsets("你 好", spoken) == (0.0, 2 * asr._frame_s, 2 * asr._frame_s)
 
 
 def test_transcripts_do_not_depend_on_order_and_batch(asr, assets, test_rows):

@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from tiny_stack.texts import han_only
+from tiny_stack.written import PROMPTS, TEST
+from tts_grpo.reward.scorer import RewardScorer
 from tts_grpo.text.jsonl import read_jsonl
+from tts_grpo.text.rules import TextRules, is_plain, model_text
 
 
 def test_checksums(assets):
@@ -30,6 +33,24 @@ def test_splits_do_not_overlap(assets):
     assert not set(texts["test"]) & set(texts["dev"])
     ids = [row["id"] for name in ("dev", "test") for row in splits[name]]
     assert len(set(ids)) == len(ids)
+
+
+def test_sentences_written_with_digits_are_those_in_words(assets, token2wav, asr):
+    """The prompts are the same, and so is the reward of the same speech."""
+    rules, in_words = TextRules(llm_text="spoken"), {written: text for text, written in TEST.items()}
+    rows = read_jsonl(assets / "data/test_digits.jsonl")
+    assert {row["text"] for row in rows} == set(in_words) and len(rows) == len(in_words)
+    assert all(model_text(written, rules) == text for text, written in TEST.items())
+    prompts = {row["text"] for row in read_jsonl(assets / "data/grpo.jsonl")}
+    assert set(PROMPTS.values()) <= prompts and not set(PROMPTS) & prompts
+    assert sum(model_text(written, rules) == text for text, written in PROMPTS.items()) >= 30
+    assert all(is_plain(model_text(text, rules).replace("著", "")) for text in prompts)
+    scorer = RewardScorer(token2wav, asr, tones=False)
+    tokens = [row["speech_tokens"] for row in rows]
+    texts = [row["text"] for row in rows]
+    written, spoken = scorer.score(tokens, texts), scorer.score(tokens, [in_words[text] for text in texts])
+    assert [score.reward for score in written] == [score.reward for score in spoken]
+    assert sum(score.reward for score in written) / len(written) > 0.7
 
 
 def test_corpus_uses_most_tokens(assets):

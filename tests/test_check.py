@@ -77,16 +77,34 @@ def test_both_hubs_cosyvoice2_is_known_as_such(tmp_path, assets, venv_root, hub)
     ]
 
 
-def test_data_files_are_read_as_stage_0_reads_them(tmp_path):
-    row = {"text": "今天", "speech_tokens": [1]}
-    (tmp_path / "bom.jsonl").write_text(json.dumps(row), encoding="utf-8-sig")
-    (tmp_path / "array.json").write_text(json.dumps([row], indent=1))
-    (tmp_path / "bad.jsonl").write_text("{")
-    names = ("train_jsonl", "test_jsonl", "known_answer_jsonl")
-    s = dict(zip(names, (str(tmp_path / name) for name in ("bom.jsonl", "array.json", "bom.jsonl")), strict=True))
-    assert all(good for good, _ in check.check_data(s))
-    (_, _), (good, text), (_, _) = check.check_data(s | {"test_jsonl": str(tmp_path / "bad.jsonl")})
-    assert not good and "not JSON" in text
+def data_findings(tmp_path, venv_root="none", flags=(), **files) -> list[tuple[bool, str]]:
+    texts = {"train_jsonl": "今天", "test_jsonl": "明天", "known_answer_jsonl": "后天", "eval_jsonl": "昨天"}
+    s = {"venv_root": str(venv_root), "sft_path": str(ROOT / "assets/tiny/llm"), "prompt_list": ""}
+    for name, text in texts.items():
+        row = {"text": text, "speech_tokens": [1], "id": 1}
+        rows = files.get(name, [row] * (1 if name == "eval_jsonl" else 2))
+        s[name] = str(tmp_path / name)
+        (tmp_path / name).write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8-sig")
+    return list(check.check_data(s, flags))
+
+
+def test_all_lines_of_data_files_are_read_without_an_environment(tmp_path):
+    assert [good for good, _ in data_findings(tmp_path)] == [True] * 4
+    bad = {"text": "……", "id": 2}
+    good = {"text": "今天", "speech_tokens": [1], "id": 1}
+    found = data_findings(tmp_path, train_jsonl=[good, bad], eval_jsonl=[good, bad], known_answer_jsonl=[good, bad])
+    wrong = [text for good, text in found if not good]
+    assert len(wrong) == 3 and all(", line 2: " in text for text in wrong), wrong
+    assert sum("text has no word" in text for text in wrong) == 2 and any("speech_tokens" in text for text in wrong)
+
+
+def test_with_an_environment_data_are_read_as_stage_0_does(tmp_path, venv_root):
+    flags = ["--batch-size", "3", "--eval-set", str(tmp_path / "eval_jsonl")]
+    wrong = [text for good, text in data_findings(tmp_path, venv_root, flags) if not good]
+    assert len(wrong) == 1 and "has 2 usable texts, fewer than the 3 of a training step" in wrong[0]
+    rows = [{"id": i, "text": "……"} for i in (1, 2)]
+    wrong = [text for good, text in data_findings(tmp_path, venv_root, flags[2:], eval_jsonl=rows) if not good]
+    assert len(wrong) == 1 and "eval_jsonl, line 1: text has no word" in wrong[0] and "line 2: " in wrong[0]
 
 
 def wrong_of_model(folder) -> list[str]:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tts_grpo.text.errors import count_errors, locate_errors
+from tts_grpo.text.errors import align_texts, count_errors, locate_errors
 from tts_grpo.training.credit import encode, syllable_advantages
 
 # Three syllables that begin with tokens 0, 4 and 9.
@@ -48,24 +48,39 @@ def test_rollouts_of_other_texts_are_no_group():
 @pytest.mark.parametrize(
     ("hypothesis", "onsets_s", "errors", "times_s"),
     [
-        ("abcd", (0.1, 0.3, 0.5, 0.7), [0, 0, 0, 0], [0.1, 0.3, 0.5, 0.7]),
-        ("axcd", (0.1, 0.3, 0.5, 0.7), [0, 1, 0, 0], [0.1, 0.3, 0.5, 0.7]),
-        ("acd", (0.1, 0.5, 0.7), [0, 1, 0, 0], [0.1, 0.3, 0.5, 0.7]),  # between its neighbours
-        ("abcxd", (0.1, 0.3, 0.5, 0.6, 0.7), [0, 0, 1, 0], [0.1, 0.3, 0.5, 0.7]),
-        ("xabcd", (0.0, 0.1, 0.3, 0.5, 0.7), [1, 0, 0, 0], [0.1, 0.3, 0.5, 0.7]),
-        ("abc", (0.1, 0.3, 0.5), [0, 0, 0, 1], [0.1, 0.3, 0.5, 0.7]),
+        ("天山水火", (0.1, 0.3, 0.5, 0.7), [0, 0, 0, 0], [0.1, 0.3, 0.5, 0.7]),
+        ("天人水火", (0.1, 0.3, 0.5, 0.7), [0, 1, 0, 0], [0.1, 0.3, 0.5, 0.7]),
+        ("天水火", (0.1, 0.5, 0.7), [0, 1, 0, 0], [0.1, 0.3, 0.5, 0.7]),  # between its neighbours
+        ("天山水人火", (0.1, 0.3, 0.5, 0.6, 0.7), [0, 0, 1, 0], [0.1, 0.3, 0.5, 0.7]),
+        ("人天山水火", (0.0, 0.1, 0.3, 0.5, 0.7), [1, 0, 0, 0], [0.1, 0.3, 0.5, 0.7]),
+        ("天山水", (0.1, 0.3, 0.5), [0, 0, 0, 1], [0.1, 0.3, 0.5, 0.7]),
         ("", (), [1, 1, 1, 1], [0.18, 0.36, 0.54, 0.72]),
     ],
 )
 def test_errors_have_a_place(hypothesis, onsets_s, errors, times_s):
-    found, times = locate_errors("abcd", hypothesis, onsets_s, 0.9)
-    assert found == errors and sum(found) == count_errors("abcd", hypothesis).errors
+    found, times = locate_errors(align_texts("天山水火", hypothesis, "toneless"), onsets_s, 0.9)
+    assert found == errors and sum(found) == count_errors("天山水火", hypothesis).errors
     np.testing.assert_allclose(times, times_s, atol=1e-9)
 
 
 def test_units_without_times_are_an_error():
-    with pytest.raises(ValueError, match="2 units were heard, 1 times"):
-        locate_errors("ab", "ab", (0.1,), 1.0)
+    with pytest.raises(ValueError, match="character 1 was heard, 1 times"):
+        locate_errors(align_texts("天山", "天山", "toneless"), (0.1,), 1.0)
+
+
+def test_another_right_reading_has_the_places_of_the_usual_one():
+    """So that all rollouts of a group have as many syllables, whichever reading they chose."""
+    for heard in ("二零二四年", "两千零二十四年", "二零二三年", "两千零二十三年"):
+        times = [0.1 * (i + 1) for i in range(len(heard))]
+        found, starts = locate_errors(align_texts("2024年", heard, "toneless"), times, 1.0)
+        assert len(found) == len(starts) == 5 and sum(found) == ("三" in heard)
+        assert found[3] == ("三" in heard) and starts == sorted(starts)
+
+
+@pytest.mark.parametrize("heard", ["二〇〇八年", "𠮷a 二〇〇八 年", "2008年", "gpt 二零零八年！"])
+def test_times_of_characters_fit_any_transcript(heard):
+    found, _ = locate_errors(align_texts("二零零八年", heard, "toneless"), [0.1] * len(heard), 1.0)
+    assert len(found) == 5
 
 
 @pytest.mark.parametrize(("errors", "score"), [((0, 0, 0), 0.8), ((0, 1, 0), -0.2), ((0, 0, 0), 1.5)])

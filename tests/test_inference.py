@@ -12,8 +12,9 @@ import infer_single
 from scripts.score import main as score_main
 from tts_grpo.speech.audio import load_audio, save_audio
 from tts_grpo.speech.cosyvoice2.random_weights import make_cosyvoice2_folder
-from tts_grpo.speech.synthesis import utterance_seed
+from tts_grpo.speech.synthesis import Synthesiser, utterance_seed
 from tts_grpo.text.jsonl import read_jsonl, write_jsonl
+from tts_grpo.text.rules import TextRules
 
 pytestmark = pytest.mark.slow
 
@@ -24,7 +25,11 @@ NUM_UTTERANCES = 9
 @pytest.fixture(scope="module")
 def eval_set(assets, tmp_path_factory):
     path = tmp_path_factory.mktemp("set") / "set.jsonl"
-    rows = [{"id": r["id"], "target_text": r["text"]} for r in read_jsonl(assets / "data/test.jsonl")[:NUM_UTTERANCES]]
+    found = (
+        read_jsonl(assets / "data/test.jsonl")[: NUM_UTTERANCES - 4]
+        + read_jsonl(assets / "data/test_digits.jsonl")[-4:]
+    )
+    rows = [{"id": r["id"], "target_text": r["text"]} for r in found]
     prompt = read_jsonl(assets / "prompts/prompts.jsonl")[0]
     shutil.copy(assets / "prompts" / prompt["prompt_audio"], path.parent)
     rows[3] |= {"prompt_text": prompt["prompt_text"], "prompt_audio": prompt["prompt_audio"]}
@@ -37,7 +42,7 @@ def infer(assets, eval_set, output_dir, num_processes: int, *flags):
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes),
         str(ROOT / "infer_dist.py"), "--llm-path", str(assets / "llm"), "--token2wav-dir", str(assets / "token2wav"),
         "--eval-set", str(eval_set), "--output-dir", str(output_dir), "--seeds", "0", "7", "--batch-size", "2",
-        "--max-new-tokens", "120", *flags,
+        "--max-new-tokens", "120", "--llm-text", "spoken", *flags,
     ]  # fmt: skip
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
@@ -150,18 +155,31 @@ def test_other_settings_are_refused(assets, eval_set, one_process):
     assert done.returncode != 0 and "results of other settings (differing: temperature)" in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("row", "fault"),
-    [
-        ({"id": "a"}, "needs id and target_text"),
-        ({"id": "a/b", "target_text": "好"}, "no file name"),
-        ({"id": "a", "target_text": "好", "prompt_text": "好"}, "needs both"),
-    ],
-)
-def test_bad_sets_are_named(tmp_path, row, fault):
-    write_jsonl(tmp_path / "set.jsonl", [row])
-    with pytest.raises(ValueError, match=fault):
-        infer_dist.load_eval_set(tmp_path / "set.jsonl")
+@pytest.mark.parametrize("fault", ["no word", "no audio", "missing"])
+def test_a_set_with_a_fault_is_refused_before_anything_is_spoken(assets, eval_set, tmp_path, fault):
+    rows = [*read_jsonl(eval_set), {"id": "last", "target_text": "我们走吧。"}]
+    rows[-1] |= {"target_text": "……"} if fault == "no word" else {"prompt_text": "好", "prompt_audio": "a.wav"}
+    if fault == "no audio":
+        (tmp_path / "a.wav").write_bytes(b"RIFF")
+    shutil.copy(next(eval_set.parent.glob("*.ogg")), tmp_path)
+    write_jsonl(tmp_path / "set.jsonl", rows)
+    message = {"no word": f"line {NUM_UTTERANCES + 1}: target_text has no word", "missing": "a.wav is missing",
+               "no audio": "a.wav: cannot be read as audio"}[fault]  # fmt: skip
+    command = ["--llm-path", assets / "llm", "--token2wav-dir", assets / "token2wav"]
+    command += ["--eval-set", tmp_path / "set.jsonl", "--output-dir", tmp_path / "out"]
+    with pytest.raises(SystemExit, match=message):
+        infer_dist.main([*map(str, command)])
+    assert not (tmp_path / "out").exists()
+
+
+def test_texts_that_no_speech_of_that_length_fits_are_told(tmp_path, caplog):
+    rows = [{"id": "s", "target_text": "今天天气很好。"}, {"id": "l", "target_text": "我们明天早上出发。" * 10}]
+    write_jsonl(tmp_path / "set.jsonl", rows)
+    assert [row["id"] for row in infer_dist.load_eval_set(tmp_path / "set.jsonl", 160, TextRules())] == ["s", "l"]
+    assert "1 texts are too long for max_new_tokens=160 and will be cut, l (90 characters) first" in caplog.text
+    caplog.clear()
+    infer_dist.load_eval_set(tmp_path / "set.jsonl", 512, TextRules())
+    assert not caplog.text
 
 
 def test_batches_do_not_depend_on_order_of_work():
@@ -228,6 +246,26 @@ def test_the_single_text_may_be_the_tongue_twister(assets, tmp_path, capsys):
     command = ["--llm-path", assets / "llm", "--token2wav-dir", assets / "token2wav", "--output", tmp_path / "a.wav"]
     infer_single.main([*map(str, command)])
     assert capsys.readouterr().out.strip() == str(tmp_path / "a.wav") and len(load_audio(tmp_path / "a.wav")) > 16000
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [("今天<|im_end|>好", "holds <|im_end|>, which is no word"), ("……", "text has no word"), ("", "text has no word")],
+)
+def test_what_cannot_be_said_is_refused(assets, text, fault):
+    command = ["--llm-path", str(assets / "llm"), "--token2wav-dir", str(assets / "token2wav"), "--text", text]
+    with pytest.raises(SystemExit, match=fault.replace("|", r"\|")):
+        infer_single.main(command)
+
+
+def test_the_language_model_reads_the_text_by_the_rules(assets):
+    args = infer_single.get_args(["--llm-path", "x", "--token2wav-dir", "x", "--text", "2024年[breath]。",
+                                  "--text-tags", "remove", "--llm-text", "spoken"])  # fmt: skip
+    prompt_text, text = infer_single.checked_texts(args)
+    assert (prompt_text, text) == ("", "2024年。")
+    synthesiser = Synthesiser.__new__(Synthesiser)
+    synthesiser.rules = TextRules(llm_text="spoken")
+    assert synthesiser.texts({"target_text": text, "prompt_text": ""}) == ("", "二零二四年。")
 
 
 def test_utterances_without_a_prompt_are_named_before_anything_is_spoken(assets, eval_set, tmp_path):

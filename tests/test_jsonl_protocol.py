@@ -39,7 +39,7 @@ def test_arrays_and_a_byte_order_mark(tmp_path):
     path.write_text("")
     assert read_jsonl(path) == []
     path.write_text('[{"text": 1}, 2]')
-    with pytest.raises(ValueError, match="line 2: not a JSON object"):
+    with pytest.raises(ValueError, match="element 2: not a JSON object"):
         read_jsonl(path)
     path.write_text('[{"text": 1},')
     with pytest.raises(ValueError, match="begins with"):

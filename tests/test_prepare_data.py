@@ -11,15 +11,44 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def prepare(python, tmp_path, train: list[str], test: list[str], *flags):
+# Runs prepare_data.py's main once for each line of arguments: its imports take longer than its work.
+WORKER = """
+import contextlib, io, json, sys, traceback
+import prepare_data
+for line in sys.stdin:
+    output, errors, status = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+        try:
+            prepare_data.main(json.loads(line))
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else 1
+            errors.write(f"{end.code}\\n")
+        except Exception:
+            status = 1
+            traceback.print_exc()
+    print(json.dumps([status, output.getvalue(), errors.getvalue()]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def worker(trainer_python):
+    command = [trainer_python, "-c", WORKER]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        yield process
+        process.stdin.close()
+
+
+def prepare(worker, tmp_path, train: list[str], test: list[str], *flags):
     for name, lines in (("train", train), ("test", test)):
         (tmp_path / f"{name}.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    command = [
-        python, str(ROOT / "prepare_data.py"), "--train-file", str(tmp_path / "train.jsonl"), "--test-file",
-        str(tmp_path / "test.jsonl"), "--output-dir", str(tmp_path / "out"), "--llm-path",
-        str(ROOT / "assets/tiny/llm"), *flags,
+    arguments = [
+        "--train-file", str(tmp_path / "train.jsonl"), "--test-file", str(tmp_path / "test.jsonl"), "--output-dir",
+        str(tmp_path / "out"), "--llm-path", str(ROOT / "assets/tiny/llm"), *flags,
     ]  # fmt: skip
-    return subprocess.run(command, capture_output=True, text=True)
+    worker.stdin.write(json.dumps(arguments) + "\n")
+    worker.stdin.flush()
+    status, output, errors = json.loads(worker.stdout.readline())
+    return subprocess.CompletedProcess(arguments, status, output, errors)
 
 
 def rows_of(python, path) -> list[dict]:
@@ -33,10 +62,9 @@ def line(text) -> str:
     return json.dumps({"text": text, "other": 1}, ensure_ascii=False)
 
 
-def test_schema_and_overlap(trainer_python, tmp_path):
-    done = prepare(trainer_python, tmp_path, [line("你好。"), line("再见"), ""], [line("你好")])
+def test_schema(worker, trainer_python, tmp_path):
+    done = prepare(worker, tmp_path, [line("你好。"), line("再见"), ""], [line("明天")])
     assert done.returncode == 0, done.stderr
-    assert "1 training texts are test texts as well" in done.stdout
     first, second = rows_of(trainer_python, tmp_path / "out/train.parquet")
     assert first == {
         "data_source": "text-to-speech",
@@ -49,32 +77,113 @@ def test_schema_and_overlap(trainer_python, tmp_path):
     assert rows_of(trainer_python, tmp_path / "out/test.parquet")[0]["extra_info"]["split"] == "test"
 
 
-def test_bad_lines_are_listed(trainer_python, tmp_path):
+def test_what_stage_0_tells(worker, trainer_python, tmp_path):
+    texts = ["2024年有50%的人。", "今天meeting取消了。", "没有变化，对吧？", "《书》里[laughter]有", "３月", "三月"]
+    flags = ("--max-bad-ratio", "0.5", "--llm-text", "spoken")
+    done = prepare(worker, tmp_path, list(map(line, texts)), [line("明天"), line("3月。")], *flags)
+    assert done.returncode == 1 and "1 of the 2 texts of " in done.stderr and "max_test_overlap=0.1" in done.stderr
+    assert not list((tmp_path / "out").glob("*.parquet*"))
+    flags += ("--max-test-overlap", "0.5")
+    done = prepare(worker, tmp_path, list(map(line, texts)), [line("明天"), line("3月。")], *flags)
+    assert done.returncode == 0 and "are training texts as well" in done.stdout, done.stderr
+    assert "train: 5 samples, 1 lines left out: {'holds [laughter]': 1}" in done.stdout
+    assert "1 texts are read as one before them" in done.stdout
+    assert "2 digits" in done.stdout and "2 Latin letters" in done.stdout and "1 tags" in done.stdout
+    assert "2 texts are not read as they are written" in done.stdout
+    assert "2024年有50%的人。 -> 二零二四年有百分之五十的人" in done.stdout and "３月 -> 三月" in done.stdout
+    row = rows_of(trainer_python, tmp_path / "out/train.parquet")[0]
+    assert row["prompt"][0]["content"] == "Convert the text to speech: 二零二四年有百分之五十的人。"
+    assert row["reward_model"]["ground_truth"] == texts[0]
+
+
+TAGGED = {
+    "用四川话说<|endofprompt|>今天好": "今天好", "[laughter]哈哈": "哈哈", "<strong>今天</strong>好": "今天好",
+    "今天<|im_end|>好": "今天好", "<|s_12|>今天好": "今天好", "<|SPEECH_GENERATION_END|>今天好": "今天好",
+    "<|im<|s_1|>_end|>今天": "今天", '<break time="1s"/>今天': "今天",
+}  # fmt: skip
+
+
+def test_tags_are_never_in_a_prompt(worker, trainer_python, tmp_path):
+    done = prepare(worker, tmp_path, list(map(line, TAGGED)), [line("明天")], "--text-tags", "remove")
+    assert done.returncode == 0, done.stderr
+    rows = rows_of(trainer_python, tmp_path / "out/train.parquet")
+    assert [row["reward_model"]["ground_truth"] for row in rows] == list(TAGGED.values())
+    assert [row["prompt"][0]["content"][28:] for row in rows] == list(TAGGED.values())
+
+
+def test_fewer_texts_than_a_batch_are_named(worker, tmp_path):
+    done = prepare(worker, tmp_path, [line("你好")] * 15, [line("明天")], "--batch-size", "16")
+    assert done.returncode == 1 and "has 15 usable texts, fewer than the 16 of a training step" in done.stderr
+    assert not list((tmp_path / "out").glob("*.parquet*"))
+
+
+def test_the_evaluation_set_is_checked_whole(worker, tmp_path):
+    def with_set(*rows):
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (tmp_path / "set.jsonl").write_text(lines, encoding="utf-8-sig")
+        flags = ("--eval-set", str(tmp_path / "set.jsonl"), "--max-new-tokens", "160")
+        return prepare(worker, tmp_path, [line("你好")] * 9, [line("明天")], *flags)
+
+    good = {"id": 1, "target_text": "今天天气很好。"}
+    done = with_set(good, {"id": "b", "target_text": "……"}, {"id": "c", "target_text": "好<|im_end|>"})
+    assert done.returncode == 1 and "set.jsonl, line 2: target_text has no word" in done.stderr
+    assert "set.jsonl, line 3: holds <|im_end|>" in done.stderr and not list((tmp_path / "out").glob("*.parquet*"))
+    done = with_set(good, {"id": "l", "target_text": "我们明天早上出发。" * 200}, {"id": "e", "target_text": "Hello"})
+    assert done.returncode == 0, done.stderr
+    assert "1 texts are too long for max_new_tokens=160 and will be cut, l (1800 characters) first" in done.stdout
+    assert "1 texts are not of this recipe, e first: no Chinese character" in done.stdout
+    done = with_set(good, {"id": "b", "target_text": "你好！"})
+    assert done.returncode == 1 and "1 of the 2 texts of " in done.stderr and "set.jsonl are training" in done.stderr
+
+
+def test_a_check_writes_nothing(worker, tmp_path):
+    done = prepare(worker, tmp_path, [line("你好")], [line("明天")], "--check")
+    assert done.returncode == 0 and "train: 1 samples" in done.stdout and not (tmp_path / "out").exists()
+    done = prepare(worker, tmp_path, [line("……")], [line("明天")], "--check")
+    assert done.returncode == 1 and "the first: 1, text has no word" in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_preview(worker, tmp_path):
+    train = [line("下午14:30开会。"), "{", line("没有"), line("不印")]
+    done = prepare(worker, tmp_path, train, [], "--preview", "3", "--llm-text", "spoken")
+    assert done.returncode == 0 and not (tmp_path / "out").exists(), done.stderr
+    lines = [row.split() for row in done.stdout.splitlines()]
+    assert lines[:3] == [
+        ["1", "下午14:30开会。"],
+        ["model", "下午十四点三十分开会。"],
+        ["spoken", "下午十四点三十分开会"],
+    ]
+    assert lines[3] == ["units", *"下午十四点三十分开会"] and lines[4][:3] == ["2", "not", "JSON"]
+    assert lines[5] == ["3", "没有"] and len(lines) == 9
+
+
+def test_bad_lines_are_listed(worker, trainer_python, tmp_path):
     bad = ["{", '{"txt": "x"}', line("，。！"), line("好" * 200)]
     good = [line(f"你好{i}") for i in range(4)]
-    flags = ("--max-bad-ratio", "0.5", "--max-prompt-length", "64")
-    done = prepare(trainer_python, tmp_path, bad + good, good, *flags)
+    flags = ("--max-bad-ratio", "0.5", "--max-prompt-length", "64", "--max-test-overlap", "1")
+    done = prepare(worker, tmp_path, bad + good, good, *flags)
     assert done.returncode == 0, done.stderr
     rejects = [json.loads(row) for row in (tmp_path / "out/rejects.jsonl").read_text().splitlines()]
     assert [row["line"] for row in rejects] == [1, 2, 3, 4]
     reasons = [row["reason"] for row in rejects]
-    assert reasons[:2] == ["not JSON", "no text"] and "normalisation" in reasons[2] and "64 tokens" in reasons[3]
+    assert reasons[0].startswith("not JSON (") and reasons[1] == "no text"
+    assert "no word" in reasons[2] and "64 tokens" in reasons[3]
     assert len(rows_of(trainer_python, tmp_path / "out/train.parquet")) == 4
 
 
-def test_too_many_bad_lines_stop_and_leave_nothing(trainer_python, tmp_path):
-    done = prepare(trainer_python, tmp_path, ["{", line("你好")], [line("你好")])
+def test_too_many_bad_lines_stop_and_leave_nothing(worker, tmp_path):
+    done = prepare(worker, tmp_path, ["{", line("你好")], [line("你好")])
     assert done.returncode == 1 and "1 of 2 lines" in done.stderr and "rejects.jsonl" in done.stderr
     assert not list((tmp_path / "out").glob("*.parquet*"))
 
 
 @pytest.mark.parametrize("indent", [None, 1])
-def test_a_json_array_is_read_as_jsonl_is(trainer_python, tmp_path, indent):
+def test_a_json_array_is_read_as_jsonl_is(worker, trainer_python, tmp_path, indent):
     rows = [{"text": "今天天气很好。"}, {"txt": "x"}, {"text": "我们明天出发。"}]
     array = tmp_path / "array.json"
     array.write_text(json.dumps(rows, ensure_ascii=False, indent=indent), encoding="utf-8")
     flags = ("--train-file", str(array), "--max-bad-ratio", "0.5")
-    done = prepare(trainer_python, tmp_path, [], [line("你好")], *flags)
+    done = prepare(worker, tmp_path, [], [line("你好")], *flags)
     assert done.returncode == 0, done.stderr
     kept = rows_of(trainer_python, tmp_path / "out/train.parquet")
     assert [row["extra_info"]["text"] for row in kept] == ["今天天气很好。", "我们明天出发。"]
@@ -82,31 +191,31 @@ def test_a_json_array_is_read_as_jsonl_is(trainer_python, tmp_path, indent):
     assert [(row["line"], row["reason"]) for row in rejects] == [(2, "no text")]
 
 
-def test_an_array_that_is_cut_off_stops_with_a_sentence(trainer_python, tmp_path):
+def test_an_array_that_is_cut_off_stops_with_a_sentence(worker, tmp_path):
     (tmp_path / "array.json").write_text('[{"text": "你好"},\n {"text": "再', encoding="utf-8")
-    done = prepare(trainer_python, tmp_path, [], [line("你好")], "--train-file", str(tmp_path / "array.json"))
+    done = prepare(worker, tmp_path, [], [line("你好")], "--train-file", str(tmp_path / "array.json"))
     assert done.returncode == 1 and "array.json begins with '[' but is no JSON array" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_a_byte_order_mark_is_skipped(trainer_python, tmp_path):
+def test_a_byte_order_mark_is_skipped(worker, trainer_python, tmp_path):
     (tmp_path / "bom.jsonl").write_text(line("今天") + "\n" + line("明天") + "\n", encoding="utf-8-sig")
-    done = prepare(trainer_python, tmp_path, [], [line("你好")], "--train-file", str(tmp_path / "bom.jsonl"))
+    done = prepare(worker, tmp_path, [], [line("你好")], "--train-file", str(tmp_path / "bom.jsonl"))
     assert done.returncode == 0, done.stderr
     assert len(rows_of(trainer_python, tmp_path / "out/train.parquet")) == 2
 
 
-def test_voxbox_is_read_as_it_is(trainer_python, tmp_path, assets):
+def test_voxbox_is_read_as_it_is(worker, trainer_python, tmp_path, assets):
     make_voxbox(tmp_path / "voxbox", assets)
     lines = (tmp_path / "voxbox/metadata/aishell-3.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(json.loads(lines[0])) == 15
-    done = prepare(trainer_python, tmp_path, lines[:20], lines[-2:])
+    done = prepare(worker, tmp_path, lines[:20], lines[-2:])
     assert done.returncode == 0, done.stderr
     assert (
         rows_of(trainer_python, tmp_path / "out/train.parquet")[0]["extra_info"]["text"] == json.loads(lines[0])["text"]
     )
 
 
-def test_missing_file(trainer_python, tmp_path):
-    done = prepare(trainer_python, tmp_path, [line("你好")], [line("你好")], "--test-file", str(tmp_path / "no.jsonl"))
+def test_missing_file(worker, tmp_path):
+    done = prepare(worker, tmp_path, [line("你好")], [line("你好")], "--test-file", str(tmp_path / "no.jsonl"))
     assert done.returncode == 1 and "no.jsonl is missing" in done.stderr

@@ -17,16 +17,17 @@ import pytest
 import soundfile as sf
 
 from scripts import report, summarise
+from tts_grpo.evaluation.protocols import count_all
 from tts_grpo.evaluation.report import figures
 from tts_grpo.evaluation.report.alignment import cells
 from tts_grpo.evaluation.report.clips import band_levels
+from tts_grpo.evaluation.report.disagreements import find_disagreements
 from tts_grpo.evaluation.report.experiment import Take, Utterance, load_scalars
 from tts_grpo.evaluation.report.selection import select
 from tts_grpo.speech.audio import save_audio
 from tts_grpo.speech.token2wav import decode
-from tts_grpo.text.errors import count_errors, pinyin_error_rate
+from tts_grpo.text.errors import ErrorCounts, pinyin_error_rate
 from tts_grpo.text.jsonl import read_jsonl, write_json, write_jsonl
-from tts_grpo.text.units import pinyin
 
 pytestmark = pytest.mark.slow
 
@@ -206,7 +207,8 @@ def test_quality_metrics_and_verdicts_are_shown(exp_dir, tmp_path):
         ("很好吃", "很吃", ["same", "missing", "same"]),
         ("很吃", "很好吃", ["same", "extra", "same"]),
         ("好", "", ["missing"]),
-        ("用 GPU 算", "用 CPU 算", ["same", "other", "same"]),
+        ("用 GPU 算", "用 CPU 算", ["same", "other", "same", "same", "same"]),  # by letter
+        ("一会儿", "一会", ["same", "same", "optional"]),
     ],
 )
 def test_alignment(said, heard, kinds):
@@ -217,7 +219,21 @@ def test_alignments_agree_with_the_error_counts(exp_dir):
     for row in read_jsonl(exp_dir / "eval/sft/seed_0/utterances.jsonl"):
         aligned = cells(row["target_text"], row["hypothesis"])
         errors = sum(cell.kind in ("other", "missing", "extra") for cell in aligned)
-        assert errors == count_errors(*(pinyin(row[key], tones=False) for key in ("target_text", "hypothesis"))).errors
+        assert errors == ErrorCounts(**row["errors"]["pinyin_error_rate_toneless"]).errors
+
+
+def test_disagreements_of_the_protocols_are_shown_with_their_reason():
+    texts = {"a": ("約50%", "约百分之五十"), "b": ("今天好", "今天好"), "c": ("说OK", "说o k"), "d": ("二百", "200")}
+    utterances = []
+    for utt_id, (said, heard) in texts.items():
+        counts = count_all(said, heard, "zh")
+        take = Take(None, None, heard, 0, 1.0, counts["cer"].errors, counts["spoken"].errors)
+        utterances.append(Utterance(utt_id, said, 3, {model: {"0": take} for model in ("sft", "grpo")}))
+    shown, reasons = find_disagreements(utterances, "zh")
+    assert {d.utt_id: (d.spoken_text, d.why, d.spoken) for d in shown} == {
+        "a": ("约百分之五十", "percent, traditional characters", 0), "d": ("二百", "digits in the transcript", 0),
+    }  # fmt: skip
+    assert sum(reasons.values()) == 2 and all(d.published > 0 for d in shown)
 
 
 def utterance(number: int, sft: list[int], grpo: list[int]) -> Utterance:

@@ -103,9 +103,11 @@ def test_known_answers(reward_server, assets, capsys):
     reward_tts.main([*flags, "--check"])
     result = json.loads(capsys.readouterr().out)
     assert result["mean_reward"] > 0.6 > 0.2 > result["mean_reward_of_wrong_texts"]
+    assert result["lost_by_digits"] == 0.0  # of three lines; as digits they are spoken alike
     assert "expected at least" in reward_tts.known_answer_check(0.5, 0.0)
     assert "expected at most" in reward_tts.known_answer_check(0.9, 0.5)
     assert reward_tts.known_answer_check(0.9, 0.1) is None
+    assert "written with digits" in reward_tts.known_answer_check(0.9, 0.1, 0.3)
 
 
 def test_compute_score(reward_server, rows, monkeypatch):

@@ -234,8 +234,9 @@ def test_the_official_language_model_is_converted_and_comes_back(recipe, tmp_pat
 PRESETS = {  # of a published recipe: what stage -1 asks for, and the arguments of server, veRL and evaluation
     "": [
         "--include metadata/emilia_zh.jsonl ",
-        "--num-train 80000 --num-test 100 --max-duration-s 30 --excludes [A-Za-z0-9] ", "--reward-curve exp ",
-        " --no-tones ", "norm_adv_by_std_in_grpo=False ", "train_batch_size=32 ", "ppo_mini_batch_size=16 ",
+        "--num-train 80000 --num-test 100 --max-duration-s 30 --excludes [A-Za-z] ", "--reward-curve exp ",
+        " --no-tones ", " --language zh", "norm_adv_by_std_in_grpo=False ", "train_batch_size=32 ",
+        "ppo_mini_batch_size=16 ",
         "rollout.n=8 ", "rollout.temperature=1.0 ", "rollout.top_p=1.0 ", "rollout.top_k=-1 ",
         "bypass_mode=True ", "max_response_length=1024 ", "total_training_steps=1800 ",
         "--temperature 0.8 --top-p 0.95 --top-k 50 ", "--max-new-tokens 2048 ",
@@ -762,15 +763,16 @@ def test_the_evaluation_is_refused_on_another_merged_model(recipe):
 
 
 RESULTS_DEPEND_ON = {
-    "0": "sft_path train_jsonl test_jsonl max_prompt_length max_bad_ratio",
+    "0": "sft_path train_jsonl test_jsonl max_prompt_length max_bad_ratio max_test_overlap text_tags llm_text language "
+    "train_batch_size",
     "2": "seed token2wav_dir reward_asr_dir token2wav_precision reward_curve reward_tones prompt_audio prompt_text "
     "prompt_list prompt_voice_per num_gpus num_nodes train_device total_steps train_batch_size mini_batch_size "
     "rollout_n rollout_temperature rollout_top_p rollout_top_k max_response_length learning_rate "
-    "learning_rate_schedule adam_eps credit norm_adv_by_std recipe_args overrides",
+    "learning_rate_schedule adam_eps credit norm_adv_by_std recipe_args overrides language",
     "3": "llm_path",
     "4": "token2wav_dir infer_batch_size infer_precision infer_lm_precision temperature top_p top_k "
-    "repetition_penalty max_new_tokens",
-    "4s": "eval_asr_dir eval_jsonl language seeds quality_utterances reference_audio speaker_model_dir",
+    "repetition_penalty max_new_tokens language text_tags llm_text",
+    "4s": "eval_asr_dir eval_jsonl language text_tags seeds quality_utterances reference_audio speaker_model_dir",
 }
 
 

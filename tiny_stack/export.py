@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from tiny_stack.pipeline import corpus_error_rate, sample_groups, synthesise_and_transcribe
 from tiny_stack.settings import PRESETS, add_common_args
+from tiny_stack.written import TEST, as_written
 from tts_grpo.reward.curves import reward
 from tts_grpo.speech.asr.sensevoice import SenseVoice
 from tts_grpo.speech.audio import ASR_HZ, load_audio
@@ -29,6 +30,15 @@ from tts_grpo.text.jsonl import read_jsonl, write_jsonl
 from tts_grpo.text.tokens import NUM_SPEECH_TOKENS
 
 NUM_PROMPTS = 3
+WITH_DIGITS = {
+    "hsk1-0230": "请给我1个杯子。",
+    "hsk2-0061": "这本书5块4角。",
+    "hsk2-0322": "鸡生了1个蛋。",
+    "hsk4-0057": "他的身高1米8，体重70公斤。",
+    "hsk4-0633": "这是1个神秘的地方。",
+    "hsk4-0695": "机器上有1个装置。",
+    "hsk5-0755": "1分钟有60秒。",
+}
 PROMPT_S = (2.5, 4.0)
 NUM_RECORDINGS = 90  # recordings of test sentences for check.sh
 OPUS_COMPRESSION = 0.95  # on libsndfile's scale: about 21 kbit/s
@@ -64,6 +74,11 @@ def export_codec(work_dir: Path, settings, folder: Path) -> None:
     (folder / "corpus_token_counts.json").write_text(json.dumps(counts.tolist(), separators=(",", ":")) + "\n")
 
 
+def written(utt_id: str) -> dict[str, str]:
+    """A sentence as people write it, with digits: known answers of the reward server's text front end."""
+    return {"written": WITH_DIGITS[utt_id]} if utt_id in WITH_DIGITS else {}
+
+
 def export_data(work_dir: Path, folder: Path) -> None:
     """Write the HSK sentences of each split; dev and test also with the teacher's speech tokens."""
     (folder / "data").mkdir(parents=True, exist_ok=True)
@@ -76,9 +91,12 @@ def export_data(work_dir: Path, folder: Path) -> None:
             if row["split"] == split and row["source"] == "hsk":
                 line = {"text": row["text"]}
                 if split != "train":
-                    line = {"id": row["id"], **line, "speech_tokens": ids[i, : lens[i]].tolist()}
+                    line = {"id": row["id"], **line, **written(row["id"]), "speech_tokens": ids[i, : lens[i]].tolist()}
                 lines.append(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n")
         (folder / "data" / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+    rows = [row for row in read_jsonl(folder / "data" / "test.jsonl") if row["text"] in TEST]
+    lines = [json.dumps(row | {"text": TEST[row["text"]]}, ensure_ascii=False, separators=(",", ":")) for row in rows]
+    (folder / "data" / "test_digits.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def export_recordings(work_dir: Path, folder: Path) -> None:
@@ -131,7 +149,7 @@ def export_prompts(work_dir: Path, output_dir: Path, count: int, device: str) ->
     groups = sample_groups(*models, texts, ROLLOUTS, temperature=1.0, seed=0)
     deviations = [np.std([reward(sample.error_rate) for sample in group]) for group in groups]
     chosen = sorted(np.argsort(deviations, kind="stable")[::-1][:count])
-    write_jsonl(output_dir / "data" / "grpo.jsonl", ({"text": texts[i]} for i in chosen))
+    write_jsonl(output_dir / "data" / "grpo.jsonl", ({"text": as_written(texts[i])} for i in chosen))
 
 
 def export_lm(chosen: Path, folder: Path) -> None:

@@ -38,7 +38,7 @@ from tts_grpo.speech.decoder import PromptVoice
 from tts_grpo.speech.token2wav import load_token2wav
 from tts_grpo.speech.voices import load_prompt_voice
 from tts_grpo.text.errors import count_errors
-from tts_grpo.text.jsonl import read_jsonl
+from tts_grpo.text.input_files import read_known_answers
 from tts_grpo.text.tokens import NUM_SPEECH_TOKENS, TOKEN_HZ
 from tts_grpo.text.units import pinyin
 
@@ -85,7 +85,7 @@ def make_random(args) -> None:
 def rollouts(args) -> list[tuple[list[int], str]]:
     """Speech tokens and texts in random order; tokens of short recordings are repeated."""
     rng = np.random.default_rng(0)
-    rows = read_jsonl(args.jsonl)
+    rows = read_known_answers(args.jsonl)
     minimum, mean, maximum = args.seconds
     lens = [minimum] * args.num_rollouts
     if maximum > minimum:  # a beta distribution with this range and mean, and a long tail

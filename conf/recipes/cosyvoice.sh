@@ -9,6 +9,7 @@ llm=${llm:-official}
 # data: the first 80,000 and the last 100 texts, unfiltered
 train_texts=${train_texts:-aishell-3} num_train=${num_train:-80000}
 max_text_s=${max_text_s:-0} text_excludes=${text_excludes-}
+max_test_overlap=${max_test_overlap:-1} llm_text=${llm_text:-raw}
 
 # reward: tones count; each rollout in a random voice of AISHELL's test set
 reward_curve=${reward_curve:-tanh} reward_tones=${reward_tones:-1}

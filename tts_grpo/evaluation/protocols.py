@@ -21,9 +21,13 @@ of them, the hypothesis of a Chinese set is converted to simplified characters (
     case and after a space, are errors: here it is done to both texts. WeNet's compute-wer.py, which later versions of
     the original recipe run as well, is a third way: a run of letters or digits is one unit. All three agree on Chinese
     characters. Recogniser there: sherpa-onnx-paraformer-zh-2023-09-14. English: seed-tts-eval's words.
+``spoken``
+    This recipe's: both texts are put into words (tts_grpo/text/spoken.py), of a number's right readings the one that
+    fits the transcript counts, Chinese is counted by character and English by word. Total errors over total units of
+    the usual reading. The protocols above compare what is written: a right reading of "50%" is all errors there.
 ``pinyin_error_rate``, ``pinyin_error_rate_toneless``
-    This recipe's: total errors over total syllables, with and without tones; homophones are no errors
-    (tts_grpo/text/units.py). Chinese only.
+    As ``spoken``, but Chinese is compared by syllable, with and without tones, so that homophones are no errors. The
+    reward is made of one of them. Chinese only.
 
 One rule is ours in all of them: an utterance of the set without usable audio is there with an empty hypothesis, all
 deletions, an error of 100%. The published scripts leave it out, so that failing on what is hard improves the score.
@@ -40,21 +44,28 @@ import numpy as np
 import zhconv
 from zhon import hanzi
 
-from tts_grpo.text.errors import ErrorCounts
-from tts_grpo.text.units import pinyin
+from tts_grpo.text.errors import ErrorCounts, align_texts
+from tts_grpo.text.units import sentence
 
-LANGUAGES = ("zh", "en")
 _PUNCTUATION = str.maketrans("", "", (hanzi.punctuation + string.punctuation).replace("'", ""))
 _BETWEEN_CHINESE = re.compile(r"(?<=[㐀-䶿一-鿿])\s+(?=[㐀-䶿一-鿿])")
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One error rate of one protocol."""
+    """One error rate of one protocol.
+
+    Attributes:
+        title: its name in tables.
+        macro: mean over utterances; otherwise total errors over total units.
+        units: of a published protocol, how a text is cut.
+        match: of ours, what counts as right, see :func:`tts_grpo.text.errors.align_sentences`.
+    """
 
     title: str
-    units: Callable[[str], list[str]]
-    macro: bool  # mean over utterances; otherwise total errors over total units
+    macro: bool
+    units: Callable[[str], list[str]] | None = None
+    match: str = ""
 
     @property
     def mean(self) -> str:
@@ -79,18 +90,18 @@ def micro_characters(text: str) -> list[str]:
 
 METRICS = {
     "zh": {
-        "seed-tts-eval": Metric("seed-tts-eval CER", seed_characters, macro=True),
-        "cv3-eval": Metric("cv3-eval CER", seed_characters, macro=True),
-        "cer": Metric("micro CER", micro_characters, macro=False),
-        "pinyin_error_rate": Metric("pinyin error rate", lambda text: pinyin(text, tones=True), macro=False),
-        "pinyin_error_rate_toneless": Metric(
-            "pinyin error rate, toneless", lambda text: pinyin(text, tones=False), macro=False
-        ),
+        "seed-tts-eval": Metric("seed-tts-eval CER", True, seed_characters),
+        "cv3-eval": Metric("cv3-eval CER", True, seed_characters),
+        "cer": Metric("micro CER", False, micro_characters),
+        "spoken": Metric("spoken-form CER", False, match="written"),
+        "pinyin_error_rate": Metric("pinyin error rate", False, match="toned"),
+        "pinyin_error_rate_toneless": Metric("pinyin error rate, toneless", False, match="toneless"),
     },
     "en": {
-        "seed-tts-eval": Metric("seed-tts-eval WER", seed_words, macro=True),
-        "cv3-eval": Metric("cv3-eval WER", seed_words, macro=True),
-        "wer": Metric("micro WER", seed_words, macro=False),
+        "seed-tts-eval": Metric("seed-tts-eval WER", True, seed_words),
+        "cv3-eval": Metric("cv3-eval WER", True, seed_words),
+        "wer": Metric("micro WER", False, seed_words),
+        "spoken": Metric("spoken-form WER", False, match="written"),
     },
 }
 MAIN_METRIC = {"zh": "cer", "en": "wer"}  # whose units the alignments are of
@@ -116,18 +127,21 @@ def count_all(target_text: str, hypothesis: str, language: str) -> dict[str, Err
     Args:
         target_text: what should be said.
         hypothesis: what was heard, as :func:`prepare_hypothesis` gives it; "" where there is no audio.
-        language: one of ``LANGUAGES``.
+        language: one of :data:`tts_grpo.text.spoken.LANGUAGES`.
 
     Raises:
         ValueError: nothing is left of the target text, so that it has no error rate.
     """
     counts = {}
     for name, metric in METRICS[language].items():
-        reference = metric.units(target_text)
+        reference = metric.units(target_text) if metric.units else sentence(target_text, language).units
         if not reference:
             raise ValueError(f"{target_text!r} has no unit for {metric.title}: take the utterance out of the set")
-        found = align_units(reference, metric.units(hypothesis))
-        counts[name] = ErrorCounts(found.substitutions, found.deletions, found.insertions, len(reference))
+        if metric.units:
+            found = align_units(reference, metric.units(hypothesis))
+            counts[name] = ErrorCounts(found.substitutions, found.deletions, found.insertions, len(reference))
+        else:
+            counts[name] = align_texts(target_text, hypothesis, metric.match, language).counts
     return counts
 
 

@@ -13,7 +13,7 @@ GT_TEXT        bytes   [B, 1] what was to be said, UTF-8
 REWARDS        float32 [B, 1] in [0, 1]; NaN where ERRORS is not empty
 ERROR_RATES    float32 [B, 1] pinyin error rate that the reward is made of; NaN likewise
 TRANSCRIPTS    bytes   [B, 1] what was heard
-UNIT_ERRORS    int32   [B, N] errors at each unit (syllable) of GT_TEXT, padded with -1
+UNIT_ERRORS    int32   [B, N] errors at each unit (syllable, word) of GT_TEXT, padded with -1
 UNIT_STARTS    int32   [B, N] the speech token with which each begins, padded with -1
 ERRORS         bytes   [B, 1] empty, or why this sample could not be scored
 ============== ======= ====== ============================================================

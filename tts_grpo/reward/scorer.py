@@ -1,7 +1,6 @@
-"""From speech tokens to reward: token2wav, 16 kHz, recogniser, pinyin error rate, curve."""
+"""From speech tokens to reward: token2wav, 16 kHz, recogniser, error rate of spoken units, curve."""
 
 import dataclasses
-import functools
 import time
 from collections.abc import Sequence
 
@@ -14,9 +13,9 @@ from tts_grpo.speech.asr.sensevoice import SenseVoice
 from tts_grpo.speech.audio import ASR_HZ, resample_batch
 from tts_grpo.speech.decoder import PromptVoice, Token2Wav, check_finite
 from tts_grpo.speech.voices import choose_voice
-from tts_grpo.text.errors import locate_errors
+from tts_grpo.text.errors import align_sentences, locate_errors
 from tts_grpo.text.tokens import TOKEN_HZ, format_speech_tokens
-from tts_grpo.text.units import pinyin
+from tts_grpo.text.units import Sentence, sentence
 
 ONSET_DELAY_S = 0.04  # from a syllable's first speech token to the frame at which a CTC recogniser names it
 
@@ -28,12 +27,6 @@ class SampleSpeech:
     waveform: np.ndarray
     sample_rate_hz: int
     error: str = ""
-
-
-@functools.lru_cache(maxsize=65536)
-def reference_pinyin(ground_truth: str, tones: bool) -> tuple[str, ...]:
-    """Pinyin of a ground truth: the same one comes once a rollout of its group and once an epoch."""
-    return tuple(pinyin(ground_truth, tones))
 
 
 class RewardScorer:
@@ -49,14 +42,17 @@ class RewardScorer:
         voice_per: "text" chooses by ground truth, so that the rollouts of a group, which are compared with each other,
             have the same voice; "rollout" by ground truth and speech tokens, so that each has its own, the same
             whenever it is scored.
+        language: of the texts, see :func:`tts_grpo.text.spoken.spoken_form`.
 
     Attributes:
         seconds: time spent so far in ``token2wav``, ``asr`` and ``text``.
     """
 
     def __init__(self, token2wav: Token2Wav, asr: SenseVoice, tones: bool = True, curve: str = "tanh",
-                 prompt_voices: Sequence[PromptVoice] = (), seed: int = 0, voice_per: str = "text"):  # fmt: skip
-        self.token2wav, self.asr, self.tones, self.curve = token2wav, asr, tones, curve
+                 prompt_voices: Sequence[PromptVoice] = (), seed: int = 0, voice_per: str = "text",
+                 language: str = "zh"):  # fmt: skip
+        self.token2wav, self.asr, self.curve, self.language = token2wav, asr, curve, language
+        self.match = "toned" if tones else "toneless"
         self.prompt_voices, self.seed, self.voice_per = prompt_voices, seed, voice_per
         self.seconds = {"token2wav": 0.0, "asr": 0.0, "text": 0.0}
 
@@ -76,10 +72,10 @@ class RewardScorer:
             return [self.score([tokens], [text])[0] for tokens, text in pairs]
 
     def _score(self, speech_tokens, ground_truths) -> list[RolloutScore]:
-        references = [reference_pinyin(text, self.tones) for text in ground_truths]
-        for text, reference in zip(ground_truths, references, strict=True):
-            if not reference:
-                raise ValueError(f"the ground truth {text!r} has no word")
+        references = [sentence(text, self.language) for text in ground_truths]
+        for reference in references:
+            if not reference.units:
+                raise ValueError(f"the ground truth {reference.raw!r} has no word")
         voices = [self._voice(*pair) for pair in zip(ground_truths, speech_tokens, strict=True)]
         heard = self.hear(speech_tokens, voices)
         start = time.perf_counter()
@@ -94,10 +90,11 @@ class RewardScorer:
         key = ground_truth if self.voice_per == "text" else f"{ground_truth}/{format_speech_tokens(speech_tokens)}"
         return choose_voice(self.prompt_voices, key, self.seed)
 
-    def _compare(self, reference: tuple[str, ...], heard: Heard, duration_s: float) -> RolloutScore:
-        errors, onsets_s = locate_errors(reference, pinyin(heard.text, self.tones), heard.onsets_s, duration_s)
+    def _compare(self, reference: Sentence, heard: Heard, duration_s: float) -> RolloutScore:
+        alignment = align_sentences(reference, sentence(heard.text, self.language), self.match)
+        errors, onsets_s = locate_errors(alignment, heard.onsets_s, duration_s)
         starts = tuple(max(0, round((onset_s - ONSET_DELAY_S) * TOKEN_HZ)) for onset_s in onsets_s)
-        error_rate = sum(errors) / len(reference)
+        error_rate = sum(errors) / len(errors)
         return RolloutScore(reward(error_rate, self.curve), error_rate, heard.text, tuple(errors), starts)
 
     def speak(self, speech_tokens: Sequence[Sequence[int]]) -> list[SampleSpeech]:

@@ -56,6 +56,20 @@ def load_audio(path: str | Path, sample_rate_hz: int = ASR_HZ) -> np.ndarray:
     return resample(speech.mean(axis=1), rate, sample_rate_hz)
 
 
+def check_audio(path: str | Path) -> None:
+    """Read the header of a recording, which takes a millisecond.
+
+    Raises:
+        ValueError: the file is missing, is no audio that can be decoded, or has no samples.
+    """
+    try:
+        frames = sf.info(path).frames
+    except (sf.LibsndfileError, OSError) as error:
+        raise ValueError(f"{path}: cannot be read as audio: {error}") from error
+    if frames == 0:
+        raise ValueError(f"{path}: has no samples")
+
+
 def save_audio(path: str | Path, speech: np.ndarray, sample_rate_hz: int) -> None:
     """Write mono float32 (T,) as 16-bit WAV, atomically."""
     path = Path(path)

@@ -18,6 +18,9 @@ from tts_grpo.speech.generation import LM_PRECISIONS, Sampling, generate_speech_
 from tts_grpo.speech.token2wav import decode, load_token2wav
 from tts_grpo.speech.voices import load_prompt_voice
 from tts_grpo.text.prompts import render_prompt
+from tts_grpo.text.rules import TextRules, model_text
+from tts_grpo.text.spoken import LANGUAGES
+from tts_grpo.text.tags import holding_control_tokens
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +41,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, default=-1, help="sample from so many of the likeliest tokens; -1: no cut")
     parser.add_argument("--repetition-penalty", type=float, default=1.0, help="penalty of earlier ids; 1.0: none")
     parser.add_argument("--max-new-tokens", type=int, default=512, help="longest utterance, in tokens")
+    parser.add_argument("--language", choices=LANGUAGES, default="zh", help="language of the texts")
+    parser.add_argument(
+        "--text-tags",
+        choices=("reject", "remove"),
+        default="reject",
+        help="what to do with texts that have tags, such as [laughter]: refuse them, or take the tags out",
+    )
+    parser.add_argument(
+        "--llm-text",
+        choices=("raw", "spoken"),
+        default="raw",
+        help="what the language model reads: texts as they are, or with numbers and signs in words",
+    )
 
 
 def utterance_seed(seed: int, utt_id: str) -> int:
@@ -75,14 +91,23 @@ class Synthesiser:
         self.sampling = Sampling(
             args.temperature, args.top_p, args.top_k, args.max_new_tokens, repetition_penalty=args.repetition_penalty
         )
+        self.rules = TextRules(args.language, args.text_tags, args.llm_text)
         self.prompt_dir, self.voices = prompt_dir, {}
 
-    def check_voices(self, utterances: Sequence[dict]) -> None:
-        """Refuse utterances without the prompt that this token2wav needs.
+    def texts(self, row: dict) -> tuple[str, str]:
+        """An utterance's texts of prompt and target, as the language model reads them."""
+        return model_text(row["prompt_text"], self.rules), model_text(row["target_text"], self.rules)
+
+    def check(self, utterances: Sequence[dict]) -> None:
+        """Refuse utterances without the prompt that this token2wav needs, and texts with control tokens.
 
         Raises:
             ValueError: there are some; the first is named.
         """
+        found = holding_control_tokens(self.tokenizer, ["".join(self.texts(row)) for row in utterances])
+        for row, token in zip(utterances, found, strict=True):
+            if token:
+                raise ValueError(f"the text of {row['id']} holds the control token {token}: take it out")
         without = [row["id"] for row in utterances if not row["prompt_audio"]]
         if self.token2wav.needs_voice and without:
             raise ValueError(
@@ -103,8 +128,8 @@ class Synthesiser:
         """Synthesise utterances as one batch."""
         voices = [self.voice(row) for row in utterances]
         prompts = [
-            render_prompt(self.tokenizer, row["target_text"], row["prompt_text"], v.prompt_speech_tokens if v else ())
-            for row, v in zip(utterances, voices, strict=True)
+            render_prompt(self.tokenizer, target, prompt, v.prompt_speech_tokens if v else ())
+            for (prompt, target), v in zip(map(self.texts, utterances), voices, strict=True)
         ]
         seeds = [utterance_seed(seed, row["id"]) for row in utterances]
         said = generate_speech_tokens(self.model, self.tokenizer, prompts, seeds, self.sampling, len(prompts))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tts_grpo.speech.audio import load_audio
 from tts_grpo.speech.decoder import PromptVoice, Token2Wav
-from tts_grpo.text.jsonl import read_jsonl
+from tts_grpo.text.input_files import read_voices
 
 
 def load_prompt_voice(token2wav: Token2Wav, audio_path: str | Path, prompt_text: str) -> PromptVoice:
@@ -19,14 +19,10 @@ def load_prompt_voices(token2wav: Token2Wav, path: str | Path) -> list[PromptVoi
     """Load the voices of a JSONL file with ``prompt_text`` and ``prompt_audio`` (a path relative to the file's folder).
 
     Raises:
-        ValueError: a line lacks one of them, or there is no line.
+        ValueError: a line lacks one of them, a recording is missing or no audio, or there is no line.
+        OSError: the list cannot be opened.
     """
-    rows = read_jsonl(path)
-    for number, row in enumerate(rows, 1):
-        if not row.get("prompt_text") or not row.get("prompt_audio"):
-            raise ValueError(f"{path}, line {number}: needs prompt_text and prompt_audio")
-    if not rows:
-        raise ValueError(f"{path}: no voice")
+    rows = read_voices(path)
     return [load_prompt_voice(token2wav, Path(path).parent / r["prompt_audio"], r["prompt_text"]) for r in rows]
 
 

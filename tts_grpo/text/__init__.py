@@ -1,8 +1,10 @@
 """Texts and tokens: what a sentence's units are, how texts differ, and how a prompt is written.
 
-- ``units``: normalisation, characters, pinyin; ``errors``: alignments, error counts and error rates.
+- ``clean``: raw text -> plain text with places; ``spoken``: -> its words, by ``readings``, ``numbers``, ``measures``;
+  ``units``: -> characters and words with their sounds; ``errors``: alignments, error counts and error rates.
 - ``tokens``: ids of speech tokens and their text form; ``prompts``: prompts and the chat template.
 - ``jsonl``: JSON Lines files, and JSON files that appear only when whole.
 
-Both environments, except ``errors``: its package rapidfuzz is in the speech environment only. Imports no other room.
+Both environments, except ``errors``: its package rapidfuzz is in the speech environment only (data preparation has no
+transcripts to compare). Imports no other room.
 """

@@ -1,12 +1,15 @@
 """Alignments, error counts and error rates of transcripts against ground truths."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 
-from tts_grpo.text.units import pinyin
+from tts_grpo.text.units import Sentence, Unit, sentence
+
+MATCHES = ("toned", "toneless", "written")
+MAX_TRIES = 48  # other readings of numbers in a transcript
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,254 @@ class ErrorCounts:
         return self.errors / self.length
 
 
+@dataclass(frozen=True)
+class Pair:
+    """One place of an alignment.
+
+    Attributes:
+        said, heard: units; None where the other side has one alone. Of a word that was heard in parts, ``heard`` is
+            the first; of letters heard as one word, the letter.
+        error: 1, or 0 where both are the same or what is alone is optional.
+        place: unit of the reference's usual reading that the pair belongs to.
+    """
+
+    said: Unit | None
+    heard: Unit | None
+    error: int
+    place: int
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Pairs in order, and the number of units of the reference's usual reading."""
+
+    pairs: tuple[Pair, ...]
+    length: int
+
+    @property
+    def errors(self) -> int:
+        return sum(pair.error for pair in self.pairs)
+
+    @property
+    def counts(self) -> ErrorCounts:
+        wrong = [pair for pair in self.pairs if pair.error]
+        deletions, insertions = sum(p.heard is None for p in wrong), sum(p.said is None for p in wrong)
+        return ErrorCounts(len(wrong) - deletions - insertions, deletions, insertions, self.length)
+
+
+def _keys(unit: Unit, match: str) -> frozenset[str]:
+    sounds = unit.toned if match == "toned" else unit.toneless if match == "toneless" else ()
+    return frozenset(unit.written) | frozenset(sounds)
+
+
+class _Heard:
+    """A transcript's units, laid out by character, so that words may match across spaces.
+
+    A Chinese character takes one place, a word as many as it has letters; the unit of place p ends at ``ends[p]``.
+    """
+
+    def __init__(self, units: Sequence[Unit], match: str):
+        self.units = units
+        sizes = [1 if unit.toned else len(unit.text) for unit in units]
+        self.bounds = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        self.size = int(self.bounds[-1])
+        self.unit_at = np.repeat(np.arange(len(units)), sizes)
+        self.ends = self.bounds[1:][self.unit_at] if units else np.zeros(0, np.int64)
+        self.costs = np.concatenate([[0], np.cumsum([0 if unit.optional else 1 for unit in units])]).astype(np.int64)
+        self.inside = np.setdiff1d(np.arange(self.size), self.bounds)
+        self.letters = "".join("\0" if unit.toned else unit.text for unit in units)
+        self.by_key: dict[str, list[int]] = {}
+        for unit, place in zip(units, self.bounds.tolist()):
+            for key in _keys(unit, match) if unit.toned else ():
+                self.by_key.setdefault(key, []).append(place)
+
+    def matches(self, unit: Unit, match: str) -> tuple[list[int], int]:
+        """Places at which a unit of the reference begins to be heard, and how many places it takes."""
+        if unit.toned:
+            return sorted({place for key in _keys(unit, match) for place in self.by_key.get(key, ())}), 1
+        word, found, at = unit.text, [], -1
+        while (at := self.letters.find(word, at + 1)) >= 0:
+            found.append(at)
+        return found, len(word)
+
+    def insert(self, row: np.ndarray) -> None:
+        """Let a row of costs pass over units that were heard and not said."""
+        if len(self.inside):
+            np.minimum.at(row, self.ends[self.inside], row[self.inside] + 1)
+        at_bounds = np.minimum.accumulate(row[self.bounds] - self.costs) + self.costs
+        row[self.bounds] = np.minimum(row[self.bounds], at_bounds)
+
+    def step(self, row: np.ndarray, unit: Unit, match: str) -> np.ndarray:
+        """The row of costs after one more unit of the reference."""
+        new = row + int(not unit.optional)
+        if len(self.inside):
+            np.minimum.at(new, self.ends, row[:-1] + 1)
+        elif self.size:
+            np.minimum(new[1:], row[:-1] + 1, out=new[1:])
+        places, size = self.matches(unit, match)
+        if places:
+            ends = np.array(places) + size
+            new[ends] = np.minimum(new[ends], row[places])
+        self.insert(new)
+        return new
+
+    def part(self, begin: int, end: int) -> Unit:
+        """What was heard from a place to another, as a unit of its own."""
+        unit = self.units[self.unit_at[begin]]
+        first = int(self.bounds[self.unit_at[begin]])
+        if unit.toned or (begin == first and end >= int(self.ends[begin])):
+            return unit
+        start = min(unit.start + begin - first, unit.end - 1)
+        return replace(unit, written=(self.letters[begin:end],), start=start)
+
+
+class _Table:
+    """The table of costs of one reference against one transcript, and the way back through it."""
+
+    def __init__(self, reference: Sentence, heard: _Heard, match: str):
+        self.reference, self.heard, self.match = reference, heard, match
+        row = np.full(heard.size + 1, 1 << 30, np.int64)
+        row[0] = 0
+        heard.insert(row)
+        self.first, self.groups = row, []  # of each group: the rows of each alternative, and which to take at a place
+        for alternatives in reference.groups:
+            chains = []
+            for units in alternatives:
+                rows = [row]
+                for unit in units:
+                    rows.append(heard.step(rows[-1], unit, match))
+                chains.append(rows)
+            ends = np.stack([rows[-1] for rows in chains])
+            row, taken = ends.min(0), ends.argmin(0)
+            self.groups.append((chains, taken))
+
+    def pairs(self) -> list[Pair]:
+        """An alignment of least cost."""
+        backwards, at, base = [], self.heard.size, len(self.reference.units)
+        groups = zip(reversed(self.reference.groups), reversed(self.groups), strict=True)
+        for alternatives, (chains, taken) in groups:
+            units, rows = alternatives[taken[at]], chains[taken[at]]
+            base -= len(alternatives[0])
+            for i in range(len(units) - 1, -1, -1):
+                place = base + i * len(alternatives[0]) // len(units) if alternatives[0] else base - 1
+                at = self._unit(rows[i], rows[i + 1], units[i], at, max(0, place), backwards)
+        while at:
+            at = self._insertion(self.first, at, 0, backwards)
+        return backwards[::-1]
+
+    def _unit(self, before: np.ndarray, after: np.ndarray, unit: Unit, at: int, place: int, pairs: list[Pair]) -> int:
+        """Go back over one unit of the reference, and over what was heard after it and not said."""
+        places, size = self.heard.matches(unit, self.match)
+        while True:
+            if at - size in places and before[at - size] == after[at]:
+                pairs.append(Pair(unit, self.heard.part(at - size, at), 0, place))
+                return at - size
+            drop = int(not unit.optional)
+            if before[at] + drop == after[at]:
+                pairs.append(Pair(unit, None, drop, place))
+                return at
+            for begin in self._begins(at):
+                if before[begin] + 1 == after[at]:
+                    pairs.append(Pair(unit, self.heard.part(begin, at), 1, place))
+                    return begin
+            at = self._insertion(after, at, place, pairs)
+
+    def _begins(self, at: int) -> range:
+        """Where a unit that ends at a place, or what is left of it, can begin; none where no unit ends."""
+        if not at or self.heard.ends[at - 1] != at:
+            return range(0)
+        return range(int(self.heard.bounds[self.heard.unit_at[at - 1]]), at)
+
+    def _insertion(self, row: np.ndarray, at: int, place: int, pairs: list[Pair]) -> int:
+        for begin in self._begins(at):
+            whole = begin == self.heard.bounds[self.heard.unit_at[begin]]
+            cost = 0 if whole and self.heard.units[self.heard.unit_at[begin]].optional else 1
+            if row[begin] + cost == row[at]:
+                pairs.append(Pair(None, self.heard.part(begin, at), cost, place))
+                return begin
+        raise AssertionError(f"no alignment of {self.reference.raw!r}: please report this text")
+
+
+def _same(reference: Sequence[Unit], heard: Sequence[Unit], match: str) -> bool:
+    return len(reference) == len(heard) and all(
+        said.written[0] == other.written[0]
+        or bool(said.toned and other.toned and not _keys(said, match).isdisjoint(_keys(other, match)))
+        for said, other in zip(reference, heard, strict=True)
+    )
+
+
+def _align_units(reference: Sentence, units: Sequence[Unit], match: str) -> Alignment:
+    if units and _same(reference.units, units, match):
+        pairs = tuple(Pair(*both, 0, i) for i, both in enumerate(zip(reference.units, units, strict=True)))
+        return Alignment(pairs, len(reference.units))
+    if not units:  # silence is the usual reading left out, whatever shorter one there is
+        pairs = tuple(Pair(unit, None, 1, i) for i, unit in enumerate(reference.units))
+        return Alignment(pairs, len(reference.units))
+    return Alignment(tuple(_Table(reference, _Heard(units, match), match).pairs()), len(reference.units))
+
+
+def align_sentences(reference: Sentence, hypothesis: Sentence, match: str) -> Alignment:
+    """The alignment of least errors over all right readings of the reference.
+
+    A unit that was heard is right if it is written as the reference's, or sounds like it (``match``). Words match by
+    their letters, wherever the recogniser put spaces. Numbers in a transcript are taken in the usual reading, and in
+    another one where that has fewer errors.
+
+    Args:
+        reference: what was to be said.
+        hypothesis: what was heard.
+        match: "toned" or "toneless": by sound; "written": by characters, so that homophones are errors.
+    """
+    best = _align_units(reference, hypothesis.units, match)
+    chosen, tries = [group[0] for group in hypothesis.groups], 0
+    for i, alternatives in enumerate(hypothesis.groups):
+        for other in alternatives[1:]:
+            if not best.errors or tries == MAX_TRIES:
+                return best
+            tries += 1
+            units = [unit for group in (*chosen[:i], other, *chosen[i + 1 :]) for unit in group]
+            found = _align_units(reference, units, match)
+            if found.errors < best.errors:
+                best, chosen[i] = found, other
+    return best
+
+
+def align_texts(ground_truth: str, hypothesis: str, match: str, language: str = "zh") -> Alignment:
+    """:func:`align_sentences` of raw texts."""
+    return align_sentences(sentence(ground_truth, language), sentence(hypothesis, language), match)
+
+
+def locate_errors(alignment: Alignment, onsets_s: Sequence[float], duration_s: float) -> tuple[list[int], list[float]]:
+    """Errors at each unit of a reference's usual reading, and when that unit begins in the recording.
+
+    A unit too many counts at the reference unit before it (at the first one, if it comes first); a unit that was not
+    heard is placed between its neighbours. The errors' sum is the number of edits.
+
+    Args:
+        alignment: of N units.
+        onsets_s: when each character of the raw transcript was heard, in seconds.
+        duration_s: of the recording.
+
+    Returns:
+        N errors and N times in seconds, ascending.
+
+    Raises:
+        ValueError: the times are not those of the transcript.
+    """
+    errors, heard_at = [0] * alignment.length, {-1: 0.0, alignment.length: duration_s}
+    for pair in alignment.pairs:
+        errors[pair.place] += pair.error
+        if pair.heard is None:
+            continue
+        if pair.heard.start >= len(onsets_s):
+            raise ValueError(f"a unit at character {pair.heard.start} was heard, {len(onsets_s)} times are given")
+        if pair.said is not None:
+            heard_at.setdefault(pair.place, onsets_s[pair.heard.start])
+    places = sorted(heard_at)
+    times = np.maximum.accumulate([heard_at[place] for place in places])
+    return errors, np.interp(range(alignment.length), places, times).tolist()
+
+
 def align(reference: Sequence[str], hypothesis: Sequence[str]) -> list[tuple[str | None, str | None]]:
     """Pairs of units, in order, by least edits (Levenshtein); None stands where the other side has a unit alone."""
     pairs = []
@@ -51,59 +302,22 @@ def align(reference: Sequence[str], hypothesis: Sequence[str]) -> list[tuple[str
     return pairs
 
 
-def locate_errors(
-    reference: Sequence[str], hypothesis: Sequence[str], onsets_s: Sequence[float], duration_s: float
-) -> tuple[list[int], list[float]]:
-    """Errors at each unit of a reference, and when that unit begins in the recording.
-
-    A unit too many counts at the reference unit before it (at the first one, if it comes first); a unit that was not
-    heard is placed between its neighbours. The errors' sum is the number of edits.
-
-    Args:
-        reference: N units that were to be said.
-        hypothesis: units that were heard.
-        onsets_s: when each of them was heard, in seconds.
-        duration_s: of the recording.
-
-    Returns:
-        N errors and N times in seconds, ascending.
-
-    Raises:
-        ValueError: hypothesis and onsets differ in length.
-    """
-    if len(hypothesis) != len(onsets_s):
-        raise ValueError(f"{len(hypothesis)} units were heard, {len(onsets_s)} times are given")
-    errors, heard_at = [0] * len(reference), {-1: 0.0, len(reference): duration_s}
-    onsets, unit = iter(onsets_s), 0  # unit: the reference's next one
-    for said, heard in align(reference, hypothesis):
-        onset = next(onsets) if heard is not None else None
-        if said is None:
-            errors[max(0, unit - 1)] += 1
-            continue
-        errors[unit] += said != heard
-        if onset is not None:
-            heard_at[unit] = onset
-        unit += 1
-    places = sorted(heard_at)
-    return errors, np.interp(range(len(reference)), places, [heard_at[place] for place in places]).tolist()
-
-
 def count_errors(reference: Sequence[str], hypothesis: Sequence[str]) -> ErrorCounts:
     """Substitutions, deletions and insertions of units between two sequences."""
     kinds = [op.tag for op in Levenshtein.editops(reference, hypothesis)]
     return ErrorCounts(kinds.count("replace"), kinds.count("delete"), kinds.count("insert"), len(reference))
 
 
-def pinyin_errors(ground_truth: str, hypothesis: str, tones: bool) -> ErrorCounts:
-    """Substitutions, deletions and insertions of syllables between two texts."""
-    return count_errors(pinyin(ground_truth, tones), pinyin(hypothesis, tones))
+def pinyin_errors(ground_truth: str, hypothesis: str, tones: bool, language: str = "zh") -> ErrorCounts:
+    """Substitutions, deletions and insertions of syllables and words between two texts."""
+    return align_texts(ground_truth, hypothesis, "toned" if tones else "toneless", language).counts
 
 
 def pinyin_error_rate(ground_truths: Sequence[str], hypotheses: Sequence[str], tones: bool) -> float:
-    """Total syllable errors over total ground-truth syllables of paired texts.
+    """Total errors over total units (syllables and words) of paired texts.
 
     Raises:
-        ValueError: the lists differ in length, or no ground truth has a syllable.
+        ValueError: the lists differ in length, or no ground truth has a unit.
     """
     pairs = zip(ground_truths, hypotheses, strict=True)
     return sum((pinyin_errors(truth, hyp, tones) for truth, hyp in pairs), ErrorCounts()).rate

@@ -2,13 +2,13 @@
 
 import dataclasses
 
-from tts_grpo.text.errors import align
-from tts_grpo.text.units import pinyin, written_units
+from tts_grpo.text.errors import Pair, align_texts
+from tts_grpo.text.units import Unit, toneless
 
 
 @dataclasses.dataclass(frozen=True)
-class Unit:
-    """A Chinese character or another word, and how it sounds with and without tone."""
+class Sound:
+    """A Chinese character or a word, and how it sounds with and without tone."""
 
     written: str
     toned: str
@@ -21,44 +21,31 @@ class Cell:
 
     Attributes:
         kind: "same"; "homophone" (other character, same sound); "tone" (differs in tone only); "other"; "missing"
-            (said, not heard); "extra" (heard, not said).
+            (said, not heard); "extra" (heard, not said); "optional" (erhua or a filler that only one side has).
         said, heard: the units, None where there is none.
     """
 
     kind: str
-    said: Unit | None
-    heard: Unit | None
+    said: Sound | None
+    heard: Sound | None
 
 
-def units(text: str) -> list[Unit]:
-    """The units of a text in order, as the pinyin error rate counts them."""
-    toned, toneless = pinyin(text, tones=True), pinyin(text, tones=False)
-    written = written_units(text)
-    if len(written) != len(toned):  # a sign that pypinyin reads in another way than we split: show the sound alone
-        written = toned
-    return [Unit(*parts) for parts in zip(written, toned, toneless, strict=True)]
+def _sound(unit: Unit | None) -> Sound | None:
+    return unit and Sound(unit.text, unit.sound or unit.text, toneless(unit.sound) or unit.text)
 
 
-def _kind(said: Unit | None, heard: Unit | None) -> str:
-    if heard is None:
-        return "missing"
-    if said is None:
-        return "extra"
-    if said.toneless != heard.toneless:
-        return "other"  # also of the same character, where its sound depends on its neighbours
-    if said.toned != heard.toned:
-        return "tone"
-    return "same" if said.written == heard.written else "homophone"
+def _kind(pair: Pair) -> str:
+    said, heard = pair.said, pair.heard
+    if said is None or heard is None:
+        return "optional" if not pair.error else "missing" if heard is None else "extra"
+    if pair.error:
+        return "other"
+    if not said.toned or set(said.written) & set(heard.written):
+        return "same"
+    return "homophone" if said.toned & heard.toned else "tone"
 
 
-def cells(target_text: str, hypothesis: str) -> list[Cell]:
-    """The alignment of least edits of the toneless syllables, with the characters at each place."""
-    said, heard = units(target_text), units(hypothesis)
-    pairs = align([unit.toneless for unit in said], [unit.toneless for unit in heard])
-    said_in_turn, heard_in_turn = iter(said), iter(heard)
-    aligned = []
-    for left, right in pairs:
-        a = next(said_in_turn) if left is not None else None
-        b = next(heard_in_turn) if right is not None else None
-        aligned.append(Cell(_kind(a, b), a, b))
-    return aligned
+def cells(target_text: str, hypothesis: str, language: str = "zh") -> list[Cell]:
+    """The alignment of ``pinyin_error_rate_toneless``, with what stands at each place."""
+    pairs = align_texts(target_text, hypothesis, "toneless", language).pairs
+    return [Cell(_kind(pair), _sound(pair.said), _sound(pair.heard)) for pair in pairs]

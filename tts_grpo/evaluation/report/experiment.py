@@ -5,6 +5,7 @@ import json
 import math
 from pathlib import Path
 
+from tts_grpo.text.errors import ErrorCounts
 from tts_grpo.text.jsonl import read_jsonl
 
 MODELS = ("sft", "grpo")
@@ -26,6 +27,7 @@ class Take:
         fault: why there is no usable audio, or None.
         hypothesis: what the evaluation recogniser heard.
         errors: by the main metric.
+        published, spoken: by micro CER (English: WER), and by the spoken protocol.
     """
 
     audio: Path | None
@@ -33,6 +35,8 @@ class Take:
     hypothesis: str
     errors: int
     duration_s: float
+    published: int = 0
+    spoken: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,9 +143,12 @@ def _utterances(rows: dict[str, dict[str, dict[str, dict]]], metric: str) -> lis
 
 
 def _take(row: dict, metric: str) -> Take:
-    counts = row["errors"][metric]
-    errors = counts["substitutions"] + counts["deletions"] + counts["insertions"]
-    return Take(row["audio"], row["error"], row["hypothesis"], errors, row["duration_s"])
+    errors = {name: ErrorCounts(**counts).errors for name, counts in row["errors"].items()}
+    published = errors.get("cer", errors.get("wer", 0))
+    return Take(
+        row["audio"], row["error"], row["hypothesis"], errors[metric], row["duration_s"], published,
+        errors.get("spoken", published),
+    )  # fmt: skip
 
 
 def load_scalars(tensorboard_dir: Path) -> dict[str, list[tuple[int, float]]]:

@@ -10,6 +10,7 @@ import numpy as np
 from tts_grpo.evaluation.report import figures
 from tts_grpo.evaluation.report.alignment import cells
 from tts_grpo.evaluation.report.clips import Clip, load_clip
+from tts_grpo.evaluation.report.disagreements import find_disagreements
 from tts_grpo.evaluation.report.experiment import MODEL_TITLES, MODELS, Experiment, Take, Utterance
 from tts_grpo.evaluation.report.selection import select
 
@@ -219,12 +220,14 @@ def render(experiment: Experiment, examples: int) -> str:
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
+    language = experiment.scores["sft"].get("language", "zh")
     return environment.get_template("page.html").render(
+        disagreements=find_disagreements(experiment.utterances, language), language=language,
         name=experiment.name, headline=headline(experiment), errors=error_rows(experiment),
         quality=quality_rows(experiment), per_seed=seed_rows(experiment),
         sample=experiment.scores["sft"].get("quality_sample"),
         recogniser=recogniser(experiment), num_utterances=len(experiment.utterances), seeds=experiment.seeds,
         overview=[p for draw in OVERVIEW for p in [draw(experiment)] if p],
         curves=figures.curves(experiment.scalars), groups=groups, provenance=provenance(experiment),
-        language=experiment.scores["sft"].get("language", "zh"), same_recogniser=same_recogniser(experiment.summary),
+        same_recogniser=same_recogniser(experiment.summary),
     )  # fmt: skip

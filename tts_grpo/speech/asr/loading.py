@@ -36,7 +36,7 @@ def load_asr(model_dir: str | Path, device: str = "cpu", language: str = "zh") -
         model_dir: folder in the format of funasr (config.yaml, model.pt), faster-whisper (model.bin) or sherpa-onnx
             (tokens.txt, *.onnx).
         device: torch device; sherpa-onnx always runs on the CPU.
-        language: "zh" or "en".
+        language: "zh" or "en", for SenseVoice and Whisper; a Paraformer has its own.
 
     Raises:
         ValueError: the folder has none of these formats, is incomplete, or has a funasr model of an unsupported kind.
@@ -55,7 +55,7 @@ def _load(folder: Path, device: str, language: str) -> LoadedAsr:
     if (folder / "config.yaml").exists():
         kind = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")).get("model", "")
         if kind == "SenseVoiceSmall":
-            return LoadedAsr(SenseVoice(folder, device), "funasr", kind, folder / "model.pt")
+            return LoadedAsr(SenseVoice(folder, device, language=language), "funasr", kind, folder / "model.pt")
         if kind.endswith("Paraformer"):
             return LoadedAsr(Paraformer(folder, device), "funasr", kind, folder / "model.pt")
         raise ValueError(f"{folder}/config.yaml: model {kind!r} is neither SenseVoiceSmall nor a Paraformer")

@@ -15,7 +15,8 @@ class Heard:
 
     Attributes:
         text: the transcript.
-        onsets_s: when each of its units (:func:`tts_grpo.text.units.written_units`) came up, in seconds.
+        onsets_s: when each of its characters (all of them, spaces too) came up, in seconds. Units have their places in
+            the text, so a unit's time is that of its first character, however a text is cut into units.
     """
 
     text: str = ""

@@ -1,4 +1,4 @@
-"""SenseVoiceSmall through funasr: transcripts in batches, with the time of each unit."""
+"""SenseVoiceSmall through funasr: transcripts in batches, with the time of each character."""
 
 import itertools
 from collections.abc import Sequence
@@ -12,7 +12,6 @@ from torch.nn.utils.rnn import pad_sequence
 from tts_grpo.speech.asr.funasr_model import load_funasr
 from tts_grpo.speech.asr.recogniser import Heard, recognise_in_batches
 from tts_grpo.speech.model_folders import SENSEVOICE_FILES
-from tts_grpo.text.units import characters, written_units
 
 
 class SenseVoice:
@@ -23,17 +22,24 @@ class SenseVoice:
         device: torch device.
         batch_size: recordings decoded at once; None is 64 on a GPU, where a batch takes as long as the launches of its
             70 layers, and 32 on a CPU, where padding costs.
+        language: of the speech, passed to the network; "zh" hears English words in Chinese speech, too.
 
     Raises:
-        ValueError: see :func:`load_funasr`.
+        ValueError: the network does not know the language; or see :func:`load_funasr`.
     """
 
-    def __init__(self, model_dir: str | Path, device: str = "cpu", batch_size: int | None = None):
+    def __init__(
+        self, model_dir: str | Path, device: str = "cpu", batch_size: int | None = None, language: str = "zh"
+    ):  # fmt: skip
         self.device = torch.device(device)
         self.batch_size = batch_size or (32 if self.device.type == "cpu" else 64)
         self._model = load_funasr(model_dir, device, SENSEVOICE_FILES)
         frontend = self._model.kwargs["frontend"]
         self._frame_s = frontend.lfr_n * frontend.frame_shift / 1000
+        languages = self._model.model.lid_dict
+        if language not in languages:
+            raise ValueError(f"{model_dir}: no language {language!r}: SenseVoice knows {', '.join(languages)}")
+        self._language_id = languages[language]
 
     def transcribe(self, recordings: Sequence[np.ndarray | torch.Tensor]) -> list[str]:
         """Transcripts of recordings, each float32 (T,) at 16 kHz, without SenseVoice's tags.
@@ -43,7 +49,7 @@ class SenseVoice:
         return [heard.text for heard in self.hear(recordings)]
 
     def hear(self, recordings: Sequence[np.ndarray | torch.Tensor]) -> list[Heard]:
-        """:meth:`transcribe`, with the time of each unit."""
+        """:meth:`transcribe`, with the time of each character."""
         return recognise_in_batches(recordings, self._recognise, self.batch_size, Heard())
 
     @torch.inference_mode()
@@ -54,7 +60,7 @@ class SenseVoice:
         model, tokenizer = self._model.model, self._model.kwargs["tokenizer"]
         features, lens = self._features([torch.as_tensor(r, device=self.device) for r in recordings])
         # The queries that SenseVoiceSmall.inference puts before the speech: language, event, emotion, written form
-        ids = [model.lid_dict["zh"], 1, 2, model.textnorm_dict["woitn"]]
+        ids = [self._language_id, 1, 2, model.textnorm_dict["woitn"]]
         queries = model.embed(torch.tensor([ids], device=self.device)).expand(len(features), -1, -1)
         ends = lens + len(ids)
         encoded, _ = model.encoder(torch.cat([queries, features], dim=1), ends.to(self.device))
@@ -68,17 +74,17 @@ class SenseVoice:
         return heard
 
     def _onsets(self, text: str, spoken: Sequence[tuple[int, int]]) -> tuple[float, ...]:
-        """When each unit of a transcript came up, by its pieces and the frames with which they begin."""
-        onsets = []  # one for each character of the pieces
+        """When each character of a transcript came up, by its pieces and the frames with which they begin."""
+        onsets = []  # one for each letter of the pieces
         for begin, piece in spoken:
-            written = self._model.kwargs["tokenizer"].decode([piece])
-            onsets += [begin * self._frame_s] * len(characters(written))
-        sizes = [len(unit) for unit in written_units(text)]
-        if not onsets:
-            return (0.0,) * len(sizes)
-        # The scale is 1 unless post-processing took characters away.
-        firsts = np.cumsum([0, *sizes[:-1]]) * len(onsets) // max(1, sum(sizes))
-        return tuple(onsets[first] for first in firsts[: len(sizes)])
+            letters = sum(map(str.isalnum, self._model.kwargs["tokenizer"].decode([piece])))
+            onsets += [begin * self._frame_s] * letters
+        size = sum(map(str.isalnum, text))
+        if not onsets or not size:
+            return (0.0,) * len(text)
+        # len(onsets) / size is 1 unless post-processing took letters away. A space has the time of the next letter.
+        before = itertools.accumulate((c.isalnum() for c in text), initial=0)
+        return tuple(onsets[min(n, size - 1) * len(onsets) // size] for n, _ in zip(before, text, strict=False))
 
     def _features(self, recordings: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """``WavFrontend.forward``, its filter bank once for all: (B, T, bands) and int64 (B,)."""

@@ -1,0 +1,57 @@
+"""Where the published protocol and the spoken one count differently, and why."""
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+from tts_grpo.evaluation.report.experiment import MODELS, Utterance
+from tts_grpo.text.clean import clean
+from tts_grpo.text.spoken import spoken_form
+
+SHOWN = 12  # utterances of the largest difference
+
+
+@dataclasses.dataclass(frozen=True)
+class Disagreement:
+    """One utterance, with its errors over all takes of both models.
+
+    Attributes:
+        spoken_text: how the text is said.
+        why: what the published protocol compares as it is written.
+        published, spoken: errors by the published protocol and by the spoken one.
+    """
+
+    utt_id: str
+    target_text: str
+    spoken_text: str
+    why: str
+    published: int
+    spoken: int
+
+
+def reason(target_text: str, hypotheses: Sequence[str], language: str) -> str:
+    """What in a text or its transcripts the two protocols read differently."""
+    said, causes = spoken_form(target_text, language), []
+    causes += sorted({span.kind for span in said.read if span.kind != "sign"})
+    if said.tags:
+        causes.append("tags")
+    if language == "zh" and clean(target_text) != clean(target_text, simplify=False):
+        causes.append("traditional characters")
+    if any(re.search(r"[0-9]", hypothesis) for hypothesis in hypotheses):
+        causes.append("digits in the transcript")
+    return ", ".join(causes) or "letters, spaces, erhua or fillers"
+
+
+def find_disagreements(utterances: Sequence[Utterance], language: str) -> tuple[list[Disagreement], dict[str, int]]:
+    """Utterances that the protocols count differently, the largest difference first; how many there are by reason."""
+    found = []
+    for utterance in utterances:
+        takes = [take for model in MODELS for take in utterance.takes[model].values()]
+        published, spoken = sum(t.published for t in takes), sum(t.spoken for t in takes)
+        if published != spoken:
+            why = reason(utterance.target_text, [take.hypothesis for take in takes], language)
+            said = spoken_form(utterance.target_text, language).text
+            found.append(Disagreement(utterance.utt_id, utterance.target_text, said, why, published, spoken))
+    found.sort(key=lambda one: (-abs(one.published - one.spoken), one.utt_id))
+    return found[:SHOWN], dict(Counter(one.why for one in found).most_common())

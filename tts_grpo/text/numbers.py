@@ -1,0 +1,180 @@
+"""Numbers in words, Chinese and English, with all readings that are right.
+
+A reading is a string of words as a recogniser writes them. ``[二两]`` stands for one character that may be either of
+the two. The first reading of a list is the usual one.
+"""
+
+from functools import lru_cache
+
+ZH_DIGITS = "零一二三四五六七八九"
+_SECTION = ("", "十", "百", "千")
+_LARGE = ("", "万", "亿", "万亿")
+_TWO = "贰"  # stands for 2 where 二 and 两 are both said, until the reading is complete
+_SHORTER = {"十": "百", "百": "千", "千": "万"}  # the unit below each, which may be left out: 一百五
+
+_ONES = (
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+)  # fmt: skip
+_TENS = ["-", "-", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+_THOUSANDS = ("", " thousand", " million", " billion", " trillion")
+_ORDINALS = {
+    "one": "first", "two": "second", "three": "third", "five": "fifth", "eight": "eighth", "nine": "ninth",
+    "twelve": "twelfth",
+}  # fmt: skip
+
+
+def _section(number: int) -> str:
+    """1 to 9,999 in Chinese, without regard to what stands before."""
+    said, gap = "", False
+    for power in (3, 2, 1, 0):
+        digit = number // 10**power % 10
+        if digit == 0:
+            gap = bool(said)
+            continue
+        two = digit == 2 and power >= 2
+        said += ("零" if gap else "") + (_TWO if two else ZH_DIGITS[digit]) + _SECTION[power]
+        gap = False
+    return said
+
+
+def _chinese(number: int) -> str:
+    if number == 0:
+        return "零"
+    said, power = "", 3
+    for power in (3, 2, 1, 0):
+        section = number // 10_000**power % 10_000
+        if section == 0:
+            continue
+        lacks_thousands = section < 1_000 or (number // 10_000 ** (power + 1) % 10 == 0)
+        words = _TWO if section == 2 and (power or number == 2) else _section(section)
+        said += ("零" if said and lacks_thousands and not said.endswith("零") else "") + words + _LARGE[power]
+    return said
+
+
+@lru_cache(maxsize=4096)
+def zh_cardinals(digits: str) -> tuple[str, ...]:
+    """A whole number as a quantity: 2 is 二 and 两, 10 is 十 and 一十, 05 is 五 and 零五.
+
+    Args:
+        digits: ASCII digits; a number of more than 16 of them is read digit by digit.
+    """
+    plain = digits.lstrip("0") or "0"
+    if len(plain) > 16:
+        return (zh_digits(digits),)
+    said = _chinese(int(plain))
+    found = [said[1:], said] if said.startswith("一十") else [said]
+    found += [one.replace("零一十", "零十") for one in found if "零一十" in one]
+    if digits[0] == "0" and len(digits) > 1:
+        found += [zh_digits(digits)] if plain == "0" else ["零" + found[0]]
+    return tuple(dict.fromkeys(one.replace(_TWO, "[两二]" if len(one) > 1 else "[二两]") for one in found))
+
+
+@lru_cache(maxsize=4096)
+def zh_digits(digits: str) -> str:
+    """Digit by digit; 1 is also yao in numbers of three and more digits: 119 is 幺幺九."""
+    said = "".join(ZH_DIGITS[int(digit)] for digit in digits)
+    return said.replace("一", "[一幺]") if len(digits) > 2 else said
+
+
+def zh_short(digits: str) -> tuple[str, ...]:
+    """A whole number without its last unit, as it is said where nothing follows: 150 is 一百五; else empty."""
+    said = zh_cardinals(digits)[0]
+    return (said[:-1],) if len(said) > 3 and _SHORTER.get(said[-1]) == said[-3] else ()
+
+
+def zh_decimals(number: str) -> tuple[str, ...]:
+    """A number as a quantity, with or without a point: 3.5 is 三点五."""
+    whole, _, fraction = number.partition(".")
+    if not fraction:
+        return zh_cardinals(whole)
+    rest = "点" + "".join(ZH_DIGITS[int(digit)] for digit in fraction)
+    return tuple(one + rest for one in zh_cardinals(whole))
+
+
+def zh_serials(digits: str, digits_first: bool = False) -> tuple[str, ...]:
+    """A whole number that may be a quantity or a name (a year, a room): 302 is 三百零二 and 三零二."""
+    if len(digits) == 1:
+        return zh_cardinals(digits)
+    named, counted = (zh_digits(digits),), zh_cardinals(digits)
+    if digits[0] == "0":
+        return named + (counted if len(digits) == 2 and digits != "00" else ())
+    first = digits_first or len(digits) > 8
+    return tuple(dict.fromkeys(named + counted if first else counted + named))
+
+
+def _english_hundreds(number: int, conjunction: str) -> str:
+    said = f"{_ONES[number // 100]} hundred" if number >= 100 else ""
+    rest = number % 100
+    if rest:
+        tens = _ONES[rest] if rest < 20 else " ".join([_TENS[rest // 10], *([_ONES[rest % 10]] if rest % 10 else [])])
+        said += f"{conjunction if said else ''} {tens}"
+    return said.strip()
+
+
+def _english(number: int, conjunction: str) -> str:
+    if number == 0:
+        return "zero"
+    parts = []
+    for power in range(len(_THOUSANDS) - 1, -1, -1):
+        section = number // 1_000**power % 1_000
+        if section:
+            bare = power == 0 and section < 100 and parts
+            words = _english_hundreds(section, conjunction)
+            parts.append((f"{conjunction} {words}" if bare else words) + _THOUSANDS[power])
+    return " ".join(" ".join(parts).split())
+
+
+@lru_cache(maxsize=4096)
+def en_cardinals(digits: str) -> tuple[str, ...]:
+    """A whole number as a quantity: 105 is one hundred five, one hundred and five."""
+    plain = digits.lstrip("0") or "0"
+    if len(plain) > 3 * len(_THOUSANDS):
+        return (en_digits(digits)[0],)
+    found = [_english(int(plain), conjunction) for conjunction in ("", " and")]
+    found += [one.replace("one ", "a ", 1) for one in found if one.startswith(("one hundred", "one thousand"))]
+    return tuple(dict.fromkeys(found))
+
+
+@lru_cache(maxsize=4096)
+def en_digits(digits: str) -> tuple[str, ...]:
+    """Digit by digit; 0 is zero or oh."""
+    said = [" ".join(_ONES[int(digit)] for digit in digits)]
+    return (said[0], *(said[0].replace("zero", zero) for zero in ("oh", "o") if "0" in digits))
+
+
+def en_pairs(digits: str) -> tuple[str, ...]:
+    """Four digits as a year is read, and three as a room: nineteen ninety nine, three oh two."""
+    if len(digits) not in (3, 4) or digits[0] == "0":
+        return ()
+    left, right = digits[:-2], digits[-2:]
+    if right == "00":
+        return (f"{_english(int(left), '')} hundred",)
+    zeros = ("oh ", "o ", "zero ") if right[0] == "0" else ("",)
+    return tuple(f"{_english(int(left), '')} {zero}{_english(int(right), '')}" for zero in zeros)
+
+
+def en_decimals(number: str) -> tuple[str, ...]:
+    """A number as a quantity, with or without a point."""
+    whole, _, fraction = number.partition(".")
+    if not fraction:
+        return en_cardinals(whole)
+    rests = [f" point {rest}" for rest in en_digits(fraction)]
+    return tuple(one + rest for one in en_cardinals(whole) for rest in rests)
+
+
+def en_serials(digits: str) -> tuple[str, ...]:
+    """A whole number that may be a quantity, a year or a name."""
+    pairs, cardinals = en_pairs(digits), en_cardinals(digits)
+    year = len(digits) == 4 and "1100" <= digits <= "2099" and not "2000" <= digits <= "2009"
+    found = pairs + cardinals if year else cardinals + pairs
+    return tuple(dict.fromkeys(found + en_digits(digits))) if len(digits) > 1 else cardinals
+
+
+def en_ordinals(digits: str) -> tuple[str, ...]:
+    """A rank: 21 is twenty first."""
+    return tuple(" ".join([*one.split()[:-1], _ordinal(one.split()[-1])]) for one in en_cardinals(digits))
+
+
+def _ordinal(word: str) -> str:
+    return _ORDINALS.get(word) or (f"{word[:-1]}ieth" if word.endswith("y") else f"{word}th")
