@@ -141,10 +141,15 @@ def test_named_paths_exist(page):
 
 
 @pytest.mark.parametrize(("where", "command"), PYTHON_COMMANDS)
-def test_python_commands_are_what_their_program_takes(where, command):
+def test_python_commands_are_what_their_program_takes(where, command, trainer_python):
     """The program's own parser takes them: flags exist, required ones are there."""
     module, arguments = arguments_of(command)
     assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), command
+    if module == "prepare_data":  # it needs the trainer's packages
+        code = f"import sys, {module}; {module}.get_args(sys.argv[1:])"
+        done = subprocess.run([trainer_python, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return
     if hasattr(imported := importlib.import_module(module), "get_args"):
         imported.get_args(arguments)
     else:
