@@ -1,16 +1,21 @@
 #!/usr/bin/env python3
-"""Speak a test set, with one or several seeds, on one or several processes.
+"""Synthesise an evaluation set, with one or several seeds, on one or several processes.
 
-    torchrun --standalone --nproc-per-node 2 infer_dist.py --llm-path ... --eval-set set.jsonl --output-dir out
+    torchrun --standalone --nproc-per-node 2 infer_dist.py --llm-path assets/tiny/llm \
+        --token2wav-dir assets/tiny/token2wav --eval-set set.jsonl --output-dir out
 
 The set is a JSONL of ``id``, ``target_text`` and, for zero-shot prompting, ``prompt_text`` and ``prompt_audio`` (a
 path, relative to the set's folder). Written are, for each seed, ``seed_N/wavs/ID.wav`` and ``seed_N/manifest.jsonl``:
-a line an utterance of the set, in its order, with ``wav`` (null if there is none, with the reason in ``error``),
+one line per utterance of the set, in its order, with ``wav`` (null if there is none, with the reason in ``error``),
 ``num_speech_tokens``, ``finish_reason`` ("eos", or "length" where it was cut), ``duration_s`` and ``seed``.
 
-The batches are the same for any number of processes, and what an utterance draws depends on the seed and its id only:
-so does the result, to the byte on a CPU; on a GPU, waveforms differ by rounding from run to run. A run that was stopped
-goes on where it was, batch by batch.
+The batches are the same for any number of processes, and the random numbers of an utterance depend on the seed and its
+id only: so does the result, to the byte on a CPU; on a GPU, waveforms differ by rounding from run to run.
+
+Each utterance is recorded with the fingerprint of its text and prompt and the checksum of its audio, in
+``utterances.rankN.jsonl``. Another run with the same model and sampling makes only what is missing: after a crash,
+after lines of the set were changed, added or removed, or where a WAV file is gone or is no longer what was written.
+Utterances that are made in other batches than before may differ from an undisturbed run by rounding.
 """
 
 import argparse
@@ -22,40 +27,21 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from tts_grpo.speech import distributed
+from tts_grpo.speech import distributed, synthesis
 from tts_grpo.speech.audio import save_audio
-from tts_grpo.speech.generation import LM_PRECISIONS, Sampling, generate_speech_tokens, load_lm
-from tts_grpo.speech.token2wav import decode, load_token2wav
-from tts_grpo.speech.voices import load_prompt_voice
+from tts_grpo.speech.model_folders import TOKEN2WAV_FILES, token2wav_kind
 from tts_grpo.text.jsonl import dump_line, read_jsonl, write_json, write_jsonl
-from tts_grpo.text.prompts import render_prompt
 
 logger = logging.getLogger(__name__)
 
 
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--llm-path", type=Path, required=True, help="Hugging Face folder of the language model")
-    parser.add_argument("--token2wav-dir", type=Path, required=True, help="folder of the token2wav weights")
+    synthesis.add_arguments(parser)
     parser.add_argument("--eval-set", type=Path, required=True, help="JSONL of the test set")
     parser.add_argument("--output-dir", type=Path, required=True, help="folder for audio and manifests")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="the set is spoken once with each")
-    parser.add_argument("--batch-size", type=int, default=32, help="utterances generated and decoded at once")
-    parser.add_argument("--device", default="cpu", help="cpu, or cuda: a GPU for each process")
-    parser.add_argument(
-        "--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help="of CosyVoice2's token2wav on a GPU"
-    )
-    parser.add_argument(
-        "--lm-precision",
-        choices=LM_PRECISIONS,
-        default=None,
-        help="of the language model; fp32 on a CPU and bf16 on a GPU, if not given",
-    )
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token")
-    parser.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling; 1.0 keeps all")
-    parser.add_argument("--top-k", type=int, default=-1, help="-1 keeps all")
-    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="of ids said before; 1.0 is none")
-    parser.add_argument("--max-new-tokens", type=int, default=512, help="where an utterance is cut")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="random seeds, one pass over the set each")
+    parser.add_argument("--batch-size", type=int, default=32, help="utterances per batch")
     return parser.parse_args(argv)
 
 
@@ -63,7 +49,6 @@ def get_args(argv=None):
 class Batch:
     """Utterances that are generated and decoded together."""
 
-    name: str
     seed: int
     rows: list[dict]
 
@@ -95,83 +80,66 @@ def make_batches(rows: list[dict], seeds: list[int], batch_size: int) -> list[Ba
     """Batches of like text lengths, the longest first, of one seed each."""
     order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]["target_text"]), i))
     parts = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
-    return [
-        Batch(f"seed_{seed}/batch_{number}", seed, [rows[i] for i in part])
-        for number, part in enumerate(parts)
-        for seed in seeds
+    return [Batch(seed, [rows[i] for i in part]) for part in parts for seed in seeds]
+
+
+def synthesise_batch(synthesiser: synthesis.Synthesiser, batch: Batch, output_dir: Path) -> list[dict]:
+    """Write a batch's audio; its manifest lines."""
+    rate, lines = synthesiser.token2wav.sample_rate_hz, []
+    for row, speech in zip(batch.rows, synthesiser.synthesise(batch.rows, batch.seed), strict=True):
+        line = row | {
+            "seed": batch.seed, "num_speech_tokens": speech.num_speech_tokens,
+            "finish_reason": speech.finish_reason, "wav": None, "duration_s": 0.0, "error": "no speech tokens",
+        }  # fmt: skip
+        if len(speech.waveform):
+            line |= {"wav": f"wavs/{row['id']}.wav", "error": None}
+            line["duration_s"] = round(len(speech.waveform) / rate, 3)
+            save_audio(output_dir / f"seed_{batch.seed}" / line["wav"], speech.waveform, rate)
+        lines.append(line)
+    return lines
+
+
+def record_of(lines: list[dict], wanted: dict[str, str], output_dir: Path) -> str:
+    """What is noted of a batch that was made, as one line that a crash cuts as a whole; for :func:`finished`."""
+    utterances = [
+        {"fingerprint": wanted[line["id"]], "wav_sha256": checksum(wav_path(line, output_dir)), "line": line}
+        for line in lines
     ]
+    return dump_line({"utterances": utterances})
 
 
-def utterance_seed(seed: int, utt_id: str) -> int:
-    """Seed of one utterance's sampling."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{utt_id}".encode()).digest()[:7], "big")
+def wav_path(line: dict, output_dir: Path) -> Path | None:
+    """Where the audio of a manifest line is."""
+    return output_dir / f"seed_{line['seed']}" / line["wav"] if line["wav"] else None
 
 
-class Speaker:
-    """Language model and token2wav of this process."""
-
-    def __init__(self, args, device: str):
-        self.args = args
-        dtype = args.lm_precision and LM_PRECISIONS[args.lm_precision]
-        self.model, self.tokenizer = load_lm(args.llm_path, device, dtype)
-        self.token2wav = load_token2wav(args.token2wav_dir, device, args.precision)
-        self.sampling = Sampling(
-            args.temperature, args.top_p, args.top_k, args.max_new_tokens, repetition_penalty=args.repetition_penalty
-        )
-        self.voices = {}
-
-    def voice(self, row: dict):
-        """The prompt voice of an utterance, or None; each is read once."""
-        if not row["prompt_audio"]:
-            return None
-        key = (row["prompt_audio"], row["prompt_text"])
-        if key not in self.voices:
-            path = self.args.eval_set.parent / row["prompt_audio"]
-            self.voices[key] = load_prompt_voice(self.token2wav, path, row["prompt_text"])
-        return self.voices[key]
-
-    def speak(self, batch: Batch, output_dir: Path) -> list[dict]:
-        """Write a batch's audio; its manifest lines."""
-        voices = [self.voice(row) for row in batch.rows]
-        prompts = [
-            render_prompt(self.tokenizer, row["target_text"], row["prompt_text"], v.prompt_speech_tokens if v else ())
-            for row, v in zip(batch.rows, voices, strict=True)
-        ]
-        seeds = [utterance_seed(batch.seed, row["id"]) for row in batch.rows]
-        said = generate_speech_tokens(self.model, self.tokenizer, prompts, seeds, self.sampling, len(prompts))
-        tokens = [utterance.speech_tokens for utterance in said]
-        waveforms = decode(self.token2wav, tokens, voices, batch.seed, self.args.batch_size)
-        lines = []
-        for row, utterance, waveform in zip(batch.rows, said, waveforms, strict=True):
-            line = row | {
-                "seed": batch.seed, "num_speech_tokens": len(utterance.speech_tokens),
-                "finish_reason": utterance.finish_reason, "wav": None, "duration_s": 0.0, "error": "no speech tokens",
-            }  # fmt: skip
-            if len(waveform):
-                line |= {"wav": f"wavs/{row['id']}.wav", "error": None}
-                line["duration_s"] = round(len(waveform) / self.token2wav.sample_rate_hz, 3)
-                path = output_dir / f"seed_{batch.seed}" / line["wav"]
-                save_audio(path, waveform, self.token2wav.sample_rate_hz)
-            lines.append(line)
-        return lines
+def model_fingerprint(args) -> dict:
+    """What all utterances depend on: flags and weights."""
+    per_utterance_or_free = ("output_dir", "device", "seeds", "eval_set")
+    settings = {name: str(value) for name, value in vars(args).items() if name not in per_utterance_or_free}
+    llm = sorted(args.llm_path.resolve().glob("*.safetensors"))
+    token2wav = TOKEN2WAV_FILES.get(token2wav_kind(args.token2wav_dir), ())
+    return settings | {
+        "llm": {path.name: checksum(path) for path in llm},
+        "token2wav": {name: checksum(args.token2wav_dir / name) for name in token2wav},
+    }
 
 
-def fingerprint(args) -> dict:
-    """What the result depends on."""
-    settings = {name: value for name, value in vars(args).items() if name not in ("output_dir", "device", "seeds")}
-    weights = sorted(args.llm_path.resolve().glob("*.safetensors"))
-    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in weights}
-    eval_set = hashlib.sha256(args.eval_set.read_bytes()).hexdigest()
-    return {name: str(value) for name, value in settings.items()} | {"weights": digests, "eval_set_sha256": eval_set}
+def checksum(path: Path | None) -> str | None:
+    """SHA-256 of a file, None if there is none."""
+    if path is None or not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_fingerprint(args) -> None:
-    """Refuse to go on with another run's folder.
+    """Refuse to go on in a folder with speech of another model or of other settings.
 
     Raises:
-        SystemExit: the folder holds results of other settings.
+        SystemExit: the folder holds such speech.
     """
-    path, current = args.output_dir / "settings.json", fingerprint(args)
+    path, current = args.output_dir / "settings.json", model_fingerprint(args)
     if path.exists():
         saved = json.loads(path.read_text(encoding="utf-8"))
         changed = sorted(key for key in current if saved.get(key) != current[key])
@@ -184,31 +152,56 @@ def check_fingerprint(args) -> None:
         write_json(path, current)
 
 
-def finished(output_dir: Path) -> dict[str, list[dict]]:
-    """Manifest lines of the batches that earlier runs finished; a line cut short by a crash is none."""
+def fingerprints(rows: list[dict], set_dir: Path) -> dict[str, str]:
+    """``id -> fingerprint`` of the utterances: text, prompt text and the content of the prompt's recording."""
+    recordings = {row["prompt_audio"] for row in rows if row["prompt_audio"]}
+    checksums = {path: checksum(set_dir / path) for path in recordings}
+    parts = {row["id"]: [row["target_text"], row["prompt_text"], checksums.get(row["prompt_audio"])] for row in rows}
+    return {utt_id: hashlib.sha256(json.dumps(part).encode()).hexdigest() for utt_id, part in parts.items()}
+
+
+def finished(output_dir: Path, wanted: dict[str, str]) -> dict[tuple[int, str], dict]:
+    """Manifest lines of what earlier runs made, by seed and id.
+
+    A line cut short by a crash is none. Left out is also what was made of another text or prompt than ``wanted``
+    (``id -> fingerprint``), and what has no longer the audio that was written.
+    """
     done = {}
-    for path in sorted(output_dir.glob("batches.rank*.jsonl")):
-        for line in path.read_text(encoding="utf-8").split("\n"):
+    for path in sorted(output_dir.glob("utterances.rank*.jsonl")):
+        for text in path.read_text(encoding="utf-8").split("\n"):
             try:
-                row = json.loads(line)
+                utterances = json.loads(text)["utterances"]
             except json.JSONDecodeError:
                 continue
-            done[row["batch"]] = row["lines"]
+            for made in utterances:
+                line = made["line"]
+                known = made["fingerprint"] == wanted.get(line["id"])
+                if known and made["wav_sha256"] == checksum(wav_path(line, output_dir)):
+                    done[line["seed"], line["id"]] = line
     return done
 
 
-def write_manifests(rows: list[dict], seeds: list[int], output_dir: Path) -> None:
-    """One manifest a seed.
+def to_do(batches: list[Batch], done: dict[tuple[int, str], dict]) -> list[Batch]:
+    """What of the batches is not done; a batch of which nothing is done stays as it is."""
+    left = [
+        dataclasses.replace(batch, rows=[row for row in batch.rows if (batch.seed, row["id"]) not in done])
+        for batch in batches
+    ]
+    return [batch for batch in left if batch.rows]
+
+
+def write_manifests(rows: list[dict], seeds: list[int], done: dict[tuple[int, str], dict], output_dir: Path) -> None:
+    """One manifest per seed.
 
     Raises:
         RuntimeError: an utterance is missing.
     """
-    lines = {(line["seed"], line["id"]): line for batch in finished(output_dir).values() for line in batch}
     for seed in seeds:
-        missing = [row["id"] for row in rows if (seed, row["id"]) not in lines]
+        missing = [row["id"] for row in rows if (seed, row["id"]) not in done]
         if missing:
-            raise RuntimeError(f"seed {seed}: {len(missing)} utterances were not spoken, the first: {missing[0]}")
-        write_jsonl(output_dir / f"seed_{seed}" / "manifest.jsonl", (lines[seed, row["id"]] for row in rows))
+            raise RuntimeError(f"seed {seed}: {len(missing)} utterances were not synthesised, the first: {missing[0]}")
+        lines = (done[seed, row["id"]] | row for row in rows)  # a prompt's file may have moved
+        write_jsonl(output_dir / f"seed_{seed}" / "manifest.jsonl", lines)
 
 
 def main(argv=None):
@@ -219,27 +212,26 @@ def main(argv=None):
     if rank == 0:
         check_fingerprint(args)
     distributed.barrier()
-    done = finished(args.output_dir)
-    todo = [batch for batch in make_batches(rows, args.seeds, args.batch_size) if batch.name not in done]
+    wanted = fingerprints(rows, args.eval_set.parent)
+    todo = to_do(make_batches(rows, args.seeds, args.batch_size), finished(args.output_dir, wanted))
     distributed.barrier()  # all have read what is done before anyone adds to it
     mine = todo[rank::world_size]
     if mine:
-        speaker = Speaker(args, device)
-        if speaker.token2wav.needs_voice and (without := [row["id"] for row in rows if not row["prompt_audio"]]):
-            raise SystemExit(
-                f"infer_dist.py: {args.eval_set}: {len(without)} utterances have no prompt, {without[0]} first, and "
-                "this token2wav needs one: give them prompt_audio and prompt_text, or take them out"
-            )
+        synthesiser = synthesis.Synthesiser(args, device, args.eval_set.parent)
+        try:
+            synthesiser.check_voices(rows)
+        except ValueError as error:
+            raise SystemExit(f"infer_dist.py: {args.eval_set}: {error}") from error
         progress = tqdm(mine, desc=f"{args.output_dir.name}, process {rank}", unit="batch", disable=rank > 0)
-        with (args.output_dir / f"batches.rank{rank}.jsonl").open("a", encoding="utf-8") as record:
+        with (args.output_dir / f"utterances.rank{rank}.jsonl").open("a", encoding="utf-8") as record:
             record.write("\n")  # after a line that a crash cut short
             for batch in progress:
-                lines = speaker.speak(batch, args.output_dir)
-                record.write(dump_line({"batch": batch.name, "lines": lines}))
+                lines = synthesise_batch(synthesiser, batch, args.output_dir)
+                record.write(record_of(lines, wanted, args.output_dir))
                 record.flush()
     distributed.barrier()
     if rank == 0:
-        write_manifests(rows, args.seeds, args.output_dir)
+        write_manifests(rows, args.seeds, finished(args.output_dir, wanted), args.output_dir)
         print(f"{len(rows)} utterances x {len(args.seeds)} seeds: {args.output_dir}")
     distributed.shutdown()
 

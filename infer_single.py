@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""Speak one text and print the path of the wav."""
+"""Synthesise one text, as infer_dist.py does, and print the path of the WAV file.
+
+With the same flags, an utterance of an evaluation set sounds as in the evaluation if --utt-id and --seed are its own.
+"""
 
 import argparse
 import logging
 from pathlib import Path
 
+from tts_grpo.speech import synthesis
 from tts_grpo.speech.audio import save_audio
-from tts_grpo.speech.generation import Sampling, generate_speech_tokens, load_lm
-from tts_grpo.speech.token2wav import decode, load_token2wav
-from tts_grpo.speech.voices import load_prompt_voice
-from tts_grpo.text.prompts import render_prompt
 
 logger = logging.getLogger(__name__)
 
@@ -17,19 +17,14 @@ TONGUE_TWISTER = "扁担长，板凳宽，扁担绑在板凳上。吃葡萄不�
 
 
 def get_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--llm-path", type=Path, required=True, help="Hugging Face folder of the language model")
-    parser.add_argument("--token2wav-dir", type=Path, required=True, help="folder of the token2wav weights")
-    parser.add_argument("--text", default=TONGUE_TWISTER, help="what to say")
-    parser.add_argument("--output", type=Path, default=Path("speech.wav"), help="wav to write")
-    parser.add_argument("--prompt-audio", type=Path, default=None, help="recording whose voice is continued")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    synthesis.add_arguments(parser)
+    parser.add_argument("--text", default=TONGUE_TWISTER, help="text to synthesise")
+    parser.add_argument("--output", type=Path, default=Path("speech.wav"), help="WAV file to write")
+    parser.add_argument("--prompt-audio", type=Path, help="recording whose voice is continued")
     parser.add_argument("--prompt-text", default="", help="its transcript")
-    parser.add_argument("--device", default="cpu", help="torch device")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
-    parser.add_argument("--top-p", type=float, default=0.95, help="nucleus sampling; 1.0 keeps all")
-    parser.add_argument("--top-k", type=int, default=-1, help="-1 keeps all")
-    parser.add_argument("--max-new-tokens", type=int, default=1024, help="where the speech is cut")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the sampling")
+    parser.add_argument("--utt-id", default="tongue_twister", help="id of the utterance; counts to its random numbers")
     args = parser.parse_args(argv)
     if bool(args.prompt_audio) != bool(args.prompt_text):
         parser.error("a voice prompt needs both --prompt-audio and --prompt-text")
@@ -39,18 +34,20 @@ def get_args(argv=None):
 def main(argv=None):
     args = get_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s: %(message)s")
-    model, tokenizer = load_lm(args.llm_path, args.device)
-    token2wav = load_token2wav(args.token2wav_dir, args.device)
-    voice = load_prompt_voice(token2wav, args.prompt_audio, args.prompt_text) if args.prompt_audio else None
-    prompt = render_prompt(tokenizer, args.text, args.prompt_text, voice.prompt_speech_tokens if voice else ())
-    sampling = Sampling(args.temperature, args.top_p, args.top_k, args.max_new_tokens)
-    (said,) = generate_speech_tokens(model, tokenizer, [prompt], [args.seed], sampling)
-    if not said.speech_tokens:
-        raise SystemExit("infer_single.py: the model said nothing: try another --seed")
-    if said.finish_reason != "eos":
+    row = {
+        "id": args.utt_id, "target_text": args.text, "prompt_text": args.prompt_text, "prompt_audio": args.prompt_audio
+    }  # fmt: skip
+    synthesiser = synthesis.Synthesiser(args, args.device, Path.cwd())
+    try:
+        synthesiser.check_voices([row])
+        (speech,) = synthesiser.synthesise([row], args.seed)
+    except ValueError as error:
+        raise SystemExit(f"infer_single.py: {error}") from error
+    if not len(speech.waveform):
+        raise SystemExit("infer_single.py: the model generated no speech tokens: try another --seed")
+    if speech.finish_reason != "eos":
         logger.warning("the speech was cut at %d tokens: raise --max-new-tokens", args.max_new_tokens)
-    (waveform,) = decode(token2wav, [said.speech_tokens], [voice], args.seed)
-    save_audio(args.output, waveform, token2wav.sample_rate_hz)
+    save_audio(args.output, speech.waveform, synthesiser.token2wav.sample_rate_hz)
     print(args.output)
 
 

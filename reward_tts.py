@@ -14,6 +14,7 @@ import logging
 from pathlib import Path
 
 from tts_grpo.reward.client import RewardClient, RewardServerError
+from tts_grpo.reward.protocol import RolloutScore
 from tts_grpo.text.jsonl import read_jsonl, write_jsonl, write_text
 from tts_grpo.text.tokens import parse_speech_tokens
 from tts_grpo.training import credit
@@ -30,7 +31,7 @@ _bad_rollouts = 0
 
 async def compute_score(
     data_source, solution_str, ground_truth, extra_info=None, server_urls=DEFAULT_URL, failure_file=None,
-    by_syllable=False, **_
+    by_syllable=False, patience_s=180.0, **_
 ):  # fmt: skip
     """Score one rollout.
 
@@ -42,6 +43,7 @@ async def compute_score(
         server_urls: reward servers, separated by commas or spaces.
         failure_file: every exception is reported in this file, which scripts/train.py watches to stop the training at
             once. veRL itself would log the exception and let the other rollouts end.
+        patience_s: how long requests that fail are repeated, in seconds, before the training is stopped.
         by_syllable: return the errors of each syllable too, for tts_grpo/training/credit.py.
 
     Returns:
@@ -54,14 +56,16 @@ async def compute_score(
             call never returns.
     """
     try:
-        return await _score(solution_str, ground_truth, server_urls, by_syllable)
+        return await _score(solution_str, ground_truth, server_urls, by_syllable, patience_s)
     except Exception as error:
         if failure_file is None:
             raise
         await _stop_training(error, ground_truth, failure_file)
 
 
-async def _score(solution_str: str, ground_truth: str, server_urls: str, by_syllable: bool) -> dict[str, float | str]:
+async def _score(
+    solution_str: str, ground_truth: str, server_urls: str, by_syllable: bool, patience_s: float
+) -> dict[str, float | str]:
     global _client
     try:
         speech_tokens = parse_speech_tokens(solution_str)
@@ -70,10 +74,8 @@ async def _score(solution_str: str, ground_truth: str, server_urls: str, by_syll
     if not speech_tokens:
         return _bad_rollout("no speech tokens", ground_truth, by_syllable)
     if _client is None:
-        _client = RewardClient(server_urls.replace(",", " ").split())
-    scored = await _client.score(speech_tokens, ground_truth)
-    note = credit.encode(scored.unit_errors, scored.unit_starts) if by_syllable else None
-    return _result(scored.reward, scored.error_rate, len(speech_tokens), note, bad=False)
+        _client = RewardClient(server_urls.replace(",", " ").split(), patience_s=patience_s)
+    return _result(await _client.score(speech_tokens, ground_truth), len(speech_tokens), by_syllable)
 
 
 async def _stop_training(error: Exception, ground_truth: str, failure_file: str) -> None:
@@ -90,18 +92,20 @@ def _bad_rollout(reason: str, ground_truth: str, by_syllable: bool) -> dict[str,
     global _bad_rollouts
     _bad_rollouts += 1
     logger.warning("bad rollout %d of this worker (%s) for %r scores 0", _bad_rollouts, reason, ground_truth[:40])
-    return _result(0.0, 1.0, 0, credit.encode((), ()) if by_syllable else None, bad=True)
+    return _result(RolloutScore(reward=0.0, error_rate=1.0), 0, by_syllable, bad=True)
 
 
 def _result(
-    score: float, error_rate: float, num_speech_tokens: int, note: str | None, bad: bool
+    score: RolloutScore, num_speech_tokens: int, by_syllable: bool, bad: bool = False
 ) -> dict[str, float | str]:
-    return {
-        "score": score,
-        "pinyin_error_rate": error_rate,
+    """What veRL takes: numbers, which become metrics, and a text for the trainer."""
+    result = {
+        "score": score.reward,
+        "pinyin_error_rate": score.error_rate,
         "num_speech_tokens": float(num_speech_tokens),
         "bad_rollout": float(bad),
-    } | ({} if note is None else {credit.KEY: note})
+    }
+    return result | ({credit.KEY: credit.encode(score.unit_errors, score.unit_starts)} if by_syllable else {})
 
 
 def get_args(argv=None):
@@ -109,7 +113,7 @@ def get_args(argv=None):
     parser.add_argument("--jsonl", type=Path, required=True, help="lines with text and speech_tokens")
     parser.add_argument("--server-urls", default=DEFAULT_URL, help="reward servers, separated by commas or spaces")
     parser.add_argument("--limit", type=int, default=None, help="score only so many lines")
-    parser.add_argument("--max-tries", type=int, default=3, help="requests for one line before giving up")
+    parser.add_argument("--patience-s", type=float, default=10.0, help="seconds for which failed requests are repeated")
     parser.add_argument("--check", action="store_true", help="known-answer check: right texts high, wrong ones low")
     parser.add_argument("--output", type=Path, default=None, help="also write a JSONL with each line's score here")
     return parser.parse_args(argv)
@@ -117,7 +121,7 @@ def get_args(argv=None):
 
 async def score_rows(args, rows: list[dict], texts: list[str]) -> list:
     """Scores of rows' speech tokens against ``texts``."""
-    client = RewardClient(args.server_urls.replace(",", " ").split(), max_tries=args.max_tries)
+    client = RewardClient(args.server_urls.replace(",", " ").split(), patience_s=args.patience_s)
     try:
         pairs = zip(rows, texts, strict=True)
         return await asyncio.gather(*(client.score(row["speech_tokens"], text) for row, text in pairs))

@@ -20,6 +20,10 @@
 # A stage that is done with the same settings is skipped. Everything that is made is in exp/$exp_name.
 # Settings: conf/settings.sh explains them all; set them in conf/$profile.sh or in the environment.
 # shellcheck disable=SC2329,SC2154  # stages are called by name; conf/settings.sh declares the settings
+((BASH_VERSINFO[0] > 4 || (BASH_VERSINFO[0] == 4 && BASH_VERSINFO[1] >= 4))) || {
+  echo "run.sh: bash $BASH_VERSION is too old: version 4.4 or later is needed" >&2
+  exit 1
+}
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -28,6 +32,7 @@ source "$root/scripts/lib.sh"
 
 dry_run=0 mode=run
 server_pid='' memory_pid='' beside_pids=()
+running='' began=0 # stage at work, and when it began
 verl_overrides=()
 
 usage() {
@@ -39,11 +44,13 @@ usage() {
 cleanup() {
   local status=$? pid
   trap - EXIT INT TERM
+  [[ -z $running ]] || record "$running" "$((SECONDS - began))" || true
   for pid in $(jobs -p); do stop "$pid"; done
   exit "$status"
 }
 
 stage_-1() {
+  work_on environments
   ((make_envs)) && make_environments
   run "$speech_bin/python" -c 'import token2wav_asr_server; token2wav_asr_server.check_libpython()'
   [[ -z $(type -t install_profile) ]] || install_profile
@@ -61,6 +68,7 @@ stage_0() {
   local state
   state=$(state_of 0)
   [[ -e $sft_model/config.json ]] && done_with 0 "$state" && skip && return
+  work_on "$state"
   run "$trainer_bin/python" "$root/scripts/prepare_llm.py" --sft-path "$sft_path" --output-dir "$sft_model"
   run "$trainer_bin/python" "$root/prepare_data.py" --train-file "$train_jsonl" --test-file "$test_jsonl" \
     --output-dir "$exp_dir/data" --llm-path "$sft_model" --max-prompt-length "$max_prompt_length" \
@@ -75,6 +83,7 @@ stage_1() {
   elif ((stop >= 2)) && done_with 2 "$(state_of 2)"; then
     echo "not needed: stage 2 is done"
   else
+    work_on server
     start_server
   fi
 }
@@ -87,6 +96,7 @@ stage_2() {
   state=$(state_of 2)
   done_with 2 "$state" && skip && return
   check_checkpoints "$state"
+  ((dry_run)) || work_on "$(<"$exp_dir/checkpoints/begun")"
   if ((dry_run == 0)) && ! server_ready "${server_urls%%[, ]*}"; then
     die "no reward server is ready at ${server_urls%%[, ]*}: start one with bash run.sh 1 1"
   fi
@@ -108,6 +118,7 @@ stage_3() {
   local checkpoint=${llm_path:-$(last_checkpoint)} state
   state=$(state_of 3)
   done_with 3 "$state" && skip && return
+  work_on "$state"
   need "$checkpoint/actor" 2
   need "$sft_model/config.json" 0
   run rm -rf "$checkpoint/merged_hf_model.part" "$checkpoint/merged_hf_model"
@@ -127,6 +138,7 @@ stage_4() {
   need_made_from 3 "$exp_dir/merged_hf_model"
   state=$(state_of 4)
   done_with 4 "$state" && skip && return
+  work_on "$state"
   ((force)) && run rm -rf "$exp_dir/eval"
   infer sft "$sft_model"
   infer grpo "$exp_dir/merged_hf_model"
@@ -150,10 +162,8 @@ infer() {
     ln -sfnT "$(basename "$folder")" "$exp_dir/eval/$1"
   fi
   run_long env OMP_NUM_THREADS=1 "$speech_bin/torchrun" --standalone --nproc-per-node "$infer_procs" "$root/infer_dist.py" \
-    --llm-path "$2" --token2wav-dir "$token2wav_dir" --eval-set "$eval_jsonl" --output-dir "$folder" \
-    --seeds "${seed_list[@]}" --batch-size "$infer_batch_size" --device "$infer_device" --precision "$infer_precision" \
-    --lm-precision "$infer_lm_precision" --max-new-tokens "$max_new_tokens" --temperature "$temperature" --top-p "$top_p" --top-k "$top_k" \
-    --repetition-penalty "$repetition_penalty"
+    --llm-path "$2" "${synthesis_flags[@]}" --eval-set "$eval_jsonl" --output-dir "$folder" --seeds "${seed_list[@]}" \
+    --batch-size "$infer_batch_size"
 }
 
 # score NAME: error rates of that speech, and what they do not see; on one core, beside the other model's.
@@ -164,10 +174,10 @@ score() {
 }
 
 stage_5() {
+  work_on "this run's: $$ $(date +%T)" # each makes it anew
   need "$exp_dir/merged_hf_model/config.json" 3
-  run "$speech_bin/python" "$root/infer_single.py" --llm-path "$exp_dir/merged_hf_model" --device "$infer_device" \
-    --token2wav-dir "$token2wav_dir" ${single_text:+--text "$single_text"} "${prompt_flags[@]}" \
-    --output "$exp_dir/tongue_twister.wav"
+  run "$speech_bin/python" "$root/infer_single.py" --llm-path "$exp_dir/merged_hf_model" "${synthesis_flags[@]}" \
+    --seed "${seed_list[0]}" ${single_text:+--text "$single_text"} "${prompt_flags[@]}" --output "$exp_dir/tongue_twister.wav"
 }
 
 skip() { echo "done already (force=1 redoes it)"; }
@@ -197,6 +207,7 @@ check_checkpoints() {
   mkdir -p "$exp_dir/checkpoints"
   rm -f "$exp_dir/.done/2"
   echo "$1" >"$trained"
+  [[ -f $exp_dir/checkpoints/begun ]] || echo "$(date +%FT%T) $$" >"$exp_dir/checkpoints/begun"
 }
 
 # recorded_settings: JSON of the settings, those of finished stages as they were then.
@@ -219,8 +230,22 @@ state_of() {
     ;;
   4model) read=(model="$2") made_from=(model="$2") ;;
   esac
-  all_settings state --stages "${stages[@]}" --read "${read[@]}" --made-from "${made_from[@]}" \
+  all_settings state --stages "${stages[@]}" --commands "$(commands_of "$1${2:+model}" "${stages[@]}")" --read "${read[@]}" --made-from "${made_from[@]}" \
     --cache "$exp_dir/.done/checksums.json"
+}
+
+# commands_of RESULT STAGE...: checksum of the commands that make a result, as this file and conf/ put them together.
+commands_of() {
+  (
+    print_only "${@:2}"
+    configure
+    case $1 in
+    2) run "${server_command[@]}" && stage_2 ;;
+    4) for model in sft grpo; do infer "$model" model && score "$model"; done ;;
+    4model) infer model model ;;
+    *) "stage_$1" ;;
+    esac
+  ) | sha256sum | cut -c 1-16
 }
 
 # need_made_from STAGE RESULT: fail if the stage would make something else now.
@@ -239,6 +264,26 @@ watch_memory() {
   memory_pid=$!
 }
 
+# refused_overrides: a line for each veRL override that would silently go round this recipe, with what to do instead.
+refused_overrides() {
+  local override key name trainer="this recipe's trainer, which stops at failed rollouts and gives credit, would be replaced or work otherwise: leave it out (docs/credit.md says how to change the algorithm)"
+  local -A instead=(
+    ["trainer.v1"]=$trainer ["trainer.use_v1"]=$trainer
+    ["actor_rollout_ref.model.external_lib"]="it loads this recipe's engine and rollouts: leave it out, and import what you need in tts_grpo/training/engine.py"
+    ["reward.custom_reward_function.reward_kwargs"]="set credit and server_urls"
+    ["actor_rollout_ref.model.path"]="set sft_path, and run stage 0 again" ["data.train_files"]="set train_jsonl, and run stage 0 again"
+    ["data.val_files"]="set test_jsonl, and run stage 0 again" ["trainer.default_local_dir"]="set exp_dir"
+    ["trainer.total_training_steps"]="set total_steps"
+  )
+  for override in "${recipe_verl_args[@]}" "${verl_overrides[@]}"; do
+    name=$(sed -E 's/^[+~]*//; s/[=@].*//; s/[[:space:]]//g; q' <<<"$override")
+    [[ $override != -* ]] || echo "-- $override is refused: it is an option of Hydra, and only settings of veRL (name=value) may follow --"
+    for key in "${!instead[@]}"; do # it, what is in it, or what it is in
+      [[ $name. != "$key".* && $key. != "$name".* ]] || echo "-- $override is refused: ${instead[$key]}"
+    done
+  done
+}
+
 # contradictions: a line for each pair of settings that do not fit, which veRL would refuse only after minutes.
 contradictions() {
   local rollouts=$((mini_batch_size * rollout_n)) passes=$((micro_batch_size * num_gpus * num_nodes))
@@ -251,6 +296,7 @@ contradictions() {
 }
 
 configure() {
+  [[ -z $(type -t configure_profile) ]] || configure_profile
   local by_syllable=false
   [[ $credit != syllable ]] || by_syllable=true
   # The log-probabilities of rollouts are the old policy's. If top_p or top_k cut off tokens, they are those of the
@@ -277,6 +323,11 @@ configure() {
   else
     server_command+=("${prompt_flags[@]}")
   fi
+  synthesis_flags=( # of the evaluation and of stage 5
+    --token2wav-dir "$token2wav_dir" --device "$infer_device" --precision "$infer_precision"
+    --lm-precision "$infer_lm_precision" --max-new-tokens "$max_new_tokens" --temperature "$temperature"
+    --top-p "$top_p" --top-k "$top_k" --repetition-penalty "$repetition_penalty"
+  )
   train_env=(
     "${profile_env[@]}" PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" TENSORBOARD_DIR="$exp_dir/tensorboard"
     OMP_NUM_THREADS="$train_threads" RAY_USAGE_STATS_ENABLED=0
@@ -304,7 +355,7 @@ configure() {
     actor_rollout_ref.rollout.calculate_log_probs=True algorithm.rollout_correction.bypass_mode="$reuse_log_probs"
     actor_rollout_ref.actor.calculate_entropy=True # for its curve; entropy_coeff is 0
     reward.custom_reward_function.path="$(hydra "$root/reward_tts.py")" reward.custom_reward_function.name=compute_score
-    "+reward.custom_reward_function.reward_kwargs={server_urls: $(hydra "$server_urls"), failure_file: $(hydra "$exp_dir/reward_failure"), by_syllable: $by_syllable}"
+    "+reward.custom_reward_function.reward_kwargs={server_urls: $(hydra "$server_urls"), failure_file: $(hydra "$exp_dir/reward_failure"), by_syllable: $by_syllable, patience_s: $reward_patience_s}"
     trainer.n_gpus_per_node="$num_gpus" trainer.nnodes="$num_nodes"
     "trainer.logger=[console,tensorboard]" trainer.project_name=tts_grpo trainer.experiment_name="$(hydra "$exp_name")"
     trainer.default_local_dir="$(hydra "$exp_dir/checkpoints")" trainer.resume_mode=auto
@@ -316,7 +367,7 @@ configure() {
 }
 
 main() {
-  local positional=() wrong=() stage begin
+  local positional=() wrong=() stage
   while (($#)); do
     case $1 in
     --dry-run) dry_run=1 ;;
@@ -342,7 +393,11 @@ main() {
     all_settings table
     return
   fi
-  mapfile -t wrong < <(contradictions)
+  mapfile -t wrong < <(
+    contradictions
+    refused_overrides
+  )
+  adapt_to_machine
   configure
   if [[ $mode == check ]]; then
     PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec "$base_python" "$root/scripts/check.py" \
@@ -357,11 +412,12 @@ main() {
   export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
   for ((stage = start; stage <= stop; stage++)); do
     echo "== stage $stage ($(date +%T))"
-    begin=$SECONDS
+    running=$stage began=$SECONDS worked_on=''
     [[ -n $memory_pid ]] || watch_memory
     "stage_$stage"
-    echo "== stage $stage took $((SECONDS - begin)) s"
-    record "$stage" "$((SECONDS - begin))"
+    echo "== stage $stage took $((SECONDS - began)) s"
+    record "$stage" "$((SECONDS - began))"
+    running=''
     if ((stage >= 4 && dry_run == 0)) && [[ -f $exp_dir/summary.json ]]; then # it was written before they were known
       "$speech_bin/python" "$root/scripts/summarise.py" --exp-dir "$exp_dir" --costs-only
     fi

@@ -6,10 +6,11 @@ listen to it. Each instance is a process of its own with its own token2wav and r
 that instances do not wait for each other's Python. Triton collects concurrent requests of one length bucket into
 batches and hands each to a free instance.
 
-The server is ready only when every instance has scored a batch. If an instance dies, the server stops with an error:
-its clients then retry elsewhere or stop the training, but never see a reward that nobody measured.
+The server is ready only when every instance has scored a batch. An instance that dies (out of memory, a CUDA error) is
+started again, and its clients repeat the batch that it had; they never see a reward that nobody measured. After
+MAX_DEATHS deaths the server stops with an error.
 
-SIGTERM and SIGINT end it cleanly: requests in flight are answered first.
+SIGTERM and SIGINT end it cleanly: requests in flight are answered first. While it loads, they end it at once.
 """
 
 import argparse
@@ -26,12 +27,15 @@ from pathlib import Path
 
 import numpy as np
 
-from tts_grpo.reward.protocol import MODEL_NAME, SPEECH_MODEL_NAME
+from tts_grpo.reward.ports import port_fault
+from tts_grpo.reward.protocol import MODEL_NAME, SPEECH_MODEL_NAME, encode_response, text_tensor
 from tts_grpo.text.tokens import NUM_SPEECH_TOKENS
 
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 600.0  # for an instance to load and warm up
+POISONED = ("AcceleratorError: CUDA error", "RuntimeError: CUDA error")  # torch's names; out of memory is another
+MAX_DEATHS = 5  # of all instances together: more are no accidents
 WARM_UP_TOKENS = (40, 75)  # tokens of the two kinds of batch that warm an instance up
 
 
@@ -97,7 +101,12 @@ def serve_instance(pipe, args, device: str) -> None:
             method, *arguments = pipe.recv()
         except (EOFError, OSError):
             return
-        pipe.send(getattr(scorer, method)(*arguments))
+        result = getattr(scorer, method)(*arguments)
+        if faults := [item.error for item in result if item.error.startswith(POISONED)]:
+            # a CUDA context does not recover: every later sample would be an error
+            logger.error("an instance on %s ends, to be started again: %s", device, faults[0])
+            return
+        pipe.send(result)
 
 
 def load_scorer(args, device: str):
@@ -143,27 +152,66 @@ class Instance:
     """One process that scores, and the pipe to it."""
 
     def __init__(self, args, device: str):
+        self.args, self.device, self.lock, self.deaths = args, device, threading.Lock(), 0
+        self._start()
+
+    def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve_instance, args=(theirs, args, device), daemon=True)
+        self.process = context.Process(target=serve_instance, args=(theirs, self.args, self.device), daemon=True)
         self.process.start()
         theirs.close()
-        self.lock = threading.Lock()
 
     def wait_ready(self, timeout_s: float) -> None:
         """Raises RuntimeError if the process did not get ready."""
         try:
             error = self.pipe.recv() if self.pipe.poll(timeout_s) else f"not ready after {timeout_s:.0f} s"
         except EOFError:
+            self.process.join(timeout=5)
             error = f"the process ended with code {self.process.exitcode}"
         if error:
             raise RuntimeError(f"an instance of the reward server could not start: {error}")
 
     def call(self, method: str, *arguments):
-        """What a method of the process's ``RewardScorer`` gives for one batch."""
+        """What a method of the process's ``RewardScorer`` returns for one batch.
+
+        Raises:
+            RuntimeError: the process died at it. It has been started again; Triton answers the batch with status 500,
+                and the client repeats it.
+        """
         with self.lock:
-            self.pipe.send((method, *arguments))
-            return self.pipe.recv()
+            try:
+                self.pipe.send((method, *arguments))
+                return self.pipe.recv()
+            except (EOFError, OSError) as error:
+                self._revive()
+                raise RuntimeError("an instance of the reward server died at this batch: send it again") from error
+
+    def revive(self) -> None:
+        """Start the process again if it has died.
+
+        Raises:
+            RuntimeError: it could not start.
+        """
+        if not self.process.is_alive():
+            with self.lock:
+                if not self.process.is_alive():
+                    self._revive()
+
+    def _revive(self) -> None:
+        self.process.join(timeout=5)
+        self.deaths += 1
+        logger.error("an instance on %s has died with code %s (out of memory?)", self.device, self.process.exitcode)
+        if self.deaths <= MAX_DEATHS:
+            self.pipe.close()
+            self._start()
+            self.wait_ready(START_TIMEOUT_S)
+            logger.info("the instance on %s is ready again", self.device)
+
+    def kill(self) -> None:
+        """End the process at once."""
+        self.process.kill()
+        self.process.join()
 
     def close(self) -> None:
         """End the process after what it is at."""
@@ -178,19 +226,6 @@ def unpad(tokens: np.ndarray, token_lens: np.ndarray) -> list[list[int]]:
     return [row[: max(0, n)].tolist() for row, n in zip(tokens, token_lens[:, 0].tolist(), strict=True)]
 
 
-def text_tensor(values: list[str]) -> np.ndarray:
-    """Texts as a tensor of bytes (B, 1)."""
-    return np.char.encode(np.array(values, dtype=np.str_), "utf-8")[:, None]
-
-
-def padded_tensor(rows: list[tuple[int, ...]]) -> np.ndarray:
-    """Rows of numbers as a tensor int32 (B, longest row), padded with -1."""
-    tensor = np.full((len(rows), max([1, *map(len, rows)])), -1, np.int32)
-    for values, row in zip(tensor, rows, strict=True):
-        values[: len(row)] = row
-    return tensor
-
-
 def infer_function(instance: Instance):
     """PyTriton's inference callable of one instance's scores."""
     from pytriton.decorators import batch
@@ -198,15 +233,7 @@ def infer_function(instance: Instance):
     @batch
     def infer(TOKENS, TOKEN_LENS, GT_TEXT):
         texts = [text.decode("utf-8") for text in GT_TEXT[:, 0]]
-        scores = instance.call("score", unpad(TOKENS, TOKEN_LENS), texts)
-        return {
-            "REWARDS": np.array([[score.reward] for score in scores], np.float32),
-            "ERROR_RATES": np.array([[score.error_rate] for score in scores], np.float32),
-            "TRANSCRIPTS": text_tensor([score.transcript for score in scores]),
-            "UNIT_ERRORS": padded_tensor([score.unit_errors for score in scores]),
-            "UNIT_STARTS": padded_tensor([score.unit_starts for score in scores]),
-            "ERRORS": text_tensor([score.error for score in scores]),
-        }
+        return encode_response(instance.call("score", unpad(TOKENS, TOKEN_LENS), texts))
 
     return infer
 
@@ -264,8 +291,13 @@ def use_own_libpython() -> None:
 def start_instances(args) -> list[Instance]:
     start = time.monotonic()
     instances = [Instance(args, device) for device in args.devices for _ in range(args.instances)]
-    for instance in instances:
-        instance.wait_ready(START_TIMEOUT_S)
+    try:
+        for instance in instances:
+            instance.wait_ready(START_TIMEOUT_S)
+    except BaseException:  # a signal too: the processes leave it to this one, and would be waited for
+        for instance in instances:
+            instance.kill()
+        raise
     logger.info("%d instances loaded and warm after %.1f s", len(instances), time.monotonic() - start)
     return instances
 
@@ -310,7 +342,7 @@ def bind_models(triton, instances: list[Instance], config) -> None:
 
 
 def serve(args, instances: list[Instance]) -> int:
-    """Serve until a signal (0) or until an instance dies (1)."""
+    """Serve until a signal (0), or until Triton ends or instances have died too often (1)."""
     from pytriton.model_config import DynamicBatcher, ModelConfig, QueuePolicy
     from pytriton.triton import Triton, TritonConfig
 
@@ -327,12 +359,17 @@ def serve(args, instances: list[Instance]) -> int:
         triton.run()
         logger.info("ready: %s at http://%s:%d", MODEL_NAME, args.address, args.http_port)
         try:
-            while all(instance.process.is_alive() for instance in instances):
+            while sum(instance.deaths for instance in instances) <= MAX_DEATHS:
                 if not triton.is_alive():
                     logger.error("Triton has ended: see its messages above")
                     return 1
+                for instance in instances:
+                    instance.revive()
                 time.sleep(0.5)
-            logger.error("an instance has died (out of memory?); stopping, so that no reward is made up")
+            logger.error("instances have died %d times; stopping, so that no reward is made up", MAX_DEATHS + 1)
+            return 1
+        except RuntimeError as error:
+            logger.error("%s; stopping", error)
             return 1
         except KeyboardInterrupt:
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -341,9 +378,18 @@ def serve(args, instances: list[Instance]) -> int:
             return 0
 
 
+def check_ports(args) -> None:
+    """Raises SystemExit if a port cannot be listened on."""
+    for name in ("http_port", "grpc_port", "metrics_port"):
+        port = getattr(args, name)
+        if fault := port_fault(args.address, port):
+            raise SystemExit(f"{name} {port}: {fault}: stop what is there, or set {name}")
+
+
 def main(argv=None):
     args = get_args(argv)
     use_own_libpython()
+    check_ports(args)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s: %(message)s")
     for number in (signal.SIGTERM, signal.SIGINT):  # SIGINT too: a shell's background processes start with it ignored
         signal.signal(number, signal.default_int_handler)
@@ -351,6 +397,8 @@ def main(argv=None):
         instances = start_instances(args)
     except RuntimeError as error:
         raise SystemExit(str(error)) from None
+    except KeyboardInterrupt:
+        raise SystemExit("stopped while loading") from None
     try:
         return serve(args, instances)
     finally:

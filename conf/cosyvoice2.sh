@@ -11,15 +11,28 @@
 larger() { echo $(($1 > $2 ? $1 : $2)); }
 smaller() { echo $(($1 < $2 ? $1 : $2)); }
 
-# smallest_gpu_gib DEFAULT: memory of the smallest GPU here, in GiB; DEFAULT where there is none.
+# smallest_gpu_gib DEFAULT: memory of the smallest GPU that this shell may use, in GiB; DEFAULT where it is not known.
 smallest_gpu_gib() {
-  local mib
-  mib=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null | sort -n | head -n 1) || true
-  [[ $mib =~ ^[0-9]+$ ]] && echo $((mib / 1024)) || echo "$1"
+  local visible=${CUDA_VISIBLE_DEVICES-} mib lines i chosen=() select=()
+  visible=${visible// /}
+  [[ ! $visible =~ ^GPU- ]] || select=(--id="$visible")
+  mapfile -t lines < <(nvidia-smi "${select[@]}" --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null)
+  if [[ $visible =~ ^[0-9]+(,[0-9]+)*$ ]]; then
+    for i in ${visible//,/ }; do chosen+=("${lines[i]-}"); done
+    lines=("${chosen[@]}")
+  fi
+  mib=$(printf '%s\n' "${lines[@]}" | grep -xE ' *[0-9]+' | sort -n | head -n 1) || true
+  if [[ -z $mib || ${lines[*]} == *'['* || $visible == *MIG-* ]]; then
+    [[ ${#lines[@]} -eq 0 || ${lines[*]} =~ ^\ *$ ]] ||
+      echo "run.sh: nvidia-smi does not tell the memory of each GPU (${lines[*]}): set gpu_memory_gib, it is taken to be $1" >&2
+    echo "$1"
+  else
+    echo $((mib / 1024))
+  fi
 }
 
-# first_gpus COUNT: the first GPUs of those that this shell may use, separated by commas.
-first_gpus() { cut -d , -f "1-$1" <<<"${CUDA_VISIBLE_DEVICES:-$(seq -s , 0 $(($1 - 1)))}"; }
+# first_gpus COUNT: the first GPUs of those that this shell may use, separated by commas. CUDA stops at a wrong entry.
+first_gpus() { local ids && mapfile -t ids < <(tr -d ' ' <<<"${CUDA_VISIBLE_DEVICES-$(seq -s , 0 $(($1 - 1)))}" | tr , '\n' | sed -E '/^([0-9]+|(GPU|MIG)-.+)$/!Q') && if ((${#ids[@]} < $1)); then echo "run.sh: CUDA_VISIBLE_DEVICES='${CUDA_VISIBLE_DEVICES-}' allows ${#ids[@]} GPUs, but num_gpus=$1: unset it, name more, or lower num_gpus" >&2 && return 1; else printf '%s\n' "${ids[@]:0:$1}" | paste -sd ,; fi; }
 
 # micro_batch GIB: rollouts of full length whose activations fit beside 12 GiB of weights and optimizer, and the server.
 micro_batch() { echo $(($1 >= 70 ? 16 : $1 >= 38 ? 8 : 4)); }
@@ -176,29 +189,34 @@ install_eval_set() {
     --token2wav-dir "$token2wav_dir" --output "$known_answer_jsonl"
 }
 
-resolve vllm_memory_share train_threads # for the arguments of veRL
-
 # token2wav imports CosyVoice's modules
 export PYTHONPATH=$cosyvoice_dir:$cosyvoice_dir/third_party/Matcha-TTS${PYTHONPATH:+:$PYTHONPATH}
 
-profile_env=(PYTORCH_CUDA_ALLOC_CONF= VERL_USE_EXTERNAL_MODULES=tts_grpo.training.trainer)
-profile_verl_args=(
-  actor_rollout_ref.model.external_lib=tts_grpo.training.engine
-  actor_rollout_ref.model.use_remove_padding=True
-  actor_rollout_ref.model.use_fused_kernels=True
-  actor_rollout_ref.model.enable_gradient_checkpointing=True
-  +actor_rollout_ref.model.override_config.attn_implementation=sdpa
-  actor_rollout_ref.rollout.name=vllm
-  +actor_rollout_ref.rollout.engine_kwargs.vllm.worker_extension_cls=tts_grpo.training.verl_vllm.HeadBiasExtension
-  actor_rollout_ref.rollout.gpu_memory_utilization="$vllm_memory_share"
-)
-if [[ $train_device == cpu ]]; then # to try the profile with small weights
-  # shellcheck source=scripts/verl_cpu.sh
-  source "$root/scripts/verl_cpu.sh"
-elif [[ -n $ray_address ]]; then # its processes were started elsewhere, without this environment
-  profile_env+=(RAY_ADDRESS="$ray_address")
-  profile_verl_args+=("+ray_kwargs.ray_init.runtime_env.env_vars={PYTHONPATH: $(hydra "$root:$PYTHONPATH"), VERL_USE_EXTERNAL_MODULES: tts_grpo.training.trainer, TENSORBOARD_DIR: $(hydra "$exp_dir/tensorboard"), OMP_NUM_THREADS: '$train_threads'}")
-else
-  # Ray hands out any GPU that it sees: those beyond num_gpus may be the reward server's
-  profile_env+=(CUDA_VISIBLE_DEVICES="$(first_gpus "$num_gpus")")
-fi
+# shellcheck source=scripts/verl_cpu.sh
+source "$root/scripts/verl_cpu.sh"
+
+# configure_profile: environment and arguments of veRL.
+configure_profile() {
+  profile_env=(PYTORCH_CUDA_ALLOC_CONF= VERL_USE_EXTERNAL_MODULES=tts_grpo.training.trainer)
+  profile_verl_args=(
+    actor_rollout_ref.model.external_lib=tts_grpo.training.engine
+    actor_rollout_ref.model.use_remove_padding=True
+    actor_rollout_ref.model.use_fused_kernels=True
+    actor_rollout_ref.model.enable_gradient_checkpointing=True
+    +actor_rollout_ref.model.override_config.attn_implementation=sdpa
+    actor_rollout_ref.rollout.name=vllm
+    +actor_rollout_ref.rollout.engine_kwargs.vllm.worker_extension_cls=tts_grpo.training.verl_vllm.HeadBiasExtension
+    actor_rollout_ref.rollout.gpu_memory_utilization="$vllm_memory_share"
+  )
+  if [[ $train_device == cpu ]]; then # to try the profile with small weights
+    configure_cpu_training
+  elif [[ -n $ray_address ]]; then # its processes were started elsewhere, without this environment
+    profile_env+=(RAY_ADDRESS="$ray_address")
+    profile_verl_args+=("+ray_kwargs.ray_init.runtime_env.env_vars={PYTHONPATH: $(hydra "$root:$PYTHONPATH"), VERL_USE_EXTERNAL_MODULES: tts_grpo.training.trainer, TENSORBOARD_DIR: $(hydra "$exp_dir/tensorboard"), OMP_NUM_THREADS: '$train_threads'}")
+  else
+    # Ray hands out any GPU that it sees: those beyond num_gpus may be the reward server's
+    local gpus
+    gpus=$(first_gpus "$num_gpus") || exit 1
+    profile_env+=(CUDA_VISIBLE_DEVICES="$gpus")
+  fi
+}

@@ -45,6 +45,6 @@ infer_lm_precision=${infer_lm_precision:-fp32}
 temperature=${temperature:-1.0} top_p=${top_p:-1.0} top_k=${top_k:--1}
 max_new_tokens=${max_new_tokens:-$max_response_length}
 
-give_defaults num_gpus # for the arguments of veRL
 # shellcheck source=scripts/verl_cpu.sh
 source "$root/scripts/verl_cpu.sh"
+configure_profile() { configure_cpu_training; } # environment and arguments of veRL

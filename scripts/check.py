@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -19,6 +18,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+from tts_grpo.reward.ports import port_fault
 from tts_grpo.reward.protocol import MODEL_NAME
 from tts_grpo.speech.model_folders import (
     SENSEVOICE_FILES,
@@ -245,38 +245,70 @@ def check_server(s: dict) -> Iterator[Finding]:
         if url not in (*running, here):
             yield False, f"no reward server is ready at {url}: there, server_address=0.0.0.0 bash run.sh 1 1"
     for name in () if here in running else ("http_port", "grpc_port", "metrics_port"):
-        with socket.socket() as sock:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                sock.bind((s["server_address"], int(s[name])))
-                yield True, f"{name} {s[name]} is free"
-            except OSError as error:
-                yield False, f"{name} {s[name]}: {error.strerror}: stop what is there, or set {name}"
+        fault = port_fault(s["server_address"], int(s[name]))
+        yield (
+            not fault,
+            f"{name} {s[name]}: {fault}: stop what is there, or set {name}" if fault else f"{name} {s[name]} is free",
+        )
     if running and s["check_reward"] == "1":
         python = Path(s["venv_root"]) / "trainer/bin/python"
-        command = [python, ROOT / "reward_tts.py", "--check", "--limit", "32", "--max-tries", "1"]
+        command = [python, ROOT / "reward_tts.py", "--check", "--limit", "32", "--patience-s", "0"]
         status, line = run([*command, "--jsonl", s["known_answer_jsonl"], "--server-urls", running[0]])
         yield status == 0, f"known answers of {running[0]}: {line}"
+
+
+def visible_gpus(gpus: list[list[str]], visible: str | None) -> list[list[str]]:
+    """Those of all GPUs that CUDA shows a program, in its order.
+
+    Args:
+        gpus: index, UUID, name, total and used memory of each, as nvidia-smi prints them.
+        visible: CUDA_VISIBLE_DEVICES: indices, GPU or MIG UUIDs, or beginnings of UUIDs. None is all.
+
+    Raises:
+        ValueError: it names a GPU that is not there. (CUDA would use those before it only.)
+    """
+    if visible is None:
+        return gpus
+    found = []
+    for name in filter(None, (part.strip() for part in visible.split(","))):
+        if name.startswith("MIG-"):
+            found.append([name, name, "MIG device", "[N/A]", "[N/A]"])
+            continue
+        same = [gpu for gpu in gpus if name == gpu[0] or (name.startswith("GPU-") and gpu[1].startswith(name))]
+        if not same:
+            raise ValueError(f"CUDA_VISIBLE_DEVICES={visible} names {name}, which nvidia-smi does not list: correct it")
+        found.append(same[0])
+    return found
 
 
 def check_gpus(s: dict) -> Iterator[Finding]:
     if s["train_device"] != "cuda":
         return
-    query = ["nvidia-smi", "--query-gpu=name,memory.total,memory.used", "--format=csv,noheader,nounits"]
+    query = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total,memory.used", "--format=csv,noheader,nounits"]
     try:
         lines = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip().splitlines()
+        lines = visible_gpus([line.split(", ") for line in lines], os.environ.get("CUDA_VISIBLE_DEVICES"))
     except (OSError, subprocess.CalledProcessError):
         yield False, "nvidia-smi does not run: no GPU or no driver here (profile=tiny needs none)"
+        return
+    except ValueError as error:
+        yield False, str(error)
         return
     servers = [int(device[5:]) for device in s["server_devices"].split() if device.startswith("cuda:")]
     wanted = max([int(s["num_gpus"]), *(index + 1 for index in servers)])
     yield finding(
-        len(lines) >= wanted, f"{len(lines)} GPUs: {lines[0]}", f": num_gpus and server_devices ask for {wanted}"
+        len(lines) >= wanted,
+        f"{len(lines)} GPUs: {lines[0][2] if lines else 'none'}",
+        f": num_gpus and server_devices ask for {wanted}",
     )
     if server_ready(f"http://127.0.0.1:{s['http_port']}"):
         servers = []  # it has its memory already
     for index, line in enumerate(lines[:wanted]):
-        total_gib, used_gib = (float(part) / 1024 for part in line.split(",")[1:])
+        try:
+            total_gib, used_gib = (float(part) / 1024 for part in line[3:])
+        except ValueError:  # [N/A]: MIG, or memory that GPU and CPU share
+            yield True, f"GPU {index}: nvidia-smi does not tell its memory, so it is not checked: set gpu_memory_gib"
+            continue
         need_gib = servers.count(index) * int(s["server_instances"]) * float(s["server_gib"])
         if index < int(s["num_gpus"]):
             vllm_gib = float(s["vllm_memory_share"]) * total_gib

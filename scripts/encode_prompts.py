@@ -1,8 +1,8 @@
-"""Make the known-answer file of the reward check: the texts of recordings with their speech tokens.
+"""Make the data for the known-answer check of the reward: texts and speech tokens of recordings.
 
     python scripts/encode_prompts.py --eval-set data/zero_shot_zh.jsonl --token2wav-dir DIR --output known_answer.jsonl
 
-The recordings are the prompts of an evaluation set: real speech, whose tokens must score high.
+The recordings are the prompts of an evaluation set: their tokens encode real speech, so rewards must be high.
 """
 
 import argparse
@@ -19,9 +19,9 @@ def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--eval-set", type=Path, required=True, help="JSONL with prompt_text and prompt_audio")
     parser.add_argument("--token2wav-dir", type=Path, required=True, help="folder with the speech tokenizer")
-    parser.add_argument("--limit", type=int, default=64, help="how many recordings")
+    parser.add_argument("--limit", type=int, default=64, help="maximum number of recordings")
     parser.add_argument("--device", default="cpu", help="torch device")
-    parser.add_argument("--output", type=Path, required=True, help="JSONL to write: text, speech_tokens")
+    parser.add_argument("--output", type=Path, required=True, help="JSONL to write, with text and speech_tokens")
     return parser.parse_args(argv)
 
 

@@ -64,6 +64,28 @@ all_settings() { send_settings "${setting_names[@]}" | "$base_python" -IS "$root
 # differences FILE STATE NAME...: what differs between the state in a file and another, but for some names.
 differences() { "$base_python" -IS "$root/scripts/settings.py" differences --old "$1" --new "$2" --ignore "${@:3}"; }
 
+# print_only STAGE...: in a subshell, let stages print their commands, with fixed values for the folder of the recipe, the
+# user's environment and the settings on which the results of the given stages do not depend. So have numbers that can be
+# written in several ways, and total_steps, which may grow: these count as settings only.
+# shellcheck disable=SC2034 # run.sh's variables
+print_only() {
+  local name kind stage counts
+  dry_run=1 root='<root>' PYTHONPATH='' server_pid=''
+  unset CUDA_VISIBLE_DEVICES
+  for name in "${setting_names[@]}"; do
+    kind=${setting_kind[$name]} counts=0
+    for stage; do [[ " ${setting_stages[$name]} " != *" $stage "* ]] || counts=1; done
+    [[ $name != total_steps && $kind != number* && $kind != ints* ]] || counts=0
+    ((counts == 0)) || continue
+    case $kind in # a value that is allowed
+    *\|*) printf -v "$name" %s "${kind%%|*}" ;;
+    int* | number*) printf -v "$name" 1 ;;
+    devices) printf -v "$name" cpu ;;
+    *) printf -v "$name" %s "<$name>" ;;
+    esac
+  done
+}
+
 # checksum FILE: of the state in it; empty where there is none.
 checksum() { [[ ! -f $1 ]] || head -n 1 "$1" | sha256sum | cut -c 1-16; }
 
@@ -104,6 +126,55 @@ load_recipe() {
   [[ $profile == cosyvoice2 ]] || die "recipe=$1 is for profile=cosyvoice2, not for profile=$profile"
   # shellcheck source=conf/recipes/mair-hub.sh
   source "$root/conf/recipes/$1.sh"
+}
+
+# adapt_to_machine: what is usual on some machines and would stop the programs that stages start.
+adapt_to_machine() {
+  bypass_proxies
+  choose_home
+  choose_socket_folders
+}
+
+# bypass_proxies: requests to this machine and to the reward servers do not go through a proxy; downloads still do.
+bypass_proxies() {
+  local hosts
+  hosts=$({
+    echo localhost 127.0.0.1 ::1
+    hostname && hostname -I
+    tr , ' ' <<<"$server_urls" | sed -E 's#[a-z]+://##g; s#[:/][^ ]*##g'
+  } 2>/dev/null | tr -s ' ' '\n' | sort -u | paste -sd ,)
+  export no_proxy=${no_proxy:-${NO_PROXY-}}
+  no_proxy=${no_proxy:+$no_proxy,}$hosts
+  export NO_PROXY=$no_proxy
+}
+
+# own_folder PATH: make a folder that only this user can use, or take it if it is this user's.
+own_folder() { mkdir -m 700 "$1" 2>/dev/null || [[ -d $1 && ! -L $1 && -O $1 && -w $1 ]]; }
+
+# choose_home: a home folder to write caches to, for users without one (containers, services).
+choose_home() {
+  local probe # root may write to any folder, but for those like /proc
+  [[ -z ${HOME-} ]] || { probe=$(mktemp -d "$HOME/.tts-grpo-XXXXXX" 2>/dev/null) && rmdir "$probe" && return; }
+  local home=${TMPDIR:-/tmp}/tts-grpo-home-$UID
+  log "HOME (${HOME-unset}) is no folder that can be written to: using $home"
+  own_folder "$home" || die "$home cannot be used: set HOME to a folder of yours that can be written to"
+  export HOME=$home
+}
+
+# choose_socket_folders: the path of a Unix socket has at most 107 bytes. Ray adds 60 to the temporary folder, PyTriton 60
+# to its own.
+choose_socket_folders() {
+  local longest=45 triton=${PYTRITON_HOME:-${XDG_CACHE_HOME:-$HOME/.cache}/pytriton}
+  if (($(printf %s "${TMPDIR-}" | wc -c) > longest)); then
+    [[ -w /tmp ]] || die "TMPDIR=$TMPDIR is too long for the sockets of Ray, whose paths have at most 107 bytes: set one of at most $longest"
+    log "TMPDIR=$TMPDIR is too long for the sockets of Ray: using /tmp"
+    export TMPDIR=/tmp
+  fi
+  if (($(printf %s "$triton" | wc -c) > longest)); then
+    [[ -z ${PYTRITON_HOME-} ]] || log "PYTRITON_HOME=$PYTRITON_HOME is too long for the sockets of PyTriton: using ${TMPDIR:-/tmp}"
+    export PYTRITON_HOME=${TMPDIR:-/tmp}/pytriton-$UID
+    own_folder "$PYTRITON_HOME" || die "$PYTRITON_HOME cannot be used: set PYTRITON_HOME to a folder whose path has at most $longest bytes"
+  fi
 }
 
 # hydra TEXT: a string of veRL's command line, which Hydra reads back as it is. Between single quotes it takes every
@@ -181,26 +252,34 @@ mark_done() {
   mv "$exp_dir/.done/$1.part" "$exp_dir/.done/$1"
 }
 
-# record STAGE SECONDS: for the summary.
+# work_on RESULT: what the stage at work makes, in any words: a run that goes on with the same result adds its time.
+work_on() { worked_on=$(sha256sum <<<"$1" | cut -c 1-16); }
+
+# record STAGE SECONDS: time of a run of the stage, for scripts/summarise.py; nothing where it was done already.
 record() {
-  ((dry_run)) && return
+  ((dry_run)) || [[ -z $worked_on ]] && return
   mkdir -p "$exp_dir"
-  printf '{"stage": %s, "seconds": %s}\n' "$1" "$2" >>"$exp_dir/stage_seconds.jsonl"
+  printf '{"stage": %s, "seconds": %s, "result": "%s", "anew": %s}\n' "$1" "$2" "$worked_on" "$force" \
+    >>"$exp_dir/stage_seconds.jsonl"
 }
 
 server_ready() {
-  curl --silent --fail --max-time 5 --output /dev/null "$1/v2/models/token2wav_asr/ready"
+  curl --noproxy '*' --silent --fail --max-time 5 --output /dev/null "$1/v2/models/token2wav_asr/ready"
 }
 
-# stop PID: end a process this run started, and wait for it.
+# stop PID: end a process this run started, and wait for it; after 60 s it is killed.
 stop() {
   kill "$1" 2>/dev/null || return 0
+  local watch
+  { sleep 60 && kill -9 "$1"; } >/dev/null 2>&1 &
+  watch=$!
   wait "$1" 2>/dev/null || true
+  kill "$watch" 2>/dev/null || true
 }
 
 # Start the reward server in the background and wait until it is ready.
 start_server() {
-  local server_log=$exp_dir/log/reward_server.log waited
+  local server_log=$exp_dir/log/reward_server.log began=$SECONDS
   if ((dry_run)); then
     run "${server_command[@]}"
     return
@@ -209,7 +288,7 @@ start_server() {
   ! server_ready "http://127.0.0.1:$http_port" || die "port $http_port already has a reward server: stop it, set http_port, or leave stage 1 out"
   "${server_command[@]}" >"$server_log" 2>&1 &
   server_pid=$!
-  for ((waited = 0; waited < server_timeout_s; waited++)); do
+  while ((SECONDS - began < server_timeout_s)); do
     if ! kill -0 "$server_pid" 2>/dev/null; then
       tail -n 20 "$server_log" >&2
       server_pid=

@@ -1,8 +1,8 @@
-"""Merge veRL's FSDP shards into a Hugging Face folder that generates as the SFT model did.
+"""Merge veRL's FSDP shards into a Hugging Face folder with the SFT model's tokenizer and generation config.
 
-veRL's merger writes the weights; tokenizer, chat template, generation config (all end tokens) and, where the head has
-one, its bias (tts_grpo/speech/head_bias.py) are copied from the folder that was trained (scripts/prepare_llm.py). The
-result is loaded once: a folder that does not load is an error.
+veRL's merger writes the weights. Tokenizer, chat template, generation config (all end tokens) and, if there is one, the
+bias of the LM head (tts_grpo/speech/head_bias.py) are copied from the folder that was trained (scripts/prepare_llm.py).
+The merged folder is loaded once to check it.
 """
 
 import argparse
@@ -22,27 +22,27 @@ TOKENIZER_FILES = (
 
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="folder of the shards, global_step_N/actor")
-    parser.add_argument("--sft-path", type=Path, required=True, help="folder that was trained, exp/NAME/sft_model")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="folder with the shards, global_step_N/actor")
+    parser.add_argument("--sft-path", type=Path, required=True, help="the folder that was trained, exp/NAME/sft_model")
     parser.add_argument("--output-dir", type=Path, required=True, help="folder to write")
     return parser.parse_args(argv)
 
 
 def check(folder: Path, sft_path: Path) -> None:
-    """Load the merged folder.
+    """Check the merged folder by loading it.
 
     Raises:
-        ValueError: it lacks a weight, or its tokenizer or end tokens are not the SFT model's.
+        ValueError: a weight is missing, or the chat template or the end tokens differ from the SFT model's.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    lacking = [name for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in info[kind]]
-    if lacking:
-        raise ValueError(f"{folder}: weights missing or too many: {lacking}")
+    problems = [name for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in info[kind]]
+    if problems:
+        raise ValueError(f"{folder}: missing or unexpected weights: {problems}")
     tokenizer, sft_tokenizer = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(sft_path)
     if render_prompt(tokenizer, "你好") != render_prompt(sft_tokenizer, "你好"):
-        raise ValueError(f"{folder}: the chat template is not the one of {sft_path}")
+        raise ValueError(f"{folder}: the chat template differs from that of {sft_path}")
     ends, sft_ends = model.generation_config.eos_token_id, GenerationConfig.from_pretrained(sft_path).eos_token_id
     if ends != sft_ends:
         raise ValueError(f"{folder}: end tokens {ends}, but {sft_path} has {sft_ends}")

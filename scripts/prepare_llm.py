@@ -1,16 +1,16 @@
-"""Prepare a language model's folder for training: what veRL and vLLM read from it is made what the recipe needs.
+"""Prepare a language model's folder for training, with the chat template and generation config of the recipe.
 
     python scripts/prepare_llm.py --sft-path DIR --output-dir exp/NAME/sft_model
 
-The new folder links to the model's own files, which stay as they are. Three files are written anew:
+The new folder has links to the model's own files, which are not changed. Three files are rewritten:
 
-- ``chat_template.jinja``, the template that ends a prompt with the token that starts speech. The SFT model of the
-  recipe was published with Qwen2.5's default template; veRL takes no other than the tokenizer's.
-- ``tokenizer_config.json``, without a template of its own.
-- ``generation_config.json`` with the end tokens alone. Qwen2.5's has a repetition penalty and narrower sampling, which
-  must act neither in rollouts nor in the evaluation unless a setting of the recipe says so.
+- ``chat_template.jinja``: the template that ends a prompt with the token that starts speech. The recipe's SFT model was
+  published with Qwen2.5's default template, and veRL always uses the tokenizer's template.
+- ``tokenizer_config.json``: the original without its chat template.
+- ``generation_config.json``: only the token ids. Qwen2.5's generation config has a repetition penalty and restricts
+  sampling, which must not affect rollouts and evaluation; the recipe has settings for that.
 
-Prints as JSON what was changed.
+Prints the changes as JSON.
 """
 
 import argparse
@@ -28,22 +28,25 @@ REWRITTEN = ("chat_template.jinja", "tokenizer_config.json", "generation_config.
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sft-path", type=Path, required=True, help="Hugging Face folder of the language model")
-    parser.add_argument("--output-dir", type=Path, required=True, help="folder to write; an older one is replaced")
+    parser.add_argument("--output-dir", type=Path, required=True, help="folder to write; replaced if it exists")
     return parser.parse_args(argv)
 
 
 def prepare(sft_path: Path, output_dir: Path) -> dict:
-    """Write the folder; returns what was changed.
+    """Write the folder; returns the changes.
 
     Raises:
-        ValueError: ``sft_path`` is no folder of a language model that can be trained; the message says why.
+        ValueError: ``sft_path`` is not the folder of a language model that can be trained; the message says why.
     """
     check_llm_folder(sft_path)
     tokenizer, source = load_tokenizer(sft_path), sft_path.resolve()
-    generation, left_out = generation_config(source, tokenizer)
+    generation, dropped = generation_config(source, tokenizer)
     tokenizer_config = read_json(source / "tokenizer_config.json")
-    own_template = source / "chat_template.jinja"
-    own = own_template.read_text(encoding="utf-8") if own_template.exists() else tokenizer_config.get("chat_template")
+    template_path = source / "chat_template.jinja"
+    if template_path.exists():
+        original = template_path.read_text(encoding="utf-8")
+    else:
+        original = tokenizer_config.get("chat_template")
     tokenizer_config.pop("chat_template", None)
     part = output_dir.with_name(output_dir.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
@@ -57,9 +60,9 @@ def prepare(sft_path: Path, output_dir: Path) -> dict:
     shutil.rmtree(output_dir, ignore_errors=True)
     part.rename(output_dir)
     return {
-        "output": str(output_dir), "chat_template": "kept" if own == tokenizer.chat_template else "replaced",
+        "output": str(output_dir), "chat_template": "kept" if original == tokenizer.chat_template else "replaced",
         "end_tokens": tokenizer.convert_ids_to_tokens(as_list(generation["eos_token_id"])),
-        "generation_settings_left_out": left_out,
+        "generation_settings_left_out": dropped,
     }  # fmt: skip
 
 

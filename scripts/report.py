@@ -1,8 +1,8 @@
-"""Write an experiment's report: one HTML file with tables, curves, alignments and sound, readable without a network.
+"""Write the report of an experiment: one HTML file with tables, curves, alignments and audio, viewable offline.
 
     python scripts/report.py --exp-dir exp/NAME
 
-It needs what stage 4 leaves there (summary.json, eval/), and shows the curves of stage 2 where its log is there too.
+It reads the results of stage 4 (summary.json, eval/) and, if present, the TensorBoard log of stage 2.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from tts_grpo.text.jsonl import write_text
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--exp-dir", type=Path, required=True, help="folder of the experiment")
-    parser.add_argument("--examples", type=int, default=5, help="utterances in each group to listen to")
+    parser.add_argument("--examples", type=int, default=5, help="utterances per group in the section with audio")
     return parser.parse_args(argv)
 
 

@@ -9,6 +9,7 @@ left out.
 import argparse
 import hashlib
 import importlib.metadata
+import itertools
 import logging
 from pathlib import Path
 
@@ -16,19 +17,19 @@ import numpy as np
 import torch
 
 from tts_grpo.evaluation.aggregate import quality, rates
-from tts_grpo.evaluation.protocols import MAIN_METRIC, METRICS, count_all, prepare_hypothesis
+from tts_grpo.evaluation.protocols import MAIN_METRIC, METRICS, align_units, count_all, prepare_hypothesis
 from tts_grpo.speech.asr.loading import load_asr
 from tts_grpo.speech.audio import ASR_HZ, load_audio
 from tts_grpo.speech.nets.costly import CostlyFigures
 from tts_grpo.speech.quality import FIGURES, cheap_figures, failed_figures, spread
-from tts_grpo.text.errors import align
 from tts_grpo.text.jsonl import read_jsonl, write_json, write_jsonl, write_text
 from tts_grpo.text.spoken import LANGUAGES
 from tts_grpo.text.units import characters, pinyin
 
+OPERATIONS = {"equal": "C", "substitute": "S", "delete": "D", "insert": "I"}  # jiwer's names
 CHUNK = 256  # recordings in memory at once
 MAX_DURATION_ERROR_S = 0.05  # a recording that differs more from its manifest is another, or cut short
-PACKAGES = ("torch", "funasr", "pypinyin", "rapidfuzz", "zhconv", "zhon", "wetext")
+PACKAGES = ("torch", "funasr", "pypinyin", "jiwer", "rapidfuzz", "zhconv", "zhon", "wetext")
 
 
 def get_args(argv=None):
@@ -48,14 +49,24 @@ def get_args(argv=None):
 
 
 def utterances_of(manifest: Path, eval_set: list[dict], set_dir: Path) -> list[dict]:
-    """A line for each utterance of the set, from the manifest where it is there; ``audio`` is a path or None."""
+    """A line for each utterance of the set, from the manifest where it is there; ``audio`` is a path or None.
+
+    Raises:
+        SystemExit: an utterance was synthesised from another text than the set's.
+    """
     lines = {line["id"]: line for line in read_jsonl(manifest)}
     found = []
     for row in eval_set:
         line = lines.get(row["id"], {"error": "not in the manifest"})
+        text = row.get("target_text", row.get("text"))
+        if line.get("target_text", text) != text:
+            raise SystemExit(
+                f"score.py: {manifest}: {row['id']} was synthesised from {line['target_text']!r}, but the set's "
+                f"text is {text!r}: run the inference again, which makes only what has changed"
+            )
         prompt = row.get("prompt_audio")
         found.append({
-            "id": row["id"], "target_text": row.get("target_text", row.get("text")),
+            "id": row["id"], "target_text": text,
             "audio": str(manifest.parent / line["wav"]) if line.get("wav") else None,
             "prompt_audio": str((set_dir / prompt).absolute()) if prompt else None,
             "error": line.get("error"), "finish_reason": line.get("finish_reason"),
@@ -118,13 +129,18 @@ def alignment_text(utterances: list[dict], language: str) -> str:
     """Alignments by character or word, as Kaldi's wer_per_utt_details.pl writes them: ref, hyp, op, #csid."""
     units, lines = METRICS[language][MAIN_METRIC[language]].units, []
     for utterance in utterances:
-        pairs = align(units(utterance["target_text"]), units(utterance["hypothesis"]))
-        operations = ["I" if ref is None else "D" if hyp is None else "C" if ref == hyp else "S" for ref, hyp in pairs]
-        rows = {
-            "ref": [ref or "***" for ref, _ in pairs], "hyp": [hyp or "***" for _, hyp in pairs], "op": operations,
-            "#csid": [str(operations.count(kind)) for kind in "CSID"],
-        }  # fmt: skip
-        lines += [f"{utterance['id']} {name} {' '.join(row)}\n" for name, row in rows.items()]
+        found = align_units(units(utterance["target_text"]), units(utterance["hypothesis"]))
+        places = [  # (reference's unit, hypothesis's unit, operation) of each place
+            (*pair, OPERATIONS[part.type])
+            for part in found.alignments[0]
+            for pair in itertools.zip_longest(
+                found.references[0][part.ref_start_idx : part.ref_end_idx],
+                found.hypotheses[0][part.hyp_start_idx : part.hyp_end_idx], fillvalue="***",
+            )
+        ]  # fmt: skip
+        csid = map(str, (found.hits, found.substitutions, found.insertions, found.deletions))
+        rows = zip(("ref", "hyp", "op", "#csid"), (*zip(*places, strict=True), csid), strict=True)
+        lines += [f"{utterance['id']} {name} {' '.join(row)}\n" for name, row in rows]
     return "".join(lines)
 
 

@@ -1,12 +1,13 @@
-"""Choose training and validation texts from a corpus's metadata: JSONL, one recording per line, as SparkAudio/voxbox.
+"""Select training and validation texts from a corpus's metadata: JSONL, one recording per line (SparkAudio/voxbox).
 
     python scripts/select_texts.py --source emilia_zh.jsonl --num-train 80000 --num-test 100 --max-duration-s 30 \
         --excludes '[A-Za-z0-9]' --train-output train.jsonl --test-output test.jsonl
 
-Validation takes the last lines as they are. Training considers the first ``--num-train`` lines before them that are in
-the language and short enough, and drops those whose text (in NFKC, so that full-width letters are letters) has an
-excluded character: as filter_data.py of github.com/nvidia-china-sae/mair-hub, rl-tutorial/cosyvoice_llm (374bc49),
-whose "80k" are counted before letters are looked for. Lines are copied unchanged.
+The last ``--num-test`` lines are the validation texts. Of the lines before them, the first ``--num-train`` lines in the
+language and below the maximum duration are candidates for training; those whose text matches ``--excludes`` after NFKC
+normalisation (which converts full-width letters) are dropped. This is what filter_data.py of
+github.com/nvidia-china-sae/mair-hub, rl-tutorial/cosyvoice_llm (374bc49) does: its "80k" texts are counted before those
+with letters are dropped. Lines are copied unchanged.
 """
 
 import argparse
@@ -22,13 +23,11 @@ TAIL_BLOCK = 1 << 20
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, required=True, help="JSONL with text, language and duration")
-    parser.add_argument("--num-train", type=int, required=True, help="lines to consider for training")
-    parser.add_argument("--num-test", type=int, required=True, help="last lines, for validation")
-    parser.add_argument("--language", default="zh", help="value of the key language")
-    parser.add_argument("--max-duration-s", type=float, default=0.0, help="recordings must be shorter; 0: any")
-    parser.add_argument(
-        "--excludes", default="", help="regular expression that no training text may match; empty: none"
-    )
+    parser.add_argument("--num-train", type=int, required=True, help="number of candidates for training")
+    parser.add_argument("--num-test", type=int, required=True, help="number of validation texts")
+    parser.add_argument("--language", default="zh", help="required value of the key language")
+    parser.add_argument("--max-duration-s", type=float, default=0.0, help="maximum duration, exclusive; 0: no limit")
+    parser.add_argument("--excludes", default="", help="regular expression; matching texts are not trained on")
     parser.add_argument("--train-output", type=Path, required=True, help="JSONL to write")
     parser.add_argument("--test-output", type=Path, required=True, help="JSONL to write")
     args = parser.parse_args(argv)
@@ -37,12 +36,12 @@ def get_args(argv=None):
     try:
         re.compile(args.excludes)
     except re.error as error:
-        parser.error(f"--excludes {args.excludes!r} is no regular expression: {error}")
+        parser.error(f"--excludes {args.excludes!r} is not a regular expression: {error}")
     return args
 
 
 def last_lines(path: Path, count: int) -> tuple[list[bytes], int]:
-    """The last lines that are not blank, and where the first of them begins in the file, read from its end."""
+    """The last ``count`` lines that are not blank, and the file offset of the first of them; reads from the end."""
     size, block = path.stat().st_size, b""
     with path.open("rb") as file:
         while size > len(block) and block.rstrip().count(b"\n") < count:
@@ -55,10 +54,10 @@ def last_lines(path: Path, count: int) -> tuple[list[bytes], int]:
 
 
 def candidates(path: Path, end: int, language: str, max_duration_s: float) -> Iterator[tuple[bytes, str]]:
-    """``(line, text)`` of the lines before ``end`` that are in the language and short enough.
+    """Yield ``(line, text)`` of the lines before offset ``end`` that match language and maximum duration.
 
     Raises:
-        ValueError: a line is no JSON object with what is needed; its number is named.
+        ValueError: a line is not a JSON object with the required keys; the message has its number.
     """
     position = 0
     with path.open("rb") as file:
@@ -70,22 +69,22 @@ def candidates(path: Path, end: int, language: str, max_duration_s: float) -> It
                 continue
             try:
                 row = json.loads(line)
-                fits = row["language"] == language
-                fits = fits and (not max_duration_s or float(row["duration"]) < max_duration_s)
+                matches = row["language"] == language
+                matches = matches and (not max_duration_s or float(row["duration"]) < max_duration_s)
                 text = row["text"]
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
                     f"{path}, line {number}: needs text, language and duration ({type(error).__name__}: {error})"
                 ) from error
-            if fits:
+            if matches:
                 yield line.rstrip() + b"\n", text
 
 
 def select(args) -> tuple[int, int]:
-    """Write both files; how many lines were considered for training, and how many kept.
+    """Write both files. Returns the number of candidates for training and the number of selected ones.
 
     Raises:
-        ValueError: a line cannot be read, or no text is left.
+        ValueError: a line cannot be read, or no text is selected.
     """
     test, end = last_lines(args.source, args.num_test)
     excluded, considered, kept = re.compile(args.excludes) if args.excludes else None, 0, 0
@@ -102,7 +101,9 @@ def select(args) -> tuple[int, int]:
                 if considered == args.num_train:
                     break
         if not kept:
-            raise ValueError(f"{args.source}: none of {considered} texts in {args.language} is left for training")
+            raise ValueError(
+                f"{args.source}: none of {considered} texts in {args.language} is left for training: check --excludes"
+            )
         test_part = args.test_output.with_name(f"{args.test_output.name}.part")
         test_part.write_bytes(b"".join(line + b"\n" for line in test))
         test_part.replace(args.test_output)
@@ -118,7 +119,7 @@ def main(argv=None):
         considered, kept = select(args)
     except (ValueError, OSError) as error:
         raise SystemExit(f"select_texts.py: {error}") from error
-    fewer = "" if considered == args.num_train else f" (asked for {args.num_train}; the file has no more)"
+    fewer = "" if considered == args.num_train else f" (requested {args.num_train}, but the file has no more)"
     print(f"{kept} training texts of {considered} considered{fewer}: {args.train_output}")
 
 

@@ -1,20 +1,27 @@
 """What run.sh knows of its settings: are the values allowed, a table, JSON, and what a stage's result was made from.
 
-The state of a stage is a line of JSON: ``settings`` that its result depends on, ``read`` and ``code`` with the SHA-256
-of the files and folders that it reads and of the programs that it runs, and ``made_from``, what run.sh adds. A result
-is up to date while the state beside it is the present one.
+The state of a stage is a line of JSON: ``settings`` that its result depends on, ``read`` with the SHA-256 of the files
+and folders that it reads, ``code``, and ``made_from``, what run.sh adds. A result is up to date while the state beside
+it is the present one.
+
+``code`` has a SHA-256 for each program that makes the result, for each module of tts_grpo that it imports, directly or
+not, for the pinned packages, and for the commands that run.sh and conf/ put together. Comments, docstrings and blank
+lines do not count, so that only what can change a result does.
 
 Reads the settings from stdin as run.sh's ``send_settings`` writes them: six fields each, every field ended by a NUL
 byte. Needs nothing but Python, as there may be no environment yet.
 """
 
 import argparse
+import ast
 import hashlib
+import io
 import json
 import os
 import re
 import sys
 import textwrap
+import tokenize
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,15 +30,21 @@ NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 BOUND = re.compile(r"(>=|<=|>)(-?[0-9.]+)")
 DEVICES = re.compile(r"(cpu|cuda(:[0-9]+)?)( +(cpu|cuda(:[0-9]+)?))*")
 WIDTH = 120  # of the table
+HAVE_DOCSTRINGS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 ROOT = Path(__file__).resolve().parent.parent
-CODE = {  # of the results of a stage; "4" is the speech of the evaluation and "4s" its scores
-    "0": ("prepare_data.py", "scripts/prepare_llm.py", "tts_grpo/text"),
-    "2": ("reward_tts.py", "token2wav_asr_server.py", "scripts/verl_cpu.sh", "tts_grpo/text", "tts_grpo/speech",
-          "tts_grpo/reward", "tts_grpo/training"),
-    "3": ("scripts/merge.py",),
-    "4": ("infer_dist.py", "tts_grpo/text", "tts_grpo/speech"),
-    "4s": ("scripts/compute_wer.sh", "scripts/score.py", "tts_grpo/evaluation"),
+CODE = {  # that makes the result of a stage; "4" is the speech of the evaluation and "4s" its scores
+    "0": ("prepare_data.py", "scripts/prepare_llm.py"),
+    "2": ("reward_tts.py", "token2wav_asr_server.py", "requirements-cosyvoice.txt", "requirements-verl.txt",
+          "requirements-verl-gpu.txt",
+          # veRL imports these by their names
+          "tts_grpo/training/trainer.py", "tts_grpo/training/engine.py", "tts_grpo/training/verl_vllm.py",
+          "tts_grpo/training/verl_cpu/platform.py", "tts_grpo/training/verl_cpu/rollout.py"),
+    "3": ("scripts/merge.py", "scripts/convert_llm.py"),
+    "4": ("infer_dist.py", "requirements-cosyvoice.txt"),
+    "4s": ("scripts/compute_wer.sh", "scripts/score.py", "scripts/summarise.py", "scripts/report.py",
+           "tts_grpo/evaluation/report/page.html"),
 }  # fmt: skip
+COMMANDS = "command line from run.sh and conf"  # its name among the code
 
 
 class Setting(NamedTuple):
@@ -54,6 +67,7 @@ def get_args(argv=None):
     parser.add_argument("--recorded", type=Path, nargs="*", default=[], help="json: states whose settings hold instead")
     parser.add_argument("--stages", nargs="+", help="state: of these stages")
     parser.add_argument("--read", nargs="*", default=[], metavar="NAME=PATH", help="state: what else is read")
+    parser.add_argument("--commands", default="", help="state: checksum of the stage's commands")
     parser.add_argument("--made-from", nargs="*", default=[], metavar="NAME=TEXT", help="state: what else counts")
     parser.add_argument("--cache", type=Path, help="state: file that keeps the checksums of large files")
     parser.add_argument("--old", type=Path, help="differences: file with a state in its first line")
@@ -146,6 +160,36 @@ def normalised(kind: str, value: str) -> str:
     return " ".join(value.split()) if kind in ("ints", "devices") else value
 
 
+def code_of(text: str, suffix: str) -> str:
+    """A program's text without comments, docstrings and blank lines; in a shell script, comments on their own lines."""
+    lines = text.splitlines()
+    if suffix == ".py":
+        for token in tokenize.generate_tokens(io.StringIO(text).readline):
+            if token.type == tokenize.COMMENT:
+                row, column = token.start
+                lines[row - 1] = lines[row - 1][:column]
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, HAVE_DOCSTRINGS) and ast.get_docstring(node, clean=False) is not None:
+                first, last = node.body[0].lineno, node.body[0].end_lineno
+                lines[first - 1 : last] = [""] * (last - first + 1)
+    elif suffix in (".sh", ".txt"):
+        lines = [line for line in lines if not line.lstrip().startswith("#")]
+    return "\n".join(line.rstrip() for line in lines if line.strip())
+
+
+def imported(text: str) -> list[str]:
+    """Files of the modules of tts_grpo that a Python program imports anywhere in it, relative to the root."""
+    names = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    paths = [name.replace(".", "/") for name in names if name.split(".")[0] == "tts_grpo"]
+    files = [f"{path}{end}" for path in paths for end in (".py", "/__init__.py")]
+    return sorted(file for file in files if (ROOT / file).is_file())
+
+
 class Digests:
     """SHA-256 of files and folders by content; a file is read again if its size or its times have changed."""
 
@@ -172,9 +216,32 @@ class Digests:
                     total.update(f"{self._of_file(file)} {file.relative_to(path)}\n".encode(errors="surrogateescape"))
         return total.hexdigest()
 
-    def _of_file(self, path: Path) -> str:
+    def of_code(self, programs: list[str]) -> dict[str, str]:
+        """By path relative to the root: programs and what they import, each as :func:`code_of` has it."""
+        found, todo = {}, list(programs)
+        while todo:
+            name = todo.pop()
+            if name not in found:
+                found[name], more = self._of_program(ROOT / name) if (ROOT / name).is_file() else ("missing", [])
+                todo += more
+        return dict(sorted(found.items()))
+
+    def _of_program(self, path: Path) -> list:
+        """Digest, and the paths of what it imports."""
+        key = f"code {self._key(path)}"
+        if key not in self.known:
+            text = path.read_text(encoding="utf-8")
+            digest = hashlib.sha256(code_of(text, path.suffix).encode()).hexdigest()
+            self.known[key] = [digest, imported(text) if path.suffix == ".py" else []]
+        return self.known[key]
+
+    @staticmethod
+    def _key(path: Path) -> str:
         about = path.stat()
-        key = f"{path.resolve()} {about.st_size} {about.st_mtime_ns} {about.st_ctime_ns}"
+        return f"{path.resolve()} {about.st_size} {about.st_mtime_ns} {about.st_ctime_ns}"
+
+    def _of_file(self, path: Path) -> str:
+        key = self._key(path)
         if key not in self.known:
             with path.open("rb") as file:
                 digest = hashlib.sha256()
@@ -191,15 +258,16 @@ class Digests:
             part.replace(self.cache)
 
 
-def state(settings: list[Setting], stages: list[str], read: dict, made_from: dict, digests: Digests) -> dict:
+def state(args, settings: list[Setting], digests: Digests) -> dict:
     """What the result of some stages is made from."""
+    stages, read = args.stages, pairs(args.read)
     used = [s for s in settings if set(stages) & set(s.stages.split())]
     inputs = {s.name: s.value for s in used if s.kind.startswith("input") and s.value} | read
     return {
         "settings": {s.name: normalised(s.kind, s.value) for s in used},
         "read": {name: digests.of(Path(path)) for name, path in inputs.items()},
-        "code": {path: digests.of(ROOT / path) for path in sorted({path for stage in stages for path in CODE[stage]})},
-        "made_from": made_from,
+        "code": digests.of_code([path for stage in stages for path in CODE[stage]]) | {COMMANDS: args.commands},
+        "made_from": pairs(args.made_from),
     }
 
 
@@ -238,7 +306,7 @@ def as_text(args, settings: list[Setting]) -> str:
         recorded = [read_state(path).get("settings", {}) for path in args.recorded]
         return json.dumps({s.name: s.value for s in settings} | {k: v for part in recorded for k, v in part.items()})
     digests = Digests(args.cache)
-    present = state(settings, args.stages, pairs(args.read), pairs(args.made_from), digests)
+    present = state(args, settings, digests)
     digests.save()
     return json.dumps(present)
 

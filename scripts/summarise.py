@@ -29,12 +29,16 @@ def get_args(argv=None):
 
 
 def stage_seconds(exp_dir: Path) -> dict[str, int]:
-    """Seconds of each stage's longest run: later runs skip what is done."""
-    seconds = {}
+    """Seconds that the present result of each stage took: the sum over its runs, interrupted ones included.
+
+    Runs that made another result (from other settings, say) do not count, nor do those before a run with ``force=1``.
+    """
+    seconds, present = {}, {}
     path = exp_dir / "stage_seconds.jsonl"
     for row in read_jsonl(path) if path.exists() else ():
-        seconds[str(row["stage"])] = max(row["seconds"], seconds.get(str(row["stage"]), 0))
-    return seconds
+        stage = present[str(row["stage"])] = (row["stage"], row.get("result"))
+        seconds[stage] = row["seconds"] + (0 if row.get("anew") else seconds.get(stage, 0))
+    return {name: seconds[stage] for name, stage in present.items()}
 
 
 def costs(exp_dir: Path) -> dict:

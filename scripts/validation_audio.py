@@ -1,10 +1,10 @@
-"""Audio of a validation in TensorBoard: a few texts of the validation set, the same ones at each step.
+"""Write audio of a validation to TensorBoard, for a few texts of the validation set, the same ones at each step.
 
     python scripts/validation_audio.py --dump exp/NAME/validation/20.jsonl --server-url URL --tensorboard-dir DIR
 
-The dump is veRL's (trainer.validation_data_dir): one line per rollout. The reward server synthesises the audio with its
-token2wav and its voice, so that one hears what was scored. It is written to DIR/validation, which TensorBoard shows as
-a run beside the training's: TensorBoard stops reading an event file once there is a newer one in the same folder.
+The dump is written by veRL (trainer.validation_data_dir), one line per rollout. The reward server decodes the tokens
+with the same token2wav and voice as for the reward. The audio is written to DIR/validation, which TensorBoard shows as
+a separate run: TensorBoard stops reading an event file as soon as there is a newer one in the same folder.
 """
 
 import argparse
@@ -24,28 +24,30 @@ from tts_grpo.text.tokens import parse_speech_tokens
 
 logger = logging.getLogger(__name__)
 
-TIMEOUT_S = 60.0  # for one utterance
+TIMEOUT_S = 60.0  # per utterance
 
 
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dump", type=Path, required=True, help="veRL's validation dump, STEP.jsonl")
-    parser.add_argument("--server-url", required=True, help="reward server")
-    parser.add_argument("--tensorboard-dir", type=Path, required=True, help="folder of the training's event files")
+    parser.add_argument("--server-url", required=True, help="URL of the reward server")
+    parser.add_argument(
+        "--tensorboard-dir", type=Path, required=True, help="folder with the event files of the training"
+    )
     parser.add_argument("--count", type=int, default=4, help="number of texts")
     return parser.parse_args(argv)
 
 
 def choose(rows: list[dict], count: int) -> list[dict]:
-    """Rows of ``count`` texts, from the shortest to the longest: the same texts in whatever order veRL dumped them."""
+    """Rows of ``count`` texts, from the shortest to the longest text; independent of the order of the rows."""
     by_text = {row["gts"]: row for row in reversed(rows)}
     texts = sorted(by_text, key=lambda text: (len(text), text))
-    places = np.linspace(0, len(texts) - 1, min(count, len(texts))).round().astype(int)
-    return [by_text[texts[place]] for place in places]
+    indices = np.linspace(0, len(texts) - 1, min(count, len(texts))).round().astype(int)
+    return [by_text[texts[i]] for i in indices]
 
 
-def speak(server_url: str, speech_tokens: list[int]) -> tuple[list[int], int]:
-    """Speech of tokens as 16-bit samples, and its sample rate in Hz."""
+def request_speech(server_url: str, speech_tokens: list[int]) -> tuple[list[int], int]:
+    """Speech decoded by the reward server: 16-bit samples and sample rate in Hz."""
     body = json.dumps(encode_speech_request(speech_tokens)).encode()
     url = f"{server_url.rstrip('/')}/v2/models/{SPEECH_MODEL_NAME}/infer"
     with urllib.request.urlopen(url, data=body, timeout=TIMEOUT_S) as response:
@@ -53,7 +55,7 @@ def speak(server_url: str, speech_tokens: list[int]) -> tuple[list[int], int]:
 
 
 def wav_bytes(samples: list[int], rate: int) -> bytes:
-    """Mono 16-bit WAV."""
+    """A mono 16-bit WAV file."""
     buffer = io.BytesIO()
     with wave.open(buffer, "wb") as file:
         file.setnchannels(1)
@@ -64,21 +66,23 @@ def wav_bytes(samples: list[int], rate: int) -> bytes:
 
 
 def audio_value(tag: str, text: str, samples: list[int], rate: int):
-    """One waveform as a value of TensorBoard's summaries, shown with its text.
+    """A waveform as a TensorBoard summary value with its text as the title.
 
-    It is a tensor of [WAV, label], the format of TensorBoard's audio plugin: the older kind of value, which torch
-    writes, cannot hold a text.
+    The value is a tensor of [WAV, label], the format of TensorBoard's audio plugin. The older format, which torch
+    writes, cannot contain a text.
     """
     from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.plugins.audio import metadata
     from tensorboard.util.tensor_util import make_tensor_proto
 
-    shown = metadata.create_summary_metadata(text, "", metadata.Encoding.Value("WAV"))
-    return Summary.Value(tag=tag, metadata=shown, tensor=make_tensor_proto([[wav_bytes(samples, rate), b""]]))
+    summary_metadata = metadata.create_summary_metadata(text, "", metadata.Encoding.Value("WAV"))
+    return Summary.Value(
+        tag=tag, metadata=summary_metadata, tensor=make_tensor_proto([[wav_bytes(samples, rate), b""]])
+    )
 
 
 def write_event(folder: Path, step: int, values: list) -> None:
-    """An event file with one event."""
+    """Write an event file with one event."""
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.summary.writer.event_file_writer import EventFileWriter
@@ -97,15 +101,15 @@ def main(argv=None):
             speech_tokens = parse_speech_tokens(row["output"])
             if not speech_tokens:
                 raise ValueError("no speech tokens")
-            samples, rate = speak(args.server_url, speech_tokens)
+            samples, rate = request_speech(args.server_url, speech_tokens)
         except ValueError as error:
-            logger.warning("%s: %s is not heard: %s", args.dump, row["gts"], error)
+            logger.warning("%s: skipping %s: %s", args.dump, row["gts"], error)
             continue
         except (OSError, KeyError) as error:
-            raise SystemExit(f"validation_audio.py: {args.server_url} does not speak: {error}") from None
+            raise SystemExit(f"validation_audio.py: {args.server_url} did not return speech: {error}") from None
         values.append(audio_value(f"validation/{number}", row["gts"], samples, rate))
     if not values:
-        raise SystemExit(f"validation_audio.py: {args.dump} has nothing to hear")
+        raise SystemExit(f"validation_audio.py: {args.dump} has no rollout with valid speech tokens")
     write_event(args.tensorboard_dir / "validation", int(rows[0]["step"]), values)
 
 

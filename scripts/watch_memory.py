@@ -1,7 +1,7 @@
-"""Write the most memory that a run's processes held at once, in GiB, to a file; runs until it is killed.
+"""Write the peak memory of all processes of a run, in GiB, to a file. Runs until it is killed.
 
-The processes are those whose environment has TTS_GRPO_RUN=ID: run.sh's children and, unlike with a process group,
-the daemons that Ray starts. Shared pages are counted once (PSS).
+Processes of a run have TTS_GRPO_RUN=ID in their environment. Unlike a process group, this includes the daemons that Ray
+starts. Memory is measured as PSS, which counts shared pages once.
 """
 
 import argparse
@@ -10,26 +10,26 @@ from pathlib import Path
 
 from tts_grpo.text.jsonl import write_text
 
-EVERY_S = 3.0
+INTERVAL_S = 3.0
 
 
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run-id", required=True, help="value of TTS_GRPO_RUN")
-    parser.add_argument("--output", type=Path, required=True, help="file to write; a larger figure in it is kept")
+    parser.add_argument("--output", type=Path, required=True, help="file to write; a larger value in it is kept")
     return parser.parse_args(argv)
 
 
 def pss_kib(process: Path) -> int:
-    """Proportional set size of a process."""
+    """Proportional set size (PSS) of a process in KiB."""
     for line in (process / "smaps_rollup").read_text().splitlines():
         if line.startswith("Pss:"):
             return int(line.split()[1])
     return 0
 
 
-def held_gib(run_id: str) -> float:
-    """Memory of all processes of the run; those that end meanwhile do not count."""
+def used_gib(run_id: str) -> float:
+    """Memory of all processes of the run in GiB; processes that exit meanwhile are not counted."""
     mark, total = f"TTS_GRPO_RUN={run_id}".encode(), 0
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -44,11 +44,11 @@ def main(argv=None):
     args = get_args(argv)
     peak = float(args.output.read_text()) if args.output.exists() else 0.0
     while True:
-        held = held_gib(args.run_id)
-        if held > peak:
-            peak = held
+        used = used_gib(args.run_id)
+        if used > peak:
+            peak = used
             write_text(args.output, f"{peak:.2f}\n")
-        time.sleep(EVERY_S)
+        time.sleep(INTERVAL_S)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Folders of recognisers in the formats of the real ones, with small random networks."""
+"""Makes model folders of recognisers in the real file formats, with small random networks."""
 
 import json
 from pathlib import Path
@@ -8,14 +8,20 @@ import torch
 
 from tts_grpo.speech.cosyvoice2.random_weights import save_cmvn, save_funasr_configs
 
-TOKENS = ["<blank>", "<s>", "</s>", *map(chr, range(0x4E00, 0x4E00 + 8400)), "<unk>"]  # 8,404, as paraformer-zh has
+TOKENS = [
+    "<blank>",
+    "<s>",
+    "</s>",
+    *map(chr, range(0x4E00, 0x4E00 + 8400)),
+    "<unk>",
+]  # 8,404 tokens, as in paraformer-zh
 
 
 def paraformer_config(seaco: bool) -> dict:
-    """config.yaml of Paraformer-large or SeACo-Paraformer, in a small size.
+    """config.yaml of Paraformer-large or SeACo-Paraformer, with small sizes.
 
-    Source: FunASR's funasr/models/seaco_paraformer/template.yaml, and paraformer/template.yaml, which has a part of it.
-    The template sets ``dither``; a model without it must be as deterministic, so it is left out here.
+    Source: funasr/models/seaco_paraformer/template.yaml of FunASR, and paraformer/template.yaml, which is a subset. The
+    templates set ``dither``; it is omitted here, to test that transcripts are deterministic without it, too.
     """
     dropout = {"dropout_rate": 0.1, "positional_dropout_rate": 0.1}
     sizes = {"attention_heads": 2, "linear_units": 32, "num_blocks": 1}
@@ -71,24 +77,24 @@ def paraformer_config(seaco: bool) -> dict:
 
 
 def make_paraformer(folder: Path, tokens_per_frame: float = 0.5, seaco: bool = False, seed: int = 0) -> Path:
-    """A Paraformer for funasr, that hears about ``tokens_per_frame`` tokens in each frame of 60 ms.
+    """A Paraformer for funasr that outputs about ``tokens_per_frame`` tokens per frame of 60 ms.
 
-    ``seaco``: a SeACo-Paraformer, which is what "paraformer-zh" is.
+    ``seaco``: make a SeACo-Paraformer, the kind of model that "paraformer-zh" is.
     """
     import funasr.models.bicif_paraformer.cif_predictor
     import funasr.models.paraformer.cif_predictor
     import funasr.models.paraformer.decoder
     import funasr.models.sanm.encoder
-    import funasr.models.specaug.specaug  # noqa: F401  # these register themselves
+    import funasr.models.specaug.specaug  # noqa: F401  # importing them registers their classes
     from funasr.models.paraformer.model import Paraformer
     from funasr.models.seaco_paraformer.model import SeacoParaformer
 
     config = paraformer_config(seaco)
     torch.manual_seed(seed)
     names = ("encoder", "decoder", "predictor", "seaco_decoder")
-    parts = {key: config[key] for key in config if key.removesuffix("_conf") in names}
+    networks = {key: config[key] for key in config if key.removesuffix("_conf") in names}
     model = (SeacoParaformer if seaco else Paraformer)(
-        **parts, **config["model_conf"], input_size=560, vocab_size=len(TOKENS)
+        **networks, **config["model_conf"], input_size=560, vocab_size=len(TOKENS)
     )
     state = model.state_dict()
     state["predictor.cif_output.weight"] *= 0.01
@@ -103,7 +109,7 @@ def make_paraformer(folder: Path, tokens_per_frame: float = 0.5, seaco: bool = F
 
 
 def make_whisper(folder: Path, seed: int = 0) -> Path:
-    """A Whisper for faster-whisper: a Hugging Face one through CTranslate2's converter."""
+    """A Whisper for faster-whisper, made from a Hugging Face model with CTranslate2's converter."""
     from ctranslate2.converters import TransformersConverter
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import (
@@ -116,11 +122,11 @@ def make_whisper(folder: Path, seed: int = 0) -> Path:
     vocabulary = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    named = ["endoftext", "startoftranscript", "en", "translate", "transcribe", "startoflm", "startofprev",
-             "nospeech", "notimestamps"]  # fmt: skip
-    tokenizer.add_special_tokens([f"<|{name}|>" for name in named])
+    special_tokens = ["endoftext", "startoftranscript", "en", "translate", "transcribe", "startoflm", "startofprev",
+                      "nospeech", "notimestamps"]  # fmt: skip
+    tokenizer.add_special_tokens([f"<|{name}|>" for name in special_tokens])
     tokenizer.add_special_tokens([f"<|{i * 0.02:.2f}|>" for i in range(1501)])
-    end, start = (tokenizer.token_to_id(f"<|{name}|>") for name in named[:2])
+    end, start = (tokenizer.token_to_id(f"<|{name}|>") for name in special_tokens[:2])
     source = folder.with_name(folder.name + ".hf")
     config = WhisperConfig(
         vocab_size=tokenizer.get_vocab_size(), d_model=16, encoder_layers=1, decoder_layers=1,
@@ -138,12 +144,12 @@ def make_whisper(folder: Path, seed: int = 0) -> Path:
 
 
 def make_sherpa(folder: Path, model_type: str = "paraformer", seed: int = 0) -> Path:
-    """A model with inputs, outputs and metadata of a Paraformer of sherpa-onnx: a token a frame, by one matrix."""
+    """A model with the inputs, outputs and metadata of sherpa-onnx's Paraformer; one matrix gives a token per frame."""
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
     weights = np.random.default_rng(seed).normal(size=(560, len(TOKENS))).astype(np.float32)
-    weights[:, :3] = 0  # blank and ends of sentences
+    weights[:, :3] = 0  # blank, <s> and </s>
     nodes = [
         helper.make_node("MatMul", ["speech", "weights"], ["logits"]),
         helper.make_node("Identity", ["speech_lengths"], ["token_num"]),

@@ -19,6 +19,13 @@ hypothesis.settings.register_profile("any_speed", deadline=None)  # no test depe
 hypothesis.settings.load_profile("any_speed")
 os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels on a CPU; Triton asks when it is imported
 
+LONGEST = ("test_full_profile", "test_training", "test_tiny_training", "test_inference")  # in this order, first
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    """The longest files first, so that two workers end at about the same time."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
 
 @pytest.fixture(scope="session")
 def assets() -> Path:
@@ -56,7 +63,7 @@ def lm(assets):
 @pytest.fixture(scope="session")
 def sft_checkpoint(tmp_path_factory) -> Path:
     """A checkpoint of the SFT model as it was published, with a small network of random weights."""
-    from scripts import random_llm
+    from tools import random_llm
 
     folder = tmp_path_factory.mktemp("llasa") / "checkpoint-885000"
     random_llm.main(["--output", str(folder), "--shape", "tiny", "--mean-tokens", "200"])
@@ -110,11 +117,17 @@ def free_ports(count: int) -> list[int]:
 class RewardServer:
     """A real reward server of the tiny stack, as a process on ports of its own."""
 
-    def __init__(self, assets: Path, log: Path, *flags: str):
+    def __init__(self, assets: Path, log: Path, *flags: str, max_deaths: int | None = None):
         self.http, grpc, metrics = free_ports(3)
         self.url, self.metrics_url, self.log = f"http://127.0.0.1:{self.http}", f"http://127.0.0.1:{metrics}", log
+        program = [str(ROOT / "token2wav_asr_server.py")]
+        if max_deaths is not None:
+            program = [str(log.with_name("server.py"))]
+            start = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport token2wav_asr_server as server\n"
+            start += f'if __name__ == "__main__":\n    server.MAX_DEATHS = {max_deaths}\n    sys.exit(server.main())\n'
+            Path(program[0]).write_text(start)
         command = [
-            sys.executable, str(ROOT / "token2wav_asr_server.py"), "--token2wav-dir", str(assets / "token2wav"),
+            sys.executable, *program, "--token2wav-dir", str(assets / "token2wav"),
             "--asr-dir", str(assets / "asr_reward"), "--no-tones", "--http-port", str(self.http),
             "--grpc-port", str(grpc), "--metrics-port", str(metrics), "--max-batch-size", "8", *flags,
         ]  # fmt: skip

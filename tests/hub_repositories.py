@@ -16,8 +16,9 @@ import soundfile as sf
 import torch
 import yaml
 
-from scripts.random_llm import read_ranks, vocabulary
+from scripts.convert_llm import NUM_OUTPUTS
 from tests.asr_folders import make_paraformer
+from tools.random_llm import read_ranks, vocabulary
 from tts_grpo.speech.audio import load_audio
 from tts_grpo.speech.cosyvoice2.random_weights import (
     SENSEVOICE_BPE,
@@ -46,7 +47,7 @@ QWEN2_CHAT_TEMPLATE = (
 
 
 def make_all(root: Path, assets: Path, checkpoint: Path, trainer_python: str) -> None:
-    """All of them, under ``root/OWNER/NAME``; ``checkpoint`` is one of the SFT model (scripts/random_llm.py)."""
+    """All of them, under ``root/OWNER/NAME``; ``checkpoint`` is one of the SFT model (tools/random_llm.py)."""
     make_cosyvoice2(root, "modelscope")
     make_sensevoice(root / SENSEVOICE, assets / "asr_reward")
     make_paraformer(root / SEACO_PARAFORMER, seaco=True)
@@ -142,7 +143,67 @@ def make_official_llm(folder: Path) -> None:
     size = SMALL["llm_size"]
     torch.manual_seed(1)
     model = Qwen2LM(size, size, 6561, Qwen2Encoder(str(folder / "CosyVoice-BlankEN")), sampling=None).float()
+    draw_biases(model)
     torch.save(model.state_dict(), folder / "llm.pt")
+
+
+def draw_biases(model: torch.nn.Module) -> None:
+    """Random biases, as trained models have: then no direction of the hidden states is nearly constant."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1 and "norm" not in name:
+                parameter.normal_()
+
+
+# As CosyVoice's examples/grpo/cosyvoice2/pretrained_to_huggingface.py (ace7c47) writes yuekai/cosyvoice2_llm
+UPSTREAM_SPECIAL_TOKENS = {
+    "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>",
+    "additional_special_tokens": [
+        "<|im_start|>", "<|im_end|>", "<|endofprompt|>", "[breath]", "<strong>", "</strong>", "[noise]", "[laughter]",
+        "[cough]", "[clucking]", "[accent]", "[quick_breath]", "<laughter>", "</laughter>", "[hissing]", "[sigh]",
+        "[vocalized-noise]", "[lipsmack]", "[mn]",
+    ],
+}  # fmt: skip
+UPSTREAM_TEMPLATE = (
+    "{%- for message in messages %}{%- if message['role'] == 'user' %}"
+    "{{- '<|sos|>' + message['content'] + '<|task_id|>' }}"
+    "{%- elif message['role'] == 'assistant' %}{{- message['content']}}{%- endif %}{%- endfor %}"
+)
+
+
+def make_cosyvoice2_llm(folder: Path, cosyvoice_dir: Path) -> Path:
+    """yuekai/cosyvoice2_llm: the official model of a CosyVoice2 folder as CosyVoice's own recipe converts it.
+
+    It is in bfloat16, with -inf in the bias and zeros in the head for text ids.
+    """
+    from transformers import AutoTokenizer, Qwen2ForCausalLM
+
+    text_dir = cosyvoice_dir / "CosyVoice-BlankEN"
+    tokenizer, model = AutoTokenizer.from_pretrained(text_dir), Qwen2ForCausalLM.from_pretrained(text_dir)
+    tokenizer.add_special_tokens(UPSTREAM_SPECIAL_TOKENS)
+    first, state = len(tokenizer), torch.load(cosyvoice_dir / "llm.pt")
+    ends = [f"<|eos{i}|>" for i in (1, 2, 3)]
+    tokenizer.add_tokens([*(f"<|s_{i}|>" for i in range(6561)), *ends, "<|sos|>", "<|task_id|>"])  # none is special
+    model.model.load_state_dict({k[16:]: v for k, v in state.items() if k.startswith("llm.model.model.")})
+    model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=128)
+    embedding, said = model.model.embed_tokens.weight, slice(first, first + NUM_OUTPUTS)
+    head = torch.nn.Linear(embedding.shape[1], len(embedding))
+    with torch.no_grad():
+        head.weight.zero_()
+        head.bias.fill_(-torch.inf)
+        head.weight[said], head.bias[said] = state["llm_decoder.weight"], state["llm_decoder.bias"]
+        embedding[said] = state["speech_embedding.weight"]
+        embedding[said.stop : said.stop + 2] = state["llm_embedding.weight"]
+    model.lm_head = head
+    model.generation_config.update(
+        eos_token_id=[said.stop - 3, said.stop - 2, said.stop - 1], temperature=1.0, top_p=0.8, top_k=25
+    )
+    model.config.update({"eos_token_id": said.stop - 3, "vocab_size": len(embedding), "tie_word_embeddings": False})
+    model.config.use_bias = True
+    tokenizer.chat_template = UPSTREAM_TEMPLATE
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def make_sensevoice(folder: Path, trained: Path) -> Path:

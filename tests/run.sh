@@ -1,10 +1,15 @@
 #!/usr/bin/env bash
 # All tests, from a fresh clone: makes the environments, then linters and pytest.
 #
-#   bash tests/run.sh [PYTEST_ARGUMENT...]
+#   bash tests/run.sh [PYTEST_ARGUMENT...]          all tests, or those that the arguments select
+#   bash tests/run.sh quick [PYTEST_ARGUMENT...]    linters and the tests that are not marked slow: about a minute
 set -euo pipefail
 
 cd "$(dirname "$0")/.."
+if [[ ${1-} == quick ]]; then
+  shift
+  set -- -m "not slow" "$@"
+fi
 bash scripts/make_env.sh test requirements-cosyvoice.txt requirements-asr.txt tests/requirements.txt
 bash scripts/make_env.sh trainer requirements-verl.txt
 bin=$PWD/.venv/test/bin
@@ -22,5 +27,5 @@ ruff format --check .
 shellcheck "${shell_files[@]}"
 shfmt -i 2 -d "${shell_files[@]}"
 echo "== pytest"
-# Two at once, a file's tests by one of them: many wait for a server or for Ray to start.
-python -m pytest -q -n 2 --dist loadfile "$@"
+# Two at once, a file's tests by one of them: many wait for a server or for Ray to start. Longest files first.
+python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -11,13 +11,15 @@ from tts_grpo.speech.asr.sensevoice import SenseVoice
 from tts_grpo.speech.audio import load_audio
 from tts_grpo.text.errors import pinyin_error_rate
 
+pytestmark = pytest.mark.slow
+
 
 def recordings(assets, test_rows, count):
     rows = [row for row in test_rows if (assets / "recordings" / f"{row['id']}.ogg").exists()][:count]
     return [row["text"] for row in rows], [load_audio(assets / "recordings" / f"{row['id']}.ogg") for row in rows]
 
 
-def test_it_hears_what_was_said_and_not_something_else(asr, assets, test_rows):
+def test_transcripts_match_their_own_references_only(asr, assets, test_rows):
     texts, speech = recordings(assets, test_rows, 40)
     transcripts = asr.transcribe(speech)
     assert pinyin_error_rate(texts, transcripts, tones=False) < 0.1
@@ -25,7 +27,7 @@ def test_it_hears_what_was_said_and_not_something_else(asr, assets, test_rows):
     assert not any("<|" in transcript for transcript in transcripts)
 
 
-def test_onsets_tell_when_each_syllable_came(asr, assets, test_rows):
+def test_onsets_are_the_times_of_the_syllables(asr, assets, test_rows):
     _, (first, second) = recordings(assets, test_rows, 2)
     gap = np.zeros(8000, np.float32)
     alone, other, joined = asr.hear([first, second, np.concatenate([first, gap, second])])
@@ -55,31 +57,31 @@ def test_each_character_has_a_time_whatever_the_pieces_are(asr):
     assert asr._onsets("你 好", spoken) == (0.0, 2 * asr._frame_s, 2 * asr._frame_s)
 
 
-def test_order_and_batch_do_not_matter(asr, assets, test_rows):
+def test_transcripts_do_not_depend_on_order_and_batch(asr, assets, test_rows):
     _, speech = recordings(assets, test_rows, 12)
     together = asr.transcribe(speech)
     assert asr.transcribe(speech[::-1]) == together[::-1]
     assert [asr.transcribe([s])[0] for s in speech] == together
 
 
-def test_transcripts_are_those_of_funasr_one_by_one(asr, assets, test_rows):
+def test_transcripts_equal_those_of_funasr_one_by_one(asr, assets, test_rows):
     from funasr.utils.postprocess_utils import rich_transcription_postprocess
 
     _, speech = recordings(assets, test_rows, 20)
-    theirs = [asr._model.generate(input=[s], language="zh", use_itn=False, cache={})[0]["text"] for s in speech]
-    assert asr.transcribe(speech) == [rich_transcription_postprocess(text) for text in theirs]
+    expected = [asr._model.generate(input=[s], language="zh", use_itn=False, cache={})[0]["text"] for s in speech]
+    assert asr.transcribe(speech) == [rich_transcription_postprocess(text) for text in expected]
 
 
 @pytest.fixture(scope="module")
 def published(assets, tmp_path_factory):
-    """A recogniser with the config that iic/SenseVoiceSmall has: it does not set ``dither``."""
+    """A recogniser with the config of iic/SenseVoiceSmall, which does not set ``dither``."""
     folder = make_sensevoice(tmp_path_factory.mktemp("asr") / "SenseVoiceSmall", assets / "asr_reward")
     assert "dither" not in yaml.safe_load((folder / "config.yaml").read_text())["frontend_conf"]
     return SenseVoice(folder)
 
 
 def test_a_recording_has_one_transcript(published, asr, assets, test_rows):
-    """Quiet speech, where funasr's default dither of 1.0 changes most of what is heard."""
+    """Tested with quiet speech, because funasr's default dither of 1.0 changes its transcripts most."""
     quiet = [0.003 * s for s in recordings(assets, test_rows, 16)[1]]
     first = published.hear(quiet)
     assert any(heard.text for heard in first)
@@ -90,7 +92,7 @@ def test_a_recording_has_one_transcript(published, asr, assets, test_rows):
     assert asr.hear(quiet) == first  # the tiny stack's config sets dither to 0
 
 
-def test_hardly_any_audio_is_an_empty_transcript(asr, assets, test_rows):
+def test_transcript_of_too_short_audio_is_empty(asr, assets, test_rows):
     _, speech = recordings(assets, test_rows, 1)
     assert asr.transcribe([np.zeros(0, np.float32), speech[0], np.zeros(399, np.float32)])[0::2] == ["", ""]
     assert asr.transcribe([]) == []
@@ -111,7 +113,7 @@ def test_missing_weight_is_an_error(assets, tmp_path):
         SenseVoice(folder)
 
 
-def test_misshapen_weight_is_an_error(assets, tmp_path):
+def test_weight_of_wrong_shape_is_an_error(assets, tmp_path):
     def change(state):
         state["ctc.ctc_lo.bias"] = state["ctc.ctc_lo.bias"][:-1]
 

@@ -1,4 +1,4 @@
-"""Recognisers of the evaluation in small folders of the real formats; SenseVoice is in test_asr.py."""
+"""Recognisers for the evaluation, with small models in the real file formats. SenseVoice is in test_asr.py."""
 
 import json
 import subprocess
@@ -15,6 +15,8 @@ from tts_grpo.speech.asr.loading import load_asr
 from tts_grpo.speech.asr.paraformer import Paraformer
 from tts_grpo.speech.audio import load_audio
 
+pytestmark = pytest.mark.slow
+
 CHARACTERS = set(TOKENS[3:-1])
 
 
@@ -29,7 +31,7 @@ def whisper(tmp_path_factory):
     return make_whisper(tmp_path_factory.mktemp("asr") / "whisper")
 
 
-def test_sensevoice_is_known_by_its_folder(assets):
+def test_sensevoice_is_detected_by_its_folder(assets):
     loaded = load_asr(assets / "asr_eval")
     assert (loaded.backend, loaded.model) == ("funasr", "SenseVoiceSmall")
     assert set(loaded.describe()) == {"backend", "model", "weights", "sha256"}
@@ -48,9 +50,9 @@ def test_paraformer(tmp_path, speech, seaco, name):
 
 
 @pytest.mark.parametrize("seaco", [False, True])
-def test_paraformer_that_hears_nothing(tmp_path, speech, seaco):
-    deaf = Paraformer(make_paraformer(tmp_path / "deaf", tokens_per_frame=1e-5, seaco=seaco))
-    assert deaf.transcribe(speech) == [""] * len(speech)
+def test_paraformer_that_recognises_nothing(tmp_path, speech, seaco):
+    asr = Paraformer(make_paraformer(tmp_path / "paraformer", tokens_per_frame=1e-5, seaco=seaco))
+    assert asr.transcribe(speech) == [""] * len(speech)
 
 
 def test_paraformer_with_a_missing_weight_is_an_error(tmp_path):
@@ -71,7 +73,7 @@ def test_whisper(whisper, speech):
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "preprocessor_config.json"])
-def test_whisper_without_a_file_downloads_none(whisper, name):
+def test_whisper_does_not_download_a_missing_file(whisper, name):
     (whisper / name).rename(whisper / "away")
     try:
         with pytest.raises(ValueError, match=name):
@@ -107,20 +109,20 @@ def test_sherpa_onnx(tmp_path, speech):
 
 
 def test_sherpa_onnx_of_another_kind_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="neither Paraformer nor SenseVoice"):
+    with pytest.raises(ValueError, match="is neither Paraformer nor SenseVoice"):
         load_asr(make_sherpa(tmp_path / "sherpa", model_type="zipformer2"))
 
 
-def test_a_folder_of_none_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="no recogniser here"):
+def test_unsupported_folder_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="no supported ASR model found"):
         load_asr(tmp_path)
     (tmp_path / "config.yaml").write_text("model: FsmnVADStreaming\n")
-    with pytest.raises(ValueError, match="neither SenseVoiceSmall nor a Paraformer"):
+    with pytest.raises(ValueError, match="is neither SenseVoiceSmall nor a Paraformer"):
         load_asr(tmp_path)
 
 
-def test_funasr_is_imported_for_what_the_folders_need(assets, tmp_path):
-    """Its full import takes longer than the rest of a process's start; it happens for a folder that needs it."""
+def test_only_needed_modules_of_funasr_are_imported(assets, tmp_path):
+    """Importing all of funasr takes longer than the rest of a process's start; only folders that need it cause it."""
     folders = [assets / "asr_reward", *(make_paraformer(tmp_path / str(s), seaco=s) for s in (False, True))]
     code = """import sys
 from tts_grpo.speech.asr.loading import load_asr
@@ -132,7 +134,7 @@ print([name for name in ("funasr.models.whisper.model", "funasr.models.conformer
     done = subprocess.run(run, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]", done.stderr[-3000:]
     config = yaml.safe_load((folders[1] / "config.yaml").read_text())
-    config["encoder"] = "ConformerEncoder"  # what funasr imports in full only; its weights then do not fit
+    config["encoder"] = "ConformerEncoder"  # defined in a module that is not in _MODULES; the weights then do not match
     (folders[1] / "config.yaml").write_text(yaml.safe_dump(config))
     done = subprocess.run(run, capture_output=True, text=True)
     assert done.returncode and "NoneType" not in done.stderr.splitlines()[-1], done.stderr[-3000:]

@@ -1,4 +1,4 @@
-"""The benchmark of the reward, on small random networks."""
+"""Tests of the reward benchmark with small random networks."""
 
 import json
 import subprocess
@@ -6,26 +6,28 @@ import sys
 
 import pytest
 
-from scripts import bench_reward
+from tools import bench_reward
+
+pytestmark = pytest.mark.slow
 
 
-def test_rollouts_are_as_long_as_asked_for():
+def test_rollouts_have_the_requested_lengths():
     args = bench_reward.get_args(["--random", "unused", "--seconds", "2", "4.5", "12", "--num-rollouts", "400"])
     lens = [len(tokens) / 25 for tokens, _ in bench_reward.rollouts(args)]
     assert min(lens) >= 2 and max(lens) <= 12 and sum(lens) / len(lens) == pytest.approx(4.5, abs=0.3)
     assert lens != sorted(lens)
 
 
-def test_table_compares_with_what_was_measured():
+def test_table_shows_ratios_to_measured_baselines_only():
     result = {"official": {"rollouts_per_s": 2.0}, "server": {"rollouts_per_s": 50.0}}
     *_, last = bench_reward.table(result, audio_s=4.0).split("\n")
     assert last.split() == ["server", "50.00", "200.0", "25.0", "-"]
 
 
-def test_all_is_measured_in_one_run(tmp_path):
-    """The official code, one at a time, is the baseline of the same run, and a batch gives what it gives."""
+def test_all_measurements_in_one_run(tmp_path):
+    """The official code is the baseline for speed, and results of batches equal its results."""
     command = [
-        sys.executable, "scripts/bench_reward.py", "--server-url", "", "--random", tmp_path, "--small", "--seconds",
+        sys.executable, "tools/bench_reward.py", "--server-url", "", "--random", tmp_path, "--small", "--seconds",
         "1", "1", "1", "--num-rollouts", "4", "--batch-size", "2", "--baseline", "2", "--compare-precisions", "fp32",
     ]  # fmt: skip
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
@@ -33,8 +35,8 @@ def test_all_is_measured_in_one_run(tmp_path):
     result = json.loads(result)
     assert 0 < result["exactness"]["fp32_batch_max_difference"] < 1e-4 < result["exactness"]["waveform_peak"]
     assert result["fp32"]["mel_relative_error"] == 0 == result["fp32"]["transcript_difference"]
-    inside = result["in_process"]["2"]
-    assert sum(inside["seconds"].values()) < inside["wall_s"]
-    ratio = inside["rollouts_per_s"] / result["official"]["rollouts_per_s"]
+    in_process = result["in_process"]["2"]
+    assert sum(in_process["seconds"].values()) < in_process["wall_s"]
+    ratio = in_process["rollouts_per_s"] / result["official"]["rollouts_per_s"]
     (row,) = (row.split() for row in rows if row.startswith("in process"))
     assert float(row[-2]) == pytest.approx(ratio, abs=0.06) and row[-1] == "-"

@@ -4,26 +4,26 @@ import pytest
 from tts_grpo.evaluation import bootstrap
 
 
-def parts(errors, units=10):
+def fractions(errors, units=10):
     return np.array([(e, units) for e in errors], float)
 
 
 def test_relative_drop_and_its_interval():
     rng = np.random.default_rng(0)
     errors = rng.integers(0, 6, 300)
-    same = bootstrap.compare(parts(errors), parts(errors))
+    same = bootstrap.compare(fractions(errors), fractions(errors))
     assert same["relative_drop"] == 0.0 and same["ci"] == [0.0, 0.0] == same["relative_drop_ci"]
-    half = bootstrap.compare(parts(errors * 2), parts(errors))
+    half = bootstrap.compare(fractions(errors * 2), fractions(errors))
     assert half["relative_drop"] == pytest.approx(0.5) and half["relative_drop_ci"] == pytest.approx([0.5, 0.5])
     assert half["difference"] == pytest.approx(-errors.mean() / 10)
-    noise = bootstrap.compare(parts(errors), parts(rng.permutation(errors)))
+    noise = bootstrap.compare(fractions(errors), fractions(rng.permutation(errors)))
     assert noise["relative_drop_ci"][0] < -0.05 and noise["relative_drop_ci"][1] > 0.05
 
 
-def test_the_intervals_cover_the_truth():
+def test_intervals_cover_the_true_value():
     rng, drops, rates = np.random.default_rng(1), 0, 0
     for _ in range(60):
-        before, after = parts(rng.binomial(10, 0.2, 200)), parts(rng.binomial(10, 0.12, 200))
+        before, after = fractions(rng.binomial(10, 0.2, 200)), fractions(rng.binomial(10, 0.12, 200))
         low, high = bootstrap.compare(before, after)["relative_drop_ci"]
         drops += low <= 0.4 <= high
         low, high = bootstrap.interval(before)
@@ -31,13 +31,13 @@ def test_the_intervals_cover_the_truth():
     assert drops >= 51 and rates >= 51  # 57 expected
 
 
-def test_an_interval_is_as_wide_as_theory_says():
+def test_width_of_an_interval_matches_theory():
     values = np.random.default_rng(2).normal(3.0, 1.0, 400)
-    low, high = bootstrap.interval(parts(values, units=1))
+    low, high = bootstrap.interval(fractions(values, units=1))
     assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.05)
 
 
-def test_draws_are_resamples_of_the_whole_and_always_the_same():
+def test_draws_are_resamples_and_reproducible():
     drawn = bootstrap.draws(30)
     assert drawn.shape == (bootstrap.NUM_DRAWS, 30) and (drawn.sum(axis=1) == 30).all()
     assert drawn.mean(axis=0) == pytest.approx(np.ones(30), abs=0.06)
@@ -45,33 +45,33 @@ def test_draws_are_resamples_of_the_whole_and_always_the_same():
     assert (bootstrap.draws(30) == drawn).all()
 
 
-def test_utterances_without_a_value_do_not_count():
-    measured, not_measured = parts([1, 2, 3], units=1), np.zeros((40, 2))
+def test_utterances_without_a_value_are_ignored():
+    measured, not_measured = fractions([1, 2, 3], units=1), np.zeros((40, 2))
     assert bootstrap.ratio(np.concatenate([measured, not_measured])) == 2.0
 
 
-def test_no_errors_leave_no_relative_drop():
-    compared = bootstrap.compare(parts([0, 0, 0]), parts([0, 1, 0]))
+def test_no_relative_drop_without_errors_before():
+    compared = bootstrap.compare(fractions([0, 0, 0]), fractions([0, 1, 0]))
     assert compared["relative_drop"] is None and compared["relative_drop_ci"] is None
     assert compared["difference"] == pytest.approx(1 / 30)
 
 
-def test_different_utterances_are_not_compared():
+def test_different_numbers_of_utterances_are_refused():
     with pytest.raises(ValueError, match="different utterances"):
-        bootstrap.compare(parts([1, 2]), parts([1, 2, 3]))
+        bootstrap.compare(fractions([1, 2]), fractions([1, 2, 3]))
 
 
 @pytest.mark.parametrize(
     ("ci", "better", "more_failed", "words"),
     [
         ([-0.2, -0.1], "lower", False, "better"),
-        ([-0.2, -0.1], "lower", True, bootstrap.UNFAIR),
+        ([-0.2, -0.1], "lower", True, bootstrap.MORE_FAILED),
         ([0.1, 0.2], "lower", True, "worse"),
         ([0.1, 0.2], "higher", False, "better"),
-        ([-0.2, 0.1], "lower", False, bootstrap.SAME),
-        ([-0.2, 0.0], "lower", False, bootstrap.SAME),
+        ([-0.2, 0.1], "lower", False, bootstrap.NOT_SIGNIFICANT),
+        ([-0.2, 0.0], "lower", False, bootstrap.NOT_SIGNIFICANT),
         ([0.1, 0.2], None, False, "higher"),
-        (None, "lower", False, bootstrap.SAME),
+        (None, "lower", False, bootstrap.NOT_SIGNIFICANT),
     ],
 )
 def test_verdicts(ci, better, more_failed, words):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -16,11 +17,14 @@ from tts_grpo.speech.cosyvoice2.token2wav import CosyVoice2Token2Wav
 from tts_grpo.speech.token2wav import load_token2wav
 from tts_grpo.text.tokens import speech_token_str
 
+pytestmark = pytest.mark.slow
 
-def run_check(**variables) -> subprocess.CompletedProcess:
+
+def run_check(*arguments, **variables) -> subprocess.CompletedProcess:
     http, grpc, metrics = map(str, free_ports(3))
     environment = os.environ | {"http_port": http, "grpc_port": grpc, "metrics_port": metrics} | variables
-    return subprocess.run(["bash", str(ROOT / "run.sh"), "--check"], env=environment, capture_output=True, text=True)
+    command = ["bash", str(ROOT / "run.sh"), "--check", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
 def test_tiny_profile_passes(venv_root, tmp_path):
@@ -42,7 +46,8 @@ def test_everything_wrong_is_named_at_once(tmp_path, assets):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         done = run_check(
-            venv_root=str(tmp_path / "none"), http_port=str(taken.getsockname()[1]), eval_jsonl="/nowhere/set.jsonl",
+            "--", "trainer.v1.trainer_mode=sync", venv_root=str(tmp_path / "none"),
+            http_port=str(taken.getsockname()[1]), eval_jsonl="/nowhere/set.jsonl",
             train_jsonl=str(tmp_path / "train.jsonl"), sft_path=str(tmp_path / "llm"), train_batch_size="3",
             reward_asr_dir=str(assets / "asr_eval"), max_checkpoints="1000000000", prompt_text="你好",
             server_urls="http://127.0.0.1:9", exp_dir=str(tmp_path), rollout_n="3",
@@ -52,6 +57,7 @@ def test_everything_wrong_is_named_at_once(tmp_path, assets):
         "environment speech: ", "environment trainer: ", "/nowhere/set.jsonl is missing", "train_jsonl ",
         "reward_asr_dir is eval_asr_dir", "prompt_audio and prompt_text", "9 rollouts are no multiple of",
         "http_port ", "no reward server is ready at http://127.0.0.1:9", "llm is missing",
+        "-- trainer.v1.trainer_mode=sync is refused",
     ):  # fmt: skip
         assert any(line.startswith("WRONG") and text in line for line in done.stdout.splitlines()), (text, done.stdout)
 
@@ -152,27 +158,40 @@ def test_a_model_type_that_verl_does_not_know(tmp_path):
     assert any("llm=official" in text for text in wrong_of_model(tmp_path))
 
 
+TWO = (81920, 81920)  # MiB of each GPU
+
+
 @pytest.mark.parametrize(
     ("gpus", "settings", "message"),
     [
-        (2, {}, None),
-        (2, {"num_gpus": "4"}, "ask for 4"),
-        (2, {"server_devices": "cuda:2"}, "ask for 3"),
-        (2, {"server_gib": "60"}, "GPU 0: 79 GiB free, 104 wanted"),
-        (2, {"server_gib": "60", "server_devices": "cuda:1"}, None),
-        (2, {"vllm_memory_share": "0.04"}, "leaves vLLM 3 GiB"),
-        (0, {}, "nvidia-smi does not run"),
+        (TWO, {}, None),
+        (TWO, {"num_gpus": "4"}, "ask for 4"),
+        (TWO, {"server_devices": "cuda:2"}, "ask for 3"),
+        (TWO, {"server_gib": "60"}, "GPU 0: 79 GiB free, 104 wanted"),
+        (TWO, {"server_gib": "60", "server_devices": "cuda:1"}, None),
+        (TWO, {"vllm_memory_share": "0.04"}, "leaves vLLM 3 GiB"),
+        ((), {}, "nvidia-smi does not run"),
+        ((24576, 81920), {}, "GPU 0: 23 GiB free"),
+        ((24576, 81920), {"visible": "1"}, None),
+        ((24576, 81920), {"visible": "GPU-1a"}, None),
+        ((24576, 81920), {"visible": "1", "num_gpus": "2"}, "1 GPUs: .*ask for 2"),
+        (TWO, {"visible": "0,5"}, "names 5, which nvidia-smi does not list"),
+        (("[N/A]",), {}, None),
     ],
 )
 def test_gpus(tmp_path, monkeypatch, gpus, settings, message):
     smi = tmp_path / "nvidia-smi"
-    smi.write_text("#!/bin/sh\n" + 'echo "NVIDIA H100 80GB HBM3, 81920, 1024"\n' * gpus + f"exit {int(gpus == 0)}\n")
+    lines = [f'echo "{i}, GPU-{i}abc, NVIDIA H100 80GB HBM3, {memory}, 1024"\n' for i, memory in enumerate(gpus)]
+    smi.write_text(f"#!/bin/sh\n{''.join(lines)}exit {int(not gpus)}\n")
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible := settings.pop("visible", None):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     s = {"train_device": "cuda", "num_gpus": "1", "server_devices": "cuda:0", "server_instances": "1",
          "server_gib": "8", "vllm_memory_share": "0.40", "http_port": "9"} | settings  # fmt: skip
     wrong = [text for good, text in check.check_gpus(s) if not good]
-    assert (wrong == []) if message is None else any(message in text for text in wrong), wrong
+    assert (wrong == []) if message is None else any(re.search(message, text) for text in wrong), wrong
 
 
 def test_compiler(tmp_path, monkeypatch):

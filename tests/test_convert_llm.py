@@ -1,14 +1,11 @@
-"""Conversion of the official CosyVoice2 language model, held against the official module with random weights.
+"""Compares the converted CosyVoice2 language model with the official module, both with random weights.
 
-With these weights no direction of the hidden states is nearly constant, so that nothing but a bias keeps text ids away.
+With these weights no direction of the hidden states is nearly constant, so that only a bias can exclude text ids.
 """
 
 import dataclasses
 import json
-import os
-import re
 import shutil
-import subprocess
 import sys
 import types
 
@@ -29,12 +26,13 @@ from transformers import Qwen2ForCausalLM as Qwen2
 
 from scripts.check import language_model_findings
 from scripts.convert_llm import NUM_OUTPUTS, check_ids, main
-from tests.conftest import ROOT, free_ports
+from tests.hub_repositories import draw_biases, make_cosyvoice2_llm
 from tts_grpo.speech.generation import OFFICIAL, Sampling, generate, load_lm
 from tts_grpo.speech.head_bias import UNREACHABLE, load_head_bias, over_said_ids, said_ids
-from tts_grpo.text.jsonl import read_jsonl
 from tts_grpo.text.prompts import render_prompt
 from tts_grpo.training.verl_cpu.log_probs import fused_linear
+
+pytestmark = pytest.mark.slow
 
 TEXT, PROMPT_TEXT, PROMPT_SPEECH, SPEECH = "今天 ok\n", "早。", [3, 6560], [7, 0, 4000, 6560, 12]
 TEXT_ROWS = 320  # more than the tokenizer has tokens, as in the official model
@@ -85,10 +83,7 @@ def make_cosyvoice_dir(folder):
     text_model.generation_config = GenerationConfig(**BLANK_EN_GENERATION)
     text_model.save_pretrained(text_dir)
     model = official_model(text_dir)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 1 and "norm" not in name:
-                parameter.normal_()
+    draw_biases(model)
     torch.save(model.state_dict(), folder / "llm.pt")
     return folder
 
@@ -106,52 +101,9 @@ def converted(official, tmp_path_factory):
     return folder
 
 
-# As CosyVoice's examples/grpo/cosyvoice2/pretrained_to_huggingface.py (ace7c47) writes yuekai/cosyvoice2_llm
-UPSTREAM_SPECIAL_TOKENS = {
-    "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>",
-    "additional_special_tokens": [
-        "<|im_start|>", "<|im_end|>", "<|endofprompt|>", "[breath]", "<strong>", "</strong>", "[noise]", "[laughter]",
-        "[cough]", "[clucking]", "[accent]", "[quick_breath]", "<laughter>", "</laughter>", "[hissing]", "[sigh]",
-        "[vocalized-noise]", "[lipsmack]", "[mn]",
-    ],
-}  # fmt: skip
-UPSTREAM_TEMPLATE = (
-    "{%- for message in messages %}{%- if message['role'] == 'user' %}"
-    "{{- '<|sos|>' + message['content'] + '<|task_id|>' }}"
-    "{%- elif message['role'] == 'assistant' %}{{- message['content']}}{%- endif %}{%- endfor %}"
-)
-
-
 @pytest.fixture(scope="module")
 def upstream(official, tmp_path_factory):
-    """The official model as CosyVoice's own recipe converts it: bfloat16, -inf in the bias, zeros in the head."""
-    folder, text_dir = tmp_path_factory.mktemp("upstream") / "cosyvoice2_llm", official / "CosyVoice-BlankEN"
-    tokenizer, model = AutoTokenizer.from_pretrained(text_dir), Qwen2.from_pretrained(text_dir)
-    tokenizer.add_special_tokens(UPSTREAM_SPECIAL_TOKENS)
-    first, state = len(tokenizer), torch.load(official / "llm.pt")
-    ends = [f"<|eos{i}|>" for i in (1, 2, 3)]
-    tokenizer.add_tokens([*(f"<|s_{i}|>" for i in range(6561)), *ends, "<|sos|>", "<|task_id|>"])  # none is special
-    model.model.load_state_dict({k[16:]: v for k, v in state.items() if k.startswith("llm.model.model.")})
-    model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=128)
-    embedding, said = model.model.embed_tokens.weight, slice(first, first + NUM_OUTPUTS)
-    head = torch.nn.Linear(embedding.shape[1], len(embedding))
-    with torch.no_grad():
-        head.weight.zero_()
-        head.bias.fill_(-torch.inf)
-        head.weight[said], head.bias[said] = state["llm_decoder.weight"], state["llm_decoder.bias"]
-        embedding[said] = state["speech_embedding.weight"]
-        embedding[said.stop : said.stop + 2] = state["llm_embedding.weight"]
-    model.lm_head = head
-    model.generation_config.update(
-        eos_token_id=[said.stop - 3, said.stop - 2, said.stop - 1], temperature=1.0, top_p=0.8, top_k=25
-    )
-    model.config.update({"eos_token_id": said.stop - 3, "vocab_size": len(embedding), "tie_word_embeddings": False})
-    model.config.use_bias = True
-    tokenizer.chat_template = UPSTREAM_TEMPLATE
-    model.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    assert load_file(folder / "model.safetensors")["lm_head.bias"].dtype == torch.bfloat16
-    return folder
+    return make_cosyvoice2_llm(tmp_path_factory.mktemp("upstream") / "cosyvoice2_llm", official)
 
 
 def hf_logits(model, tokenizer, text, prompt_text="", prompt_speech=(), speech=()):
@@ -380,7 +332,7 @@ def test_folder_that_was_trained_without_a_bias(official, converted, tmp_path):
 
 def test_bias_that_does_not_fit(converted, tmp_path):
     shutil.copytree(converted, tmp_path / "hf")
-    for bias, message in ((torch.zeros(5), "has 5 values"), (torch.full((5,), torch.nan), "not numbers")):
+    for bias, message in ((torch.zeros(5), "has 5 values"), (torch.full((5,), torch.nan), "NaN or infinite")):
         save_file({"lm_head.bias": bias}, tmp_path / "hf/head_bias.safetensors")
         with pytest.raises(ValueError, match=message):
             load_lm(tmp_path / "hf")
@@ -442,42 +394,3 @@ def test_foreign_folder(official, assets, tmp_path):
 def test_output_that_exists(official, converted):
     with pytest.raises(FileExistsError, match="remove it"):
         main(["to-hf", "--cosyvoice-dir", str(official), "--output", str(converted)])
-
-
-@pytest.mark.parametrize("kind", ["converted", "upstream"])
-def test_trains_merges_and_is_exported(kind, request, official, venv_root, assets, tmp_path):
-    """veRL itself on a CPU, with the profile's own stages, from a folder in which text ids have the logit 0."""
-    token2wav, exp_dir = tmp_path / "CosyVoice2-0.5B", tmp_path / "exp"
-    shutil.copytree(assets / "token2wav", token2wav)
-    shutil.copy(official / "llm.pt", token2wav)
-    http, grpc, metrics = map(str, free_ports(3))
-    sft_path = request.getfixturevalue(kind)
-    lines = (assets / "data/dev.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    (tmp_path / "few.jsonl").write_text("".join(lines[:4]), encoding="utf-8")
-    few, voice = str(tmp_path / "few.jsonl"), read_jsonl(assets / "prompts/prompts.jsonl")[0]
-    environment = os.environ | {
-        "profile": "cosyvoice2", "venv_root": str(venv_root), "exp_dir": str(exp_dir), "make_envs": "0",
-        "workspace": str(tmp_path), "sft_path": str(sft_path), "token2wav_dir": str(token2wav), "train_jsonl": few,
-        "test_jsonl": few, "known_answer_jsonl": few, "prompt_audio": str(assets / "prompts" / voice["prompt_audio"]),
-        "prompt_text": voice["prompt_text"],
-        "reward_asr_dir": str(assets / "asr_reward"), "http_port": http, "grpc_port": grpc, "metrics_port": metrics,
-        "check_reward": "0", "train_device": "cpu", "server_devices": "cpu", "server_instances": "1",
-        "server_threads": "1", "server_batch_size": "4", "num_gpus": "1", "total_steps": "2", "train_batch_size": "2",
-        "rollout_n": "2", "mini_batch_size": "2", "micro_batch_size": "4", "max_response_length": "24",
-        "save_freq": "2", "test_freq": "2",
-    }  # fmt: skip
-    command = ["bash", str(ROOT / "run.sh"), "0", "3"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
-    rollouts = [json.loads(line) for line in (exp_dir / "validation/2.jsonl").read_text("utf-8").splitlines()]
-    assert all(re.fullmatch(r"(<\|s_\d+\|>)+(<\|eos\d\|>)?", row["output"]) for row in rollouts), rollouts
-    bias = load_head_bias(sft_path)
-    assert torch.equal(load_head_bias(exp_dir / "merged_hf_model"), bias)
-    state = torch.load(exp_dir / "llm.pt")
-    assert state.keys() == torch.load(official / "llm.pt").keys()
-    assert torch.equal(state["llm_decoder.bias"], bias[said_ids(bias)])
-    # training gives each token the log-probability that it was drawn with
-    (kl,) = re.findall(
-        r"step:2 - .*actor/ppo_kl:(?:np\.float64\()?([-0-9.e]+)", (exp_dir / "log/train.log").read_text()
-    )
-    assert abs(float(kl)) < 1e-5

@@ -1,4 +1,4 @@
-"""CosyVoice2's token2wav against the official code, one utterance at a time."""
+"""Compares CosyVoice2's token2wav on batches with the official code on single utterances."""
 
 import os
 
@@ -12,6 +12,8 @@ from tts_grpo.speech.cosyvoice2.random_weights import FULL, SMALL, make_cosyvoic
 from tts_grpo.speech.cosyvoice2.token2wav import CosyVoice2Token2Wav, load_modules
 from tts_grpo.speech.decoder import PromptVoice
 from tts_grpo.speech.token2wav import load_token2wav
+
+pytestmark = pytest.mark.slow
 
 TOLERANCE = 1e-4
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
@@ -41,7 +43,7 @@ def random_tokens(lens):
 
 
 def official(token2wav, folder, tokens, voice, seed):
-    """The folder's modules as CosyVoice runs them, under the noise that token2wav uses."""
+    """Mel and waveform by CosyVoice's own inference, with the noise that token2wav uses."""
     modules = load_modules(folder)
     flow, hift = modules["flow"].eval(), modules["hift"].eval()
     flow.load_state_dict(torch.load(folder / "flow.pt"))
@@ -82,24 +84,24 @@ def test_a_batch_equals_the_official_code_at_full_shape(tmp_path, voice):
         torch.testing.assert_close(waveform[:length].cpu(), expected, rtol=0, atol=TOLERANCE)
 
 
-def test_padding_would_change_the_result_without_the_masks(folder, voice):
-    """What the hooks are for: without them the test above fails."""
+def test_masks_are_necessary(folder, voice):
+    """Without the hooks that mask the padding, results differ."""
     token2wav = load_token2wav(folder)
     sequences = random_tokens([20, 40])
-    right = token2wav(sequences, [voice] * 2)[0][0, :19200]
+    expected = token2wav(sequences, [voice] * 2)[0][0, :19200]
     token2wav.flow.module.encoder.pre_lookahead_layer._forward_pre_hooks.clear()
-    assert (token2wav(sequences, [voice] * 2)[0][0, :19200] - right).abs().max() > TOLERANCE
+    assert (token2wav(sequences, [voice] * 2)[0][0, :19200] - expected).abs().max() > TOLERANCE
     token2wav = load_token2wav(folder)
     token2wav.vocoder.module.conv_post._forward_pre_hooks.clear()
-    assert (token2wav(sequences, [voice] * 2)[0][0, :19200] - right).abs().max() > TOLERANCE
+    assert (token2wav(sequences, [voice] * 2)[0][0, :19200] - expected).abs().max() > TOLERANCE
 
 
-def test_parts_of_a_batch_are_bounded_once_padded(monkeypatch):
-    monkeypatch.setattr(cosyvoice2, "ROWS", 4)
+def test_split_batch_limits_padded_tokens(monkeypatch):
+    monkeypatch.setattr(cosyvoice2, "MAX_UTTERANCES", 4)
     lens = [1, 1, 1, 1, 1, 20, 30, 30, 60, 120]
-    parts = [lens[part] for part in cosyvoice2.padded_parts(lens, 100)]
-    assert parts == [[1, 1, 1, 1], [1, 20, 30], [30], [60], [120]]
-    assert cosyvoice2.padded_parts([], 100) == []
+    batches = [lens[rows] for rows in cosyvoice2.split_batch(lens, 100)]
+    assert batches == [[1, 1, 1, 1], [1, 20, 30], [30], [60], [120]]
+    assert cosyvoice2.split_batch([], 100) == []
 
 
 def test_seeds_and_prompts(folder, voice):
@@ -119,7 +121,7 @@ def test_seeds_and_prompts(folder, voice):
 
 @pytest.mark.parametrize("sizes", [(128, 256), (64,)])
 def test_packed_utterances_equal_padded_ones(folder, voice, monkeypatch, sizes):
-    """Rows of several sizes and, with the second setting, utterances that have a row of their own."""
+    """Tests rows of several sizes and, with the second parameter, utterances that are longer than all SIZES."""
     monkeypatch.setattr(packed_flow, "SIZES", sizes)
     monkeypatch.setattr(cosyvoice2, "NUM_STEPS", 2)  # Triton's interpreter is slow
     token2wav = load_token2wav(folder)
@@ -132,10 +134,10 @@ def test_packed_utterances_equal_padded_ones(folder, voice, monkeypatch, sizes):
         flow.packed = packed_flow.PackedSolver(flow.module.decoder, flow.times, torch.float32)
     torch.testing.assert_close(token2wav(sequences, voices)[0], padded, rtol=0, atol=TOLERANCE / 100)
     monkeypatch.setattr(packed_flow, "GAP", 0)
-    assert (token2wav(sequences, voices)[0] - padded).abs().max() > TOLERANCE / 100  # what the gaps are for
+    assert (token2wav(sequences, voices)[0] - padded).abs().max() > TOLERANCE / 100  # the gaps are necessary
 
 
-def test_voices_of_a_batch_are_those_alone(folder, voice):
+def test_each_utterance_of_a_batch_has_its_own_voice(folder, voice):
     token2wav = load_token2wav(folder)
     other = PromptVoice("好", voice.prompt_speech_16k[:20_000], ())
     sequences = random_tokens([10, 10])
@@ -144,14 +146,14 @@ def test_voices_of_a_batch_are_those_alone(folder, voice):
         torch.testing.assert_close(token2wav([sequences[i]], [one])[0][0], both[i], rtol=0, atol=TOLERANCE)
 
 
-def test_half_precision_is_near(folder, voice, monkeypatch):
+def test_half_precision_is_close_to_fp32(folder, voice, monkeypatch):
     monkeypatch.setattr(packed_flow, "SIZES", (256,))
     monkeypatch.setattr(cosyvoice2, "NUM_STEPS", 2)
     (tokens,) = random_tokens([5])
     voice = PromptVoice("你", voice.prompt_speech_16k[:8_000], ())
     exact, _ = load_token2wav(folder)([tokens], [voice])
-    quick, _ = load_token2wav(folder, precision="fp16")([tokens], [voice])
-    difference = (quick - exact).norm() / exact.norm()
+    half, _ = load_token2wav(folder, precision="fp16")([tokens], [voice])
+    difference = (half - exact).norm() / exact.norm()
     assert 0 < difference < 0.002
 
 
@@ -161,37 +163,37 @@ def test_half_precision_needs_a_gpu(folder, monkeypatch):
         load_token2wav(folder, precision="fp16")
 
 
-def test_prompt_features_are_kept_on_disk(folder, voice, cache, monkeypatch):
+def test_prompt_features_are_cached_on_disk(folder, voice, cache, monkeypatch):
     first = load_token2wav(folder).prompt_features(voice)
     assert len(list(cache.iterdir())) == 1
     again = load_token2wav(folder)
     monkeypatch.setattr(again, "compute_prompt_features", None)
-    kept = again.prompt_features(voice)
-    assert kept["tokens"] == first["tokens"] and torch.equal(kept["mel"], first["mel"])
+    cached = again.prompt_features(voice)
+    assert cached["tokens"] == first["tokens"] and torch.equal(cached["mel"], first["mel"])
     other = PromptVoice("好", voice.prompt_speech_16k[:20_000], ())
     load_token2wav(folder).prompt_features(other)
     assert len(list(cache.iterdir())) == 2
 
 
-def test_memory_that_runs_out_halves_the_batch(folder, voice, monkeypatch):
+def test_batch_is_halved_when_memory_runs_out(folder, voice, monkeypatch):
     token2wav = load_token2wav(folder)
     sequences = random_tokens([9, 12, 5])
     expected, _ = token2wav(sequences, [voice] * 3)
     flow, sizes = token2wav.flow, []
 
-    def small_flow(tokens, prompts):
+    def flow_out_of_memory(tokens, prompts):
         sizes.append(len(tokens))
         if len(tokens) > 1:
             raise torch.cuda.OutOfMemoryError
         return flow(tokens, prompts)
 
-    monkeypatch.setattr(token2wav, "flow", small_flow)
+    monkeypatch.setattr(token2wav, "flow", flow_out_of_memory)
     torch.testing.assert_close(token2wav(sequences, [voice] * 3)[0], expected, rtol=0, atol=TOLERANCE)
     assert sizes == [3, 1, 2, 1, 1]
 
 
 @pytest.mark.parametrize("name", ["flow.pt", "campplus.onnx"])
-def test_a_missing_file_and_wrong_weights_are_named(folder, tmp_path, name):
+def test_errors_name_missing_files_and_wrong_weights(folder, tmp_path, name):
     import shutil
 
     copy = shutil.copytree(folder, tmp_path / "copy")
@@ -204,5 +206,5 @@ def test_a_missing_file_and_wrong_weights_are_named(folder, tmp_path, name):
             CosyVoice2Token2Wav(copy)
 
 
-def test_shapes_of_the_small_stand_in_differ_in_size_only():
+def test_small_and_full_shapes_have_the_same_keys():
     assert SMALL.keys() == FULL.keys()

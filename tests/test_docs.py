@@ -1,7 +1,11 @@
-"""README and docs: links, paths and commands exist, and the figures of a table are those of the JSON that it links."""
+"""README, docs and docstrings: links, paths, commands exist, and figures of a table are those of the JSON it links."""
 
+import ast
+import importlib
 import json
 import re
+import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -9,21 +13,57 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 RESULTS = sorted(ROOT.glob("docs/results/*.json"))
-TOP_FOLDERS = r"(?:assets|conf|docs|scripts|tests|tiny_stack|tts_grpo)"
+TOP_FOLDERS = r"(?:assets|conf|docs|scripts|tests|tiny_stack|tools|tts_grpo)"
 # Not preceded by another path, or by "M `" or "C `": docs/differences.md's paths in the published recipes.
 PATH = re.compile(rf"(?<![\w/.-])(?<![MC] `){TOP_FOLDERS}/[\w./-]*\w/?")
 NUMBER = re.compile(r"(?<![\w.])(?<!\w-)\d+(?:,\d{3})*(?:\.\d+)?(?!\w)")
 DATA = re.compile(r"^Data: \[[^\]]*\]\(([^)]*\.json)\)$")
 
+COMMAND = re.compile(r"(?:\w+=\S* +)*(?:bash|ray|tensorboard|(?:\.venv/\w+/bin/)?(?:python|torchrun|pip install)) +\S")
+
 page_cases = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
-def commands(page: Path) -> list[str]:
-    """Commands of a page's bash blocks and of its inline code, continued lines joined, comments removed."""
+def commands(page: Path) -> list[tuple[str, str]]:
+    """``(exports, command)`` of a page's bash blocks and of its inline code: comments removed, continued lines joined.
+
+    ``exports`` are the block's lines before the command that export variables.
+    """
     text = page.read_text("utf-8").replace("\\\n", " ")
-    blocks = "\n".join(re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S)).splitlines()
+    found = []
+    for block in re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S):
+        exports = ""
+        for line in (re.sub(r"\s+#.*", "", line) for line in block.splitlines()):
+            if line.startswith("export "):
+                exports += f"{line}; "
+            elif line:
+                found.append((exports, line))
     inline = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
-    return [re.sub(r"\s#.*", "", line) for line in blocks + inline]
+    return found + [("", code) for code in inline if COMMAND.match(code)]
+
+
+def usages(program: Path) -> list[tuple[str, str]]:
+    """Commands of a program's docstring."""
+    docstring = ast.get_docstring(ast.parse(program.read_text("utf-8"))) or ""
+    text = re.sub(r"\n\s{8,}(?=-)", " ", docstring.replace("\\\n", " "))  # continued lines are indented further
+    lines = (re.sub(r"\s+#.*", "", line.strip()) for line in text.splitlines() if line.startswith("    "))
+    return [("", line) for line in lines if COMMAND.match(line)]
+
+
+def arguments_of(command: str) -> tuple[str, list[str]] | None:
+    """Module and arguments of a command that runs a Python program of this repository, None for other commands.
+
+    Brackets around what may be left out are removed; placeholders such as N and DIR become 1, which a number may be.
+    """
+    words = shlex.split(re.sub(r"[\[\]]", "", command))
+    if not {"python", "torchrun"} & {Path(word).name for word in words}:
+        return None
+    words = ["1" if re.fullmatch("[A-Z_]+", word) else word for word in words]
+    if "-m" in words and words[words.index("-m") + 1].startswith("tiny_stack"):
+        place = words.index("-m") + 1
+        return words[place], words[place + 1 :]
+    place = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
+    return None if place is None else (words[place].removesuffix(".py").replace("/", "."), words[place + 1 :])
 
 
 def numbers(text: str) -> set[float]:
@@ -52,6 +92,23 @@ def tables_with_data(page: Path) -> list[tuple[str, Path]]:
         elif line:
             table = []
     return found
+
+
+def find_commands() -> list[tuple[str, tuple[str, str]]]:
+    """``(file name, (exports, command))`` of all pages and docstrings."""
+    folders = ("", "scripts/", "tools/", "tiny_stack/")
+    programs = sorted(path for folder in folders for path in ROOT.glob(f"{folder}*.py"))
+    texts = [(page, commands(page)) for page in PAGES] + [(program, usages(program)) for program in programs]
+    return [(path.name, found) for path, both in texts for found in both]
+
+
+COMMANDS = find_commands()
+ALL_COMMANDS = [(where, command) for where, (_, command) in COMMANDS]
+PYTHON_COMMANDS = [(where, command) for where, command in ALL_COMMANDS if arguments_of(command)]
+# --check looks at ports, disk and environments of the machine: test_check.py
+RUN_COMMANDS = sorted({both for _, both in COMMANDS if re.search(r"bash run\.sh(?! \[| --check)", both[1])})
+SHELL_COMMANDS = [(where, command) for where, command in ALL_COMMANDS
+                  if re.search(r"bash (?!run\.sh)\S+\.sh", command)]  # fmt: skip
 
 
 def anchor(heading: str) -> str:
@@ -83,24 +140,44 @@ def test_named_paths_exist(page):
     assert not missing, f"{page.name} names {missing}"
 
 
-@page_cases
-def test_commands_name_programs_flags_and_settings_that_exist(page):
-    run_sh = (ROOT / "run.sh").read_text("utf-8")
-    settings = run_sh + "".join(path.read_text("utf-8") for path in ROOT.glob("conf/**/*.sh"))
-    for command in commands(page):
-        for program in re.findall(r"(?:^|[\s/])(?:bash|python|torchrun)\s(?:.*?\s)?([\w./]+\.(?:py|sh))", command):
-            if "..." in program or program == "X.py":
-                continue
-            assert (ROOT / program).is_file(), f"{page.name}: {command}"
-            if program.endswith(".py"):
-                flags = re.findall(r"(?<=\s)--[a-z][\w-]*", command.split(program, 1)[1])
-                source = (ROOT / program).read_text("utf-8")
-                assert not [flag for flag in flags if f'"{flag}"' not in source], f"{page.name}: {command}"
-        if "bash run.sh" in command:
-            flags = re.findall(r"(?<=\s)--[a-z][\w-]*", command)
-            assert not [flag for flag in flags if flag not in run_sh], f"{page.name}: {command}"
-            for name in re.findall(r"(\w+)=", command.split("bash run.sh")[0]):
-                assert re.search(rf"\b{name}\b", settings), f"{page.name}: {name} is no setting: {command}"
+@pytest.mark.parametrize(("where", "command"), PYTHON_COMMANDS)
+def test_python_commands_are_what_their_program_takes(where, command):
+    """The program's own parser takes them: flags exist, required ones are there."""
+    module, arguments = arguments_of(command)
+    assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), command
+    if hasattr(imported := importlib.import_module(module), "get_args"):
+        imported.get_args(arguments)
+    else:
+        assert not arguments, f"{where}: {command}"
+
+
+@pytest.mark.parametrize("exports_and_command", RUN_COMMANDS, ids=lambda both: both[1][:60])
+def test_commands_of_the_recipe_run_as_printed(exports_and_command):
+    """All stages as a dry run, which goes through all settings, and --settings and --help as they are."""
+    exports, command = exports_and_command
+    script = exports + command.replace("bash run.sh", "bash run.sh --dry-run")
+    done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout, f"{script}: {done.stderr}"
+    settings = (ROOT / "conf/settings.sh").read_text("utf-8")
+    for name in re.findall(r"(\w+)=", exports + command.split("bash run.sh")[0]):
+        assert f"setting {name} " in settings, f"{name} is no setting: {command}"
+
+
+@pytest.mark.parametrize(("where", "command"), SHELL_COMMANDS)
+def test_other_shell_programs_exist_and_know_their_variables(where, command):
+    variables, program = re.match(r"((?:\w+=\S+ +)*)bash (\S+)", command).groups()
+    source = (ROOT / program).read_text("utf-8")
+    for name in re.findall(r"(\w+)=", variables):
+        assert f"${{{name}:" in source, f"{where}: {program} does not read {name}"
+
+
+def test_no_command_is_left_out():
+    """Whatever looks like a command of this repository is in one of the lists above."""
+    assert len(PYTHON_COMMANDS) > 25 and len(RUN_COMMANDS) > 15 and len(SHELL_COMMANDS) > 3
+    tested = {command for _, command in [*PYTHON_COMMANDS, *RUN_COMMANDS, *SHELL_COMMANDS]}
+    free = ("pip install ", "ray start", "tensorboard ", "run.sh [", "run.sh --check")
+    left = [command for _, command in ALL_COMMANDS if command not in tested and not any(f in command for f in free)]
+    assert not left
 
 
 @pytest.mark.parametrize("result", RESULTS, ids=lambda path: path.stem)

@@ -10,6 +10,8 @@ from tts_grpo.speech.token2wav import decode
 from tts_grpo.speech.voices import load_prompt_voice
 from tts_grpo.text.prompts import render_prompt
 
+pytestmark = pytest.mark.slow
+
 SAMPLING = Sampling(max_new_tokens=200)
 
 
@@ -33,17 +35,18 @@ def test_seeds_and_temperature(lm, tokenizer, prompts):
     assert sampled[0] == sampled[1]
     assert len({tuple(u.speech_tokens) for u in sampled}) == 3
     greedy = Sampling(temperature=0, max_new_tokens=200)
-    likeliest = generate_speech_tokens(lm, tokenizer, same[:2], [1, 2], greedy)
-    assert likeliest[0] == likeliest[1]
-    assert generate_speech_tokens(lm, tokenizer, same[:1], [5], Sampling(top_k=1, max_new_tokens=200)) == likeliest[:1]
+    greedy_utterances = generate_speech_tokens(lm, tokenizer, same[:2], [1, 2], greedy)
+    assert greedy_utterances[0] == greedy_utterances[1]
+    top_1 = Sampling(top_k=1, max_new_tokens=200)
+    assert generate_speech_tokens(lm, tokenizer, same[:1], [5], top_1) == greedy_utterances[:1]
 
 
-def test_an_utterance_that_is_cut_says_so(lm, tokenizer, prompts):
-    (cut,) = generate_speech_tokens(lm, tokenizer, prompts[:1], [0], Sampling(max_new_tokens=5))
-    assert (cut.finish_reason, len(cut.speech_tokens)) == ("length", 5)
+def test_truncated_utterance_has_finish_reason_length(lm, tokenizer, prompts):
+    (truncated,) = generate_speech_tokens(lm, tokenizer, prompts[:1], [0], Sampling(max_new_tokens=5))
+    assert (truncated.finish_reason, len(truncated.speech_tokens)) == ("length", 5)
 
 
-def test_zero_shot_prompting_speaks_the_text_only(lm, tokenizer, token2wav, asr, assets, test_rows):
+def test_zero_shot_prompting_synthesises_the_text_only(lm, tokenizer, token2wav, asr, assets, test_rows):
     from tts_grpo.text.errors import pinyin_error_rate
     from tts_grpo.text.jsonl import read_jsonl
 
@@ -51,28 +54,29 @@ def test_zero_shot_prompting_speaks_the_text_only(lm, tokenizer, token2wav, asr,
     voice = load_prompt_voice(token2wav, assets / "prompts" / row["prompt_audio"], row["prompt_text"])
     texts = [r["text"] for r in test_rows[:24]]
     prompts = [render_prompt(tokenizer, text, voice.prompt_text, voice.prompt_speech_tokens) for text in texts]
-    said = generate_speech_tokens(lm, tokenizer, prompts, range(24), Sampling(temperature=0, max_new_tokens=200))
-    heard = asr.transcribe(decode(token2wav, [utterance.speech_tokens for utterance in said]))
-    assert pinyin_error_rate(texts, heard, tones=False) < 0.25
+    utterances = generate_speech_tokens(lm, tokenizer, prompts, range(24), Sampling(temperature=0, max_new_tokens=200))
+    transcripts = asr.transcribe(decode(token2wav, [utterance.speech_tokens for utterance in utterances]))
+    assert pinyin_error_rate(texts, transcripts, tones=False) < 0.25
 
 
-def test_responses_are_told_as_they_end(lm, tokenizer, prompts):
-    model, ids = lm, [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
-    told = []
-    responses = generate(model, ids, range(10), SAMPLING, lambda i, response: told.append((i, response)))
-    assert [response for _, response in sorted(told, key=lambda pair: pair[0])] == responses
-    lens = [len(response.token_ids) for _, response in told]
+def test_on_end_is_called_as_soon_as_a_response_ends(lm, tokenizer, prompts):
+    ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    calls = []
+    on_end = lambda i, response: calls.append((i, response))  # noqa: E731
+    responses = generate(lm, ids, range(10), SAMPLING, on_end)
+    assert [response for _, response in sorted(calls, key=lambda call: call[0])] == responses
+    lens = [len(response.token_ids) for _, response in calls]
     assert lens == sorted(lens) and len(set(lens)) > 1  # the shortest first
-    told.clear()
-    cut = generate(model, ids, range(10), Sampling(max_new_tokens=3), lambda i, response: told.append((i, response)))
-    assert sorted(i for i, _ in told) == list(range(10)) and all(response in cut for _, response in told)
+    calls.clear()
+    truncated = generate(lm, ids, range(10), Sampling(max_new_tokens=3), on_end)
+    assert sorted(i for i, _ in calls) == list(range(10)) and all(response in truncated for _, response in calls)
 
 
 def official_probabilities(logits: torch.Tensor, history: list[int], top_p: float, top_k: int, window: int):
-    """Of each token, as ``ras_sampling`` of CosyVoice at ace7c47 draws it with tau_r = 1 / window.
+    """Token probabilities of CosyVoice's ``ras_sampling`` at ace7c47 with tau_r = 1 / window, and of the nucleus.
 
-    A token of the nucleus that is among the last ``window`` is not said: its probability goes to all other tokens, in
-    proportion to theirs. (Releases before left it among them.)
+    A token of the nucleus that is among the last ``window`` tokens is replaced: its probability is distributed over all
+    other tokens, in proportion to their probabilities. (Earlier releases could draw the same token again.)
     """
     probs = logits.softmax(0)
     order = probs.argsort(descending=True)[:top_k]
@@ -90,22 +94,22 @@ def official_probabilities(logits: torch.Tensor, history: list[int], top_p: floa
     return result, nucleus
 
 
-def test_repetition_aware_sampling_is_the_official_one():
-    """The frequencies of drawn tokens, against the probabilities that the pinned source gives them."""
+def test_repetition_aware_sampling_equals_the_official_one():
+    """Compares frequencies of drawn tokens with the probabilities in the pinned source."""
     torch.manual_seed(0)
     logits, history = torch.randn(12) * 2, [3, 7, 7, 1]
     for likely in history[:2]:
-        logits[likely] = 3.0  # what was said lately is likely again
+        logits[likely] = 3.0  # recent tokens are probable again
     sampling = Sampling(top_p=0.8, top_k=4, repetition_window=3)
     recent = torch.tensor([history[-3:]]).expand(50000, -1)
     drawn, log_probs = _next(logits.expand(50000, -1), _warpers(sampling), recent, torch.rand(50000, 2), sampling)
     expected, nucleus = official_probabilities(logits, history, 0.8, 4, 3)
-    ours = torch.bincount(drawn, minlength=12) / len(drawn)
-    assert (ours - expected).abs().max() < 0.01
+    frequencies = torch.bincount(drawn, minlength=12) / len(drawn)
+    assert (frequencies - expected).abs().max() < 0.01
     official = torch.tensor([nucleus_sampling(logits.log_softmax(0), 0.8, 4) for _ in range(9000)])
     assert (torch.bincount(official, minlength=12) / 9000 - nucleus).abs().max() < 0.02
-    # a token that is not drawn again, or is drawn again with itself among the others, would be seen
-    assert (ours - nucleus).abs().max() > 0.1
+    # The test detects both a missing second draw and a second draw that includes the repeated token.
+    assert (frequencies - nucleus).abs().max() > 0.1
     assert expected[7] < 0.01 < nucleus[7] * logits.softmax(0)[7]
     assert log_probs.max() <= 0
 
@@ -123,7 +127,7 @@ def lm_with_bias(lm):
 
 
 def test_official_lengths(lm_with_bias, tokenizer, prompts, test_rows):
-    """Between 2 and 20 tokens for each token of the text (Qwen2LM.inference), each text by its own length."""
+    """A response has 2 to 20 tokens per token of its own text (Qwen2LM.inference)."""
     texts = [row["text"] for row in test_rows[:10]]
     text_lens = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
     assert len(set(text_lens)) > 2
@@ -139,11 +143,11 @@ def test_official_lengths(lm_with_bias, tokenizer, prompts, test_rows):
         responses = generate(lm, ids, range(10), OFFICIAL, lambda i, response: ended.append(i), text_lens)  # noqa: B023
         assert sorted(ended) == list(range(10))
         for response, text_len in zip(responses, text_lens, strict=True):
-            said = len(response.token_ids) - (response.finish_reason == "eos")
+            length = len(response.token_ids) - (response.finish_reason == "eos")
             if change < 0:
-                assert (said, response.finish_reason) == (20 * text_len, "length")
-            else:  # CosyVoice keeps back the first of its end tokens only
-                assert (said, response.finish_reason) == (2 * text_len if end == ends[0] else 0, "eos")
+                assert (length, response.finish_reason) == (20 * text_len, "length")
+            else:  # CosyVoice applies the minimum to the first of its end tokens only
+                assert (length, response.finish_reason) == (2 * text_len if end == ends[0] else 0, "eos")
 
 
 def test_official_lengths_need_the_texts(lm, tokenizer, prompts):
@@ -151,19 +155,19 @@ def test_official_lengths_need_the_texts(lm, tokenizer, prompts):
         generate_speech_tokens(lm, tokenizer, prompts[:1], [0], OFFICIAL)
 
 
-def test_repetition_penalty_is_transformers(lm, tokenizer):
-    """Only where it is asked for: the generation config's own must not act."""
+def test_repetition_penalty_equals_transformers(lm, tokenizer):
+    """The penalty of ``Sampling`` is used; that of the model's generation config is ignored."""
     prompt = tokenizer(render_prompt(tokenizer, "今天天气很好"), return_tensors="pt", add_special_tokens=False)
     greedy = Sampling(temperature=0, max_new_tokens=40, repetition_penalty=1.3)
-    (ours,) = generate(lm, prompt["input_ids"].tolist(), [0], greedy)
+    (penalised,) = generate(lm, prompt["input_ids"].tolist(), [0], greedy)
     config = GenerationConfig(
         do_sample=False, repetition_penalty=1.3, max_new_tokens=40, pad_token_id=lm.generation_config.pad_token_id,
         eos_token_id=lm.generation_config.eos_token_id,
     )  # fmt: skip
-    theirs = lm.generate(**prompt, generation_config=config)[0, prompt["input_ids"].shape[1] :].tolist()
-    assert ours.token_ids == theirs
+    expected = lm.generate(**prompt, generation_config=config)[0, prompt["input_ids"].shape[1] :].tolist()
+    assert penalised.token_ids == expected
     (plain,) = generate(lm, prompt["input_ids"].tolist(), [0], dataclasses.replace(greedy, repetition_penalty=1.0))
-    assert plain.token_ids != theirs
+    assert plain.token_ids != expected
     lm.generation_config.repetition_penalty = 1.3
     try:
         again = generate(lm, prompt["input_ids"].tolist(), [0], dataclasses.replace(greedy, repetition_penalty=1.0))

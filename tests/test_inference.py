@@ -8,9 +8,14 @@ import numpy as np
 import pytest
 
 import infer_dist
-from tts_grpo.speech.audio import save_audio
+import infer_single
+from scripts.score import main as score_main
+from tts_grpo.speech.audio import load_audio, save_audio
 from tts_grpo.speech.cosyvoice2.random_weights import make_cosyvoice2_folder
+from tts_grpo.speech.synthesis import utterance_seed
 from tts_grpo.text.jsonl import read_jsonl, write_jsonl
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_UTTERANCES = 9
@@ -58,30 +63,86 @@ def test_manifest_is_complete(one_process, eval_set):
             assert line["seed"] == seed and line["finish_reason"] in ("eos", "length")
             assert (one_process / f"seed_{seed}" / line["wav"]).stat().st_size > 44
             assert line["duration_s"] == pytest.approx(line["num_speech_tokens"] / 25)
-    assert results(one_process)["seed_0/manifest.jsonl"] != results(one_process)["seed_7/manifest.jsonl"]
+    wavs = {seed: {p.name: p.read_bytes() for p in (one_process / f"seed_{seed}/wavs").iterdir()} for seed in (0, 7)}
+    assert len(wavs[0]) == NUM_UTTERANCES
+    assert all(wavs[0][name] != wavs[7][name] for name in wavs[0]), "the seeds gave the same speech"
+
+
+def test_an_utterance_draws_by_its_seed_and_its_id():
+    assert len({utterance_seed(seed, utt_id) for seed in (0, 7) for utt_id in "ab"}) == 4
 
 
 def test_precision_is_the_decoders(assets, eval_set, tmp_path):
     done = infer(assets, eval_set, tmp_path, 1, "--precision", "fp16")
-    assert done.returncode and "the tiny token2wav has no precision fp16" in done.stderr
+    assert done.returncode and "the tiny token2wav does not support the precision fp16" in done.stderr
 
 
 def test_two_processes_and_a_resumed_run_give_the_same_bytes(assets, eval_set, one_process, tmp_path):
     done = infer(assets, eval_set, tmp_path, 2)
     assert done.returncode == 0, done.stderr
     assert results(tmp_path) == results(one_process)
-    record = tmp_path / "batches.rank1.jsonl"  # as a crash would leave it: a line lost, the next cut short
+    record = tmp_path / "utterances.rank1.jsonl"  # as a crash would leave it: a line lost, the next cut short
     lines = record.read_text().splitlines()
     record.write_text("\n".join(lines[:-2]) + "\n" + lines[-1][:50])
-    shutil.rmtree(tmp_path / "seed_0" / "wavs")
-    lost = [line for line in lines[-2:] if line]
     for path in tmp_path.glob("seed_*/manifest.jsonl"):
         path.unlink()
-    kept = {name for line in lines[:-2] if line for name in [json.loads(line)["batch"]]}
-    assert lost and kept
     done = infer(assets, eval_set, tmp_path, 1)
     assert done.returncode == 0, done.stderr
-    assert results(tmp_path)["seed_7/manifest.jsonl"] == results(one_process)["seed_7/manifest.jsonl"]
+    assert results(tmp_path) == results(one_process)
+
+
+@pytest.fixture
+def changed_set(eval_set, tmp_path):
+    """A copy of the set, one line changed, one taken out and one added, with its prompt's recording elsewhere."""
+    rows = read_jsonl(eval_set)
+    (tmp_path / "voices").mkdir()
+    shutil.copy(eval_set.parent / rows[3]["prompt_audio"], tmp_path / "voices/voice.ogg")
+    rows[3]["prompt_audio"] = "voices/voice.ogg"
+    rows[0] |= {"target_text": "明天不会下雨。"}
+    write_jsonl(tmp_path / "set.jsonl", [{"id": "new", "target_text": "今天天气很好。"}, *rows[:5], *rows[6:]])
+    return tmp_path / "set.jsonl"
+
+
+def test_only_what_changed_in_the_set_is_synthesised_again(assets, eval_set, one_process, changed_set, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(one_process, out)
+    first = read_jsonl(eval_set)[0]["id"]
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("seed_*/wavs/*.wav") if path.stem != first}
+    done = infer(assets, changed_set, out, 2)
+    assert done.returncode == 0, done.stderr
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    for seed in (0, 7):
+        lines = read_jsonl(out / f"seed_{seed}/manifest.jsonl")
+        texts = [(line["id"], line["target_text"], line["prompt_audio"]) for line in lines]
+        assert texts == [(r["id"], r["target_text"], r.get("prompt_audio")) for r in read_jsonl(changed_set)]
+        assert (out / f"seed_{seed}/wavs/new.wav").is_file()
+        assert results(out)[f"seed_{seed}/wavs/{first}.wav"] != results(one_process)[f"seed_{seed}/wavs/{first}.wav"]
+    done = infer(assets, eval_set, out, 1)  # the first set again: the audio there is no longer that of its text
+    assert done.returncode == 0 and {path: path.stat().st_mtime_ns for path in kept} == kept, done.stderr
+    assert results(out)[f"seed_7/wavs/{first}.wav"] == results(one_process)[f"seed_7/wavs/{first}.wav"]
+
+
+def test_audio_that_is_gone_or_damaged_is_made_again(assets, eval_set, one_process, tmp_path):
+    shutil.copytree(one_process, tmp_path, dirs_exist_ok=True)
+    wavs = sorted((tmp_path / "seed_0/wavs").glob("*.wav"))
+    wavs[0].unlink()
+    wavs[1].write_bytes(wavs[1].read_bytes()[:-100])
+    done = infer(assets, eval_set, tmp_path, 1)
+    assert done.returncode == 0, done.stderr
+    assert results(tmp_path).keys() == results(one_process).keys()
+    for wav in wavs[:2]:
+        again, before = load_audio(wav), load_audio(one_process / wav.relative_to(tmp_path))
+        np.testing.assert_allclose(again, before, atol=1e-3)  # they were in other batches
+
+
+def test_another_voice_changes_the_fingerprint(eval_set, tmp_path):
+    rows = [{"id": "a", "target_text": "好", "prompt_text": "你好", "prompt_audio": "a.wav"}]
+    found = set()
+    for content in (b"1", b"2"):
+        (tmp_path / "a.wav").write_bytes(content)
+        found.add(infer_dist.fingerprints(rows, tmp_path)["a"])
+    found.add(infer_dist.fingerprints([rows[0] | {"prompt_text": "您好"}], tmp_path)["a"])
+    assert len(found) == 3
 
 
 def test_other_settings_are_refused(assets, eval_set, one_process):
@@ -109,6 +170,13 @@ def test_batches_do_not_depend_on_order_of_work():
     for seed in (1, 2):
         said = [row["id"] for batch in batches if batch.seed == seed for row in batch.rows]
         assert sorted(said, key=int) == [row["id"] for row in rows]
+
+
+def test_audio_of_another_text_is_not_scored(assets, one_process, changed_set):
+    command = ["--output-dir", one_process, "--eval-set", changed_set, "--asr-dir", assets / "asr_eval"]
+    with pytest.raises(SystemExit, match="was synthesised from .*, but the set's text is '明天不会下雨。'"):
+        score_main([*map(str, command), "--quality-utterances", "0"])
+    assert not (one_process / "scores.json").exists()
 
 
 def score(assets, output_dir, eval_set):
@@ -144,14 +212,22 @@ def test_failures_never_make_a_score_better(assets, eval_set, one_process, tmp_p
     assert [line.split()[1] for line in lines] == ["ref", "hyp", "op", "#csid"]
 
 
-def test_single(assets, tmp_path):
-    command = [
-        sys.executable, str(ROOT / "infer_single.py"), "--llm-path", str(assets / "llm"), "--token2wav-dir",
-        str(assets / "token2wav"), "--text", "今天天气很好", "--output", str(tmp_path / "a.wav"),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str(tmp_path / "a.wav") and (tmp_path / "a.wav").stat().st_size > 20000
+@pytest.mark.parametrize("place", [0, 3], ids=["no prompt", "prompt"])
+def test_one_utterance_alone_is_that_of_the_evaluation(assets, eval_set, one_process, tmp_path, place):
+    row = read_jsonl(eval_set)[place]
+    command = ["--llm-path", assets / "llm", "--token2wav-dir", assets / "token2wav", "--text", row["target_text"]]
+    command += ["--max-new-tokens", "120", "--seed", "7", "--utt-id", row["id"], "--output", tmp_path / "a.wav"]
+    if place:
+        command += ["--prompt-audio", eval_set.parent / row["prompt_audio"], "--prompt-text", row["prompt_text"]]
+    infer_single.main([*map(str, command)])
+    alone, evaluated = (load_audio(path) for path in (tmp_path / "a.wav", one_process / f"seed_7/wavs/{row['id']}.wav"))
+    np.testing.assert_allclose(alone, evaluated, atol=1e-3)  # the same but for rounding: it was in another batch
+
+
+def test_the_single_text_may_be_the_tongue_twister(assets, tmp_path, capsys):
+    command = ["--llm-path", assets / "llm", "--token2wav-dir", assets / "token2wav", "--output", tmp_path / "a.wav"]
+    infer_single.main([*map(str, command)])
+    assert capsys.readouterr().out.strip() == str(tmp_path / "a.wav") and len(load_audio(tmp_path / "a.wav")) > 16000
 
 
 def test_utterances_without_a_prompt_are_named_before_anything_is_spoken(assets, eval_set, tmp_path):
@@ -160,3 +236,5 @@ def test_utterances_without_a_prompt_are_named_before_anything_is_spoken(assets,
     with pytest.raises(SystemExit, match=f"{NUM_UTTERANCES - 1} utterances have no prompt, .* first"):
         infer_dist.main([*map(str, command), "--output-dir", str(tmp_path / "out")])
     assert not list((tmp_path / "out").glob("seed_*"))
+    with pytest.raises(SystemExit, match="1 utterances have no prompt"):
+        infer_single.main([*map(str, command[:4]), "--output", str(tmp_path / "a.wav")])

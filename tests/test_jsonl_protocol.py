@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from tts_grpo.reward.protocol import BUCKETS, Scored, bucket, decode_response, encode_request
+from tts_grpo.reward.protocol import BUCKETS, RolloutScore, bucket, decode_response, encode_request
 from tts_grpo.text.jsonl import numbered_rows, read_jsonl, write_jsonl
 
 
@@ -72,7 +72,7 @@ def test_request_is_padded_to_its_bucket():
 
 
 def test_response():
-    assert decode_response(response()) == Scored(0.5, 0.25, "你好", (0, 1), (0, 7))
+    assert decode_response(response()) == RolloutScore(0.5, 0.25, "你好", (0, 1), (0, 7))
 
 
 @pytest.mark.parametrize("reward", [math.nan, -0.1, 1.1, None])

@@ -1,3 +1,4 @@
+import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -5,6 +6,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from tts_grpo.training.verl_cpu import log_probs
 from tts_grpo.training.verl_cpu.log_probs import fused_linear
+
+pytestmark = pytest.mark.slow
 
 
 def reference(hidden, weight, labels, temperature):
@@ -25,12 +28,12 @@ def test_values_and_gradients_equal_those_of_log_softmax(monkeypatch):
             values = function(hidden, weight, labels, temperature)
             loss = sum((s * v).sum() for s, v, factor in zip(scale, values, factors, strict=True) if factor)
             results.append([*values, *torch.autograd.grad(loss, (hidden, weight))])
-        for ours, theirs in zip(*results, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+        for actual, expected in zip(*results, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
 def gradient_of_a_sharded_head(rank: int, folder: str) -> None:
-    """A worker of two, each with hidden states of its own: writes its part of the gradient."""
+    """One of two workers with different hidden states: compares its results with those of an unsharded head."""
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
     torch.manual_seed(0)
     weight, hidden, labels = torch.randn(40, 8), torch.randn(2, 3, 8), torch.tensor([1, 2, 33])
@@ -38,12 +41,12 @@ def gradient_of_a_sharded_head(rank: int, folder: str) -> None:
     log_probs, _ = fused_linear(None, hidden[rank], sharded, labels)
     log_probs.sum().backward()
     expected = weight.requires_grad_()
-    sum(reference(part, expected, labels, 1.0)[0].sum() / 2 for part in hidden).backward()
+    sum(reference(states, expected, labels, 1.0)[0].sum() / 2 for states in hidden).backward()
     torch.testing.assert_close(log_probs, reference(hidden[rank], weight, labels, 1.0)[0])
     torch.testing.assert_close(sharded.grad.full_tensor(), expected.grad)
     dist.destroy_process_group()
 
 
 def test_a_sharded_head_is_gathered_and_its_gradient_averaged(tmp_path):
-    """As FSDP2 leaves the head of a model that is not tied to the embedding, and treats all other weights."""
+    """FSDP2 shards a head that is not tied to the embedding, and averages the gradients of all other weights."""
     torch.multiprocessing.spawn(gradient_of_a_sharded_head, (str(tmp_path),), nprocs=2)

@@ -11,6 +11,8 @@ import pytest
 
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.slow
+
 # Answers as Python would; "-m venv DIR" puts the stand-in itself there. Calls of pip are written to a file.
 STAND_IN = """#!/usr/bin/env bash
 case "$*" in

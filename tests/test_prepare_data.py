@@ -6,6 +6,8 @@ import pytest
 
 from tests.hub_repositories import make_voxbox
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -13,6 +13,8 @@ from tts_grpo.speech.audio import load_audio
 from tts_grpo.speech.voices import load_prompt_voices
 from tts_grpo.text.jsonl import read_jsonl
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -1,4 +1,4 @@
-"""The folder that is trained: made from the SFT model as published, in both environments, without changing it."""
+"""Preparation of the published SFT model for training, in both environments, without changing it."""
 
 import hashlib
 import json
@@ -9,11 +9,13 @@ import pytest
 from transformers import AutoTokenizer, GenerationConfig
 
 from scripts import prepare_llm
-from scripts.random_llm import DEFAULT_CHAT_TEMPLATE
 from tests.conftest import ROOT
+from tools.random_llm import DEFAULT_CHAT_TEMPLATE
 from tts_grpo.text.prompts import chat_messages, load_tokenizer, render_prompt
 
-# Renders as the template that the original recipe passes with each call: it adds instruction and start token itself.
+pytestmark = pytest.mark.slow
+
+# Renders like the template that the original recipe passes with each call: it adds instruction and start token.
 UPSTREAM_CHAT_TEMPLATE = (
     "{%- for message in messages %}{%- if message.role == 'user' %}"
     "{{- '<|im_start|>user\\nConvert the text to speech: ' + message.content + '<|im_end|>\\n' }}"
@@ -27,7 +29,7 @@ PROMPT_IDS = [  # <|im_start|>user\nConvert the text to speech: 你好<|im_end|>
 
 
 def copy_with_template(folder: Path, checkpoint: Path, template: str | None) -> Path:
-    """A folder of links to a checkpoint's files, with another chat template."""
+    """Make a folder with links to a checkpoint's files and another chat template."""
     folder.mkdir(parents=True)
     for path in checkpoint.iterdir():
         if path.name != "tokenizer_config.json":
@@ -44,7 +46,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("template", [DEFAULT_CHAT_TEMPLATE, UPSTREAM_CHAT_TEMPLATE, None])
-def test_prompts_of_the_published_folder_are_upstreams(sft_checkpoint, template, tmp_path):
+def test_prompts_equal_those_of_the_original_recipe(sft_checkpoint, template, tmp_path):
     source = copy_with_template(tmp_path / "sft", sft_checkpoint, template)
     before = digests(source)
     changed = prepare_llm.prepare(source, tmp_path / "out")
@@ -57,16 +59,16 @@ def test_prompts_of_the_published_folder_are_upstreams(sft_checkpoint, template,
     assert render_prompt(load_tokenizer(source), "好", "你", [0, 6560]) == zero_shot
 
 
-def test_the_trainers_environment_makes_and_reads_the_same(trainer_python, sft_checkpoint, tmp_path):
+def test_result_is_the_same_in_the_trainer_environment(trainer_python, sft_checkpoint, tmp_path):
     command = [trainer_python, str(ROOT / "scripts/prepare_llm.py"), "--sft-path", str(sft_checkpoint)]
     environment = {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [*command, "--output-dir", str(tmp_path / "out")], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    said = json.loads(done.stdout)
-    assert said["end_tokens"] == ["<|im_end|>", "<|endoftext|>"]
-    assert said["generation_settings_left_out"]["repetition_penalty"] == 1.1
+    changes = json.loads(done.stdout)
+    assert changes["end_tokens"] == ["<|im_end|>", "<|endoftext|>"]
+    assert changes["generation_settings_left_out"]["repetition_penalty"] == 1.1
     read = """if True:
         import sys
         from transformers import AutoTokenizer, GenerationConfig
@@ -78,14 +80,14 @@ def test_the_trainers_environment_makes_and_reads_the_same(trainer_python, sft_c
     assert json.loads(done.stdout) == PROMPT_IDS, done.stderr[-2000:]
 
 
-def test_nothing_of_qwens_sampling_is_left(sft_checkpoint, tmp_path):
+def test_sampling_settings_of_qwen_are_dropped(sft_checkpoint, tmp_path):
     prepare_llm.prepare(sft_checkpoint, tmp_path / "out")
     config = GenerationConfig.from_pretrained(tmp_path / "out")
     assert config.eos_token_id == [151645, 151643] and config.pad_token_id == 151643
     assert not config.repetition_penalty and not config.top_k and not config.temperature
 
 
-def test_a_folder_in_the_recipes_form_is_kept_and_an_older_result_replaced(assets, tmp_path):
+def test_matching_template_is_kept_and_existing_output_replaced(assets, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/stale").touch()
     changed = prepare_llm.prepare(assets / "llm", tmp_path / "out")
@@ -94,7 +96,7 @@ def test_a_folder_in_the_recipes_form_is_kept_and_an_older_result_replaced(asset
     assert render_prompt(AutoTokenizer.from_pretrained(tmp_path / "out"), "好").endswith("GENERATION_START|>")
 
 
-def test_what_cannot_be_trained_is_named(sft_checkpoint, tmp_path):
+def test_folders_that_cannot_be_trained_are_refused(sft_checkpoint, tmp_path):
     (tmp_path / "repository/checkpoint-5").mkdir(parents=True)
     (tmp_path / "repository/checkpoint-5/config.json").write_text("{}")
     with pytest.raises(SystemExit, match=r"has no config.json; it has checkpoint-5: set sft_path"):

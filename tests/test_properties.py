@@ -9,9 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import infer_dist
-from tts_grpo.reward.protocol import OUTPUT_NAMES, bucket, decode_response, encode_request
+from tts_grpo.reward.protocol import (
+    OUTPUT_NAMES,
+    RolloutScore,
+    bucket,
+    decode_response,
+    encode_request,
+    encode_response,
+)
 from tts_grpo.speech.cosyvoice2.kernels import QUERIES
-from tts_grpo.speech.cosyvoice2.packed_flow import GAP, SIZES, Row, fill_rows
+from tts_grpo.speech.cosyvoice2.packed_flow import GAP, SIZES, PackedRow, assign_rows
 from tts_grpo.speech.decoder import pad_speech_tokens
 from tts_grpo.text.tokens import NUM_SPEECH_TOKENS, format_speech_tokens, parse_speech_tokens
 from tts_grpo.training.credit import encode, syllable_advantages
@@ -59,7 +66,6 @@ def test_credit_adds_up_to_grpos_advantage(group):
 def test_batches_hold_each_utterance_once_per_seed(lens, seeds, batch_size):
     rows = [{"id": str(i), "target_text": "好" * n} for i, n in enumerate(lens)]
     batches = infer_dist.make_batches(rows, seeds, batch_size)
-    assert len({batch.name for batch in batches}) == len(batches)
     assert all(1 <= len(batch.rows) <= batch_size for batch in batches)
     for seed in seeds:
         ids = [row["id"] for batch in batches if batch.seed == seed for row in batch.rows]
@@ -67,14 +73,14 @@ def test_batches_hold_each_utterance_once_per_seed(lens, seeds, batch_size):
 
 
 @given(st.lists(st.integers(1, 3000), min_size=1, max_size=40))
-def test_packed_rows_hold_each_utterance_once_and_apart(lens):
-    filled = fill_rows(lens)
-    assert [i for row in filled for i in row] == list(range(len(lens)))
-    for members in filled:
+def test_packed_rows_contain_each_utterance_once_with_gaps(lens):
+    rows = assign_rows(lens)
+    assert [i for members in rows for i in members] == list(range(len(lens)))
+    for members in rows:
         own = [lens[i] for i in members]
-        assert len(members) == 1 or Row.fits(own, SIZES[-1])
-        size = next((size for size in SIZES if Row.fits(own, size)), None)
-        row = Row(own, size)
+        assert len(members) == 1 or PackedRow.fits(own, SIZES[-1])
+        size = next((size for size in SIZES if PackedRow.fits(own, size)), None)
+        row = PackedRow(own, size)
         assert row.used.sum() == sum(own)
         for i, (start, n) in enumerate(zip(row.starts, own, strict=True)):
             assert (row.utterance[start : start + n] == i).all() and (
@@ -116,6 +122,24 @@ def test_only_rewards_from_0_to_1_are_rewards(reward):
     else:
         with pytest.raises(ValueError, match="reward"):
             decode_response(body)
+
+
+unit_counts = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2000)), max_size=8)
+scores = st.builds(
+    lambda reward, transcript, units: RolloutScore(reward, 0.5, transcript, *(tuple(zip(*units)) or ((), ()))),
+    st.floats(0, 1, width=32), st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")), unit_counts,
+)  # fmt: skip
+
+
+@given(st.lists(scores, min_size=1, max_size=5))
+def test_scores_come_through_the_wire_as_they_are(sent):
+    """Each rollout of a batch is a response of its own, as Triton writes it in JSON."""
+    tensors = encode_response(sent)
+    assert set(tensors) == set(OUTPUT_NAMES)
+    for i, score in enumerate(sent):
+        rows = {name: tensor[i] for name, tensor in tensors.items()}
+        data = {n: [v.decode() for v in row] if row.dtype.kind == "S" else row.tolist() for n, row in rows.items()}
+        assert decode_response({"outputs": [{"name": n, "data": d} for n, d in data.items()]}) == score
 
 
 @given(speech_tokens)

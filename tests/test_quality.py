@@ -1,4 +1,4 @@
-"""Every figure with a known answer."""
+"""Tests of the quality metrics on signals with known values."""
 
 import math
 
@@ -11,9 +11,11 @@ from tts_grpo.speech.nets.dnsmos import DnsMos
 from tts_grpo.speech.nets.melody import Melody
 from tts_grpo.speech.nets.speaker import Resemblyzer, Similarity, WavLm
 
+pytestmark = pytest.mark.slow
+
 
 def tone(seconds, hz=200.0, amplitude=0.3):
-    """A voice-like tone with six harmonics; ``hz`` may be one for each sample."""
+    """A voice-like tone with six harmonics; ``hz`` may be an array with one value per sample."""
     phase = 2 * np.pi * np.cumsum(np.broadcast_to(hz, int(seconds * ASR_HZ))) / ASR_HZ
     return (amplitude * sum(np.sin(k * phase) / k for k in range(1, 7))).astype(np.float32)
 
@@ -27,7 +29,7 @@ def recordings(assets):
     return [load_audio(path) for path in sorted((assets / "recordings").glob("*.ogg"))[:6]]
 
 
-def test_silences_are_where_they_were_put():
+def test_silences():
     speech = np.concatenate([quiet(0.4), tone(0.6), quiet(0.2), tone(0.2), quiet(0.8)])
     leading, trailing, inner = quality.silences(speech)
     assert (leading, trailing, inner) == (pytest.approx(0.4), pytest.approx(0.8), pytest.approx(0.2))
@@ -38,21 +40,21 @@ def test_silences_are_where_they_were_put():
 
 def test_repetition():
     share = quality.repeated_share
-    assert share(list("今天天气很好")) == 0.0  # one unit twice is ordinary
+    assert share(list("今天天气很好")) == 0.0  # repeating a single unit is normal
     assert share(list("天气很好天气很好")) == 0.5
     assert share(list("今天天气很好天气很好天气很好")) == pytest.approx(8 / 14)
     assert share([]) == 0.0
 
 
-def test_cheap_figures():
+def test_cheap_metrics():
     speech = np.concatenate([quiet(0.5), tone(2.0), quiet(0.5)])
     speech[10_000:10_300] = 1.0
-    found = quality.cheap_figures(speech, list("一二三四五六"), list("一二一二三四五六"), "length")
-    assert found["duration_s"] == 3.0 and found["speech_rate"] == pytest.approx(3.0)
-    assert found["eos_share"] == 0.0 and found["repetition"] == pytest.approx(2 / 8)
-    assert found["clipped_share"] == pytest.approx(300 / 48_000)
-    said_twice = list("一二一二三")
-    assert quality.cheap_figures(speech, said_twice, said_twice, "eos")["repetition"] == 0.0  # as the text has it
+    metrics = quality.cheap_figures(speech, list("一二三四五六"), list("一二一二三四五六"), "length")
+    assert metrics["duration_s"] == 3.0 and metrics["speech_rate"] == pytest.approx(3.0)
+    assert metrics["eos_share"] == 0.0 and metrics["repetition"] == pytest.approx(2 / 8)
+    assert metrics["clipped_share"] == pytest.approx(300 / 48_000)
+    repetitive = list("一二一二三")  # repetitions of the text itself do not count
+    assert quality.cheap_figures(speech, repetitive, repetitive, "eos")["repetition"] == 0.0
 
 
 def test_melody():
@@ -67,7 +69,7 @@ def test_melody():
     assert set(melody.measure(quiet(1.0)).values()) == {None}
 
 
-def test_dnsmos_equals_the_package_and_falls_with_noise(recordings):
+def test_dnsmos_equals_the_package_and_decreases_with_noise(recordings):
     from speechmos import dnsmos
 
     mos, speech = DnsMos(), np.concatenate(recordings)  # more than one window
@@ -83,7 +85,7 @@ def test_dnsmos_equals_the_package_and_falls_with_noise(recordings):
     assert noisy["dnsmos_ovrl"] < clean["dnsmos_ovrl"] - 0.5 and min(noisy.values()) >= 1.0
 
 
-def test_similarity_knows_the_voice(recordings, assets, tmp_path):
+def test_similarity_is_lower_for_another_voice(recordings, assets, tmp_path):
     prompts = sorted((assets / "prompts").glob("*.ogg"))
     similarity = Similarity(Resemblyzer(), prompts)
     itself = similarity.measure(load_audio(prompts[0]), str(prompts[0]))["speaker_similarity"]
@@ -96,7 +98,7 @@ def test_similarity_knows_the_voice(recordings, assets, tmp_path):
     assert Similarity(Resemblyzer()).measure(recordings[0], None) == {}
 
 
-def test_a_folder_of_wavlm_is_used_and_named(recordings, tmp_path):
+def test_wavlm(recordings, tmp_path):
     from safetensors.torch import load_file, save_file
     from transformers import Wav2Vec2FeatureExtractor, WavLMConfig, WavLMForXVector
 
@@ -122,13 +124,13 @@ def test_a_folder_of_wavlm_is_used_and_named(recordings, tmp_path):
         WavLm(folder)
 
 
-def test_failures_get_the_worst_or_nothing():
+def test_failures_get_the_worst_value_or_none():
     failed = quality.failed_figures(costly=True)
-    for name, figure in quality.FIGURES.items():
-        assert failed[name] == figure.worst and (figure.worst is None) == (figure.better is None)
+    for name, metric in quality.FIGURES.items():
+        assert failed[name] == metric.worst and (metric.worst is None) == (metric.better is None)
     assert set(quality.failed_figures(costly=None)) == set(quality.CHEAP)
 
 
-def test_the_part_is_spread_evenly():
+def test_spread_returns_evenly_spaced_indices():
     assert quality.spread(3, 9) == [0, 4, 8] and quality.spread(50, 4) == [0, 1, 2, 3] and quality.spread(0, 9) == []
     assert len(quality.spread(50, 400)) == 50

@@ -1,17 +1,20 @@
-"""The language model with random weights: the form of the published SFT model, and what it generates."""
+"""Tests of the language model with random weights: its file format, tokenizer and responses."""
 
 import json
 
+import pytest
 import torch
 from safetensors import safe_open
 
-from scripts.random_llm import SHAPES, make_model, make_tokenizer, read_ranks
+from tools.random_llm import SHAPES, make_model, make_tokenizer, read_ranks
 from tts_grpo.speech.generation import Sampling, generate, load_lm
 from tts_grpo.text.prompts import GENERATION_START, IM_END, render_prompt
 from tts_grpo.text.tokens import NUM_SPEECH_TOKENS, speech_token_str
 
+pytestmark = pytest.mark.slow
 
-def test_its_form_is_the_published_models(sft_checkpoint):
+
+def test_format_equals_that_of_the_published_model(sft_checkpoint):
     assert {path.name for path in sft_checkpoint.iterdir()} == {
         "added_tokens.json", "config.json", "generation_config.json", "merges.txt", "model.safetensors",
         "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.json",
@@ -32,8 +35,8 @@ def test_its_form_is_the_published_models(sft_checkpoint):
     assert "You are Qwen" in template
 
 
-def test_text_gets_qwens_ids(sft_checkpoint):
-    """Ids of words that Qwen's own tokenizer is known by."""
+def test_text_ids_equal_those_of_qwen(sft_checkpoint):
+    """Compares with known ids of Qwen's tokenizer."""
     _, tokenizer = load_lm(sft_checkpoint)
     assert tokenizer("你好Hello world\n", add_special_tokens=False)["input_ids"] == [108386, 9707, 1879, 198]
     text = "Convert the text to speech: 四十四只石狮子，it's 3.5 km。"
@@ -66,6 +69,6 @@ def test_many_wide_layers_do_not_change_how_often_it_ends():
     assert 0.006 < ends.mean() < 0.015
 
 
-def test_ranks_are_qwens():
+def test_ranks_equal_those_of_qwen():
     ranks = read_ranks(None)
     assert len(ranks) == 151_643 and ranks["你好".encode()] == 108386

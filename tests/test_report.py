@@ -1,4 +1,4 @@
-"""The report of a small but real experiment: recordings through the tiny stack, real scores, a real event file."""
+"""Tests of the report of a small experiment: speech and scores by the tiny stack, and a TensorBoard log."""
 
 import base64
 import html
@@ -29,6 +29,8 @@ from tts_grpo.speech.token2wav import decode
 from tts_grpo.text.errors import ErrorCounts, pinyin_error_rate
 from tts_grpo.text.jsonl import read_jsonl, write_json, write_jsonl
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 NUM_UTTERANCES = 14
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -37,19 +39,20 @@ needs_browser = pytest.mark.skipif(
 )
 
 
-def speak(token2wav, rows, output_dir, seeds, spoil) -> None:
-    """Manifests and recordings as infer_dist.py leaves them; ``spoil`` has the tokens of some lack their middle."""
+def synthesise(token2wav, rows, output_dir, seeds, truncate) -> None:
+    """Write manifests and recordings like infer_dist.py; utterances for which ``truncate`` is true lack a half."""
     for seed in seeds:
         tokens = [
-            row["speech_tokens"][: len(row["speech_tokens"]) // 2] if spoil(i + seed) else row["speech_tokens"]
+            row["speech_tokens"][: len(row["speech_tokens"]) // 2] if truncate(i + seed) else row["speech_tokens"]
             for i, row in enumerate(rows)
         ]
         lines = []
-        for row, said, waveform in zip(rows, tokens, decode(token2wav, tokens), strict=True):
+        for row, speech_tokens, waveform in zip(rows, tokens, decode(token2wav, tokens), strict=True):
             save_audio(output_dir / f"seed_{seed}/wavs/{row['id']}.wav", waveform, 16000)
             lines.append({
-                "id": row["id"], "target_text": row["text"], "seed": seed, "num_speech_tokens": len(said),
-                "error": None, "finish_reason": "eos", "wav": f"wavs/{row['id']}.wav", "duration_s": len(said) / 25,
+                "id": row["id"], "target_text": row["text"], "seed": seed, "num_speech_tokens": len(speech_tokens),
+                "error": None, "finish_reason": "eos", "wav": f"wavs/{row['id']}.wav",
+                "duration_s": len(speech_tokens) / 25,
             })  # fmt: skip
         write_jsonl(output_dir / f"seed_{seed}/manifest.jsonl", lines)
 
@@ -74,20 +77,20 @@ def exp_dir(assets, token2wav, test_rows, tmp_path_factory):
     rows = test_rows[:NUM_UTTERANCES]
     write_jsonl(folder / "set.jsonl", rows)
     log_training(folder / "tensorboard")
-    for model, spoil in (("sft", lambda n: n % 3 == 0), ("grpo", lambda n: n % 9 == 4)):
+    for model, truncate in (("sft", lambda n: n % 3 == 0), ("grpo", lambda n: n % 9 == 4)):
         output_dir = folder / "eval" / model
-        speak(token2wav, rows, output_dir, (0, 1), spoil)
+        synthesise(token2wav, rows, output_dir, (0, 1), truncate)
         command = ["bash", str(ROOT / "scripts/compute_wer.sh"), str(output_dir), str(folder / "set.jsonl")]
         environment = os.environ | {"python": sys.executable, "eval_asr_dir": str(assets / "asr_eval")}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
-    edit_takes(folder, assets)
+    edit_utterances(folder, assets)
     summarise.main(["--exp-dir", str(folder), "--settings", '{"seed": "42", "note": "<b>&</b>"}'])
     return folder
 
 
-def edit_takes(folder, assets) -> None:
-    """Give an utterance a voice prompt, and another one no audio."""
+def edit_utterances(folder, assets) -> None:
+    """Add a voice prompt to one utterance, and remove the audio of another one."""
     prompt = assets / "prompts" / read_jsonl(assets / "prompts/prompts.jsonl")[0]["prompt_audio"]
     for path in (folder / "eval/sft").glob("seed_*/utterances.jsonl"):
         lines = read_jsonl(path)
@@ -104,7 +107,7 @@ def page(exp_dir) -> str:
     return (exp_dir / "report.html").read_text(encoding="utf-8")
 
 
-def test_figures_of_the_page_are_those_of_the_summary(page, exp_dir):
+def test_values_in_the_page_are_those_of_the_summary(page, exp_dir):
     summary = json.loads((exp_dir / "summary.json").read_text())
     for metric in summary["metrics"]:
         for model in ("sft", "grpo"):
@@ -113,12 +116,12 @@ def test_figures_of_the_page_are_those_of_the_summary(page, exp_dir):
         assert f"{summary['relative_drop'][metric]:.1%}" in page and f"{low:.1%} to {high:.1%}" in page
     assert "&lt;b&gt;&amp;&lt;/b&gt;" in page and "<b>&</b>" not in page
     assert page.count('<figure class="plot">') >= 9
-    for title in ("Reward", "Entropy, nats a token", "KL between rollout and training policy", "Gradient norm"):
+    for title in ("Reward", "Entropy, nats per token", "KL between rollout and training policy", "Gradient norm"):
         assert f"<figcaption>{title}</figcaption>" in page
-    assert "KL of the update" not in page, "drawn without values"
+    assert "KL of the update" not in page, "a curve without values is drawn"
 
 
-def test_nothing_comes_from_outside(page):
+def test_page_loads_nothing_from_outside(page):
     assert not re.search(r"""(src|href)=["'](?!data:|#)""", page)
     assert not re.search(r"@import|url\((?!#)", page)
     ids = re.findall(r'\bid="([^"]+)"', page)
@@ -127,25 +130,25 @@ def test_nothing_comes_from_outside(page):
     assert len(page) < 6 * 2**20
 
 
-def test_the_sounds_say_the_texts(page, exp_dir, asr):
-    """MP3 back to words: every player has the sound of its own take."""
+def test_audio_matches_the_texts(page, exp_dir, asr):
+    """Transcribes the MP3 audio of each player."""
     rows = {row["id"]: row for row in read_jsonl(exp_dir / "eval/grpo/seed_0/utterances.jsonl")}
-    heard, texts = [], []
+    recordings, texts = [], []
     for article in re.findall(r"<article .*?</article>", page, re.DOTALL):
         utt_id = re.search(r'id="utt-([^"]+)"', article)[1]
         for kind, uri in re.findall(r'class="take (\w+)".*?src="data:audio/mpeg;base64,([^"]+)"', article, re.DOTALL):
             speech, rate = sf.read(io.BytesIO(base64.b64decode(html.unescape(uri))), dtype="float32")
             assert rate == 16000
             if kind == "grpo":
-                heard.append(speech)
+                recordings.append(speech)
                 texts.append(rows[utt_id]["target_text"])
     assert len(texts) >= 10
-    assert pinyin_error_rate(texts, asr.transcribe(heard), tones=False) < 0.35
-    assert pinyin_error_rate(texts[1:] + texts[:1], asr.transcribe(heard), tones=False) > 0.7
-    assert page.count('class="take prompt"') == 1 and "No sound: no speech tokens" in page
+    assert pinyin_error_rate(texts, asr.transcribe(recordings), tones=False) < 0.35
+    assert pinyin_error_rate(texts[1:] + texts[:1], asr.transcribe(recordings), tones=False) > 0.7
+    assert page.count('class="take prompt"') == 1 and "No audio: no speech tokens" in page
 
 
-def test_missing_parts(exp_dir, tmp_path):
+def test_missing_files(exp_dir, tmp_path):
     shutil.copytree(exp_dir, tmp_path / "exp")
     shutil.rmtree(tmp_path / "exp/tensorboard")
     report.main(["--exp-dir", str(tmp_path / "exp"), "--examples", "1"])
@@ -159,7 +162,7 @@ def test_missing_parts(exp_dir, tmp_path):
         report.main(["--exp-dir", str(tmp_path / "exp")])
 
 
-def test_newer_scores_add_their_rows(exp_dir, tmp_path):
+def test_quality_metrics_and_verdicts_are_shown(exp_dir, tmp_path):
     shutil.copytree(exp_dir, tmp_path / "exp")
     for model in ("sft", "grpo"):
         path = tmp_path / "exp/eval" / model / "scores.json"
@@ -176,7 +179,7 @@ def test_newer_scores_add_their_rows(exp_dir, tmp_path):
     summary["verdict"] = dict.fromkeys(summary["relative_drop"], "better")
     summary["quality_change"] = {
         "dnsmos_ovrl": {"difference": -0.3, "ci": [-0.5, -0.125], "verdict": "worse"},
-        "eos_share": {"difference": 0.05, "ci": [-0.1, 0.2], "verdict": "no difference at this size"},
+        "eos_share": {"difference": 0.05, "ci": [-0.1, 0.2], "verdict": "not significant (95%)"},
     }
     summary["relative_drop"]["cer"] = summary["relative_drop_ci"]["cer"] = None
     write_json(path, summary)
@@ -212,7 +215,7 @@ def test_alignment(said, heard, kinds):
     assert [cell.kind for cell in cells(said, heard)] == kinds
 
 
-def test_alignments_agree_with_the_counts(exp_dir):
+def test_alignments_agree_with_the_error_counts(exp_dir):
     for row in read_jsonl(exp_dir / "eval/sft/seed_0/utterances.jsonl"):
         aligned = cells(row["target_text"], row["hypothesis"])
         errors = sum(cell.kind in ("other", "missing", "extra") for cell in aligned)
@@ -245,12 +248,12 @@ def test_selection():
     utterances = [utterance(0, [3, 0], [0, 0]), utterance(1, [1, 0], [1, 2]), utterance(2, [5, 4], [4, 5])]
     utterances += [utterance(n, [0, 0], [0, 0]) for n in range(3, 20)]
     groups = {group.title: [(u.utt_id, seed) for u, seed in group.chosen] for group in select(utterances, 2)}
-    assert groups.pop("Drawn by chance") and groups == {
+    assert groups.pop("Drawn at random") and groups == {
         "Most improved": [("u0", "0")], "Most worsened": [("u1", "1")], "Worst after GRPO": [("u2", "1")]
     }  # fmt: skip
 
 
-def test_length_bins_hold_everyone():
+def test_length_bins_contain_every_utterance():
     rng = np.random.default_rng(0)
     for lengths in ([4], [4, 4, 9], rng.integers(1, 40, 300).tolist(), [1] * 50 + [9]):
         bins = figures.length_bins(lengths)
@@ -258,19 +261,19 @@ def test_length_bins_hold_everyone():
         assert sum(members) == len(lengths) and min(members) > 0
 
 
-def test_a_resumed_training_counts_once(tmp_path):
+def test_repeated_steps_of_a_resumed_training_count_once(tmp_path):
     from torch.utils.tensorboard import SummaryWriter
 
     for suffix, steps, value in ((".a", range(1, 8), 1.0), (".b", range(5, 10), 2.0)):
         with SummaryWriter(str(tmp_path), filename_suffix=suffix) as writer:
             for step in steps:
                 writer.add_scalar("critic/score/mean", value, step)
-        time.sleep(1.1)  # the file's name has the second it was made
+        time.sleep(1.1)  # the file name contains the time in seconds
     expected = [(step, 1.0 if step < 5 else 2.0) for step in range(1, 10)]
     assert load_scalars(tmp_path) == {"critic/score/mean": expected}
 
 
-def test_spectrogram_shows_a_tone_where_it_is():
+def test_spectrogram_shows_a_tone_at_its_frequency():
     second = np.arange(16000) / 16000
     tone = np.sin(2 * np.pi * 1000 * second).astype(np.float32)
     levels = band_levels(np.concatenate([tone, np.zeros_like(tone)]), 16000)
@@ -299,7 +302,7 @@ def browser(tmp_path_factory):
 
 
 def fetched(browser) -> set[str]:
-    """Addresses that the browser asked for since the last call, without those in the page itself."""
+    """URLs that the browser requested since the last call, without data URIs."""
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     urls = {m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"}
     return {url for url in urls if not url.startswith("data:")}
@@ -309,7 +312,7 @@ def fetched(browser) -> set[str]:
 def test_the_page_in_a_browser(browser, page, exp_dir):
     address = (exp_dir / "report.html").resolve().as_uri()
     browser.get("about:blank")
-    fetched(browser)  # by the browser's own first page
+    fetched(browser)  # discards requests of the browser's start page
     browser.get(address)
     metrics = json.loads((exp_dir / "summary.json").read_text())["relative_drop"]
     assert len(browser.find_elements("css selector", "#headline tbody tr")) == len(metrics)
@@ -317,7 +320,7 @@ def test_the_page_in_a_browser(browser, page, exp_dir):
     assert len(plots) >= 9 and all(plot.size["width"] > 150 and plot.size["height"] > 80 for plot in plots)
     first, second = browser.find_elements("css selector", ".player button")[:2]
     browser.execute_script("arguments[0].scrollIntoView()", first)
-    first.send_keys(" ")  # by the keyboard
+    first.send_keys(" ")  # press the button by keyboard
     position = "return arguments[0].closest('.player').querySelector('audio').currentTime"
     wait_until(lambda: browser.execute_script(position, first) > 0.1)
     assert first.get_attribute("aria-pressed") == "true"
@@ -331,7 +334,7 @@ def test_the_page_in_a_browser(browser, page, exp_dir):
 @needs_browser
 @pytest.mark.parametrize("width", [400, 1400])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_fits_and_is_legible(browser, page, exp_dir, width, scheme):
+def test_layout_fits_and_contrast_is_sufficient(browser, page, exp_dir, width, scheme):
     feature = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", feature)
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
@@ -343,7 +346,7 @@ def test_it_fits_and_is_legible(browser, page, exp_dir, width, scheme):
     assert min(contrasts) >= 4.5, sorted(contrasts)[:5]
 
 
-# The contrast of each text with the ground it stands on (WCAG 2.2, relative luminance and contrast ratio).
+# The contrast of each text with its background (WCAG 2.2, relative luminance and contrast ratio).
 CONTRASTS = """
 const channel = (v) => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
 const rgba = (css) => css.match(/[\\d.]+/g).map(Number);
@@ -366,5 +369,5 @@ return [...document.querySelectorAll("body *")].filter((e) => own(e) && e.checkV
 def wait_until(condition, timeout_s: float = 20.0) -> None:
     end = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < end, "it did not happen"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.05)

@@ -9,12 +9,16 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from scripts.settings import CODE, COMMANDS, Digests
 from tests.conftest import git_commit
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -25,7 +29,7 @@ name=$(basename "$1")
 echo "$(basename "$0") $*" >>"$CALLS"
 all=" $* "
 value() { [[ $all =~ \ $1\ ([^ ]+) ]] && echo "${BASH_REMATCH[1]}"; }
-[[ -z ${FAIL-} || $all != *"$FAIL"* ]] || { echo "stub failure" >&2; exit 3; }
+[[ -z ${FAIL-} || $all != *"$FAIL"* ]] || { sleep "${SLOW:-0}"; echo "stub failure" >&2; exit 3; }
 case $all in
   *select_texts.py*|*--voices*) while (($#)); do
       [[ $1 != --*output ]] || { mkdir -p "$(dirname "$2")" && touch "$2"; }
@@ -372,6 +376,29 @@ def test_rollouts_must_fill_the_micro_batches(recipe):
     assert recipe.calls() == []
 
 
+@pytest.mark.parametrize(
+    ("override", "instead"),
+    [
+        ("trainer.v1.trainer_mode=sync", "leave it out (docs/credit.md"),
+        ("++trainer.v1.trainer_mode=colocate_async", "leave it out (docs/credit.md"),
+        ("~trainer.v1.trainer_mode", "leave it out (docs/credit.md"),
+        ("trainer.v1={trainer_mode: sync}", "leave it out (docs/credit.md"),
+        ("trainer.v1.sampler.sync_refill_failed_groups=True", "leave it out (docs/credit.md"),
+        ("trainer.use_v1=False", "leave it out (docs/credit.md"),
+        ("actor_rollout_ref.model.external_lib=mine", "import what you need in tts_grpo/training/engine.py"),
+        ("reward.custom_reward_function.reward_kwargs={by_syllable: false}", "set credit and server_urls"),
+        ("reward.custom_reward_function.reward_kwargs.by_syllable=false", "set credit and server_urls"),
+        ("trainer.total_training_steps=7", "set total_steps"),
+        ("data.train_files=x.parquet", "set train_jsonl, and run stage 0 again"),
+        ("--cfg=job", "only settings of veRL (name=value) may follow --"),
+    ],
+)
+def test_overrides_that_go_round_the_recipe_are_refused_by_name(recipe, override, instead):
+    done = recipe.run("0", "2", "--", "trainer.foo=1", override)
+    assert done.returncode == 1 and recipe.calls() == []
+    assert f"-- {override} is refused: " in done.stderr and instead in done.stderr and "foo=1 is" not in done.stderr
+
+
 def test_credit_reaches_the_reward(recipe):
     for credit, by_syllable in (("syllable", "true"), ("utterance", "false")):
         done = recipe.run("--dry-run", "2", "2", credit=credit)
@@ -389,6 +416,14 @@ def test_dry_run_prints_and_runs_nothing(recipe, profile):
                  "trainer.foo=1"):  # fmt: skip
         assert name in done.stdout
     assert recipe.calls() == [] and not recipe.exp_dir.exists(), list(recipe.exp_dir.rglob("*"))
+
+
+def test_the_tongue_twister_is_synthesised_as_the_evaluation_is(recipe):
+    settings = {"temperature": "0.7", "top_p": "0.9", "top_k": "7", "repetition_penalty": "1.1", "seeds": "3 4"}
+    lines = recipe.run("--dry-run", "4", "5", **settings).stdout.splitlines()
+    evaluation, single = (next(line for line in lines if name in line) for name in ("infer_dist.py", "infer_single.py"))
+    shared = re.search("--token2wav-dir .*--repetition-penalty [0-9.]+", evaluation)[0]
+    assert "--temperature 0.7 --top-p 0.9 --top-k 7 " in shared and f"{shared} --seed 3 " in single
 
 
 def test_missing_inputs_name_the_stage(recipe):
@@ -588,6 +623,26 @@ def test_the_summary_has_the_settings_that_were_trained_with(recipe):
     assert settings["rollout_n"] == "4" and settings["overrides"] == "trainer.foo=1" and settings["seeds"] == "7"
 
 
+def seconds(recipe, stage: int) -> list[tuple[int, str, int]]:
+    """Seconds, result and whether it was made anew, of the runs of a stage."""
+    rows = map(json.loads, (recipe.exp_dir / "stage_seconds.jsonl").read_text().splitlines())
+    return [(row["seconds"], row["result"], row["anew"]) for row in rows if row["stage"] == stage]
+
+
+def test_the_times_of_all_runs_of_a_stage_are_noted_with_what_they_made(recipe):
+    assert recipe.run("0", "2", total_steps="7", FAIL="main_ppo", SLOW="2").returncode != 0
+    assert recipe.run("0", "2", total_steps="7").returncode == 0
+    ((failed, first, _), (_, second, _)) = seconds(recipe, 2)
+    assert failed >= 2 and first == second and len(seconds(recipe, 0)) == 1, "a stage that was done already counts"
+    assert recipe.run("0", "2", total_steps="9").returncode == 0
+    assert seconds(recipe, 2)[2][1] == first, "a training that is extended is one training"
+    assert recipe.run("0", "2", learning_rate="1").returncode == 1
+    assert len(seconds(recipe, 2)) == 3, "a refused run counts"
+    assert recipe.run("2", "2", learning_rate="1", force="1", server_urls="http://a:1").returncode == 1
+    assert recipe.run("0", "2", learning_rate="1", force="1").returncode == 0
+    assert seconds(recipe, 2)[-1][1] != first and seconds(recipe, 2)[-1][2] == 1
+
+
 def test_only_the_seeds_asked_for_are_scored(recipe):
     assert recipe.run("0", "4").returncode == 0
     assert recipe.run("0", "4", seeds="0 1").returncode == 0
@@ -604,6 +659,17 @@ def test_speech_of_other_settings_is_made_beside_the_first_and_kept(recipe):
         links = [(recipe.exp_dir / "eval" / name).readlink().name for name in ("sft", "grpo")]
         assert links == [Path(folder).name for folder in folders[-1]]
     assert len({*folders[0], *folders[1]}) == 4 and folders[2] == folders[0]
+
+
+def test_another_evaluation_set_goes_into_the_same_folder(recipe, tmp_path):
+    """infer_dist.py makes there only the utterances that have changed."""
+    folders = []
+    for text in ("好", "好吗"):
+        (tmp_path / "set.jsonl").write_text(f'{{"id": "a", "target_text": "{text}"}}\n')
+        done = recipe.run(*(("4", "4") if folders else ("0", "4")), eval_jsonl=str(tmp_path / "set.jsonl"))
+        assert done.returncode == 0 and recipe.calls().count("compute_wer") == 2, done.stderr
+        folders.append([(recipe.exp_dir / "eval" / name).readlink() for name in ("sft", "grpo")])
+    assert folders[0] == folders[1] and len(set(folders[0])) == 2
 
 
 def test_more_steps_extend_a_training_and_fewer_are_refused(recipe):
@@ -636,6 +702,58 @@ def test_replaced_weights_and_edited_code_count(recipe, tmp_path):
     assert "prepare_llm.py" in recipe.calls()
 
 
+def edit(path: Path, *change: str) -> None:
+    assert change[0] in path.read_text()
+    path.write_text(path.read_text().replace(*change))
+
+
+CODE_CHANGES = [  # of what is trained with
+    ("run.sh", "adv_estimator=grpo", "adv_estimator=rloo"),
+    ("run.sh", '--reward-curve "$reward_curve"', "--reward-curve exp"),
+    ("conf/tiny.sh", "configure_cpu_training; }", "configure_cpu_training; profile_verl_args+=(trainer.foo=1); }"),
+    ("scripts/verl_cpu.sh", "fsdp_config.dtype=float32", "fsdp_config.dtype=bfloat16"),
+    ("tts_grpo/reward/curves.py", "3.0 * error_rate", "4.0 * error_rate"),
+    ("requirements-verl.txt", "verl==0.9.1", "verl==0.9.2"),
+]
+
+
+@pytest.mark.parametrize("change", CODE_CHANGES, ids=[f"{change[0]}-{change[2][:9]}" for change in CODE_CHANGES])
+def test_changed_commands_modules_and_pins_of_a_training_count(recipe, change):
+    for name in ("reward_tts.py", "token2wav_asr_server.py", "requirements-verl.txt"):
+        shutil.copy(ROOT / name, recipe.root)
+    shutil.copytree(ROOT / "tts_grpo", recipe.root / "tts_grpo", ignore=shutil.ignore_patterns("__pycache__"))
+    assert recipe.run("0", "4").returncode == 0
+    edit(recipe.root / change[0], *change[1:])
+    done = recipe.run("0", "2")
+    what = COMMANDS if change[0].endswith(".sh") else change[0]
+    assert done.returncode == 1 and f"trained with other settings ({what} has changed)" in done.stderr
+    assert recipe.run("3", "4").returncode == 0 and recipe.calls() == [], "it changes nothing in the evaluation"
+
+
+def test_comments_other_stages_and_free_settings_do_not_count(recipe):
+    program = recipe.root / "reward_tts.py"
+    program.write_text('"""Reward."""\n\n\ndef f():\n    """One."""\n    return "#1"  # one\n')
+    assert recipe.run("0", "4").returncode == 0
+    program.write_text('"""The reward."""\n# new\ndef f():\n    """Two,\n\n    at length."""\n\n    return "#1"\n')
+    edit(recipe.root / "run.sh", "stage_2() {\n", "stage_2() {\n  # a comment\n")
+    edit(recipe.root / "run.sh", '--output "$exp_dir/tongue_twister.wav"', '--output "$exp_dir/one.wav"')
+    edit(recipe.root / "conf/tiny.sh", "# models\n", "# the models\n")
+    free = {"test_freq": "7", "train_threads": "1", "http_port": "81", "micro_batch_size": "16", "infer_procs": "3"}
+    done = recipe.run("0", "4", **free, CUDA_VISIBLE_DEVICES="3", PYTHONPATH="/x")
+    assert done.returncode == 0 and recipe.calls() == [], done.stderr
+    program.write_text('"""The reward."""\n\n\ndef f():\n    return "#2"\n')
+    assert "reward_tts.py has changed" in recipe.run("0", "2").stderr
+
+
+def test_every_module_of_the_training_counts_to_it():
+    """veRL imports some by their names."""
+    found = Digests(Path("/nonexistent")).of_code(CODE["2"])
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "tts_grpo/training").rglob("*.py")}
+    free = {"tts_grpo/training/verl_log.py"}  # for the display
+    assert {path for path in modules - free if "__init__" not in path} <= found.keys()
+    assert "missing" not in found.values() and "tts_grpo/evaluation/protocols.py" not in found
+
+
 def test_the_evaluation_is_refused_on_another_merged_model(recipe):
     assert recipe.run("0", "3", total_steps="7").returncode == 0
     assert recipe.run("1", "2", total_steps="12").returncode == 0
@@ -647,11 +765,11 @@ def test_the_evaluation_is_refused_on_another_merged_model(recipe):
 RESULTS_DEPEND_ON = {
     "0": "sft_path train_jsonl test_jsonl max_prompt_length max_bad_ratio language",
     "2": "seed token2wav_dir reward_asr_dir token2wav_precision reward_curve reward_tones prompt_audio prompt_text "
-    "prompt_list prompt_voice_per num_gpus num_nodes total_steps train_batch_size mini_batch_size rollout_n "
-    "rollout_temperature rollout_top_p rollout_top_k max_response_length learning_rate learning_rate_schedule adam_eps "
-    "credit norm_adv_by_std recipe_args overrides language",
+    "prompt_list prompt_voice_per num_gpus num_nodes train_device total_steps train_batch_size mini_batch_size "
+    "rollout_n rollout_temperature rollout_top_p rollout_top_k max_response_length learning_rate "
+    "learning_rate_schedule adam_eps credit norm_adv_by_std recipe_args overrides language",
     "3": "llm_path",
-    "4": "token2wav_dir eval_jsonl infer_batch_size infer_precision infer_lm_precision temperature top_p top_k "
+    "4": "token2wav_dir infer_batch_size infer_precision infer_lm_precision temperature top_p top_k "
     "repetition_penalty max_new_tokens",
     "4s": "eval_asr_dir eval_jsonl language seeds quality_utterances reference_audio speaker_model_dir",
 }
@@ -664,4 +782,55 @@ def test_each_result_depends_on_its_settings_and_code(recipe):
     wanted["4"] |= wanted.pop("4s")
     assert {stage: set(state["settings"]) for stage, state in made_from.items()} == wanted
     for state in made_from.values():
-        assert state["code"] and all((ROOT / path).exists() for path in state["code"])
+        assert len(state["code"]) > 1 and all((ROOT / path).exists() for path in state["code"].keys() - {COMMANDS})
+
+
+def exported(recipe, name: str, **variables) -> tuple[str, str]:
+    """The value that a variable of run.sh's environment has in the programs that it starts, and what it logs."""
+    programs = recipe.root / "bin/python3"
+    settings = f'[ "$1" = -IS ] && exec {sys.executable} "$@"'
+    programs.write_text(f'#!/bin/sh\n{settings}\nprintf "%s" "${{{name}-}}" >"$SEEN"\n')
+    programs.chmod(0o755)
+    seen = recipe.root / "seen"
+    done = recipe.run("--check", SEEN=str(seen), base_python=str(programs), **variables)
+    assert done.returncode == 0, done.stderr
+    return seen.read_text(), done.stderr
+
+
+@pytest.mark.parametrize("given", ["", "example.org,10.0.0.9"])
+def test_local_addresses_go_round_a_proxy(recipe, given):
+    servers = "http://10.1.2.3:8000,http://reward.lan:8000"
+    variables = {"http_proxy": "http://127.0.0.1:9", "no_proxy": given, "server_urls": servers}
+    hosts, _ = exported(recipe, "no_proxy", **variables)
+    assert {"127.0.0.1", "localhost", "10.1.2.3", "reward.lan", *filter(None, given.split(","))} <= set(
+        hosts.split(",")
+    )
+    assert exported(recipe, "NO_PROXY", **variables)[0] == hosts
+    assert exported(recipe, "http_proxy", **variables)[0] == "http://127.0.0.1:9"  # downloads use it
+
+
+@pytest.mark.parametrize("home", ["", "/proc", "/nowhere"])
+def test_a_home_that_cannot_be_written_to_is_replaced(recipe, tmp_path, home):
+    used, log = exported(recipe, "HOME", HOME=home, TMPDIR=str(tmp_path))
+    assert Path(used).is_dir() and Path(used).parent == tmp_path and f"using {used}" in log
+    assert exported(recipe, "HOME", HOME=str(tmp_path))[0] == str(tmp_path)
+
+
+def test_folders_that_are_too_long_for_sockets_are_replaced(recipe, tmp_path):
+    long = str(tmp_path / ("t" * 60))
+    Path(long).mkdir()
+    used, log = exported(recipe, "TMPDIR", TMPDIR=long)
+    assert used == "/tmp" and "too long for the sockets of Ray" in log
+    for variables in ({"XDG_CACHE_HOME": long}, {"PYTRITON_HOME": long}, {"HOME": long}):
+        assert len(exported(recipe, "PYTRITON_HOME", **{"TMPDIR": "/tmp"} | variables)[0]) < 46
+    kept = "/tmp/short"
+    assert exported(recipe, "PYTRITON_HOME", TMPDIR="/tmp", PYTRITON_HOME=kept)[0] == kept
+
+
+def test_gpus_are_those_that_the_shell_may_use(recipe):
+    cosyvoice2 = {"profile": "cosyvoice2", "num_gpus": "2", "gpu_memory_gib": "80"}
+    shown = recipe.run("--dry-run", "2", CUDA_VISIBLE_DEVICES="GPU-1a, 5,7", **cosyvoice2)
+    assert "CUDA_VISIBLE_DEVICES=GPU-1a\\,5 " in shown.stdout, shown.stderr
+    for visible in ("", "3", "3,-1", "NoDevFiles"):
+        refused = recipe.run("--dry-run", "2", CUDA_VISIBLE_DEVICES=visible, **cosyvoice2)
+        assert refused.returncode == 1 and f"CUDA_VISIBLE_DEVICES='{visible}' allows" in refused.stderr

@@ -1,6 +1,7 @@
 """What the scorer makes of batches: voices, failures, and the recogniser's features on its device."""
 
 import numpy as np
+import pytest
 import torch
 
 from tests.hub_repositories import make_sensevoice
@@ -10,6 +11,8 @@ from tts_grpo.speech.asr.sensevoice import SenseVoice
 from tts_grpo.speech.audio import resample, resample_batch
 from tts_grpo.speech.decoder import PromptVoice
 from tts_grpo.text.jsonl import read_jsonl
+
+pytestmark = pytest.mark.slow
 
 
 class Spoken:

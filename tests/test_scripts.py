@@ -1,4 +1,4 @@
-"""The programs in scripts/, called as their docstrings and the docs say: python scripts/X.py."""
+"""The programs in scripts/ and tools/, called as their docstrings and the docs say: python scripts/X.py."""
 
 import os
 import subprocess
@@ -8,6 +8,9 @@ import pytest
 
 from tests.conftest import ROOT, TRAINER_SCRIPTS
 
+pytestmark = pytest.mark.slow
+
+PROGRAMS = sorted([*ROOT.glob("scripts/*.py"), *ROOT.glob("tools/*.py")])
 # Runs programs as Python does, in one process: most import torch, which takes seconds each time.
 RUN_ALL = """
 import os, runpy, sys
@@ -24,9 +27,18 @@ for script in sys.argv[1:]:
 
 @pytest.mark.parametrize("in_trainer", [False, True], ids=["speech", "trainer"])
 def test_programs_need_no_pythonpath(in_trainer, trainer_python, tmp_path):
-    scripts = [str(path) for path in (ROOT / "scripts").glob("*.py") if (path.stem in TRAINER_SCRIPTS) == in_trainer]
+    scripts = [str(path) for path in PROGRAMS if (path.stem in TRAINER_SCRIPTS) == in_trainer]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [trainer_python if in_trainer else sys.executable, "-c", RUN_ALL, *scripts]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("usage:") == len(scripts) >= len(TRAINER_SCRIPTS)
+
+
+def test_scripts_are_what_the_recipe_calls_and_tools_are_not():
+    """A mention in a comment is no call."""
+    callers = [ROOT / "run.sh", *ROOT.glob("conf/**/*.sh"), *ROOT.glob("scripts/*.*")]
+    code = "\n".join(line for path in callers for line in path.read_text().splitlines() if "#" not in line)
+    for path in PROGRAMS:
+        called = f"scripts/{path.name}" in code or f'"{path.name}"' in code
+        assert called == (path.parent.name == "scripts"), path

@@ -1,4 +1,4 @@
-"""Texts of a corpus's metadata: which are taken for training, and what is refused."""
+"""Tests of the selection of texts from a corpus's metadata."""
 
 import json
 
@@ -9,7 +9,7 @@ from tts_grpo.text.jsonl import read_jsonl
 
 
 def line(text, duration=3.0, language="zh"):
-    """A line with the keys of voxbox that matter, and one that does not."""
+    """A line with the keys of voxbox that are used, and another key."""
     return {"index": "EMILIA_ZH_0", "language": language, "duration": duration, "text": text}
 
 
@@ -31,22 +31,22 @@ def test_filter_of_the_original_recipe(tmp_path):
     ]  # fmt: skip
     flags = ("--max-duration-s", "30", "--excludes", "[A-Za-z]")
     assert select(tmp_path, rows, *flags) == (["一", "二", "六6个", "“七”。"], ["最后一句ok"])
-    # what has Latin letters counts among the texts considered
+    # dropped texts count among the candidates
     assert select(tmp_path, rows, *flags, num_train=4)[0] == ["一", "二"]
     assert select(tmp_path, rows, *flags[:3], "[A-Za-z0-9]")[0] == ["一", "二", "“七”。"]
 
 
-def test_without_a_filter_the_first_and_the_last_lines(tmp_path, capsys):
+def test_without_filters_first_and_last_lines_are_selected(tmp_path, capsys):
     rows = [line(f"第{i}句ok", 40.0) for i in range(9)]
     train, test = select(tmp_path, rows, num_train=5, num_test=2)
     assert train == [row["text"] for row in rows[:5]] and test == [row["text"] for row in rows[-2:]]
     train, test = select(tmp_path, rows, num_train=50, num_test=2)
     assert train == [row["text"] for row in rows[:7]], "validation texts are trained on"
-    assert "asked for 50" in capsys.readouterr().out
+    assert "requested 50" in capsys.readouterr().out
     assert read_jsonl(tmp_path / "out/train.jsonl")[0] == rows[0], "a line was changed"
 
 
-def test_the_last_lines_of_a_large_file(tmp_path, monkeypatch):
+def test_last_lines_of_a_large_file(tmp_path, monkeypatch):
     monkeypatch.setattr(select_texts, "TAIL_BLOCK", 64)
     rows = [line(f"第{i}句") for i in range(200)]
     train, test = select(tmp_path, rows, num_train=300, num_test=30)
@@ -61,7 +61,7 @@ def test_the_last_lines_of_a_large_file(tmp_path, monkeypatch):
         ([line("一", language="en"), line("二")], "none of 0 texts in zh is left"),
     ],
 )
-def test_bad_metadata_is_named_and_nothing_is_written(tmp_path, rows, message):
+def test_bad_metadata_is_an_error_and_nothing_is_written(tmp_path, rows, message):
     with pytest.raises(SystemExit, match=message):
         select(tmp_path, rows, "--max-duration-s", "30")
     assert not list((tmp_path / "out").iterdir())

@@ -1,8 +1,8 @@
-"""The table of a training's steps, from veRL's console log."""
+"""Tests of the table of step times from veRL's console log."""
 
 import pytest
 
-from scripts.step_times import main
+from tools.step_times import main
 
 
 def line(step: int, **values) -> str:
@@ -30,7 +30,7 @@ def test_table_of_medians(tmp_path, capsys):
     assert rows["waiting for rewards"] == ["2.00", "10.0%"]
     assert rows["update"] == ["10.00", "50.0%"]
     assert rows["saving a checkpoint"][0] == "8.00"
-    assert "3 steps (2 to 4)" in shown and "100.0 tokens a rollout" in shown
+    assert "3 steps (2 to 4)" in shown and "100.0 tokens per rollout" in shown
 
 
 def test_a_log_without_steps_is_an_error(tmp_path):

@@ -28,7 +28,9 @@ def exp_dir(tmp_path):
             "seeds": {"0": {"tokens_per_character": 6.0, "failed": 0}},
             "asr": {"backend": "funasr", "model": "A", "sha256": "0" * 64},
         })  # fmt: skip
-    write_jsonl(tmp_path / "stage_seconds.jsonl", [{"stage": 2, "seconds": 50}, {"stage": 2, "seconds": 1}])
+    runs = [(2, 900, "b", 0), (2, 800, "a", 0), (2, 50, "a", 1), (2, 700, "b", 0), (0, 5, "a", 0), (2, 3, "a", 0)]
+    names = ("stage", "seconds", "result", "anew")
+    write_jsonl(tmp_path / "stage_seconds.jsonl", [dict(zip(names, run, strict=True)) for run in runs])
     return tmp_path
 
 
@@ -38,19 +40,19 @@ def test_summary(exp_dir):
     assert set(summary["verdict"].values()) == {"better"} and set(summary["verdict"]) == set(METRICS["zh"])
     assert summary["quality_change"]["dnsmos_ovrl"]["verdict"] == "worse"
     assert summary["quality_change"]["dnsmos_ovrl"]["difference"] == pytest.approx(-0.5)
-    assert summary["quality_change"]["duration_s"]["verdict"] == "no difference at this size"
-    assert stage_seconds(exp_dir) == {"2": 50} == summary["stage_seconds"]
+    assert summary["quality_change"]["duration_s"]["verdict"] == "not significant (95%)"
+    assert stage_seconds(exp_dir) == {"0": 5, "2": 53} == summary["stage_seconds"]
 
 
 def test_costs_of_later_stages_come_into_a_summary_that_is_there(exp_dir):
     main(["--exp-dir", str(exp_dir), "--settings", '{"seed": "42"}'])
     before = json.loads((exp_dir / "summary.json").read_text())
     with (exp_dir / "stage_seconds.jsonl").open("a") as times:
-        times.write('{"stage": 4, "seconds": 9}\n')
+        times.write('{"stage": 4, "seconds": 9, "result": "a", "anew": 0}\n')
     (exp_dir / "peak_memory_gib").write_text("6.5")
     main(["--exp-dir", str(exp_dir), "--costs-only"])
     after = json.loads((exp_dir / "summary.json").read_text())
-    assert after == before | {"stage_seconds": {"2": 50, "4": 9}, "peak_rss_gib": 6.5}
+    assert after == before | {"stage_seconds": {"0": 5, "2": 53, "4": 9}, "peak_rss_gib": 6.5}
 
 
 def test_the_table_has_rates_verdicts_and_the_networks_names(exp_dir):

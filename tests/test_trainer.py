@@ -1,4 +1,4 @@
-"""This recipe's parts of veRL's trainer and engine, in the trainer environment; a whole training: test_training.py."""
+"""Tests of the trainer and the engine for veRL, in the trainer environment. test_training.py runs a whole training."""
 
 import json
 import os
@@ -9,6 +9,8 @@ import pytest
 
 from tests.conftest import ROOT
 from tts_grpo.training.verl_version import SUPPORTED, require_verl
+
+pytestmark = pytest.mark.slow
 
 MODULES = "tts_grpo.training.verl_cpu.platform,tts_grpo.training.trainer"  # as scripts/verl_cpu.sh has them
 
@@ -29,7 +31,10 @@ def found(trainer_python, tmp_path_factory) -> dict:
         ({"profile": "tiny"}, [f"VERL_USE_EXTERNAL_MODULES={MODULES}"]),
         ({"profile": "cosyvoice2", "train_device": "cpu"}, [f"VERL_USE_EXTERNAL_MODULES={MODULES}"]),
         (
-            {"profile": "cosyvoice2", "ray_address": "head:6379"},  # processes of other machines lack this environment
+            {
+                "profile": "cosyvoice2",
+                "ray_address": "head:6379",
+            },  # processes on other machines do not inherit this environment
             [
                 "VERL_USE_EXTERNAL_MODULES=tts_grpo.training.trainer",
                 "VERL_USE_EXTERNAL_MODULES: tts_grpo.training.trainer",
@@ -37,7 +42,7 @@ def found(trainer_python, tmp_path_factory) -> dict:
         ),
     ],
 )
-def test_run_sh_gives_verl_the_modules_and_the_name(settings, modules, tmp_path):
+def test_run_sh_passes_modules_and_trainer_mode_to_verl(settings, modules, tmp_path):
     environment = os.environ | {"exp_dir": str(tmp_path / "exp"), "workspace": str(tmp_path)} | settings
     command = ["bash", str(ROOT / "run.sh"), "--dry-run", "2", "2"]
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -61,15 +66,15 @@ def test_settings_that_credit_would_override_are_refused_by_name(found):
 
 def test_advantages_are_written_back_group_by_group(found):
     returned, advantages, metrics = found["advantages"]
-    assert returned == "batch after the writing"
+    assert returned == "batch after writing"
     assert advantages == [[0.0, 0.0, 0.25], [0.0, 0.0, 0.0], [0.0, 0.0, -0.25, -0.25], [0.0, 0.0, 0.0]]
     assert metrics == {"critic/advantages/nonzero": pytest.approx(3 / 13)}
     assert "1 of 2 rollouts has no syllable_errors" in found["missing_errors"]
     assert "credit=utterance" in found["missing_errors"]
 
 
-def test_the_wait_begins_with_the_end_of_the_last_generation(found):
-    # 4.0 s of generation; the third rollout's reward comes at 5.25 s, the first one's at 4.5 s
+def test_reward_wait_starts_at_the_end_of_the_last_generation(found):
+    # Generation ends at 4.0 s; the reward of the third rollout arrives at 5.25 s, that of the first at 4.5 s.
     assert found["seconds"] == [{"generation": 4.0, "reward_wait": 1.25}, {"generation": 1.0, "reward_wait": 9.0}]
     assert found["wait_for_rewards"] == {"step": 9.0, "generation": 2.0, "reward_wait": 1.5}
 
@@ -79,9 +84,9 @@ def test_a_failed_rollout_stops_the_training(found):
     assert found["failed_validation"].startswith("RuntimeError: 1 of 2 rollouts of this validation failed")
 
 
-def test_a_dump_appears_when_it_is_complete(found):
-    while_written, names, text = found["dump"]
-    assert while_written == [[]] and names == ["15.jsonl"] and json.loads(text)["gts"] == "text"
+def test_validation_dumps_are_written_atomically(found):
+    files_during_writing, names, text = found["dump"]
+    assert files_during_writing == [[]] and names == ["15.jsonl"] and json.loads(text)["gts"] == "text"
 
 
 def test_only_a_head_with_a_bias_changes_the_log_probabilities(found):
@@ -92,6 +97,11 @@ def test_only_a_head_with_a_bias_changes_the_log_probabilities(found):
         assert "has a bias, which training would ignore" in found[name] and "impl_backend=torch" in found[name]
 
 
+def test_rollouts_on_a_cpu_draw_by_step_prompt_and_request(found):
+    step_0, step_1, resumed = found["rollout_seeds"]
+    assert len({*step_0, *step_1}) == 4 and resumed == step_1
+
+
 def test_another_version_of_verl_is_refused():
     require_verl(SUPPORTED)
     require_verl(SUPPORTED + "+cpu")
@@ -100,6 +110,6 @@ def test_another_version_of_verl_is_refused():
             require_verl(version)
 
 
-def test_the_version_is_the_installed_one():
+def test_supported_version_is_in_the_requirements():
     for name in ("requirements-verl.txt", "requirements-verl-gpu.txt"):
         assert f"verl=={SUPPORTED}" in (ROOT / name).read_text()

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import free_ports
-from tests.test_validation_audio import sounds
+from tests.test_validation_audio import read_audio
 from tts_grpo.training.verl_log import parse_step
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT_S = 400
@@ -67,7 +69,7 @@ def test_trains_survives_a_kill_and_merges(recipe):
     assert re.search(r"[Rr]esum\w* from .*global_step_1|Setting global step to 1", log)
     assert "step 2/2: reward" in done.stdout and "validation after step 2" in done.stdout
     assert {"0.jsonl", "2.jsonl"} <= {path.name for path in (exp_dir / "validation").iterdir()}
-    heard = sounds(exp_dir / "tensorboard/validation")
+    heard = read_audio(exp_dir / "tensorboard/validation")
     metrics = dict(filter(None, map(parse_step, log.splitlines())))[2]
     share, *bounds = (metrics[f"critic/advantages/{name}"] for name in ("nonzero", "min", "max"))
     assert (share > 0) == any(bounds)  # veRL's bounds are those of credit by syllable, the profile's setting
@@ -83,7 +85,13 @@ def test_trains_survives_a_kill_and_merges(recipe):
 
 
 def test_a_server_that_dies_in_mid_training_stops_it(recipe, tmp_path):
-    dying = recipe | {"exp_dir": str(tmp_path), "total_steps": "50", "save_freq": "50", "test_freq": "50"}
+    dying = recipe | {
+        "exp_dir": str(tmp_path),
+        "total_steps": "50",
+        "save_freq": "50",
+        "test_freq": "50",
+        "reward_patience_s": "10",
+    }
     assert run_sh(dying, "0", "0").returncode == 0
     process = subprocess.Popen(["bash", str(ROOT / "run.sh"), "1", "2"], env=dying, stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, text=True)  # fmt: skip
@@ -99,7 +107,7 @@ def test_a_server_that_dies_in_mid_training_stops_it(recipe, tmp_path):
         os.kill(int(pid), signal.SIGKILL)
     shown += process.communicate(timeout=TIMEOUT_S)[0]
     assert process.returncode != 0
-    assert "training failed: no reward after 8 tries" in shown and "bash run.sh 1 1" in shown
+    assert "training failed: no reward after" in shown and "bash run.sh 1 1" in shown
     assert not (tmp_path / "checkpoints/latest_checkpointed_iteration.txt").exists()
 
 

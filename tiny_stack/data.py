@@ -1,4 +1,4 @@
-"""The corpus in memory: pack FLAC files once (this script), then batches of it on the training device."""
+"""Pack the corpus's FLAC files into one array (this script), and draw batches from it on the training device."""
 
 import argparse
 import math
@@ -14,7 +14,7 @@ from tts_grpo.speech.audio import ASR_HZ
 from tts_grpo.speech.tiny.codec import SAMPLES_PER_TOKEN
 from tts_grpo.text.jsonl import read_jsonl, write_jsonl
 
-SHIFTS = (0, 160, 320, 480)  # samples that an utterance is begun late by, each giving other tokens
+SHIFTS = (0, 160, 320, 480)  # samples skipped at the start of an utterance; each shift gives different tokens
 
 
 def get_args(argv=None):
@@ -23,18 +23,18 @@ def get_args(argv=None):
     return parser.parse_args(argv)
 
 
-def units(syllables: list[str]) -> list[str]:
-    """Initials and toned finals: ["ni3"] -> ["n", "i3"]. Small enough a set that CTC learns it without a plateau."""
-    parts = []
+def syllable_units(syllables: list[str]) -> list[str]:
+    """Initials and toned finals: ["ni3"] -> ["n", "i3"]. There are so few of them that CTC learns without a plateau."""
+    units = []
     for syllable in syllables:
         initial = to_initials(syllable, strict=False)
-        parts += [initial] if initial else []
-        parts.append(to_finals_tone3(syllable, strict=False, neutral_tone_with_five=True))
-    return parts
+        units += [initial] if initial else []
+        units.append(to_finals_tone3(syllable, strict=False, neutral_tone_with_five=True))
+    return units
 
 
 def pack(work_dir: Path) -> None:
-    """Write audio.npy (all samples, int16, one after the other) and corpus.jsonl (texts with where each begins)."""
+    """Write audio.npy (all recordings concatenated, int16) and corpus.jsonl (texts with their offsets in it)."""
     rows = read_jsonl(work_dir / "texts.jsonl")
     missing = [row["id"] for row in rows if not (work_dir / "audio" / f"{row['id']}.flac").exists()]
     if missing:
@@ -43,7 +43,7 @@ def pack(work_dir: Path) -> None:
         speech = list(pool.map(lambda row: sf.read(work_dir / "audio" / f"{row['id']}.flac", dtype="int16")[0], rows))
     start = 0
     for row, samples in zip(rows, speech, strict=True):
-        row |= {"start": start, "samples": len(samples), "units": units(row["syllables"])}
+        row |= {"start": start, "samples": len(samples), "units": syllable_units(row["syllables"])}
         start += len(samples)
     np.save(work_dir / "audio.npy", np.concatenate(speech))
     write_jsonl(work_dir / "corpus.jsonl", rows)
@@ -55,9 +55,9 @@ class Corpus:
 
     Attributes:
         rows: the lines of corpus.jsonl.
-        audio: int16, every recording after the other, on the device.
-        samples: int64 (N,), each recording's length.
-        unit_ids: each recording's units as CTC targets, 1 and up.
+        audio: int16, all recordings concatenated, on the device.
+        samples: int64 (N,), length of each recording in samples.
+        unit_ids: CTC targets of each recording, numbered from 1.
     """
 
     def __init__(self, work_dir: Path, device: str, max_utterance_s: float = math.inf):
@@ -70,21 +70,21 @@ class Corpus:
         self.recognisers = np.array([row.get("recogniser", "") for row in self.rows])
         self.short = self.samples <= max_utterance_s * ASR_HZ
         self.unit_names = sorted({unit for row in self.rows for unit in row["units"]})
-        number = {unit: i + 1 for i, unit in enumerate(self.unit_names)}
-        self.unit_ids = [[number[unit] for unit in row["units"]] for row in self.rows]
+        unit_ids = {unit: i + 1 for i, unit in enumerate(self.unit_names)}
+        self.unit_ids = [[unit_ids[unit] for unit in row["units"]] for row in self.rows]
 
     def indices(self, split: str, recogniser: str | None = None) -> np.ndarray:
-        """Rows of a split, or of the half of it that one recogniser may be trained on."""
+        """Row numbers of a split, or only of the half of it that one recogniser may be trained on."""
         chosen = (self.splits == split) & self.short
         return np.flatnonzero(chosen if recogniser is None else chosen & (self.recognisers == recogniser))
 
     def speech(self, rows: np.ndarray, shifts, audio: torch.Tensor | None = None):
-        """Recordings from ``shifts`` samples on.
+        """A batch of recordings, without their first ``shifts`` samples.
 
         Args:
             rows: (B,) row numbers.
-            shifts: (B,) or one number, samples left out at the start.
-            audio: another packed recording of the same lengths than the original.
+            shifts: (B,) or one number, samples skipped at the start.
+            audio: packed audio to read instead of the original; its recordings have the same lengths.
 
         Returns:
             float32 (B, T), zero-padded to whole tokens, and int64 (B,) lengths in samples.
@@ -100,15 +100,15 @@ class Corpus:
         return source[index].float() / 32768 * (position < lens[:, None]), lens
 
     def targets(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """CTC targets of rows, concatenated, and their lengths."""
+        """Concatenated CTC targets of rows, and their lengths."""
         sequences = [self.unit_ids[row] for row in rows]
         return torch.tensor([u for s in sequences for u in s]), torch.tensor([len(s) for s in sequences])
 
     def batches(self, rows: np.ndarray, batch_s: float, rng: np.random.Generator):
-        """Endless batches of row numbers of like lengths, each at most ``batch_s`` seconds when padded."""
+        """Endless batches of recordings of similar length, as row numbers; at most ``batch_s`` padded seconds each."""
         while True:
             order = rng.permutation(rows)
-            # Sorted by length with some disorder, so that batches differ from epoch to epoch.
+            # Sort by length with random jitter, so that batches differ from epoch to epoch.
             order = order[np.argsort(self.samples[order] * rng.uniform(0.9, 1.1, len(order)), kind="stable")]
             batches, batch, longest = [], [], 0
             for row in order:

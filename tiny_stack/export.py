@@ -1,10 +1,10 @@
-"""Choose the language model's checkpoint and GRPO's prompts; write the stack to its folder (assets/tiny).
+"""Choose the language model's checkpoint and the GRPO prompts, and write the tiny stack to its folder (assets/tiny).
 
-The checkpoint with the least pinyin error of sampled speech on the dev sentences is taken, judged by the reward
-recogniser: the evaluation recogniser stays out of every choice.
+The chosen checkpoint has the lowest pinyin error rate of sampled speech on the dev sentences, measured with the reward
+recogniser: the evaluation recogniser is not used for any choice.
 
-Prompts of GRPO are the clauses on which this checkpoint's samples differ most in reward: rollouts of the others would
-cost as much and teach less.
+The GRPO prompts are the clauses with the largest standard deviation of the reward over this checkpoint's samples:
+rollouts of the others would cost as much and carry less training signal.
 """
 
 import argparse
@@ -18,8 +18,8 @@ import soundfile as sf
 import torch
 from safetensors.torch import save_file
 
+from tiny_stack.pipeline import corpus_error_rate, sample_groups, synthesise_and_transcribe
 from tiny_stack.settings import PRESETS, add_common_args
-from tiny_stack.stack import overall_error, speak, speak_groups
 from tts_grpo.reward.curves import reward
 from tts_grpo.speech.asr.sensevoice import SenseVoice
 from tts_grpo.speech.audio import ASR_HZ, load_audio
@@ -39,10 +39,10 @@ WITH_DIGITS = {
     "hsk5-0755": "1分钟有60秒。",
 }
 PROMPT_S = (2.5, 4.0)
-NUM_RECORDINGS = 90  # of test sentences, for check.sh
+NUM_RECORDINGS = 90  # recordings of test sentences for check.sh
 OPUS_COMPRESSION = 0.95  # on libsndfile's scale: about 21 kbit/s
 SELECTION_SEEDS = (1000, 2000, 3000)
-ROLLOUTS = 8  # samples of each clause that may prompt GRPO
+ROLLOUTS = 8  # samples per candidate for a GRPO prompt
 
 
 def get_args(argv=None):
@@ -53,13 +53,13 @@ def get_args(argv=None):
 
 
 def save_half(state: dict[str, torch.Tensor], path: Path) -> None:
-    """Weights as safetensors in half precision."""
+    """Save weights in half precision as safetensors."""
     half = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
     save_file({k: v.cpu().contiguous() for k, v in half.items()}, path)
 
 
 def export_codec(work_dir: Path, settings, folder: Path) -> None:
-    """Speech tokenizer, token decoder, and how often the corpus uses each token."""
+    """Write the speech tokenizer, the token decoder, and the number of times that each token occurs in the corpus."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = torch.load(work_dir / "tokenizer.pt", map_location="cpu")["tokenizer"]
     save_half(tokenizer, folder / "speech_tokenizer.safetensors")
@@ -79,7 +79,7 @@ def written(utt_id: str) -> dict[str, str]:
 
 
 def export_data(work_dir: Path, folder: Path) -> None:
-    """Everyday sentences by split, dev and test with the teacher's speech tokens."""
+    """Write the HSK sentences of each split; dev and test also with the teacher's speech tokens."""
     (folder / "data").mkdir(parents=True, exist_ok=True)
     tokens = np.load(work_dir / "tokens.npz")
     ids, lens = tokens["tokens"][0], tokens["lens"][0]
@@ -96,16 +96,16 @@ def export_data(work_dir: Path, folder: Path) -> None:
 
 
 def export_recordings(work_dir: Path, folder: Path) -> None:
-    """The teacher's recordings of test sentences and, to prompt with, of dev sentences, as Ogg Opus."""
+    """Write the teacher's recordings of test sentences, and of dev sentences as voice prompts, as Ogg Opus."""
     rows = read_jsonl(work_dir / "corpus.jsonl")
     (folder / "recordings").mkdir(parents=True, exist_ok=True)
-    test = [row for row in rows if row["split"] == "test"]  # in the source's order: by difficulty
+    test = [row for row in rows if row["split"] == "test"]  # ordered by difficulty, as in the source
     for row in test[:: max(1, len(test) // NUM_RECORDINGS)][:NUM_RECORDINGS]:
         write_opus(work_dir, row, folder / "recordings")
     (folder / "prompts").mkdir(parents=True, exist_ok=True)
-    fitting = [r for r in rows if r["split"] == "dev" and PROMPT_S[0] <= r["samples"] / ASR_HZ <= PROMPT_S[1]]
+    candidates = [r for r in rows if r["split"] == "dev" and PROMPT_S[0] <= r["samples"] / ASR_HZ <= PROMPT_S[1]]
     lines = []
-    for row in fitting[:NUM_PROMPTS]:
+    for row in candidates[:NUM_PROMPTS]:
         write_opus(work_dir, row, folder / "prompts")
         line = {"id": row["id"], "prompt_text": row["text"], "prompt_audio": f"{row['id']}.ogg"}
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
@@ -120,32 +120,36 @@ def write_opus(work_dir: Path, row: dict, folder: Path) -> None:
 
 
 def choose_lm(work_dir: Path, output_dir: Path, device: str) -> Path:
-    """The checkpoint whose sampled dev sentences have the least error."""
+    """The checkpoint with the lowest error rate on sampled dev sentences."""
     token2wav = load_token2wav(output_dir / "token2wav", device)
     asr = SenseVoice(output_dir / "asr_reward", device)
     texts = [row["text"] for row in read_jsonl(output_dir / "data" / "dev.jsonl")]
     errors = {}
     for folder in sorted(work_dir.glob("lm_*")):
         lm = load_lm(folder, device, torch.float32)
-        spoken = [s for seed in SELECTION_SEEDS for s in speak(lm, token2wav, asr, texts, 1.0, seed, batch=128)]
-        errors[folder] = overall_error(spoken)
-        print(f"{folder.name}: error of sampled dev sentences {errors[folder]:.4f}")
+        samples = [
+            sample
+            for seed in SELECTION_SEEDS
+            for sample in synthesise_and_transcribe(lm, token2wav, asr, texts, 1.0, seed, batch=128)
+        ]
+        errors[folder] = corpus_error_rate(samples)
+        print(f"{folder.name}: error rate on sampled dev sentences {errors[folder]:.4f}")
     return min(errors, key=errors.get)
 
 
 def export_prompts(work_dir: Path, output_dir: Path, count: int, device: str) -> None:
-    """The clauses whose samples' rewards have the largest deviation, in the order of the candidates."""
-    stack = (load_lm(output_dir / "llm", device, torch.float32), load_token2wav(output_dir / "token2wav", device),
-             SenseVoice(output_dir / "asr_reward", device))  # fmt: skip
+    """Write the clauses with the largest standard deviation of the reward, in the order of the candidates."""
+    models = (load_lm(output_dir / "llm", device, torch.float32), load_token2wav(output_dir / "token2wav", device),
+              SenseVoice(output_dir / "asr_reward", device))  # fmt: skip
     texts = [row["text"] for row in read_jsonl(work_dir / "grpo.jsonl")]
-    groups = speak_groups(*stack, texts, ROLLOUTS, temperature=1.0, seed=0)
-    deviations = [np.std([reward(spoken.error_rate) for spoken in group]) for group in groups]
+    groups = sample_groups(*models, texts, ROLLOUTS, temperature=1.0, seed=0)
+    deviations = [np.std([reward(sample.error_rate) for sample in group]) for group in groups]
     chosen = sorted(np.argsort(deviations, kind="stable")[::-1][:count])
     write_jsonl(output_dir / "data" / "grpo.jsonl", ({"text": texts[i]} for i in chosen))
 
 
 def export_lm(chosen: Path, folder: Path) -> None:
-    """Copy the checkpoint, its tokenizer file without white space (a third of its size)."""
+    """Copy the checkpoint, and remove white space from its tokenizer file (which reduces it to a third)."""
     shutil.copytree(chosen, folder, dirs_exist_ok=True)
     path = folder / "tokenizer.json"
     compact = json.dumps(json.loads(path.read_text(encoding="utf-8")), ensure_ascii=False, separators=(",", ":"))
@@ -153,7 +157,7 @@ def export_lm(chosen: Path, folder: Path) -> None:
 
 
 def write_checksums(folder: Path) -> None:
-    """SHA256SUMS of every file that this script wrote, as ``sha256sum --check`` reads it."""
+    """Write SHA256SUMS of all files that this script wrote, in the format of ``sha256sum --check``."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in ("SHA256SUMS", "PROVENANCE.md"))
     lines = [f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.relative_to(folder)}\n" for p in files]
     (folder / "SHA256SUMS").write_text("".join(lines))
@@ -170,7 +174,7 @@ def main(argv=None):
     export_lm(chosen, args.output_dir / "llm")
     export_prompts(args.work_dir, args.output_dir, PRESETS[args.preset].grpo_prompts, args.device)
     write_checksums(args.output_dir)
-    print(f"{chosen.name} taken; the stack is in {args.output_dir}")
+    print(f"chose {chosen.name}; the tiny stack is in {args.output_dir}")
 
 
 if __name__ == "__main__":

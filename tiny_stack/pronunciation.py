@@ -1,7 +1,7 @@
-"""Characters by their sound: what lets a network say, or write, characters that its training data hardly has.
+"""Embeddings shared by pronunciation, so that a network learns characters that are rare in its training data.
 
-A character's vector (embedding or output row) is the sum of a vector of its own and of those of its initial, final,
-tone and syllable. Trained so, and added up into one matrix before it is saved.
+The vector of a character (embedding or output row) is the sum of its own vector and the vectors of its initial, final,
+tone and syllable. Training keeps these vectors apart; they are summed into one matrix before the weights are saved.
 """
 
 import torch
@@ -12,32 +12,32 @@ from torch import nn
 
 
 def reading(character: str) -> str | None:
-    """The commonest reading of a Chinese character with its tone ("ni3"), None for other characters."""
+    """The most common reading of a Chinese character with its tone ("ni3"), or None for any other character."""
     found = pypinyin_readings(character, style=Style.TONE3, neutral_tone_with_five=True, errors="ignore")
     return found[0][0] if found and found[0] and found[0][0][-1:].isdigit() else None
 
 
-def sound_features(syllable: str) -> list[str]:
-    """Names of what a toned syllable is made of."""
+def pronunciation_features(syllable: str) -> list[str]:
+    """Names of the features of a toned syllable: initial, final, tone, and their combinations."""
     initial, final = to_initials(syllable, strict=False), to_finals(syllable, strict=False)
     tone = syllable[-1]
     return [f"initial {initial}", f"final {final}", f"tone {tone}", f"final {final}{tone}", f"syllable {syllable}"]
 
 
-class SoundSum(nn.Module):
-    """A matrix whose rows are sums: own vector + vectors of named features.
+class FeatureSumEmbedding(nn.Module):
+    """A matrix in which each row is the sum of the row's own vector and of the vectors of its features.
 
     Args:
-        row_features: for each row, the names of its features (may be none).
+        row_features: names of the features of each row; may be empty.
         dim: length of the rows.
-        own_std: spread of the rows' own vectors at the start; small where features should do the work.
+        own_std: (rows,), initial standard deviation of the rows' own vectors; small where the features should dominate.
     """
 
     def __init__(self, row_features: list[list[str]], dim: int, own_std: torch.Tensor):
         super().__init__()
         names = sorted({name for features in row_features for name in features})
-        number = {name: i for i, name in enumerate(names)}
-        pairs = [(row, number[name]) for row, features in enumerate(row_features) for name in features]
+        feature_ids = {name: i for i, name in enumerate(names)}
+        pairs = [(row, feature_ids[name]) for row, features in enumerate(row_features) for name in features]
         membership = torch.zeros(len(row_features), len(names))
         membership[tuple(torch.tensor(pairs).T)] = 1.0
         self.register_buffer("membership", membership, persistent=False)

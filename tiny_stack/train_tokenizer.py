@@ -1,10 +1,10 @@
 """Train the speech tokenizer, then tokenise the corpus.
 
-The tokens must say what was said and how it sounds. Two heads read them, neither of which is shipped: one predicts
-the log-mel spectrogram (through the first half of the token decoder), one the initials and toned finals (CTC).
+The tokens must encode both content and sound. Therefore two heads, which are used only in training, predict the
+log-mel spectrogram (through the first half of the token decoder) and the initials and toned finals (CTC) from them.
 
-Writes tokenizer.pt (both networks) and tokens.npz: ``tokens`` int16 (4, N, L), at the four SHIFTS; ``lens`` (4, N);
-``alignment`` int16 (N, L), the unit that each token of shift 0 belongs to.
+Writes tokenizer.pt (tokenizer and token decoder) and tokens.npz: ``tokens`` int16 (4, N, L), one for each of SHIFTS;
+``lens`` (4, N); ``alignment`` int16 (N, L), the unit that each token of shift 0 belongs to.
 """
 
 import argparse
@@ -15,7 +15,16 @@ from torch import nn
 
 from tiny_stack.data import SHIFTS, Corpus
 from tiny_stack.settings import PRESETS, add_common_args, summary_writer
-from tiny_stack.train import Log, autocast, cosine, ctc_loss, greedy_ctc, label_error_rate, round_to_half, set_lr
+from tiny_stack.train import (
+    TrainingLog,
+    autocast,
+    cosine,
+    ctc_loss,
+    greedy_ctc,
+    label_error_rate,
+    round_to_half,
+    set_lr,
+)
 from tts_grpo.speech.tiny.codec import (
     DIMENSIONS,
     FRAMES_PER_TOKEN,
@@ -54,8 +63,8 @@ class UnitHead(nn.Module):
         return self.output(x)
 
 
-class Trainer:
-    """The tokenizer with its two heads."""
+class TokenizerTrainer:
+    """Trains the tokenizer with its two heads, and tokenises the corpus."""
 
     def __init__(self, corpus: Corpus, settings, device: str):
         self.corpus, self.settings, self.device = corpus, settings, device
@@ -85,7 +94,7 @@ class Trainer:
         parameters = list(self.modules.parameters())
         optimiser = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.02, fused=self.device == "cuda")
         batches = self.corpus.batches(self.corpus.indices("train"), self.settings.tokenizer_batch_s, rng)
-        log = Log(writer, "tokenizer", steps)
+        log = TrainingLog(writer, "tokenizer", steps)
         for step in range(1, steps + 1):
             rows = next(batches)
             losses = self.losses(rows, rng.integers(0, SAMPLES_PER_TOKEN, len(rows)))
@@ -99,7 +108,7 @@ class Trainer:
 
     @torch.no_grad()
     def tokenise(self, rows: np.ndarray, shift: int):
-        """Tokens (B, N), lengths (B,) and unit log-probabilities (B, N, units + 1) of rows, in full precision."""
+        """Tokens (B, N), lengths (B,) and unit log-probabilities (B, N, units + 1) of recordings, in full precision."""
         speech, lens = self.corpus.speech(rows, shift)
         tokens, token_lens = self.tokenizer.encode(speech, lens)
         digits = FiniteScalarQuantiser.to_digits(tokens)
@@ -107,7 +116,7 @@ class Trainer:
         return tokens, token_lens, logits.float().log_softmax(-1)
 
     def tokenise_corpus(self) -> dict[str, np.ndarray]:
-        """What tokens.npz holds."""
+        """The arrays of tokens.npz."""
         self.modules.eval()
         count = len(self.corpus.rows)
         size = -(-int(self.corpus.samples.max()) // SAMPLES_PER_TOKEN)
@@ -127,14 +136,14 @@ class Trainer:
         return {"tokens": tokens, "lens": lens, "alignment": alignment}
 
     def unit_error_rate(self, split: str) -> float:
-        """Error of the units read from the tokens."""
+        """Error rate of the units that the unit head predicts from the tokens."""
         rows = self.corpus.indices(split)
         _, lens, log_probs = self.tokenise(rows, 0)
         return label_error_rate(greedy_ctc(log_probs, lens), [self.corpus.unit_ids[row] for row in rows])
 
 
 def align(log_probs: torch.Tensor, lens: torch.Tensor, targets: list[list[int]]) -> torch.Tensor:
-    """The unit each frame belongs to: CTC's best path, its blanks given to the nearest unit.
+    """Forced alignment by the best CTC path: the unit of each frame. Blanks get the nearest unit.
 
     Args:
         log_probs: (B, T, V), blank 0.
@@ -173,7 +182,7 @@ def align(log_probs: torch.Tensor, lens: torch.Tensor, targets: list[list[int]])
 
 
 def nearest_unit(labels: torch.Tensor, lens: torch.Tensor) -> torch.Tensor:
-    """Replace each blank (0) of (B, T) labels within ``lens`` by the nearest label, the earlier of two."""
+    """Replace blanks (0) in labels (B, T) within ``lens`` by the nearest label; in a tie, by the earlier one."""
     size = labels.shape[1]
     position = torch.arange(size, device=labels.device)
     is_unit = (labels > 0) & (position < lens[:, None])
@@ -189,7 +198,7 @@ def main(argv=None):
     settings = PRESETS[args.preset]
     torch.manual_seed(settings.seed)
     corpus = Corpus(args.work_dir, args.device, settings.max_utterance_s)
-    trainer = Trainer(corpus, settings, args.device)
+    trainer = TokenizerTrainer(corpus, settings, args.device)
     writer = summary_writer(args.work_dir, "tokenizer")
     trainer.train(writer)
     round_to_half(trainer.tokenizer)
@@ -198,10 +207,10 @@ def main(argv=None):
         for split in ("dev", "test"):
             rate = trainer.unit_error_rate(split)
             writer.add_scalar(f"tokenizer/unit_error_{split}", rate, settings.tokenizer_steps)
-            print(f"tokenizer: unit error read from {split} tokens {rate:.4f}")
+            print(f"tokenizer: unit error rate on {split} {rate:.4f}")
     valid = np.arange(result["tokens"].shape[2]) < result["lens"][0][:, None]
     used = len(np.unique(result["tokens"][0][valid]))
-    print(f"tokenizer: {used} of {NUM_SPEECH_TOKENS} tokens used in {valid.sum()}")
+    print(f"tokenizer: {used} of {NUM_SPEECH_TOKENS} token ids occur among the corpus's {valid.sum()} tokens")
     np.savez(args.work_dir / "tokens.part.npz", **result)
     (args.work_dir / "tokens.part.npz").replace(args.work_dir / "tokens.npz")
     state = {"tokenizer": trainer.tokenizer.state_dict(), "decoder": trainer.decoder.state_dict()}

@@ -1,7 +1,7 @@
-"""From scored utterances to the figures of a system, and of one system against another.
+"""Aggregate scored utterances to the metrics of a system, and compare two systems.
 
-A scored utterance is a line of ``utterances.jsonl``: ``id``, ``errors`` (by metric: substitutions, deletions,
-insertions, length), ``quality`` (by figure: a number or null) and ``error`` (why it has no usable audio, or null).
+A scored utterance is a line of ``utterances.jsonl``: ``id``, ``errors`` (substitutions, deletions, insertions, length
+per error metric), ``quality`` (a number or null per quality metric) and ``error`` (why it has no audio, or null).
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from tts_grpo.text.jsonl import read_jsonl
 
 
 def read_utterances(output_dir: Path) -> list[dict]:
-    """The scored utterances of all seeds.
+    """Read the scored utterances of all seeds.
 
     Raises:
         ValueError: there are none.
@@ -30,89 +30,88 @@ def read_utterances(output_dir: Path) -> list[dict]:
     return rows
 
 
-def _by_id(rows: Sequence[dict], part) -> dict[str, np.ndarray]:
-    """``id -> part(row)`` (2,), summed over the seeds."""
+def _sum_by_id(rows: Sequence[dict], fraction) -> dict[str, np.ndarray]:
+    """``id -> fraction(row)`` (2,), summed over the seeds."""
     sums = {}
     for row in rows:
-        sums[row["id"]] = sums.get(row["id"], 0.0) + np.array(part(row), float)
+        sums[row["id"]] = sums.get(row["id"], 0.0) + np.array(fraction(row), float)
     return sums
 
 
-def metric_parts(rows: Sequence[dict], metric: str, macro: bool) -> dict[str, np.ndarray]:
-    """``id -> (errors, units)``; for a macro mean ``id -> (error rate, 1)``; summed over the seeds."""
+def error_fractions(rows: Sequence[dict], metric: str, macro: bool) -> dict[str, np.ndarray]:
+    """``id -> (errors, units)``, or ``id -> (error rate, 1)`` for a macro average; summed over the seeds."""
 
-    def part(row):
+    def fraction(row):
         counts = ErrorCounts(**row["errors"][metric])
         return (counts.rate, 1) if macro else (counts.errors, counts.length)
 
-    return _by_id(rows, part)
+    return _sum_by_id(rows, fraction)
 
 
-def figure_parts(rows: Sequence[dict], name: str) -> dict[str, np.ndarray]:
-    """``id -> (value, 1)``, (0, 0) where it was not measured; summed over the seeds."""
+def quality_fractions(rows: Sequence[dict], name: str) -> dict[str, np.ndarray]:
+    """``id -> (value, 1)``, or (0, 0) if it was not measured; summed over the seeds."""
 
-    def part(row):
+    def fraction(row):
         value = row.get("quality", {}).get(name)
         return (0, 0) if value is None else (value, 1)
 
-    return _by_id(rows, part)
+    return _sum_by_id(rows, fraction)
 
 
 def rates(rows: Sequence[dict], language: str) -> dict[str, dict]:
-    """By metric: ``rate``, its 95% interval ``ci``, and the counts."""
-    found = {}
+    """``rate``, its 95% interval ``ci``, and the counts, by error metric."""
+    result = {}
     for name, metric in METRICS[language].items():
         rate, total = pool((ErrorCounts(**row["errors"][name]) for row in rows), metric.macro)
-        parts = np.array(list(metric_parts(rows, name, metric.macro).values()))
-        found[name] = {"rate": rate, "ci": bootstrap.interval(parts), **vars(total)}
-    return found
+        fractions = np.array(list(error_fractions(rows, name, metric.macro).values()))
+        result[name] = {"rate": rate, "ci": bootstrap.interval(fractions), **vars(total)}
+    return result
 
 
 def quality(rows: Sequence[dict]) -> dict[str, dict]:
-    """By figure that was measured: the mean ``value``, its 95% interval ``ci``, and ``n`` values it is of."""
-    found = {}
+    """Mean ``value``, its 95% interval ``ci``, and number of values ``n``, by quality metric that was measured."""
+    result = {}
     for name in FIGURES:
-        parts = np.array(list(figure_parts(rows, name).values()))
-        if parts[:, 1].sum():
-            found[name] = {
-                "value": bootstrap.ratio(parts), "ci": bootstrap.interval(parts), "n": int(parts[:, 1].sum()),
-            }  # fmt: skip
-    return found
+        fractions = np.array(list(quality_fractions(rows, name).values()))
+        if count := int(fractions[:, 1].sum()):
+            value, ci = bootstrap.ratio(fractions), bootstrap.interval(fractions)
+            result[name] = {"value": value, "ci": ci, "n": count}
+    return result
 
 
 def _compare(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> dict:
     if before.keys() != after.keys():
         raise ValueError("the two systems were scored on different utterances")
-    return bootstrap.compare(*(np.array([parts[utt_id] for utt_id in before]) for parts in (before, after)))
+    return bootstrap.compare(*(np.array([system[utt_id] for utt_id in before]) for system in (before, after)))
 
 
 def compare_rates(before: Sequence[dict], after: Sequence[dict], language: str) -> dict[str, dict]:
-    """By metric: what :func:`bootstrap.compare` gives, and the ``verdict`` on ``after``.
+    """Result of :func:`bootstrap.compare` and ``verdict`` on ``after``, by error metric.
 
     Raises:
         ValueError: the two were scored on different utterances.
     """
     failed = [sum(bool(row["error"]) for row in rows) / len(rows) for rows in (before, after)]
-    found = {}
+    changes = {}
     for name, metric in METRICS[language].items():
-        found[name] = _compare(*(metric_parts(rows, name, metric.macro) for rows in (before, after)))
-        found[name]["verdict"] = bootstrap.verdict(found[name]["ci"], "lower", failed[1] > failed[0])
-    return found
+        changes[name] = _compare(*(error_fractions(rows, name, metric.macro) for rows in (before, after)))
+        changes[name]["verdict"] = bootstrap.verdict(changes[name]["ci"], "lower", failed[1] > failed[0])
+    return changes
 
 
 def compare_quality(before: Sequence[dict], after: Sequence[dict]) -> dict[str, dict]:
-    """By figure that both have: ``difference``, its interval ``ci``, and the ``verdict`` on ``after``.
+    """``difference``, its interval ``ci``, and ``verdict`` on ``after``, by quality metric that both systems have.
 
     Raises:
         ValueError: the two were scored on different utterances.
     """
-    found = {}
-    for name, figure in FIGURES.items():
-        parts = [figure_parts(rows, name) for rows in (before, after)]
-        if all(sum(part[1] for part in system.values()) for system in parts):
-            change = _compare(*parts)
-            found[name] = {
+    changes = {}
+    for name, metric in FIGURES.items():
+        systems = [quality_fractions(rows, name) for rows in (before, after)]
+        if all(sum(count for _, count in system.values()) for system in systems):
+            change = _compare(*systems)
+            changes[name] = {
                 "difference": change["difference"], "ci": change["ci"],
-                "verdict": bootstrap.verdict(change["ci"], figure.better),
+                "verdict": bootstrap.verdict(change["ci"], metric.better),
             }  # fmt: skip
-    return found
+    return changes

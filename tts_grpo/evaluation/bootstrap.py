@@ -1,11 +1,11 @@
-"""Intervals of means and ratios over the utterances of a test set, by bootstrap.
+"""Bootstrap confidence intervals of means and ratios over the utterances of a test set.
 
-Utterances are drawn with replacement, each with all its seeds: the seeds of an utterance say the same text and are not
+Utterances are drawn with replacement, each with all its seeds, because samples of one text with different seeds are not
 independent (Bisani and Ney, "Bootstrap estimates for confidence intervals in ASR performance evaluation", ICASSP 2004).
-Two systems are compared on the same draws (paired).
+Two systems are compared on the same draws (paired bootstrap).
 
-A figure is a ratio of sums: ``parts`` (N, 2) holds numerator and denominator of each of N utterances. Total errors over
-total units, or the mean of values that an utterance has one or several of, or none.
+A metric is a ratio of sums over N utterances. ``fractions`` (N, 2) has the numerator and the denominator of each
+utterance: errors and units for an error rate; sum and number of values, which may be 0, for a mean.
 """
 
 import functools
@@ -13,14 +13,14 @@ import functools
 import numpy as np
 
 NUM_DRAWS = 10_000
-_CHUNK = 500  # draws made at once
-SAME = "no difference at this size"
-UNFAIR = "no verdict: more audio failed"
+_CHUNK = 500  # draws per chunk, which limits the memory
+NOT_SIGNIFICANT = "not significant (95%)"
+MORE_FAILED = "inconclusive: more audio failed"
 
 
 @functools.lru_cache(maxsize=2)
 def draws(size: int) -> np.ndarray:
-    """How often each utterance is drawn, float32 (NUM_DRAWS, size): the same at each call, so that systems pair."""
+    """Number of times that each utterance is drawn, float32 (NUM_DRAWS, size); the same at each call, for pairing."""
     rng = np.random.default_rng(0)
     chunks = []
     for _ in range(NUM_DRAWS // _CHUNK):
@@ -29,35 +29,37 @@ def draws(size: int) -> np.ndarray:
     return np.concatenate(chunks)
 
 
-def _sums(parts: np.ndarray) -> np.ndarray:
-    return draws(len(parts)) @ parts.astype(np.float64)
+def _sums(fractions: np.ndarray) -> np.ndarray:
+    """Sums of numerators and denominators in each draw, (NUM_DRAWS, 2)."""
+    return draws(len(fractions)) @ fractions.astype(np.float64)
 
 
 def _interval(values: np.ndarray) -> list[float] | None:
-    """Middle 95%; None where some draw has no value."""
+    """The 2.5th and 97.5th percentile; None if the value of a draw is undefined."""
     if not np.isfinite(values).all():
         return None
     low, high = np.percentile(values, (2.5, 97.5))
     return [float(low), float(high)]
 
 
-def ratio(parts: np.ndarray) -> float:
-    """The figure itself."""
-    return float(parts[:, 0].sum() / parts[:, 1].sum())
+def ratio(fractions: np.ndarray) -> float:
+    """The value of the metric."""
+    return float(fractions[:, 0].sum() / fractions[:, 1].sum())
 
 
-def interval(parts: np.ndarray) -> list[float] | None:
-    """95% interval of the figure."""
+def interval(fractions: np.ndarray) -> list[float] | None:
+    """95% confidence interval of the metric."""
     with np.errstate(invalid="ignore", divide="ignore"):
-        numerator, denominator = _sums(parts).T
+        numerator, denominator = _sums(fractions).T
         return _interval(numerator / denominator)
 
 
 def compare(before: np.ndarray, after: np.ndarray) -> dict:
-    """``difference`` (after - before) and ``relative_drop`` of two systems on the same utterances, with intervals.
+    """Compare two systems on the same utterances.
 
     Returns:
-        both, and ``ci`` and ``relative_drop_ci``; None where a figure of 0 leaves no relative drop.
+        ``difference`` (after - before) with its interval ``ci``, and ``relative_drop`` with ``relative_drop_ci``. The
+        relative drop is None if the metric is 0 before.
 
     Raises:
         ValueError: the two have different numbers of utterances.
@@ -76,18 +78,18 @@ def compare(before: np.ndarray, after: np.ndarray) -> dict:
 
 
 def verdict(ci: list[float] | None, better: str | None, more_failed: bool = False) -> str:
-    """A difference in words.
+    """Describe a difference in words.
 
     Args:
         ci: interval of after - before.
-        better: "lower" or "higher"; None for a figure that is neither good nor bad.
-        more_failed: whether more audio failed after than before: then nothing is called better.
+        better: "lower" or "higher"; None for a metric without a better direction.
+        more_failed: whether more audio failed after than before; the verdict is then never "better".
     """
     if ci is None or ci[0] <= 0 <= ci[1]:
-        return SAME
+        return NOT_SIGNIFICANT
     direction = "higher" if ci[0] > 0 else "lower"
     if better is None:
         return direction
     if direction != better:
         return "worse"
-    return UNFAIR if more_failed else "better"
+    return MORE_FAILED if more_failed else "better"

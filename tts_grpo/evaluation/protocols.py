@@ -36,14 +36,15 @@ deletions, an error of 100%. The published scripts leave it out, so that failing
 import re
 import string
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import jiwer
 import numpy as np
 import zhconv
 from zhon import hanzi
 
-from tts_grpo.text.errors import ErrorCounts, align_texts, count_errors
+from tts_grpo.text.errors import ErrorCounts, align_texts
 
 _PUNCTUATION = str.maketrans("", "", (hanzi.punctuation + string.punctuation).replace("'", ""))
 _BETWEEN_CHINESE = re.compile(r"(?<=[㐀-䶿一-鿿])\s+(?=[㐀-䶿一-鿿])")
@@ -114,6 +115,11 @@ def prepare_hypothesis(text: str, language: str) -> str:
     return _BETWEEN_CHINESE.sub("", zhconv.convert(text, "zh-cn")) if language == "zh" else text
 
 
+def align_units(reference: Sequence[str], hypothesis: Sequence[str]) -> jiwer.WordOutput:
+    """jiwer's alignment of two sequences of units with the fewest edits, and its counts."""
+    return jiwer.process_words(" ".join(reference), " ".join(hypothesis))
+
+
 def count_all(target_text: str, hypothesis: str, language: str) -> dict[str, ErrorCounts]:
     """Errors of one utterance by metric.
 
@@ -127,11 +133,12 @@ def count_all(target_text: str, hypothesis: str, language: str) -> dict[str, Err
     """
     counts = {}
     for name, metric in METRICS[language].items():
-        if metric.units:
-            counts[name] = count_errors(metric.units(target_text), metric.units(hypothesis))
-        else:
+        if metric.units is None:
             counts[name] = align_texts(target_text, hypothesis, metric.match, language).counts
-        if counts[name].length == 0:
+        elif reference := metric.units(target_text):
+            found = align_units(reference, metric.units(hypothesis))
+            counts[name] = ErrorCounts(found.substitutions, found.deletions, found.insertions, len(reference))
+        if name not in counts or counts[name].length == 0:
             raise ValueError(f"{target_text!r} has no unit for {metric.title}: take the utterance out of the set")
     return counts
 

@@ -4,11 +4,12 @@ import asyncio
 import itertools
 import json
 import logging
+import time
 from collections.abc import Sequence
 
 import aiohttp
 
-from tts_grpo.reward.protocol import MODEL_NAME, Scored, decode_response, encode_request
+from tts_grpo.reward.protocol import MODEL_NAME, RolloutScore, decode_response, encode_request
 
 logger = logging.getLogger(__name__)
 
@@ -28,46 +29,49 @@ class RewardClient:
         server_urls: such as "http://127.0.0.1:8000".
         max_in_flight: requests sent and not yet answered; further ones wait here.
         timeout_s: for one answer, waiting in the server's queue included.
-        max_tries: requests for one rollout before giving up, each to the next server.
+        patience_s: how long a failed request is repeated, each time at the next server, before giving up. Longer than
+            a server takes to start again; 0 tries once.
         backoff_s: wait after the first failed try; doubles with each further one, up to ``max_backoff_s``.
     """
 
     def __init__(self, server_urls: Sequence[str], max_in_flight: int = 256, timeout_s: float = 300.0,
-                 max_tries: int = 8, backoff_s: float = 0.5, max_backoff_s: float = 15.0):  # fmt: skip
+                 patience_s: float = 180.0, backoff_s: float = 0.5, max_backoff_s: float = 15.0):  # fmt: skip
         if not server_urls:
             raise ValueError("no reward server is given")
         self.server_urls = [url.rstrip("/") for url in server_urls]
-        self.timeout_s, self.max_tries = timeout_s, max_tries
+        self.timeout_s, self.patience_s = timeout_s, patience_s
         self.backoff_s, self.max_backoff_s = backoff_s, max_backoff_s
         self._turn = itertools.count()
         self._slots = asyncio.Semaphore(max_in_flight)
         self._session: aiohttp.ClientSession | None = None
 
-    async def score(self, speech_tokens: Sequence[int], ground_truth: str) -> Scored:
+    async def score(self, speech_tokens: Sequence[int], ground_truth: str) -> RolloutScore:
         """Score one rollout.
 
         Raises:
-            RewardServerError: no server gave a reward within the tries, or one answered that it cannot.
+            RewardServerError: no server gave a reward in time, or one answered that it cannot.
         """
         body = json.dumps(encode_request(speech_tokens, ground_truth), ensure_ascii=False).encode()
         async with self._slots:
-            failures, first = [], next(self._turn)
-            for attempt in range(self.max_tries):
+            first, begin = next(self._turn), time.monotonic()
+            for attempt in itertools.count():
                 url = self.server_urls[(first + attempt) % len(self.server_urls)]
                 try:
                     return await self._request(url, body)
                 except (TimeoutError, aiohttp.ClientError, ConnectionError) as error:
-                    failures.append(f"{url}: {type(error).__name__}: {error}")
-                if attempt + 1 < self.max_tries:
-                    wait_s = min(self.max_backoff_s, self.backoff_s * 2**attempt)
-                    logger.warning("reward request failed (%s), again in %.1f s", failures[-1], wait_s)
-                    await asyncio.sleep(wait_s)
+                    failure = f"{url}: {type(error).__name__}: {error}"
+                wait_s, waited_s = min(self.max_backoff_s, self.backoff_s * 2**attempt), time.monotonic() - begin
+                if waited_s + wait_s > self.patience_s:
+                    break
+                logger.warning("reward request failed (%s), again in %.1f s", failure, wait_s)
+                await asyncio.sleep(wait_s)
             raise RewardServerError(
-                f"no reward after {self.max_tries} tries, the last: {failures[-1]}. Is the reward server running? "
-                "Start it with: bash run.sh 1 1; then start the training again: it goes on from its last checkpoint"
+                f"no reward after {attempt + 1} tries in {waited_s:.0f} s, the last: {failure}. Is the reward server "
+                "running? Start it with: bash run.sh 1 1; then start the training again: it goes on from its last "
+                "checkpoint"
             )
 
-    async def _request(self, url: str, body: bytes) -> Scored:
+    async def _request(self, url: str, body: bytes) -> RolloutScore:
         if self._session is None:
             self._session = aiohttp.ClientSession(
                 timeout=aiohttp.ClientTimeout(total=self.timeout_s, sock_connect=10.0),

@@ -30,8 +30,14 @@ ERRORS         bytes   [B, 1] empty, or why this sample could not be spoken
 A bad rollout (nothing said, ids out of range) never comes here: the client scores it. So an error is never a reward.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # scripts/check.py reads the names here where there is no environment yet
+    import numpy as np
 
 MODEL_NAME = "token2wav_asr"
 SPEECH_MODEL_NAME = "token2wav"
@@ -42,14 +48,21 @@ BUCKETS = (512, 2048)
 
 
 @dataclass(frozen=True)
-class Scored:
-    """What the server found of one rollout; see :class:`tts_grpo.reward.scorer.SampleScore`."""
+class RolloutScore:
+    """A rollout's score, in the server and in the client; ``error`` says why there is none, and is empty otherwise.
 
-    reward: float
-    error_rate: float
-    transcript: str
-    unit_errors: tuple[int, ...]
-    unit_starts: tuple[int, ...]
+    Attributes:
+        unit_errors: errors at each unit (syllable or word) of the ground truth's usual reading; their sum over the
+            number of units is the error rate. Another right reading's errors are placed where the usual one's are.
+        unit_starts: the speech token with which each of them begins.
+    """
+
+    reward: float = float("nan")
+    error_rate: float = float("nan")
+    transcript: str = ""
+    unit_errors: tuple[int, ...] = ()
+    unit_starts: tuple[int, ...] = ()
+    error: str = ""
 
 
 def bucket(num_tokens: int) -> int:
@@ -98,8 +111,39 @@ def decode_speech_response(body: dict) -> tuple[list[int], int]:
     return waveform[:length], rate
 
 
-def decode_response(body: dict) -> Scored:
-    """One rollout's answer.
+def text_tensor(values: Sequence[str]) -> np.ndarray:
+    """Texts as a tensor of bytes (B, 1)."""
+    import numpy as np
+
+    return np.char.encode(np.array(values, dtype=np.str_), "utf-8")[:, None]
+
+
+def padded_tensor(rows: Sequence[Sequence[int]]) -> np.ndarray:
+    """Rows of numbers as a tensor int32 (B, longest row), padded with -1."""
+    import numpy as np
+
+    tensor = np.full((len(rows), max([1, *map(len, rows)])), -1, np.int32)
+    for values, row in zip(tensor, rows, strict=True):
+        values[: len(row)] = row
+    return tensor
+
+
+def encode_response(scores: Sequence[RolloutScore]) -> dict[str, np.ndarray]:
+    """The tensors of a batch's answer."""
+    import numpy as np
+
+    return {
+        "REWARDS": np.array([[score.reward] for score in scores], np.float32),
+        "ERROR_RATES": np.array([[score.error_rate] for score in scores], np.float32),
+        "TRANSCRIPTS": text_tensor([score.transcript for score in scores]),
+        "UNIT_ERRORS": padded_tensor([score.unit_errors for score in scores]),
+        "UNIT_STARTS": padded_tensor([score.unit_starts for score in scores]),
+        "ERRORS": text_tensor([score.error for score in scores]),
+    }
+
+
+def decode_response(body: dict) -> RolloutScore:
+    """One rollout's answer: the inverse of :func:`encode_response`.
 
     Raises:
         KeyError: an output is missing: this is no server of this protocol.
@@ -114,4 +158,4 @@ def decode_response(body: dict) -> Scored:
         raise ValueError(f"the reward server could not score a sample: {error}")
     if not isinstance(reward, int | float) or not 0.0 <= reward <= 1.0:
         raise ValueError(f"the reward server answered with a reward of {reward}")
-    return Scored(float(reward), float(error_rate), transcript, units, starts)
+    return RolloutScore(float(reward), float(error_rate), transcript, units, starts)

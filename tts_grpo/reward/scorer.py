@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from tts_grpo.reward.curves import reward
+from tts_grpo.reward.protocol import RolloutScore
 from tts_grpo.speech.asr.recogniser import Heard
 from tts_grpo.speech.asr.sensevoice import SenseVoice
 from tts_grpo.speech.audio import ASR_HZ, resample_batch
@@ -17,24 +18,6 @@ from tts_grpo.text.tokens import TOKEN_HZ, format_speech_tokens
 from tts_grpo.text.units import Sentence, sentence
 
 ONSET_DELAY_S = 0.04  # from a syllable's first speech token to the frame at which a CTC recogniser names it
-
-
-@dataclasses.dataclass(frozen=True)
-class SampleScore:
-    """One sample's score; ``error`` says why there is none, and is empty otherwise.
-
-    Attributes:
-        unit_errors: errors at each unit (syllable or word) of the ground truth's usual reading; their sum over the
-            number of units is the error rate. Another right reading's errors are placed where the usual one's are.
-        unit_starts: the speech token with which each of them begins.
-    """
-
-    reward: float = float("nan")
-    error_rate: float = float("nan")
-    transcript: str = ""
-    unit_errors: tuple[int, ...] = ()
-    unit_starts: tuple[int, ...] = ()
-    error: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +56,7 @@ class RewardScorer:
         self.prompt_voices, self.seed, self.voice_per = prompt_voices, seed, voice_per
         self.seconds = {"token2wav": 0.0, "asr": 0.0, "text": 0.0}
 
-    def score(self, speech_tokens: Sequence[Sequence[int]], ground_truths: Sequence[str]) -> list[SampleScore]:
+    def score(self, speech_tokens: Sequence[Sequence[int]], ground_truths: Sequence[str]) -> list[RolloutScore]:
         """Score samples together; if that fails, one by one, so that one bad sample is one error.
 
         Args:
@@ -84,11 +67,11 @@ class RewardScorer:
             return self._score(speech_tokens, ground_truths)
         except Exception as error:
             if len(speech_tokens) == 1:
-                return [SampleScore(error=f"{type(error).__name__}: {error}")]
+                return [RolloutScore(error=f"{type(error).__name__}: {error}")]
             pairs = zip(speech_tokens, ground_truths, strict=True)
             return [self.score([tokens], [text])[0] for tokens, text in pairs]
 
-    def _score(self, speech_tokens, ground_truths) -> list[SampleScore]:
+    def _score(self, speech_tokens, ground_truths) -> list[RolloutScore]:
         references = [sentence(text, self.language) for text in ground_truths]
         for reference in references:
             if not reference.units:
@@ -107,12 +90,12 @@ class RewardScorer:
         key = ground_truth if self.voice_per == "text" else f"{ground_truth}/{format_speech_tokens(speech_tokens)}"
         return choose_voice(self.prompt_voices, key, self.seed)
 
-    def _compare(self, reference: Sentence, heard: Heard, duration_s: float) -> SampleScore:
+    def _compare(self, reference: Sentence, heard: Heard, duration_s: float) -> RolloutScore:
         alignment = align_sentences(reference, sentence(heard.text, self.language), self.match)
         errors, onsets_s = locate_errors(alignment, heard.onsets_s, duration_s)
         starts = tuple(max(0, round((onset_s - ONSET_DELAY_S) * TOKEN_HZ)) for onset_s in onsets_s)
         error_rate = sum(errors) / len(errors)
-        return SampleScore(reward(error_rate, self.curve), error_rate, heard.text, tuple(errors), starts)
+        return RolloutScore(reward(error_rate, self.curve), error_rate, heard.text, tuple(errors), starts)
 
     def speak(self, speech_tokens: Sequence[Sequence[int]]) -> list[SampleSpeech]:
         """The speech that samples are scored by, one by one: for listening, where no speed is needed."""

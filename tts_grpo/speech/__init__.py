@@ -1,12 +1,13 @@
-"""Speech: made from text by a language model, decoded from speech tokens, recognised and measured.
+"""Speech generation, decoding, recognition and quality metrics.
 
-- ``generation``: speech tokens sampled from a language model; ``head_bias``: the bias of the official model's head.
-- ``decoder``: what every token2wav decoder offers; ``cosyvoice2`` and ``tiny`` are the two; ``token2wav`` loads the one
-  that a folder holds; ``voices``: prompt voices.
+- ``generation``: sample speech tokens from a language model; ``head_bias``: the bias of the official model's LM head.
+- ``synthesis``: from texts to waveforms with both, as in the evaluation.
+- ``decoder``: the interface of token2wav decoders; ``cosyvoice2`` and ``tiny`` implement it; ``token2wav`` loads the
+  decoder of a model folder; ``voices``: prompt voices.
 - ``asr``: recognisers, one module per backend.
-- ``quality``: speech-quality metrics that error rates miss; ``nets``: the networks that some of them need.
+- ``quality``: speech-quality metrics that error rates miss; ``nets``: the networks for some of them.
 - ``audio``: audio files and sample rates; ``model_folders``: the files of model folders; ``distributed``: torchrun.
 
-Speech environment (numpy < 2, funasr), except ``generation``, ``head_bias`` and ``model_folders``: both. Imports
-``text``.
+Runs in the speech environment (numpy < 2, funasr); ``generation``, ``head_bias`` and ``model_folders`` run in the
+trainer environment, too. Imports ``text``.
 """

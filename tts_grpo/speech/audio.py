@@ -9,14 +9,14 @@ import numpy as np
 import soundfile as sf
 from scipy.signal import firwin, resample_poly
 
-if TYPE_CHECKING:  # the evaluation's tables and report need no torch, which takes seconds to import
+if TYPE_CHECKING:  # the evaluation's tables and report do not need torch, whose import takes seconds
     import torch
 
-ASR_HZ = 16_000  # every recogniser and the speech tokenizer
+ASR_HZ = 16_000  # sample rate of all recognisers and of the speech tokenizer
 
 
 def resample(speech: np.ndarray, from_hz: int, to_hz: int) -> np.ndarray:
-    """``speech`` (..., T) at another sample rate, float32."""
+    """Resample ``speech`` (..., T); the result is float32."""
     if from_hz == to_hz:
         return speech.astype(np.float32, copy=False)
     divisor = np.gcd(from_hz, to_hz)
@@ -24,7 +24,7 @@ def resample(speech: np.ndarray, from_hz: int, to_hz: int) -> np.ndarray:
 
 
 def resample_batch(speech: torch.Tensor, from_hz: int, to_hz: int) -> torch.Tensor:
-    """As :func:`resample`, on the device of ``speech`` float32 (B, T): the same filter as one strided convolution."""
+    """Same as :func:`resample` for float32 (B, T), on its device: the same filter as one strided convolution."""
     import torch
 
     if from_hz == to_hz:
@@ -32,18 +32,18 @@ def resample_batch(speech: torch.Tensor, from_hz: int, to_hz: int) -> torch.Tens
     up, down = (rate // np.gcd(from_hz, to_hz) for rate in (to_hz, from_hz))
     half = 10 * max(up, down)  # scipy.signal.resample_poly's filter
     taps = up * firwin(2 * half + 1, 1 / max(up, down), window=("kaiser", 5.0))
-    stuffed = torch.zeros(*speech.shape, int(up), device=speech.device)
-    stuffed[..., 0] = speech
+    upsampled = torch.zeros(*speech.shape, int(up), device=speech.device)
+    upsampled[..., 0] = speech
     weight = torch.tensor(taps, dtype=torch.float32, device=speech.device)[None, None]
-    resampled = torch.nn.functional.conv1d(stuffed.flatten(1)[:, None], weight, stride=int(down), padding=half)[:, 0]
+    resampled = torch.nn.functional.conv1d(upsampled.flatten(1)[:, None], weight, stride=int(down), padding=half)[:, 0]
     return resampled[:, : -(-speech.shape[1] * int(up) // int(down))]
 
 
 def load_audio(path: str | Path, sample_rate_hz: int = ASR_HZ) -> np.ndarray:
-    """One recording as mono float32 (T,) in [-1, 1]; channels are averaged.
+    """Load a recording as mono float32 (T,) in [-1, 1]; channels are averaged.
 
     Raises:
-        ValueError: the file is missing, cannot be decoded, has no samples, or some that are no numbers.
+        ValueError: the file is missing, cannot be decoded, has no samples, or has NaN or infinite samples.
     """
     try:
         speech, rate = sf.read(path, dtype="float32", always_2d=True)
@@ -52,12 +52,12 @@ def load_audio(path: str | Path, sample_rate_hz: int = ASR_HZ) -> np.ndarray:
     if len(speech) == 0:
         raise ValueError(f"{path}: has no samples")
     if not np.isfinite(speech).all():
-        raise ValueError(f"{path}: has samples that are no numbers")
+        raise ValueError(f"{path}: has NaN or infinite samples")
     return resample(speech.mean(axis=1), rate, sample_rate_hz)
 
 
 def save_audio(path: str | Path, speech: np.ndarray, sample_rate_hz: int) -> None:
-    """Write mono float32 (T,) as 16-bit WAV; the file appears under its name only when whole."""
+    """Write mono float32 (T,) as 16-bit WAV, atomically."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(path.name + ".part")

@@ -1,8 +1,8 @@
-"""What every token2wav decoder offers and takes, and the checks that decoders share.
+"""The interface of token2wav decoders, and the checks that they share.
 
-A decoder is called with a batch of speech-token sequences of different lengths and the voices to speak in. Its result
-is deterministic for a seed and does not depend on what else is in the batch. The decoders are in ``tiny/token2wav.py``
-and ``cosyvoice2/token2wav.py``; ``token2wav.py`` loads the one that a folder holds.
+A decoder is called with a batch of speech-token sequences of different lengths and one prompt voice per sequence. Its
+result is deterministic for a seed and does not depend on the rest of the batch. The decoders are in
+``tiny/token2wav.py`` and ``cosyvoice2/token2wav.py``; ``token2wav.py`` loads the one that is in a model folder.
 """
 
 import dataclasses
@@ -17,12 +17,12 @@ from tts_grpo.text.tokens import NUM_SPEECH_TOKENS
 
 @dataclasses.dataclass(frozen=True)
 class PromptVoice:
-    """A recording whose voice is continued.
+    """A recording whose voice the decoder continues.
 
     Attributes:
-        prompt_text: its transcript.
+        prompt_text: transcript of the recording.
         prompt_speech_16k: float32 (T,), 16 kHz.
-        prompt_speech_tokens: its speech tokens.
+        prompt_speech_tokens: speech tokens of the recording.
     """
 
     prompt_text: str
@@ -31,16 +31,16 @@ class PromptVoice:
 
 
 class Token2Wav(Protocol):
-    """What every decoder offers."""
+    """The interface of all decoders."""
 
     sample_rate_hz: int
-    needs_voice: bool  # whether each utterance must have a prompt voice
+    needs_voice: bool  # whether every utterance must have a prompt voice
 
     def encode(self, recordings: Sequence[np.ndarray]) -> list[list[int]]:
         """Speech tokens of recordings, each float32 (T,) at 16 kHz."""
 
     def warm_up(self) -> None:
-        """Do what would make the first batches slow, such as compiling."""
+        """Do one-time work that would slow down the first batches, such as compiling."""
 
     def __call__(
         self,
@@ -52,11 +52,11 @@ class Token2Wav(Protocol):
 
         Args:
             speech_tokens: B sequences of ids in [0, 6561), none empty, lengths may differ.
-            prompt_voices: B voices to speak in; None is the decoder's own default.
-            seed: of whatever is random in the decoder; the same for each sequence, wherever it stands in the batch.
+            prompt_voices: B prompt voices; None means the decoder's default voice.
+            seed: random seed of the decoder; it is used for each sequence, independently of its place in the batch.
 
         Returns:
-            waveforms, float32 (B, T) on the decoder's device, zero beyond each length, and their lengths in samples,
+            Waveforms, float32 (B, T) on the decoder's device, with zeros after each end, and their lengths in samples,
             int64 (B,) on the CPU.
 
         Raises:
@@ -65,7 +65,7 @@ class Token2Wav(Protocol):
 
 
 def check_speech_tokens(speech_tokens: Sequence[Sequence[int]]) -> None:
-    """Raise a ValueError that names the first sequence a decoder cannot take."""
+    """Raise ValueError if a sequence is empty or has an id out of range; the message names the first such item."""
     for i, tokens in enumerate(speech_tokens):
         if len(tokens) == 0:
             raise ValueError(f"item {i}: no speech tokens")
@@ -74,7 +74,7 @@ def check_speech_tokens(speech_tokens: Sequence[Sequence[int]]) -> None:
 
 
 def pad_speech_tokens(speech_tokens: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sequences as a decoder computes on them: int64 (B, T), padded with 0, and their lengths, int64 (B,).
+    """Pad sequences with 0 to int64 (B, T); also returns their lengths, int64 (B,).
 
     Raises:
         ValueError: a sequence is empty or has an id out of range; the message names the item.
@@ -88,6 +88,6 @@ def pad_speech_tokens(speech_tokens: Sequence[Sequence[int]]) -> tuple[torch.Ten
 
 
 def check_finite(waveforms: torch.Tensor) -> None:
-    """Raises ValueError if decoded speech is no sound."""
+    """Raise ValueError if decoded speech has NaN or infinite samples."""
     if not waveforms.isfinite().all():
-        raise ValueError("the decoded speech is not finite: half precision may be too narrow, use bf16 or fp32")
+        raise ValueError("the decoded speech is not finite: if the precision is fp16, use bf16 or fp32")

@@ -1,4 +1,4 @@
-"""Processes of torchrun: who am I, and waiting for the others."""
+"""Helpers for processes started by torchrun: rank, world size, barrier."""
 
 import os
 from datetime import timedelta
@@ -8,13 +8,13 @@ import torch.distributed as dist
 
 
 def setup(device: str) -> tuple[int, int, str]:
-    """Join torchrun's processes, if it started this one.
+    """Initialise the process group, if torchrun started this process.
 
     Args:
-        device: "cpu" (gloo) or "cuda" (NCCL; each process takes the GPU of its local rank).
+        device: "cpu" (gloo) or "cuda" (NCCL; each process uses the GPU of its local rank).
 
     Returns:
-        rank, number of processes, torch device of this process.
+        Rank, world size and torch device of this process.
     """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if device == "cuda":
@@ -27,12 +27,12 @@ def setup(device: str) -> tuple[int, int, str]:
 
 
 def barrier() -> None:
-    """Wait until every process is here."""
+    """Wait until all processes have called this function."""
     if dist.is_initialized():
         dist.barrier()
 
 
 def shutdown() -> None:
-    """Leave the group."""
+    """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Speech tokens from a language model, in batches whose make-up does not matter."""
+"""Sample speech tokens from a language model in batches; results do not depend on the composition of a batch."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -24,20 +24,19 @@ class Sampling:
     """How the next token is chosen.
 
     Attributes:
-        temperature: divides the logits; 0 takes the likeliest token.
-        top_p: keep the likeliest tokens up to this probability; 1.0 keeps all.
-        top_k: keep so many of the likeliest tokens; -1 keeps all.
-        max_new_tokens: where an utterance that does not end is cut.
-        repetition_penalty: above 1, the logits of ids that the prompt or the response already has are divided by it
-            where they are positive and multiplied where they are negative (CTRL, arXiv 1909.05858), as Transformers'
-            ``generate`` does.
-        repetition_window: 0, or a token that is among so many last ones is replaced by one drawn from all others:
+        temperature: divides the logits; 0 means greedy decoding.
+        top_p: keep the most probable tokens up to this cumulative probability; 1.0 keeps all.
+        top_k: keep this many of the most probable tokens; -1 keeps all.
+        max_new_tokens: length at which a response without an end token is truncated.
+        repetition_penalty: if above 1, the logits of ids that occur in the prompt or the response are divided by it
+            if positive and multiplied by it if negative (CTRL, arXiv 1909.05858), as in Transformers' ``generate``.
+        repetition_window: if not 0, a token that is among this many last ones is replaced by one drawn from all others:
             CosyVoice's repetition aware sampling (``ras_sampling`` in cosyvoice/utils/common.py at ace7c47, after
             VALL-E 2, arXiv 2406.05370) with tau_r = 1 / window. CosyVoice2 itself uses top_p 0.8, top_k 25, window 10.
-        min_token_text_ratio: the first end token is not drawn before so many tokens for each token of the text.
-        max_token_text_ratio: 0, or an utterance is cut at so many tokens for each token of the text, instead of at
-            ``max_new_tokens``. (Both as in ``Qwen2LM.inference`` in cosyvoice/llm/llm.py at ace7c47, which uses 2 and
-            20 and knows the first of three end tokens as ``eos_token``.)
+        min_token_text_ratio: minimum number of tokens per token of the text before the first end token can be drawn.
+        max_token_text_ratio: if not 0, the maximum number of tokens per token of the text, instead of
+            ``max_new_tokens``. (Both ratios as in ``Qwen2LM.inference`` in cosyvoice/llm/llm.py at ace7c47, which uses
+            2 and 20, and whose ``eos_token`` is the first of three end tokens.)
     """
 
     temperature: float = 1.0
@@ -50,21 +49,21 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def limits(self, text_len: int | None) -> tuple[int, int]:
-        """The least and the largest number of tokens of a response to a text of ``text_len`` tokens.
+        """Minimum and maximum number of tokens of a response to a text of ``text_len`` tokens.
 
         Raises:
-            ValueError: they depend on a length that is not known.
+            ValueError: the limits depend on ``text_len``, and it is None.
         """
         if not (self.min_token_text_ratio or self.max_token_text_ratio):
             return 0, self.max_new_tokens
         if text_len is None:
-            raise ValueError(f"the limits of {self} need the text of each prompt: pass texts or text_lens")
-        largest = int(text_len * self.max_token_text_ratio) if self.max_token_text_ratio else self.max_new_tokens
-        return int(text_len * self.min_token_text_ratio), largest
+            raise ValueError(f"the length limits of {self} depend on the text of each prompt: pass texts or text_lens")
+        maximum = int(text_len * self.max_token_text_ratio) if self.max_token_text_ratio else self.max_new_tokens
+        return int(text_len * self.min_token_text_ratio), maximum
 
 
 LM_PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# cosyvoice2.yaml of CosyVoice2-0.5B, and the defaults of Qwen2LM.inference
+# from cosyvoice2.yaml of CosyVoice2-0.5B and the defaults of Qwen2LM.inference
 OFFICIAL = Sampling(
     top_p=0.8, top_k=25, repetition_window=10, min_token_text_ratio=2.0, max_token_text_ratio=20.0
 )  # fmt: skip
@@ -72,12 +71,12 @@ OFFICIAL = Sampling(
 
 @dataclasses.dataclass(frozen=True)
 class Response:
-    """What the model wrote after one prompt.
+    """The model's response to one prompt.
 
     Attributes:
-        token_ids: vocabulary ids, the end token included.
-        log_probs: of each id, under the logits as they were sampled from.
-        finish_reason: "eos" if it ended by itself, "length" if it was cut.
+        token_ids: vocabulary ids, including the end token.
+        log_probs: log-probability of each id in the distribution that it was sampled from.
+        finish_reason: "eos" if it ends with an end token, "length" if it was truncated.
     """
 
     token_ids: list[int]
@@ -87,7 +86,7 @@ class Response:
 
 @dataclasses.dataclass(frozen=True)
 class Utterance:
-    """What the model said: its speech tokens, and whether it ended by itself ("eos") or was cut ("length")."""
+    """Generated speech tokens; ``finish_reason`` is "eos" (end token) or "length" (truncated)."""
 
     speech_tokens: list[int]
     finish_reason: str
@@ -96,10 +95,10 @@ class Utterance:
 def load_lm(folder: str | Path, device: str = "cpu", dtype: torch.dtype | None = None):
     """``(model, tokenizer)`` of a Hugging Face folder, by default in float32 on a CPU and in bfloat16 on a GPU.
 
-    A bias of the head that is in the folder becomes the model's (tts_grpo/speech/head_bias.py).
+    If the folder has a bias of the LM head, it is added to the model (tts_grpo/speech/head_bias.py).
 
-    There, attention is the plain one: the logits of PyTorch's own differ by rounding from run to run, and so do some of
-    the tokens drawn (8 of 128 responses of 100 tokens on an H100).
+    On a GPU, attention is "eager": with "sdpa", rounding errors in the logits differ from run to run, which changed 8
+    of 128 sampled responses of 100 tokens on an H100.
     """
     dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
     attention = "sdpa" if device == "cpu" else "eager"
@@ -112,7 +111,7 @@ def load_lm(folder: str | Path, device: str = "cpu", dtype: torch.dtype | None =
 
 
 def _uniform_numbers(seeds: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
-    """float64 (B, 2, max(counts)) in [0, 1): each row of its own seed and count, so that it depends on no other."""
+    """float64 (B, 2, max(counts)) in [0, 1): each row has its own seed and count and is independent of the others."""
     numbers = torch.zeros(len(seeds), 2, max(counts), dtype=torch.float64)
     for row, seed, count in zip(numbers, seeds, counts, strict=True):
         generator = torch.Generator().manual_seed(seed)
@@ -123,45 +122,45 @@ def _uniform_numbers(seeds: Sequence[int], counts: Sequence[int]) -> torch.Tenso
 def _warpers(sampling: Sampling) -> LogitsProcessorList:
     if sampling.temperature == 0:
         return LogitsProcessorList()
-    cuts = [TopKLogitsWarper(sampling.top_k)] if sampling.top_k > 0 else []
+    filters = [TopKLogitsWarper(sampling.top_k)] if sampling.top_k > 0 else []
     if sampling.top_p < 1.0:
-        # vLLM and Transformers take top_p of what top_k leaves, CosyVoice's nucleus_sampling of all tokens
-        cuts.insert(0 if sampling.repetition_window else len(cuts), TopPLogitsWarper(sampling.top_p))
-    return LogitsProcessorList([TemperatureLogitsWarper(float(sampling.temperature)), *cuts])
+        # vLLM and Transformers apply top_p after top_k, CosyVoice's nucleus_sampling applies it to all tokens
+        filters.insert(0 if sampling.repetition_window else len(filters), TopPLogitsWarper(sampling.top_p))
+    return LogitsProcessorList([TemperatureLogitsWarper(float(sampling.temperature)), *filters])
 
 
 def _choose(scores: torch.Tensor, uniform: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Next ids (B,) and their log-probabilities (B,), by inverse transform sampling; without numbers the likeliest."""
+    """Next ids (B,) and their log-probabilities (B,), by inverse transform sampling; greedy if ``uniform`` is None."""
     log_probs = scores.float().log_softmax(-1)
     if uniform is None:
         choice = log_probs.argmax(-1, keepdim=True)
     else:
         cumulative = log_probs.double().exp_().cumsum_(-1)
-        # right: an id of probability 0 is never chosen; the last sum stands for 1, from which rounding keeps it
+        # right=True: an id of probability 0 is never chosen. The last sum replaces 1, which rounding may miss.
         choice = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
     return choice[:, 0], log_probs.gather(1, choice)[:, 0]
 
 
 def _next(logits, warpers, recent, uniform, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
-    """Next ids (B,) and their log-probabilities (B,) as they were drawn.
+    """Next ids (B,) and their log-probabilities (B,) in the distribution that they were drawn from.
 
     Args:
         logits: (B, V).
-        warpers: of ``sampling``.
-        recent: (B, window) ids said last, -1 where there are none yet; used with a repetition window.
-        uniform: (B, 2) numbers in [0, 1), the second for a second draw; None without sampling.
-        sampling: how tokens are chosen.
+        warpers: logits processors for ``sampling``.
+        recent: (B, window) last ids, -1 where there are none yet; used with a repetition window.
+        uniform: (B, 2) numbers in [0, 1), the second for a repeated draw; None for greedy decoding.
+        sampling: sampling settings.
     """
     choice, log_probs = _choose(warpers(None, logits), None if uniform is None else uniform[:, 0])
     if sampling.repetition_window and uniform is not None:
-        again = (recent == choice[:, None]).any(1)
+        repeated = (recent == choice[:, None]).any(1)
         other, other_log_probs = _choose(logits.scatter(1, choice[:, None], -torch.inf), uniform[:, 1])
-        choice, log_probs = torch.where(again, other, choice), torch.where(again, other_log_probs, log_probs)
+        choice, log_probs = torch.where(repeated, other, choice), torch.where(repeated, other_log_probs, log_probs)
     return choice, log_probs
 
 
-def _padded(prompts: Sequence[Sequence[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
-    """int64 (B, L) ids and (B, L) mask of prompts that end together; what stands before a prompt is masked."""
+def _left_padded(prompts: Sequence[Sequence[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
+    """int64 (B, L) ids and attention mask of prompts, padded on the left."""
     ids = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.long)
     mask = torch.zeros_like(ids)
     for i, prompt in enumerate(prompts):
@@ -170,8 +169,8 @@ def _padded(prompts: Sequence[Sequence[int]], device) -> tuple[torch.Tensor, tor
     return ids.to(device), mask.to(device)
 
 
-def _penalised(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
-    """Logits (B, V) with the repetition penalty on the ids ``seen``, bool (B, V)."""
+def _penalise_repetition(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
+    """Apply the repetition penalty to the logits (B, V) of the ids in ``seen``, bool (B, V)."""
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
@@ -180,67 +179,69 @@ def generate(
     model, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling,
     on_end: Callable[[int, Response], None] = lambda i, response: None, text_lens: Sequence[int] | None = None,
 ) -> list[Response]:  # fmt: skip
-    """Continue each prompt of one batch until an end token.
+    """Generate a response to each prompt of one batch.
 
-    A row leaves the batch when it ends: ``model.generate`` would compute it on until the longest has ended.
+    A row is removed from the batch when its response ends; ``model.generate`` would compute it until the longest ends.
 
     Args:
-        model: causal language model; its generation config names the end tokens.
+        model: causal language model; its generation config has the end tokens.
         prompts: B prompts as vocabulary ids, of any lengths.
-        seeds: one a prompt; the same prompt and seed give the same response in any batch.
-        sampling: how tokens are chosen.
-        on_end: called with a prompt's place and its response as soon as that is whole.
-        text_lens: tokens of each prompt's text, for a ``sampling`` whose limits depend on it.
+        seeds: one seed per prompt; the same prompt and seed give the same response in any batch.
+        sampling: sampling settings.
+        on_end: called with the index of a prompt and its response as soon as the response is complete.
+        text_lens: number of tokens of each prompt's text; required if the limits of ``sampling`` depend on it.
     """
     device = model.device
-    ids, mask = _padded(prompts, device)
+    ids, mask = _left_padded(prompts, device)
     ends = torch.as_tensor(model.generation_config.eos_token_id, device=device).reshape(-1)
     limits = [sampling.limits(text_len) for text_len in text_lens or [None] * len(prompts)]
-    least, largest = torch.tensor(limits, device=device).unbind(1)
-    uniform = _uniform_numbers(seeds, largest.tolist()).to(device) if sampling.temperature > 0 else None
+    minimum, maximum = torch.tensor(limits, device=device).unbind(1)
+    uniform = _uniform_numbers(seeds, maximum.tolist()).to(device) if sampling.temperature > 0 else None
     recent = torch.full((len(prompts), max(1, sampling.repetition_window)), -1, device=device)
     warpers, cache = _warpers(sampling), DynamicCache(config=model.config)
-    seen = None  # ids of prompt and response, where they count
+    seen = None  # ids that occur in prompt or response
     if sampling.repetition_penalty != 1.0:
         seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=device)
         for row, prompt in zip(seen, prompts, strict=True):
             row[list(prompt)] = True
     responses = [Response([], [], "length") for _ in prompts]
-    rows = torch.arange(len(prompts), device=device)  # prompts that have not ended
-    for step in range(int(largest.max())):
+    rows = torch.arange(len(prompts), device=device)  # indices of unfinished responses
+    for step in range(int(maximum.max())):
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         output = model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1)
         logits = output.logits[:, -1]
         if seen is not None:
-            logits = _penalised(logits, seen, sampling.repetition_penalty)
+            logits = _penalise_repetition(logits, seen, sampling.repetition_penalty)
         if sampling.min_token_text_ratio:
-            logits[step < least[rows], ends[0]] = -torch.inf
+            logits[step < minimum[rows], ends[0]] = -torch.inf
         numbers = None if uniform is None else uniform[rows, :, step]
         choice, log_probs = _next(logits, warpers, recent, numbers, sampling)
         recent = torch.cat([recent[:, 1:], choice[:, None]], 1)
         if seen is not None:
             seen.scatter_(1, choice[:, None], True)
         ended = torch.isin(choice, ends)
-        going = ~ended & (step + 1 < largest[rows])
-        for row, *token in zip(*(t.tolist() for t in (rows, choice, log_probs, ended, going)), strict=True):
-            _add(responses, row, *token, on_end)
-        if not going.all():
-            rows, choice, mask, recent = rows[going], choice[going], mask[going], recent[going]
+        unfinished = ~ended & (step + 1 < maximum[rows])
+        for row, *token in zip(*(t.tolist() for t in (rows, choice, log_probs, ended, unfinished)), strict=True):
+            _append_token(responses, row, *token, on_end)
+        if not unfinished.all():
+            rows, choice, mask, recent = (x[unfinished] for x in (rows, choice, mask, recent))
             if not len(rows):
                 break
-            cache.batch_select_indices(going.nonzero()[:, 0])
-            seen = None if seen is None else seen[going]
+            cache.batch_select_indices(unfinished.nonzero()[:, 0])
+            seen = None if seen is None else seen[unfinished]
         ids, mask = choice[:, None], torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
     return responses
 
 
-def _add(responses: list[Response], row: int, id_: int, log_prob: float, ended: bool, going: bool, on_end) -> None:
-    """Add a token to a response, and report the response if that was its last one."""
+def _append_token(
+    responses: list[Response], row: int, id_: int, log_prob: float, ended: bool, unfinished: bool, on_end
+) -> None:
+    """Append a token to a response, and call ``on_end`` if it is the last one."""
     responses[row].token_ids.append(id_)
     responses[row].log_probs.append(log_prob)
     if ended:
         responses[row] = dataclasses.replace(responses[row], finish_reason="eos")
-    if not going:
+    if not unfinished:
         on_end(row, responses[row])
 
 
@@ -248,19 +249,19 @@ def generate_speech_tokens(
     model, tokenizer, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling, batch_size: int = 64,
     texts: Sequence[str] = (),
 ) -> list[Utterance]:  # fmt: skip
-    """Say each prompt.
+    """Generate an utterance for each prompt.
 
     Args:
-        model: causal language model; its generation config names the end tokens.
-        tokenizer: its tokenizer.
+        model: causal language model; its generation config has the end tokens.
+        tokenizer: the tokenizer of the model.
         prompts: rendered prompts (:func:`tts_grpo.text.prompts.render_prompt`).
-        seeds: one a prompt; the same prompt and seed give the same tokens in any batch.
-        sampling: how tokens are chosen.
-        batch_size: prompts continued at once.
-        texts: the text of each prompt, for a ``sampling`` whose limits depend on its length.
+        seeds: one seed per prompt; the same prompt and seed give the same tokens in any batch.
+        sampling: sampling settings.
+        batch_size: maximum number of prompts per batch.
+        texts: the text of each prompt; required if the limits of ``sampling`` depend on its length.
 
     Returns:
-        one utterance a prompt, in order. Tokens that are no speech tokens are left out.
+        One utterance per prompt, in order, with the speech tokens only; all other tokens are removed.
     """
     encoded = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
     text_lens = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]

@@ -1,20 +1,21 @@
-"""The bias of a language model's head, which stock Qwen2 has not: it says which ids can be sampled at all.
+"""The bias of the LM head of CosyVoice2's language model, which restricts the ids that can be sampled.
 
-The head of CosyVoice2's own language model has 6,564 outputs with a bias: speech tokens and end tokens. As a Hugging
-Face model (scripts/convert_llm.py; CosyVoice's examples/grpo/cosyvoice2/pretrained_to_huggingface.py) it has an output
-for each id of the vocabulary, the bias is ``lm_head.bias``, and ids that the official model cannot produce have -inf
-there and a row of zeros in the weights. Transformers, veRL and vLLM load such a folder as a stock Qwen2 and ignore the
-bias; text ids then have the logit 0 instead of -inf, and all 151,663 of them together get a large part of the
-probability. Weights alone cannot do better: the head sees the output of an RMSNorm, in which no component is constant,
-and a row of weights that gives a low logit for a hidden state h gives a high one for -h.
+The LM head of CosyVoice2's language model has 6,564 outputs with a bias: speech tokens and end tokens. Converted to a
+Hugging Face model (scripts/convert_llm.py; CosyVoice's examples/grpo/cosyvoice2/pretrained_to_huggingface.py), it has
+an output for each id of the vocabulary, the bias is ``lm_head.bias``, and ids that the official model cannot produce
+have the bias -inf and a zero row in the weights. Transformers, veRL and vLLM load such a folder as a stock Qwen2, whose
+head has no bias, and ignore the bias: the 151,663 text ids then have the logit 0 instead of -inf, and together a large
+part of the probability. Weights alone cannot replace the bias: the input of the head is the output of an RMSNorm, in
+which no component is constant, and a row of weights that gives a low logit for a hidden state h gives a high one for
+-h.
 
-So the bias is added wherever logits are made, and the same policy generates, is trained and is exported:
+Therefore the bias is added wherever logits are computed, so that generation, training and export use the same policy:
 
-- inference and rollouts on a CPU: :func:`add_head_bias` (``tts_grpo.speech.generation.load_lm``);
+- inference, and rollouts on a CPU: :func:`add_head_bias` (``tts_grpo.speech.generation.load_lm``);
 - rollouts in vLLM: :func:`add_to_logits` (tts_grpo/training/verl_vllm.py);
-- training: :func:`over_said_ids` (tts_grpo/training/engine.py), which leaves out the rows of all other ids.
+- training: :func:`over_said_ids` (tts_grpo/training/engine.py), which removes the rows of ids that cannot be sampled.
 
-It is not trained. scripts/merge.py copies it to the merged folder.
+The bias is not trained. scripts/merge.py copies it to the merged folder.
 """
 
 import functools
@@ -29,53 +30,53 @@ from torch.distributed.tensor import DTensor, Partial
 
 from tts_grpo.text.prompts import TASK_ID
 
-FILE = "head_bias.safetensors"  # beside the weights, whose readers would reject or drop a tensor that they do not know
+FILE = "head_bias.safetensors"  # a separate file: readers of the weights would reject or drop an unknown tensor
 NAME = "lm_head.bias"
-# Instead of -inf, as 0 * -inf in an entropy is not a number; the softmax of such an id is 0 in float32 and bfloat16.
+# Used instead of -inf, because 0 * -inf in the entropy is NaN. The softmax of it is 0 in float32 and bfloat16.
 UNREACHABLE = -1e4
-COLUMNS = 8  # a multiple of it keeps matrix products in bfloat16 on the fast path
+COLUMNS = 8  # added columns: bfloat16 matrix products are fast only if the width is a multiple of 8
 
 
 def load_head_bias(folder: str | Path, tokenizer=None) -> torch.Tensor | None:
-    """float32 (V,) bias of the head of the model in ``folder``, ``UNREACHABLE`` at least; None if there is none.
+    """The LM head's bias in ``folder``, float32 (V,), not below ``UNREACHABLE``; None if there is none.
 
     Args:
         folder: Hugging Face folder.
-        tokenizer: its tokenizer, to check that there is a bias where the model needs one.
+        tokenizer: tokenizer of the model, to check that a model that needs a bias has one.
 
     Raises:
-        ValueError: values are not numbers or infinite, or it is CosyVoice2's own model and has no bias.
+        ValueError: a value is NaN or infinite, or the model is CosyVoice2's own and has no bias.
     """
     for path in sorted(Path(folder).glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             if NAME in file.keys():  # noqa: SIM118  # not a dict
                 bias = file.get_tensor(NAME).float()
                 if not (bias < torch.inf).all():
-                    raise ValueError(f"{path}: {NAME} has values that are not numbers: download or convert it again")
+                    raise ValueError(f"{path}: {NAME} has NaN or infinite values: download or convert it again")
                 return bias.clamp(min=UNREACHABLE)
     if tokenizer is not None and TASK_ID in (tokenizer.chat_template or ""):
         raise ValueError(
-            f"{folder}: the head has no bias, so that text would be said, as its ids have the logit 0: convert it to "
-            "llm.pt and back (scripts/convert_llm.py to-official, then to-hf)"
+            f"{folder}: the LM head has no bias, so that text ids, whose logit is 0, would be sampled: convert the "
+            "model to llm.pt and back (scripts/convert_llm.py to-official, then to-hf)"
         )
     return None
 
 
 def save_head_bias(bias: torch.Tensor, folder: Path) -> None:
-    """Write a bias beside the weights in ``folder``."""
+    """Save a bias in the model folder ``folder``."""
     save_file({NAME: bias}, folder / FILE)
 
 
 def said_ids(bias: torch.Tensor) -> torch.Tensor:
-    """int64 ids that can be sampled, in order."""
+    """The ids that can be sampled, int64, in ascending order."""
     return (bias > UNREACHABLE).nonzero()[:, 0]
 
 
 def add_head_bias(model, bias: torch.Tensor) -> None:
-    """Give a Transformers model the bias.
+    """Add the bias to the LM head of a Transformers model.
 
     Raises:
-        ValueError: it has not as many values as the model has ids.
+        ValueError: the bias has another number of values than the model has ids.
     """
     weight = model.lm_head.weight
     if len(bias) != len(weight):
@@ -84,7 +85,7 @@ def add_head_bias(model, bias: torch.Tensor) -> None:
 
 
 def add_to_logits(model, bias: torch.Tensor) -> None:
-    """Let ``model.compute_logits`` of a vLLM model add ``bias`` (V,) to the logits (..., V), in float32."""
+    """Make ``model.compute_logits`` of a vLLM model add ``bias`` (V,) to the logits (..., V), in float32."""
     compute_logits = model.compute_logits
 
     def with_bias(*args, **kwargs):
@@ -94,10 +95,10 @@ def add_to_logits(model, bias: torch.Tensor) -> None:
 
 
 def gathered(weights: torch.Tensor) -> torch.Tensor:
-    """The whole weights of a head.
+    """The unsharded weights of an LM head.
 
-    FSDP2 shards a head that is not tied to the embedding by itself, and sees nothing of veRL's fused use of it: the
-    gradient is averaged over the workers here, as FSDP2 does with the others.
+    FSDP2 shards a head that is not tied to the embedding, but veRL's fused use of its weights bypasses FSDP2's hooks.
+    Therefore the gradient is averaged over the workers here, as FSDP2 does for other weights.
     """
     if not isinstance(weights, DTensor):
         return weights
@@ -105,30 +106,30 @@ def gathered(weights: torch.Tensor) -> torch.Tensor:
 
 
 def over_said_ids(forward: Callable, bias: torch.Tensor) -> Callable:
-    """veRL's fused log-probabilities and entropies (``FusedLinearForPPO.forward``, 0.9.1) for a head with a bias.
+    """Adapt veRL's fused log-probabilities and entropies (``FusedLinearForPPO.forward``, 0.9.1) to a head with a bias.
 
-    Only rows of ids that can be sampled take part. The bias is a further input that is always 1: as two columns of
-    weights, what the type of the weights holds of it and the remainder. An id that cannot be sampled, such as those of
-    a prompt, has the log-probability ``UNREACHABLE``.
+    Only rows of ids that can be sampled are used. The bias is added through extra inputs that are always 1. It takes
+    two columns of weights: the bias rounded to the type of the weights, and the rounding error. An id that cannot be
+    sampled, such as most ids of a prompt, gets the log-probability ``UNREACHABLE``.
 
     Args:
-        forward: of hidden states (..., D), weights (V, D), ids (...) and a temperature.
+        forward: function of hidden states (..., D), weights (V, D), ids (...) and a temperature.
         bias: (V,).
     """
-    ids, place = said_ids(bias), torch.full(bias.shape, -1)
-    place[ids] = torch.arange(len(ids))
+    ids, row_of_id = said_ids(bias), torch.full(bias.shape, -1)
+    row_of_id[ids] = torch.arange(len(ids))
 
     @functools.wraps(forward)
     def with_bias(module, hidden_states, vocab_weights, input_ids, temperature=1.0):
         device, dtype = vocab_weights.device, vocab_weights.dtype
-        said = bias[ids].to(device)
-        rounded = said.to(dtype)
-        columns = F.pad(torch.stack([rounded, (said - rounded.float()).to(dtype)], 1), (0, COLUMNS - 2))
+        id_bias = bias[ids].to(device)
+        rounded = id_bias.to(dtype)
+        columns = F.pad(torch.stack([rounded, (id_bias - rounded.float()).to(dtype)], 1), (0, COLUMNS - 2))
         weights = torch.cat([gathered(vocab_weights).index_select(0, ids.to(device)), columns], 1)
         ones = hidden_states.new_ones(*hidden_states.shape[:-1], COLUMNS)
-        places = place.to(device)[input_ids.long()]
+        rows = row_of_id.to(device)[input_ids.long()]
         hidden_states = torch.cat([hidden_states, ones], -1)
-        log_probs, entropy = forward(module, hidden_states, weights, places.clamp(min=0), temperature)
-        return torch.where(places < 0, UNREACHABLE, log_probs), entropy
+        log_probs, entropy = forward(module, hidden_states, weights, rows.clamp(min=0), temperature)
+        return torch.where(rows < 0, UNREACHABLE, log_probs), entropy
 
     return with_bias

@@ -1,8 +1,9 @@
 """Speech-quality metrics that error rates miss: voice, sound, pauses, speech rate, intonation.
 
-The cheap figures are measured on every utterance. Speaker similarity, DNSMOS and F0 need networks (``nets``) and are
-measured on a part of the utterances. A figure that can be better or worse has a worst value, which an utterance without
-usable audio gets: a failure cannot improve it. The others only describe; utterances without audio have none.
+The cheap metrics are measured on every utterance. Speaker similarity, DNSMOS and F0 need networks (``nets``) and are
+measured on a subset of the utterances. A metric with a direction (higher or lower is better) has a worst value, which
+is used for utterances without usable audio, so that failures cannot improve it. Metrics without a direction are
+descriptive, and are None for utterances without audio.
 """
 
 from collections.abc import Sequence
@@ -12,16 +13,16 @@ import numpy as np
 
 from tts_grpo.speech.audio import ASR_HZ
 
-FRAME_S = 0.02  # of the silence detector; frames do not overlap
-SILENCE_DB = -40.0  # below the loud frames (95th percentile) of the recording
-FLOOR_DB = -60.0  # full scale is 0: quieter is silence whatever the rest
-CLIPPED = 32767 / 32768  # of full scale, the largest 16-bit sample
-REPEAT_UNITS = range(2, 11)  # lengths of immediate repetition; one unit twice is ordinary Chinese
+FRAME_S = 0.02  # frames of the silence detector, without overlap
+SILENCE_DB = -40.0  # silence threshold relative to the 95th percentile of the recording's frame levels
+FLOOR_DB = -60.0  # frames below this level, in dB relative to full scale, are always silence
+CLIPPED = 32767 / 32768  # the largest 16-bit sample, relative to full scale
+REPEAT_UNITS = range(2, 11)  # lengths of repeated sequences; repeating a single unit is normal in Chinese
 
 
 @dataclass(frozen=True)
-class Figure:
-    """One figure: its name for people, unit, which direction is better (None: neither) and the worst value."""
+class QualityMetric:
+    """A metric: its title, unit, better direction ("higher", "lower" or None) and worst value."""
 
     title: str
     unit: str
@@ -30,32 +31,34 @@ class Figure:
 
 
 CHEAP = {
-    "duration_s": Figure("duration", "s"),
-    "speech_rate": Figure("speech rate between the ends", "units/s"),
-    "leading_silence_s": Figure("silence before the speech", "s"),
-    "trailing_silence_s": Figure("silence after the speech", "s"),
-    "inner_silence_share": Figure("silence within the speech", "share"),
-    "eos_share": Figure("ended by the end token", "share", "higher", 0.0),
-    "repetition": Figure("transcript said again at once", "share", "lower", 1.0),
-    "clipped_share": Figure("clipped samples", "share", "lower", 1.0),
+    "duration_s": QualityMetric("duration", "s"),
+    "speech_rate": QualityMetric("speech rate without pauses at the ends", "units/s"),
+    "leading_silence_s": QualityMetric("silence before the speech", "s"),
+    "trailing_silence_s": QualityMetric("silence after the speech", "s"),
+    "inner_silence_share": QualityMetric("silence within the speech", "share"),
+    "eos_share": QualityMetric("EOS rate", "share", "higher", 0.0),
+    "repetition": QualityMetric("immediately repeated units in the transcript", "share", "lower", 1.0),
+    "clipped_share": QualityMetric("clipped samples", "share", "lower", 1.0),
 }
 COSTLY = {
-    "speaker_similarity": Figure("speaker similarity to the prompt", "cosine", "higher", -1.0),
-    "dnsmos_ovrl": Figure("DNSMOS overall", "MOS", "higher", 1.0),
-    "dnsmos_sig": Figure("DNSMOS signal", "MOS", "higher", 1.0),
-    "dnsmos_bak": Figure("DNSMOS background", "MOS", "higher", 1.0),
-    "f0_median_hz": Figure("F0, median", "Hz"),
-    "f0_range_semitones": Figure("F0 range (5th to 95th percentile)", "semitones"),
-    "f0_std_semitones": Figure("F0 deviation (low: monotonous)", "semitones"),
+    "speaker_similarity": QualityMetric("speaker similarity to the prompt", "cosine", "higher", -1.0),
+    "dnsmos_ovrl": QualityMetric("DNSMOS overall", "MOS", "higher", 1.0),
+    "dnsmos_sig": QualityMetric("DNSMOS signal", "MOS", "higher", 1.0),
+    "dnsmos_bak": QualityMetric("DNSMOS background", "MOS", "higher", 1.0),
+    "f0_median_hz": QualityMetric("F0, median", "Hz"),
+    "f0_range_semitones": QualityMetric("F0 range (5th to 95th percentile)", "semitones"),
+    "f0_std_semitones": QualityMetric("F0 standard deviation (low: monotonous)", "semitones"),
 }
 FIGURES = CHEAP | COSTLY
 
 
 def silences(speech: np.ndarray) -> tuple[float, float, float]:
-    """Seconds of silence before and after the speech, and the share of silence between its ends.
+    """Seconds of silence before and after the speech, and the share of silence within it.
+
+    If the whole recording is silent, both durations are its length, and the share is 0.
 
     Args:
-        speech: float32 (T,) at 16 kHz. Where all is silence, both ends have its full length, and the share is 0.
+        speech: float32 (T,) at 16 kHz.
     """
     size = int(FRAME_S * ASR_HZ)
     frames = speech[: len(speech) // size * size].reshape(-1, size).astype(np.float64)
@@ -68,46 +71,46 @@ def silences(speech: np.ndarray) -> tuple[float, float, float]:
 
 
 def repeated_share(units: Sequence[str]) -> float:
-    """Share of units that are the second or a later saying of 2 to 10 units said just before."""
-    again = np.zeros(len(units), bool)
+    """Share of units that repeat the 2 to 10 units immediately before them."""
+    repeated = np.zeros(len(units), bool)
     for size in REPEAT_UNITS:
         for i in range(size, len(units) - size + 1):
             if units[i - size : i] == units[i : i + size]:
-                again[i : i + size] = True
-    return float(again.mean()) if len(units) else 0.0
+                repeated[i : i + size] = True
+    return float(repeated.mean()) if len(units) else 0.0
 
 
 def cheap_figures(
-    speech: np.ndarray, target_units: list[str], heard_units: list[str], finish_reason: str | None
+    speech: np.ndarray, target_units: list[str], hypothesis_units: list[str], finish_reason: str | None
 ) -> dict[str, float | None]:
-    """The figures of ``CHEAP`` of one utterance.
+    """The metrics of ``CHEAP`` for one utterance.
 
     Args:
         speech: float32 (T,) at 16 kHz.
-        target_units: syllables or words that should be said.
-        heard_units: those that were heard.
-        finish_reason: "eos" where the language model ended the utterance by itself.
+        target_units: syllables or words of the target text.
+        hypothesis_units: syllables or words of the transcript.
+        finish_reason: "eos" if the language model generated an end token.
     """
     leading, trailing, inner = silences(speech)
     duration = len(speech) / ASR_HZ
-    spoken = duration - leading - trailing
+    speech_s = duration - leading - trailing
     return {
         "duration_s": duration,
-        "speech_rate": len(target_units) / spoken if spoken > 0 else None,
+        "speech_rate": len(target_units) / speech_s if speech_s > 0 else None,
         "leading_silence_s": leading,
         "trailing_silence_s": trailing,
         "inner_silence_share": inner,
         "eos_share": float(finish_reason == "eos"),
-        "repetition": max(0.0, repeated_share(heard_units) - repeated_share(target_units)),
+        "repetition": max(0.0, repeated_share(hypothesis_units) - repeated_share(target_units)),
         "clipped_share": float(np.mean(np.abs(speech) >= CLIPPED)) if len(speech) else 1.0,
     }
 
 
 def failed_figures(costly: object | None) -> dict[str, float | None]:
-    """The figures of an utterance without usable audio, the costly ones if they are measured on it: worst, or none."""
-    return {name: figure.worst for name, figure in (FIGURES if costly else CHEAP).items()}
+    """Worst values for an utterance without usable audio; includes ``COSTLY`` if ``costly`` is not None."""
+    return {name: metric.worst for name, metric in (FIGURES if costly else CHEAP).items()}
 
 
 def spread(count: int, size: int) -> list[int]:
-    """Positions of ``count`` of ``size`` utterances, evenly spread; all where there are no more."""
+    """Indices of ``count`` evenly spread utterances of ``size``; all indices if ``size`` is not larger."""
     return sorted({int(i) for i in np.linspace(0, size - 1, min(count, size)).round()}) if count else []

@@ -1,4 +1,4 @@
-"""token2wav: speech tokens -> waveform, with the decoder that a model folder holds."""
+"""token2wav: decode speech tokens to waveforms with the decoder of a model folder."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,28 +11,28 @@ from tts_grpo.speech.tiny.token2wav import TinyToken2Wav
 
 
 def load_token2wav(model_dir: str | Path, device: str = "cpu", precision: str = "fp32") -> Token2Wav:
-    """The decoder that a folder holds.
+    """Load the decoder of a model folder.
 
     Args:
-        model_dir: the folder.
+        model_dir: the model folder.
         device: torch device.
         precision: fp32, fp16 or bf16, see :class:`tts_grpo.speech.cosyvoice2.token2wav.CosyVoice2Token2Wav`; the tiny
-            decoder has fp32 only.
+            decoder supports fp32 only.
 
     Raises:
-        ValueError: the folder holds none that is known.
+        ValueError: the folder has no supported decoder, or the decoder does not support the precision.
     """
     kind = token2wav_kind(model_dir)
     if kind == "tiny":
         if precision != "fp32":
-            raise ValueError(f"{model_dir}: the tiny token2wav has no precision {precision}: use fp32")
+            raise ValueError(f"{model_dir}: the tiny token2wav does not support the precision {precision}: use fp32")
         return TinyToken2Wav(model_dir, device)
     if kind == "cosyvoice2":
         from tts_grpo.speech.cosyvoice2.token2wav import CosyVoice2Token2Wav
 
         return CosyVoice2Token2Wav(model_dir, device, precision)
-    marks = " or ".join(files[0] for files in TOKEN2WAV_FILES.values())
-    raise ValueError(f"{model_dir}: no token2wav here (expected {marks})")
+    expected = " or ".join(files[0] for files in TOKEN2WAV_FILES.values())
+    raise ValueError(f"{model_dir}: no token2wav model found: expected {expected}")
 
 
 def decode(
@@ -42,21 +42,21 @@ def decode(
     seed: int = 0,
     batch_size: int = 32,
 ) -> list[np.ndarray]:
-    """Waveforms of any number of sequences, each float32 (T,), decoded in batches of like lengths.
+    """Decode any number of sequences to waveforms, each float32 (T,), in batches of similar length.
 
     Args:
         speech_tokens: B sequences of ids; an empty one gives an empty waveform.
         voices: a prompt voice, or None, for each sequence.
-        seed: of the decoder.
+        seed: random seed of the decoder.
 
     Raises:
         ValueError: a waveform is not finite.
     """
     voices = voices or [None] * len(speech_tokens)
     waveforms = [np.zeros(0, np.float32)] * len(speech_tokens)
-    chosen = sorted((i for i, tokens in enumerate(speech_tokens) if tokens), key=lambda i: len(speech_tokens[i]))
-    for first in range(0, len(chosen), batch_size):
-        batch = chosen[first : first + batch_size]
+    order = sorted((i for i, tokens in enumerate(speech_tokens) if tokens), key=lambda i: len(speech_tokens[i]))
+    for first in range(0, len(order), batch_size):
+        batch = order[first : first + batch_size]
         waves, lens = token2wav([speech_tokens[i] for i in batch], [voices[i] for i in batch], seed)
         check_finite(waves)
         for i, wave, length in zip(batch, waves.cpu(), lens, strict=True):

@@ -1,4 +1,4 @@
-"""Prompt voices: read from recordings, and chosen for an utterance."""
+"""Load prompt voices from recordings, and choose one for an utterance."""
 
 import hashlib
 from collections.abc import Sequence
@@ -10,13 +10,13 @@ from tts_grpo.text.jsonl import read_jsonl
 
 
 def load_prompt_voice(token2wav: Token2Wav, audio_path: str | Path, prompt_text: str) -> PromptVoice:
-    """The voice of a recording, with its speech tokens."""
+    """Load a recording and encode it as a prompt voice."""
     speech = load_audio(audio_path)
     return PromptVoice(prompt_text, speech, tuple(token2wav.encode([speech])[0]))
 
 
 def load_prompt_voices(token2wav: Token2Wav, path: str | Path) -> list[PromptVoice]:
-    """The voices of a JSONL of ``prompt_text`` and ``prompt_audio`` (a path, relative to the list's folder).
+    """Load the voices of a JSONL file with ``prompt_text`` and ``prompt_audio`` (a path relative to the file's folder).
 
     Raises:
         ValueError: a line lacks one of them, or there is no line.
@@ -31,7 +31,7 @@ def load_prompt_voices(token2wav: Token2Wav, path: str | Path) -> list[PromptVoi
 
 
 def choose_voice(voices: Sequence[PromptVoice], key: str, seed: int = 0) -> PromptVoice | None:
-    """One of the voices, always the same for a key and a seed; None if there are none."""
+    """A voice that is determined by ``key`` and ``seed``; None if ``voices`` is empty."""
     if not voices:
         return None
     return voices[int.from_bytes(hashlib.sha256(f"{seed}/{key}".encode()).digest()[:7], "big") % len(voices)]

@@ -1,12 +1,11 @@
-"""The actor's FSDP engine for a model whose head has a bias (tts_grpo/speech/head_bias.py); written for veRL 0.9.1.
+"""FSDP engine of veRL 0.9.1 for a model whose LM head has a bias (tts_grpo/speech/head_bias.py).
 
-``actor_rollout_ref.model.external_lib`` imports this module in the actor's process. The engine is registered with
-veRL for this machine's vendor, which veRL prefers to its own entry for the device.
+``actor_rollout_ref.model.external_lib`` imports this module in the actor's process. The engine is registered for the
+vendor of this machine's device, which veRL prefers to its own entry for the device type.
 
-One thing is patched, and only for a model whose head has a bias: ``FusedLinearForPPO.forward``, which makes the
-log-probabilities and entropies. veRL's model forward creates that class itself for each micro-batch and offers no
-setting or registry for it (verl/models/transformers/dense_common.py). The process holds the actor and its
-reference, both with the same head.
+If the LM head has a bias, ``FusedLinearForPPO.forward``, which computes log-probabilities and entropies, is patched:
+veRL's model forward instantiates this class for each micro-batch and has no setting or registry for it
+(verl/models/transformers/dense_common.py). The actor and the reference model in this process have the same bias.
 """
 
 import inspect
@@ -19,22 +18,22 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from tts_grpo.speech.head_bias import load_head_bias, over_said_ids
 
-FUSED_LINEAR_BACKENDS = ("torch", "liger")  # those of FusedLinearForPPO; with others, veRL does not use it
+FUSED_LINEAR_BACKENDS = ("torch", "liger")  # backends that use FusedLinearForPPO
 
 
 def use_head_bias(folder: str, use_fused_kernels: bool, backend: str | None) -> bool:
-    """Let log-probabilities and entropies be those of a head with its bias, if the model in ``folder`` has one.
+    """Include the LM head's bias in log-probabilities and entropies, if the model in ``folder`` has one.
 
     Args:
-        folder: Hugging Face folder of the model that is trained.
+        folder: Hugging Face folder of the model to train.
         use_fused_kernels: veRL's ``actor_rollout_ref.model.use_fused_kernels``.
         backend: veRL's ``actor_rollout_ref.model.fused_kernel_options.impl_backend``.
 
     Returns:
-        Whether it has one.
+        Whether the head has a bias.
 
     Raises:
-        ValueError: the head has a bias that these settings would ignore, or it needs one and has none.
+        ValueError: these settings would ignore the bias, or the model needs a bias and has none.
     """
     bias = load_head_bias(folder, AutoTokenizer.from_pretrained(folder))
     if bias is None:
@@ -50,7 +49,7 @@ def use_head_bias(folder: str, use_fused_kernels: bool, backend: str | None) -> 
 
 @EngineRegistry.register("language_model", ["fsdp", "fsdp2"], get_device_name(), get_vendor())
 class HeadBiasEngine(FSDPEngineWithLMHead):
-    """veRL's FSDP engine, which also looks for a bias of the head in the model's folder."""
+    """veRL's FSDP engine, extended to use the bias of the LM head in the model's folder."""
 
     def _build_module(self):
         module = super()._build_module()

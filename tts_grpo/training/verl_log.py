@@ -1,6 +1,6 @@
-"""Metrics of a step in veRL's console log, for display: ``step:3 - actor/entropy:2.5 - ...``.
+"""Parse a step's metrics in veRL's console log for display: ``step:3 - actor/entropy:2.5 - ...``.
 
-Nothing else may depend on this wording: a line of another form is one that is not shown.
+Only the display may depend on this format: lines in any other format are not displayed.
 """
 
 import re
@@ -10,12 +10,12 @@ _VALUE = re.compile(r"(?:np\.\w+\()?(-?[0-9]+(?:\.[0-9]*)?(?:e[-+]?[0-9]+)?)\)?"
 
 
 def parse_step(line: str) -> tuple[int, dict[str, float]] | None:
-    """The step and its metrics by veRL's names, finite numbers only; None for any other line."""
+    """The step and its finite metrics by name; None if the line has no metrics."""
     match = _STEP.search(line)
     if not match:
         return None
     values = {}
-    for item in match[2].split(" - "):  # no regular expression: its time would grow with the square of a line's length
+    for item in match[2].split(" - "):  # not a regular expression, whose time would be quadratic in the line's length
         name, _, value = item.strip().rpartition(":")
         if name and (number := _VALUE.fullmatch(value)):
             values[name] = float(number[1])

@@ -1,1 +1,1 @@
-"""The report of an experiment: what is in its folder, as tables, plots, alignments and sound, in one HTML file."""
+"""The HTML report of an experiment: one file with tables, plots, alignments and audio."""

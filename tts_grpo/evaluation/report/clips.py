@@ -1,4 +1,4 @@
-"""Recordings as a page holds them: MP3 and spectrogram as data URIs."""
+"""Recordings for the HTML report: MP3 audio and a spectrogram, as data URIs."""
 
 import base64
 import dataclasses
@@ -12,17 +12,17 @@ from scipy.signal import stft
 
 from tts_grpo.speech.audio import load_audio
 
-MP3_LEVEL = 0.3  # of soundfile's 0 (best) to 1: about 50 kbit/s for speech of 16 kHz
+MP3_LEVEL = 0.3  # compression level of soundfile, 0 (best) to 1: about 50 kbit/s for speech at 16 kHz
 WINDOW_S, HOP_S = 0.025, 0.01
-BANDS = 64  # of the picture, mel-spaced
-RANGE_DB = 55.0  # from the loudest band down to nothing
+BANDS = 64  # mel bands of the spectrogram
+RANGE_DB = 55.0  # dynamic range below the loudest band
 SHADES = 16
-PIXELS_A_HOP = 2
+PIXELS_PER_HOP = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """One recording: sound and picture as data URIs, and its length."""
+    """A recording: audio and spectrogram as data URIs, and its duration."""
 
     audio_uri: str
     picture_uri: str
@@ -34,10 +34,10 @@ def data_uri(kind: str, content: bytes) -> str:
 
 
 def load_clip(path: Path, rgb: tuple[int, int, int]) -> Clip:
-    """A recording, with its spectrogram in one colour on a transparent ground.
+    """Load a recording; its spectrogram has one colour on a transparent background.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: the recording cannot be read.
     """
     try:
         rate = sf.info(path).samplerate
@@ -49,14 +49,14 @@ def load_clip(path: Path, rgb: tuple[int, int, int]) -> Clip:
 
 
 def mp3(speech: np.ndarray, rate: int) -> bytes:
-    """Mono float32 (T,) as MP3, the compressed format that every browser plays."""
+    """Encode mono float32 (T,) as MP3, a compressed format that every browser supports."""
     buffer = io.BytesIO()
     sf.write(buffer, np.clip(speech, -1, 1), rate, format="MP3", subtype="MPEG_LAYER_III", compression_level=MP3_LEVEL)
     return buffer.getvalue()
 
 
 def mel_bands(rate: int, num_bins: int) -> np.ndarray:
-    """Triangles (BANDS, num_bins) evenly spaced in mel, 2595 log10(1 + f / 700) (O'Shaughnessy, 1987)."""
+    """Triangular filters (BANDS, num_bins), evenly spaced in mel: 2595 log10(1 + f / 700) (O'Shaughnessy, 1987)."""
     mel = lambda f: 2595 * np.log10(1 + f / 700)  # noqa: E731
     centres = 700 * (10 ** (np.linspace(0, mel(rate / 2), BANDS + 2) / 2595) - 1)
     bins = np.linspace(0, rate / 2, num_bins)
@@ -65,7 +65,7 @@ def mel_bands(rate: int, num_bins: int) -> np.ndarray:
 
 
 def band_levels(speech: np.ndarray, rate: int) -> np.ndarray:
-    """Level of each mel band and hop, (BANDS, hops), 0 for RANGE_DB below the loudest or less, 1 for the loudest."""
+    """Levels (BANDS, hops) on a dB scale: 1 for the loudest, 0 for RANGE_DB or more below it."""
     window = int(WINDOW_S * rate)
     power = np.abs(stft(speech, rate, nperseg=window, noverlap=window - int(HOP_S * rate), nfft=2048)[2]) ** 2
     bands = mel_bands(rate, len(power)) @ power
@@ -76,8 +76,8 @@ def band_levels(speech: np.ndarray, rate: int) -> np.ndarray:
 
 
 def spectrogram_png(levels: np.ndarray, rgb: tuple[int, int, int]) -> bytes:
-    """Levels as the opacity of one colour, low bands at the bottom: it stands on light and on dark pages."""
-    shades = np.round(levels[::-1] * (SHADES - 1)).astype(np.uint8).repeat(PIXELS_A_HOP, axis=1)
+    """A PNG with low bands at the bottom. Levels are the opacity of one colour, for light and dark backgrounds."""
+    shades = np.round(levels[::-1] * (SHADES - 1)).astype(np.uint8).repeat(PIXELS_PER_HOP, axis=1)
     picture = Image.fromarray(shades, mode="P")
     picture.putpalette(list(rgb) * SHADES)
     buffer = io.BytesIO()

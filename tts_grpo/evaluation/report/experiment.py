@@ -1,4 +1,4 @@
-"""What an experiment's folder says: summary, every utterance with all its takes, and the training's curves."""
+"""Load the folder of an experiment: summary, utterances with the samples of both models, and training curves."""
 
 import dataclasses
 import json
@@ -10,8 +10,8 @@ from tts_grpo.text.jsonl import read_jsonl
 
 MODELS = ("sft", "grpo")
 MODEL_TITLES = {"sft": "SFT", "grpo": "GRPO"}
-MAIN_METRICS = ("pinyin_error_rate_toneless", "wer")  # the first that was measured leads the report
-METRIC_TITLES = {  # where the summary names none
+MAIN_METRICS = ("pinyin_error_rate_toneless", "wer")  # the report's main metric is the first one that was measured
+METRIC_TITLES = {  # used if summary.json has no titles
     "cer": "CER",
     "pinyin_error_rate": "pinyin error rate",
     "pinyin_error_rate_toneless": "pinyin error rate, toneless",
@@ -44,9 +44,9 @@ class Utterance:
     """One text of the test set.
 
     Attributes:
-        length: its units by the main metric.
-        takes: by model and seed.
-        prompt_audio: path of the recording whose voice was continued, or None.
+        length: number of units by the main metric.
+        takes: samples by model and seed.
+        prompt_audio: path of the prompt recording, or None.
     """
 
     utt_id: str
@@ -61,7 +61,7 @@ class Utterance:
 
     @property
     def change(self) -> int:
-        """Errors that GRPO made more than SFT, over all seeds."""
+        """Errors of GRPO minus errors of SFT, over all seeds."""
         return self.errors("grpo") - self.errors("sft")
 
 
@@ -70,9 +70,9 @@ class Experiment:
     """A finished experiment.
 
     Attributes:
-        metrics: ``name -> title``, in the order to show.
-        main_metric: the one that utterances are compared by.
-        scalars: ``tag -> [(step, value)]`` of the training, empty if it left no log.
+        metrics: ``name -> title``, in display order.
+        main_metric: the metric for comparing utterances.
+        scalars: ``tag -> [(step, value)]`` of the training; empty if there is no TensorBoard log.
     """
 
     name: str
@@ -86,10 +86,10 @@ class Experiment:
 
 
 def read_json(path: Path) -> dict:
-    """One JSON file of the evaluation.
+    """Read a JSON file of the evaluation.
 
     Raises:
-        ValueError: it is missing.
+        ValueError: the file is missing.
     """
     if not path.exists():
         raise ValueError(f"{path} is missing: run bash run.sh 4 4")
@@ -97,10 +97,10 @@ def read_json(path: Path) -> dict:
 
 
 def load_experiment(exp_dir: Path) -> Experiment:
-    """Read an experiment's folder.
+    """Load an experiment's folder.
 
     Raises:
-        ValueError: a file of the evaluation is missing, or the two models said different utterances or seeds.
+        ValueError: a file of the evaluation is missing, or the utterances or seeds of the two models differ.
     """
     summary = read_json(exp_dir / "summary.json")
     scores = {model: read_json(exp_dir / "eval" / model / "scores.json") for model in MODELS}
@@ -116,7 +116,7 @@ def load_experiment(exp_dir: Path) -> Experiment:
 
 
 def _rows_by_seed(output_dir: Path) -> dict[str, dict[str, dict]]:
-    """``seed -> id -> line of utterances.jsonl``, its audio found in this folder, wherever it was scored."""
+    """``seed -> id -> row of utterances.jsonl``, with audio paths in this folder, as it may have been moved."""
     paths = sorted(output_dir.glob("seed_*/utterances.jsonl"), key=lambda path: int(path.parent.name[5:]))
     if not paths:
         raise ValueError(f"{output_dir}: no seed_*/utterances.jsonl: run bash run.sh 4 4")
@@ -130,8 +130,8 @@ def _rows_by_seed(output_dir: Path) -> dict[str, dict[str, dict]]:
 
 
 def _utterances(rows: dict[str, dict[str, dict[str, dict]]], metric: str) -> list[Utterance]:
-    said = {(seed, frozenset(by_id)) for by_seed in rows.values() for seed, by_id in by_seed.items()}
-    if len(said) != len(rows["sft"]) or rows["sft"].keys() != rows["grpo"].keys():
+    id_sets = {(seed, frozenset(by_id)) for by_seed in rows.values() for seed, by_id in by_seed.items()}
+    if len(id_sets) != len(rows["sft"]) or rows["sft"].keys() != rows["grpo"].keys():
         raise ValueError("SFT and GRPO were not scored on the same utterances and seeds: run force=1 bash run.sh 4 4")
     utterances = []
     for utt_id, row in next(iter(rows["sft"].values())).items():
@@ -152,7 +152,7 @@ def _take(row: dict, metric: str) -> Take:
 
 
 def load_scalars(tensorboard_dir: Path) -> dict[str, list[tuple[int, float]]]:
-    """Scalars of TensorBoard's event files; where a resumed training went over a step again, its later value counts."""
+    """Scalars of TensorBoard's event files; the later value if a resumed training repeated a step."""
     if not any(tensorboard_dir.glob("*tfevents*")):
         return {}
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

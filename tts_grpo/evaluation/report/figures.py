@@ -1,4 +1,4 @@
-"""Plots as inline SVG that takes its colours and its font from the page, each with its figures as a table."""
+"""Plots as inline SVG with the colours and font of the page, and their values as tables."""
 
 import dataclasses
 import functools
@@ -20,25 +20,25 @@ STYLE = {
     "svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 11, "axes.spines.top": False,
     "axes.spines.right": False, "axes.unicode_minus": True, "path.simplify": True,
 }  # fmt: skip
-# Stand-ins that become the page's CSS variables.
+# Placeholder colours that to_svg() replaces by the page's CSS variables.
 INK, MUTED, GRID = "#010203", "#010204", "#010205"
 COLOURS = {"sft": "#010206", "grpo": "#010207"}
 CSS = {INK: "--ink", MUTED: "--muted", GRID: "--rule", COLOURS["sft"]: "--sft", COLOURS["grpo"]: "--grpo"}
-SIZE = (4.4, 2.75)  # inches of 72 CSS pixels: the width of a column, so that letters keep their size
-MAX_BINS = 6  # of utterance length
-MAX_STEPS_OF_LINE = 20  # steps a running mean spans at most
+SIZE = (4.4, 2.75)  # inches of 72 CSS pixels: the width of a column, so that text is not scaled
+MAX_BINS = 6  # maximum number of bins of utterance length
+MAX_SMOOTHING_STEPS = 20  # maximum number of steps in a running mean
 
 _numbers = itertools.count(1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Plot:
-    """A plot and its figures.
+    """A plot and its values.
 
     Attributes:
-        title: what it shows, with unit.
-        note: what to know to read it; may be empty.
-        head, rows: its figures as text.
+        title: what the plot shows, with unit.
+        note: explanation; may be empty.
+        head, rows: table of the values, formatted.
     """
 
     title: str
@@ -57,7 +57,7 @@ def plain(value: float) -> str:
 
 
 def to_svg(figure: Figure, label: str) -> str:
-    """A figure as an SVG element for a page: named, in the page's colours and font, its ids not met twice."""
+    """Convert a figure to a labelled SVG element with the page's colours and font, and ids unique in the page."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True)
     svg = buffer.getvalue()
@@ -74,7 +74,7 @@ def to_svg(figure: Figure, label: str) -> str:
 
 
 def new_axes(x_label: str, form: Callable[[float], str] | None = None, size=SIZE):
-    """A figure with one pair of axes in the report's dress."""
+    """A figure with one pair of axes in the style of the report."""
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.add_subplot()
     axes.set_xlabel(x_label, color=MUTED)
@@ -91,7 +91,7 @@ def new_axes(x_label: str, form: Callable[[float], str] | None = None, size=SIZE
 
 
 def styled(function):
-    """Draw with the report's settings of matplotlib, and nobody else's."""
+    """Decorator that applies the report's matplotlib settings to the function only."""
 
     @functools.wraps(function)
     def wrapper(*arguments, **keywords):
@@ -103,7 +103,7 @@ def styled(function):
 
 @styled
 def drops(experiment: Experiment) -> Plot | None:
-    """Relative drop of each error rate, with its interval."""
+    """Relative drop of each error rate with its interval; None if there are no intervals."""
     summary = experiment.summary
     names = [name for name in experiment.metrics if summary["relative_drop_ci"].get(name)]
     if not names:
@@ -123,19 +123,19 @@ def drops(experiment: Experiment) -> Plot | None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0)
-    title = "What GRPO gained, by metric"
-    note = "Dot: relative drop; line: 95% interval. Right of 0, GRPO errs less; a line over 0 settles nothing."
+    title = "Relative drop of the error rates"
+    note = "Dots with 95% intervals. Right of 0, GRPO is better. An interval that includes 0 is inconclusive."
     return Plot(title, note, to_svg(figure, title), ["metric", "relative drop", "95% interval"], rows)
 
 
 @styled
 def by_seed(experiment: Experiment) -> Plot | None:
-    """The main metric of each seed, for both models."""
+    """The main metric for each seed and model; None if there is only one seed."""
     rates = {m: [experiment.scores[m]["seeds"][seed][experiment.main_metric]["rate"] for seed in experiment.seeds]
              for m in MODELS}  # fmt: skip
     if len(experiment.seeds) < 2:
         return None
-    figure, axes = new_axes("seed of the sampling", lambda v: f"{v:.0%}" if v * 100 % 1 < 1e-6 else f"{v:.1%}")
+    figure, axes = new_axes("sampling seed", lambda v: f"{v:.0%}" if v * 100 % 1 < 1e-6 else f"{v:.1%}")
     for model in MODELS:
         axes.plot(experiment.seeds, rates[model], "o", color=COLOURS[model], markersize=8)
         axes.axhline(np.mean(rates[model]), color=COLOURS[model], linewidth=1, dashes=(4, 3))
@@ -145,21 +145,21 @@ def by_seed(experiment: Experiment) -> Plot | None:
     axes.margins(x=0.12)
     title = f"By seed: {experiment.metrics[experiment.main_metric]}"
     rows = [[seed, percent(a), percent(b)] for seed, a, b in zip(experiment.seeds, *rates.values(), strict=True)]
-    note = "Dashed: mean of the seeds. How far dots of one colour lie apart, so far could one seed alone mislead."
+    note = "Dashed: mean over the seeds. The spread of one colour shows how much the result of a single seed can vary."
     return Plot(title, note, to_svg(figure, title), ["seed", *MODEL_TITLES.values()], rows)
 
 
 def length_bins(lengths: Sequence[int]) -> list[tuple[int, int]]:
-    """First and last length of at most ``MAX_BINS`` bins of about as many utterances each; none is empty."""
+    """First and last length of at most ``MAX_BINS`` bins with similar numbers of utterances; no bin is empty."""
     edges = np.unique(np.quantile(lengths, np.linspace(0, 1, MAX_BINS + 1), method="inverted_cdf").astype(int))
     starts = [int(edges[0]), *(int(edge) + 1 for edge in edges[1:-1])]
     return list(zip(starts, [*(start - 1 for start in starts[1:]), int(edges[-1])], strict=True))
 
 
 def rate_and_interval(utterances: list[Utterance], model: str, num_seeds: int) -> tuple[float, float, float]:
-    """Errors of a model over units, and its 95% interval by bootstrap over utterances."""
-    parts = np.array([(u.errors(model), u.length * num_seeds) for u in utterances], float)
-    return ratio(parts), *interval(parts)
+    """Error rate of a model, and its 95% interval by bootstrap over utterances."""
+    fractions = np.array([(u.errors(model), u.length * num_seeds) for u in utterances], float)
+    return ratio(fractions), *interval(fractions)
 
 
 @styled
@@ -167,7 +167,7 @@ def by_length(experiment: Experiment) -> Plot:
     """Error rate by length of the text."""
     utterances = [u for u in experiment.utterances if u.length]
     bins = length_bins([u.length for u in utterances])
-    figure, axes = new_axes("syllables or words of the text, and utterances", lambda v: f"{v:.0%}")
+    figure, axes = new_axes("syllables or words per text, and number of utterances", lambda v: f"{v:.0%}")
     rows, ticks = [], []
     for x, (first, last) in enumerate(bins):
         members = [u for u in utterances if first <= u.length <= last]
@@ -184,13 +184,15 @@ def by_length(experiment: Experiment) -> Plot:
     axes.set_ylim(bottom=0)
     axes.margins(x=0.08)
     title = f"By length of the text: {experiment.metrics[experiment.main_metric]}"
-    note = "Dots with 95% intervals, SFT left and GRPO right of each place; under each length, how many utterances."
+    note = (
+        "Dots with 95% intervals; SFT is on the left, GRPO on the right. Below each length: the number of utterances."
+    )
     return Plot(title, note, to_svg(figure, title), ["length", "utterances", *MODEL_TITLES.values()], rows)
 
 
 @styled
 def by_kind(experiment: Experiment) -> Plot:
-    """What the errors of the main metric are, over all seeds."""
+    """Substitutions, deletions and insertions of the main metric, over all seeds."""
     kinds = ("substitutions", "deletions", "insertions")
     counts = {m: experiment.scores[m]["pooled"][experiment.main_metric] for m in MODELS}
     figure, axes = new_axes("", plain)
@@ -199,19 +201,20 @@ def by_kind(experiment: Experiment) -> Plot:
         axes.bar_label(bars, color=COLOURS[model], padding=2, fontsize=10)
     axes.set_xticks(range(3), kinds)
     axes.margins(y=0.12)
-    title = f"By kind, count over all seeds: {experiment.metrics[experiment.main_metric]}"
+    title = f"By error type, count over all seeds: {experiment.metrics[experiment.main_metric]}"
     rows = [[kind, *(str(counts[m][kind]) for m in MODELS)] for kind in kinds]
-    note = "SFT left and GRPO right. Deletions: said, not heard; insertions: heard, not said."
-    return Plot(title, note, to_svg(figure, title), ["kind", *MODEL_TITLES.values()], rows)
+    note = "SFT left, GRPO right. Deletions are missing in the transcript; insertions are not in the text."
+    return Plot(title, note, to_svg(figure, title), ["error type", *MODEL_TITLES.values()], rows)
 
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """A panel of the training's curves.
+    """A plot of a training curve.
 
     Attributes:
-        tags: patterns of TensorBoard tags, the first that is there is drawn as a line.
-        points: pattern of the validation's tag, drawn as dots, or "".
+        tags: patterns of TensorBoard tags; the first one that exists is drawn as a line.
+        points: pattern of the validation's tag, drawn as circles, or "".
+        form: formats a value.
         from_zero: whether the axis starts at 0.
     """
 
@@ -226,35 +229,35 @@ class Curve:
 CURVES = (
     Curve("Reward", ("critic/score/mean",), r"val-core/.*/reward/mean@\d+", from_zero=False),
     Curve("Pinyin error rate in validation", (), r"val-aux/.*/pinyin_error_rate/mean@\d+", lambda v: f"{v:.1%}",
-          note="By the reward's recogniser, with the reward's tones."),
+          note="Measured with the reward's recogniser and its setting for tones."),
     Curve("Response length, tokens", ("response_length/mean",), r"val-aux/.*/num_speech_tokens/mean@\d+",
           from_zero=False),
-    Curve("Rollouts cut at the longest length", ("response_length/clip_ratio",), form=lambda v: f"{v:.1%}"),
-    Curve("Entropy, nats a token", ("actor/entropy", "actor/entropy_loss"), from_zero=False),
+    Curve("Truncated responses", ("response_length/clip_ratio",), form=lambda v: f"{v:.1%}"),
+    Curve("Entropy, nats per token", ("actor/entropy", "actor/entropy_loss"), from_zero=False),
     Curve("KL between rollout and training policy", ("rollout_corr/kl", "training/rollout_kl"),
-          note="How far the engine of the rollouts is from the network that learns."),
+          note="Difference between the probabilities of the rollout engine and of the trained network."),
     Curve("KL of the update", ("actor/ppo_kl",),
-          note="From the policy that spoke to the one that is updated: rounding, where a batch is one update."),
+          note="From the policy of the rollouts to the updated one. With one update per batch: rounding errors only."),
     Curve("KL to the SFT model", ("actor/kl_loss",)),
     Curve("Gradient norm", ("actor/grad_norm",)),
-    Curve("Seconds a step", ("timing_s/step",)),
+    Curve("Seconds per step", ("timing_s/step",)),
 )  # fmt: skip
 
 
 def find_tag(scalars: dict, patterns: Sequence[str]) -> str | None:
-    """The first tag that one of the patterns matches whole, if it has values."""
+    """The first tag with values that fully matches one of the patterns, in the order of the patterns."""
     return next((tag for pattern in patterns for tag in scalars if re.fullmatch(pattern, tag) and scalars[tag]), None)
 
 
 def running_mean(values: np.ndarray) -> np.ndarray:
-    """Mean of the values around each, over about a tenth of all; fewer at the ends."""
-    half = min(MAX_STEPS_OF_LINE, max(1, len(values) // 10)) // 2
+    """Centred running mean over about a tenth of the values; the window is shorter at the ends."""
+    half = min(MAX_SMOOTHING_STEPS, max(1, len(values) // 10)) // 2
     return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])
 
 
 @styled
 def curve(spec: Curve, scalars: dict[str, list[tuple[int, float]]]) -> Plot | None:
-    """One panel, or None where the training logged nothing for it."""
+    """Draw one training curve; None if the log has no values for it."""
     line, points = find_tag(scalars, spec.tags), find_tag(scalars, [spec.points] if spec.points else [])
     if line is None and points is None:
         return None
@@ -267,18 +270,18 @@ def curve(spec: Curve, scalars: dict[str, list[tuple[int, float]]]) -> Plot | No
     if points is not None:
         steps, values = zip(*scalars[points], strict=True)
         axes.plot(steps, values, "o", color=INK, markersize=6, markerfacecolor="none", markeredgewidth=1.6, zorder=3)
-    used = [tag for tag in (line, points) if tag is not None]
-    for tag, column in zip(used, itertools.count()):
+    drawn = [tag for tag in (line, points) if tag is not None]
+    for column, tag in enumerate(drawn):
         for step, value in scalars[tag]:
-            by_step.setdefault(step, [""] * len(used))[column] = spec.form(value)
+            by_step.setdefault(step, [""] * len(drawn))[column] = spec.form(value)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     if spec.from_zero:
         axes.set_ylim(bottom=min(0, axes.get_ylim()[0]) if axes.dataLim.y0 < 0 else 0)
     names = {line: "training", points: "validation"}
     rows = [[str(step), *cells] for step, cells in sorted(by_step.items())]
-    return Plot(spec.title, spec.note, to_svg(figure, spec.title), ["step", *(names[tag] for tag in used)], rows)
+    return Plot(spec.title, spec.note, to_svg(figure, spec.title), ["step", *(names[tag] for tag in drawn)], rows)
 
 
 def curves(scalars: dict[str, list[tuple[int, float]]]) -> list[Plot]:
-    """The panels that the training's log has values for."""
+    """All training curves that the log has values for."""
     return [plot for spec in CURVES for plot in [curve(spec, scalars)] if plot]

@@ -1,4 +1,4 @@
-"""The report's page: what is shown of an experiment, filled into page.html."""
+"""Render the report: collects the contents and fills the template page.html."""
 
 import dataclasses
 import math
@@ -14,13 +14,13 @@ from tts_grpo.evaluation.report.disagreements import find_disagreements
 from tts_grpo.evaluation.report.experiment import MODEL_TITLES, MODELS, Experiment, Take, Utterance
 from tts_grpo.evaluation.report.selection import select
 
-# Colours of the spectrograms: readable on light and on dark pages.
+# Colours of the spectrograms, legible on light and dark backgrounds.
 RGB = {"prompt": (74, 140, 98), "sft": (92, 124, 158), "grpo": (214, 88, 38)}
 TITLES = MODEL_TITLES | {"prompt": "Prompt"}
-SEED_FIGURES = {
-    "eos_share": ("ended by end token", "{:.1%}"),
-    "tokens_per_character": ("speech tokens a character", "{:.2f}"),
-    "failed": ("utterances without usable audio, a seed", "{:.1f}"),
+SEED_METRICS = {
+    "eos_share": ("EOS rate", "{:.1%}"),
+    "tokens_per_character": ("speech tokens per character", "{:.2f}"),
+    "failed": ("utterances without usable audio per seed", "{:.1f}"),
 }
 
 OVERVIEW = (figures.drops, figures.by_seed, figures.by_length, figures.by_kind)
@@ -28,12 +28,13 @@ OVERVIEW = (figures.drops, figures.by_seed, figures.by_length, figures.by_kind)
 
 @dataclasses.dataclass(frozen=True)
 class Player:
-    """One recording to hear, or why there is none.
+    """An audio player, or the reason why there is no audio.
 
     Attributes:
         kind: "prompt", "sft" or "grpo".
-        width: share of the row's longest recording, in percent.
-        errors: of each seed, the played one marked; empty for a prompt.
+        fault: why there is no audio; empty if there is.
+        width: duration in percent of the example's longest recording.
+        errors: ``(seed, errors, whether this seed is played)``; empty for a prompt.
     """
 
     kind: str
@@ -57,7 +58,7 @@ class Example:
 
 
 def number_format(unit: str, values: list[float | None]) -> str:
-    """How to write a row's figures, all alike: shares in percent, others with four digits of the largest."""
+    """Number format for a table row: percent for shares, else four significant digits of the largest value."""
     if unit == "share":
         return "z.1%"
     largest = max((abs(value) for value in values if value), default=1.0)
@@ -65,7 +66,7 @@ def number_format(unit: str, values: list[float | None]) -> str:
 
 
 def error_rows(experiment: Experiment) -> list[dict]:
-    """The headline table: one row a metric."""
+    """The table of error rates, with one row per metric."""
     summary, rows = experiment.summary, []
     for name, title in experiment.metrics.items():
         drop, ci = summary["relative_drop"][name], summary["relative_drop_ci"].get(name)
@@ -80,7 +81,7 @@ def error_rows(experiment: Experiment) -> list[dict]:
 
 
 def quality_rows(experiment: Experiment) -> list[dict]:
-    """What the error rates do not see, where it was measured."""
+    """The table of quality metrics that both models have."""
     measured = {m: experiment.scores[m].get("quality", {}) for m in MODELS}
     rows = []
     for name, entry in measured["sft"].items():
@@ -99,7 +100,7 @@ def quality_rows(experiment: Experiment) -> list[dict]:
 
 
 def _change(change: dict, unit: str, form: str) -> tuple[str, str]:
-    """A difference of two figures and its interval; of two shares, in percentage points."""
+    """A difference and its interval as text; in percentage points if the metric is a share."""
     value, ci = change.get("difference"), change.get("ci")
     if unit != "share" or value is None:
         return _with_interval(value, ci, "+" + form)
@@ -108,14 +109,14 @@ def _change(change: dict, unit: str, form: str) -> tuple[str, str]:
 
 
 def _with_interval(value: float | None, ci: list[float] | None, form: str) -> tuple[str, str]:
-    """A figure and its interval as text; "–" and "" where there is none."""
+    """A value and its interval as text; "–" and "" if they are None."""
     return "–" if value is None else f"{value:{form}}", f"{ci[0]:{form}} to {ci[1]:{form}}" if ci else ""
 
 
 def seed_rows(experiment: Experiment) -> list[tuple[str, list[str]]]:
-    """What each seed tells besides error rates, as the mean of the seeds."""
+    """Means over the seeds of other metrics, if they are not in the table of quality metrics."""
     rows = []
-    for name, (title, form) in SEED_FIGURES.items():
+    for name, (title, form) in SEED_METRICS.items():
         values = [[seed[name] for seed in experiment.scores[m]["seeds"].values() if name in seed] for m in MODELS]
         if all(values) and name not in experiment.scores["sft"].get("quality", {}):
             rows.append((title, [form.format(np.mean(v)) for v in values]))
@@ -123,7 +124,7 @@ def seed_rows(experiment: Experiment) -> list[tuple[str, list[str]]]:
 
 
 def headline(experiment: Experiment) -> dict:
-    """The result in words and in large figures."""
+    """Title and main results for the top of the page."""
     main = experiment.main_metric
     before, after = (experiment.scores[m]["pooled"][main]["rate"] for m in MODELS)
     verdict = experiment.summary.get("verdict", {}).get(main, "")
@@ -139,7 +140,7 @@ def headline(experiment: Experiment) -> dict:
 
 
 def _title(metric: str, verdict: str, size: str) -> str:
-    """The verdict as a sentence; without a clear one, what was compared."""
+    """The result as a sentence; if it is inconclusive, the metric and the verdict."""
     if verdict in ("better", "worse"):
         comma = "," if "," in metric else ""
         return f"GRPO {'lowers' if verdict == 'better' else 'raises'} the {metric}{comma} by {size}"
@@ -147,7 +148,7 @@ def _title(metric: str, verdict: str, size: str) -> str:
 
 
 def make_example(utterance: Utterance, seed: str, prompts: dict[Path, Clip | str]) -> Example:
-    """Players of one utterance, as wide as they are long."""
+    """Players for one utterance; their widths are proportional to the durations."""
     takes = {model: utterance.takes[model][seed] for model in MODELS}
     clips = {model: _clip(take.audio, take.fault, model) for model, take in takes.items()}
     if utterance.prompt_audio:
@@ -160,7 +161,7 @@ def make_example(utterance: Utterance, seed: str, prompts: dict[Path, Clip | str
 
 
 def _clip(audio: Path | None, fault: str | None, kind: str) -> Clip | str:
-    """A recording, or why there is none."""
+    """A recording, or the reason why there is none."""
     if audio is None:
         return fault or "no audio"
     try:
@@ -170,46 +171,46 @@ def _clip(audio: Path | None, fault: str | None, kind: str) -> Clip | str:
 
 
 def _player(kind: str, clip: Clip | str, longest: float, utterance: Utterance, seed: str, take: Take | None) -> Player:
-    sound = clip if isinstance(clip, Clip) else None
+    audio = clip if isinstance(clip, Clip) else None
     errors = [(s, t.errors, s == seed) for s, t in utterance.takes[kind].items()] if take else []
     hypothesis = take.hypothesis if take else ""
     return Player(
-        kind, TITLES[kind], sound, clip if isinstance(clip, str) else "",
-        100 * sound.duration_s / longest if sound else 0, errors,
+        kind, TITLES[kind], audio, clip if isinstance(clip, str) else "",
+        100 * audio.duration_s / longest if audio else 0, errors,
         cells(utterance.target_text, hypothesis) if take else [], hypothesis,
     )  # fmt: skip
 
 
 def provenance(experiment: Experiment) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Settings, versions and hashes, as tables of name and value."""
+    """Settings, versions and hashes, as tables with names and values."""
     summary, scores = experiment.summary, experiment.scores["grpo"]
     asr = scores.get("asr", {})
     run = {
-        "git commit": summary.get("git_commit") or "outside of a checkout",
+        "git commit": summary.get("git_commit") or "unknown (not a git checkout)",
         "evaluation recogniser": " ".join(filter(None, (asr.get("backend"), asr.get("model")))) or scores["asr_dir"],
-        "its SHA-256": asr.get("sha256") or scores.get("asr_sha256"),
+        "evaluation recogniser's SHA-256": asr.get("sha256") or scores.get("asr_sha256"),
         "test set's SHA-256": scores.get("eval_set_sha256"),
         "peak memory": f"{summary['peak_rss_gib']:.1f} GiB" if summary.get("peak_rss_gib") else None,
     } | {f"stage {stage}": f"{seconds} s" for stage, seconds in summary.get("stage_seconds", {}).items()}  # fmt: skip
-    parts = {"Run": run, "Settings": summary.get("settings", {}), "Versions": summary.get("versions", {})}
-    known = lambda part: [(name, str(value)) for name, value in part.items() if value not in (None, "")]  # noqa: E731
-    return [(title, known(part)) for title, part in parts.items() if part]
+    tables = {"Run": run, "Settings": summary.get("settings", {}), "Versions": summary.get("versions", {})}
+    known = lambda table: [(name, str(value)) for name, value in table.items() if value not in (None, "")]  # noqa: E731
+    return [(title, known(table)) for title, table in tables.items() if table]
 
 
 def recogniser(experiment: Experiment) -> str:
-    """The evaluation recogniser's name."""
+    """Name of the evaluation recogniser."""
     scores = experiment.scores["grpo"]
     return scores.get("asr", {}).get("model") or Path(scores["asr_dir"]).name
 
 
 def same_recogniser(summary: dict) -> bool:
-    """Whether the evaluation's recogniser is the reward's."""
+    """Whether evaluation and reward use the same recogniser."""
     settings = summary.get("settings", {})
     return settings.get("reward_asr_dir", "") != "" and settings["reward_asr_dir"] == settings.get("eval_asr_dir")
 
 
 def render(experiment: Experiment, examples: int) -> str:
-    """The page as one HTML text."""
+    """Render the report as HTML."""
     prompts: dict[Path, Clip | str] = {}
     groups = [
         {"title": g.title, "rule": g.rule, "examples": [make_example(u, seed, prompts) for u, seed in g.chosen]}

@@ -1,9 +1,10 @@
-"""Speech recognition: one module per backend, and ``loading`` to choose by what a model folder holds.
+"""Speech recognition: one module per backend, and ``loading``, which selects the backend of a model folder.
 
-- ``recogniser``: what every recogniser offers.
-- ``sensevoice`` and ``paraformer``, through funasr; ``funasr_model`` loads the networks of both.
-- ``sherpa``: Paraformer and SenseVoice as ONNX, through sherpa-onnx; ``whisper``, through faster-whisper.
+- ``recogniser``: the interface of recognisers.
+- ``sensevoice`` and ``paraformer`` use funasr; ``funasr_model`` loads the networks for both.
+- ``sherpa`` runs Paraformer and SenseVoice as ONNX models with sherpa-onnx; ``whisper`` uses faster-whisper.
 - ``loading``: ``load_asr`` returns the recogniser of a folder.
 
-Speech environment only (numpy < 2, funasr); the last two backends need requirements-asr.txt too. Nothing is downloaded.
+Speech environment only (numpy < 2, funasr). sherpa-onnx and faster-whisper also need requirements-asr.txt. No module
+downloads models.
 """

@@ -1,4 +1,4 @@
-"""The recogniser of a model folder, chosen by the files in it."""
+"""Load the recogniser of a model folder; the files in the folder determine its kind."""
 
 import hashlib
 from dataclasses import dataclass
@@ -15,38 +15,40 @@ from tts_grpo.speech.asr.whisper import Whisper
 
 @dataclass(frozen=True)
 class LoadedAsr:
-    """A recogniser, and what is said of it beside its figures."""
+    """A recogniser and the properties that scores.json records."""
 
     recogniser: Recogniser
     backend: str  # funasr, sherpa-onnx or faster-whisper
-    model: str  # the model's kind
-    weights: Path  # its file of weights
+    model: str  # kind of model, such as SenseVoiceSmall
+    weights: Path  # file of its weights
 
     def describe(self) -> dict:
-        """For scores.json."""
+        """The properties, for scores.json."""
         with self.weights.open("rb") as file:
             checksum = hashlib.file_digest(file, "sha256").hexdigest()
         return {"backend": self.backend, "model": self.model, "weights": self.weights.name, "sha256": checksum}
 
 
 def load_asr(model_dir: str | Path, device: str = "cpu", language: str = "zh") -> LoadedAsr:
-    """The recogniser of a folder.
+    """Load the recogniser of a folder.
 
     Args:
-        model_dir: folder of funasr (config.yaml, model.pt), of faster-whisper (model.bin) or of sherpa-onnx
+        model_dir: folder in the format of funasr (config.yaml, model.pt), faster-whisper (model.bin) or sherpa-onnx
             (tokens.txt, *.onnx).
-        device: torch device; sherpa-onnx stays on the CPU.
+        device: torch device; sherpa-onnx always runs on the CPU.
         language: "zh" or "en", for SenseVoice and Whisper; a Paraformer has its own.
 
     Raises:
-        ValueError: the folder holds none of them, or not all of one; or funasr's network is of another kind.
-        ImportError: the package for it is not installed.
+        ValueError: the folder has none of these formats, is incomplete, or has a funasr model of an unsupported kind.
+        ImportError: the package for this format is not installed.
     """
     folder = Path(model_dir)
     try:
         return _load(folder, device, language)
     except ModuleNotFoundError as error:
-        raise ImportError(f"{folder} needs {error.name}: install requirements-asr.txt as it says") from error
+        raise ImportError(
+            f"{folder} needs the package {error.name}: install requirements-asr.txt as its header says"
+        ) from error
 
 
 def _load(folder: Path, device: str, language: str) -> LoadedAsr:
@@ -56,13 +58,13 @@ def _load(folder: Path, device: str, language: str) -> LoadedAsr:
             return LoadedAsr(SenseVoice(folder, device, language=language), "funasr", kind, folder / "model.pt")
         if kind.endswith("Paraformer"):
             return LoadedAsr(Paraformer(folder, device), "funasr", kind, folder / "model.pt")
-        raise ValueError(f"{folder}/config.yaml: model {kind!r}: neither SenseVoiceSmall nor a Paraformer")
+        raise ValueError(f"{folder}/config.yaml: model {kind!r} is neither SenseVoiceSmall nor a Paraformer")
     if (folder / "model.bin").exists():
         return LoadedAsr(Whisper(folder, device, language), "faster-whisper", "Whisper", folder / "model.bin")
     if (folder / "tokens.txt").exists():
         path = sherpa_model(folder)
         return LoadedAsr(SherpaOnnx(folder, language), "sherpa-onnx", path.name, path)
     raise ValueError(
-        f"{folder}: no recogniser here: wants config.yaml (of funasr), model.bin (of faster-whisper) or tokens.txt "
-        "(of sherpa-onnx)"
+        f"{folder}: no supported ASR model found: expected config.yaml (funasr), model.bin (faster-whisper) or "
+        "tokens.txt (sherpa-onnx)"
     )

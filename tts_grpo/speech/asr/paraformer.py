@@ -11,12 +11,12 @@ from tts_grpo.speech.model_folders import PARAFORMER_FILES
 
 
 class Paraformer:
-    """A recogniser of the Paraformer family (Paraformer, SeACo-Paraformer), as funasr's "paraformer-zh".
+    """A recogniser of the Paraformer family (Paraformer, SeACo-Paraformer), such as funasr's "paraformer-zh".
 
     Args:
         model_dir: folder with config.yaml, model.pt, am.mvn, tokens.json and configuration.json.
         device: torch device.
-        batch_size: recordings decoded at once.
+        batch_size: maximum number of recordings per batch.
 
     Raises:
         ValueError: see :func:`load_funasr`.
@@ -27,15 +27,15 @@ class Paraformer:
         self._model = load_funasr(model_dir, device, PARAFORMER_FILES)
 
     def transcribe(self, recordings: Sequence[np.ndarray]) -> list[str]:
-        """Transcripts of recordings, each float32 (T,) at 16 kHz; "" where nothing is heard."""
+        """Transcripts of recordings, each float32 (T,) at 16 kHz; "" if no speech is recognised."""
         return recognise_in_batches(recordings, self._decode, self.batch_size, "")
 
     def _decode(self, batch: list[np.ndarray]) -> list[str]:
         results = self._model.generate(input=batch, batch_size=len(batch), cache={})
         texts = [result.get("text", "") for result in results]
-        # Where nothing is heard in a whole batch, funasr answers once for all of it, or not at all (SeACo-Paraformer).
+        # If no speech is recognised in a whole batch, funasr returns one result for it, or none (SeACo-Paraformer).
         if not any(texts):
             return [""] * len(batch)
         if len(texts) != len(batch):
-            raise RuntimeError(f"funasr gave {len(texts)} transcripts of {len(batch)} recordings")
+            raise RuntimeError(f"funasr returned {len(texts)} transcripts for {len(batch)} recordings")
         return texts

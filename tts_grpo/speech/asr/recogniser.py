@@ -1,4 +1,4 @@
-"""What every recogniser offers, and what it returns."""
+"""The interface and the result of recognisers, and the batching that they share."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,12 +6,12 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-MIN_SAMPLES = 400  # one analysis frame: funasr fails on less
+MIN_SAMPLES = 400  # one analysis frame: funasr fails on shorter recordings
 
 
 @dataclass(frozen=True)
 class Heard:
-    """What was heard of a recording.
+    """The transcript of a recording, with times.
 
     Attributes:
         text: the transcript.
@@ -24,9 +24,10 @@ class Heard:
 
 
 class Recogniser(Protocol):
-    """What all recognisers have in common."""
+    """The interface of all recognisers."""
 
-    def transcribe(self, recordings: Sequence[np.ndarray]) -> list[str]: ...
+    def transcribe(self, recordings: Sequence[np.ndarray]) -> list[str]:
+        """Transcripts of recordings, each float32 (T,) at 16 kHz."""
 
 
 Result = TypeVar("Result")
@@ -35,13 +36,13 @@ Result = TypeVar("Result")
 def recognise_in_batches(
     recordings: Sequence, recognise: Callable[[list], Sequence[Result]], batch_size: int, silence: Result
 ) -> list[Result]:
-    """The result for each recording, in order, computed in batches of like lengths: less padding, the same result.
+    """Results for recordings, in order. Recordings of similar length are batched together to reduce padding.
 
     Args:
         recordings: each (T,) at 16 kHz.
-        recognise: gives the results of a batch, in its order.
-        batch_size: the largest batch.
-        silence: result for a recording shorter than an analysis frame, which is not passed to ``recognise``.
+        recognise: returns the results for a batch, in order.
+        batch_size: maximum batch size.
+        silence: the result for a recording shorter than one analysis frame; it is not passed to ``recognise``.
     """
     results = [silence] * len(recordings)
     order = sorted((i for i, r in enumerate(recordings) if len(r) >= MIN_SAMPLES), key=lambda i: len(recordings[i]))

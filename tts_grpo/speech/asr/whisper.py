@@ -1,4 +1,4 @@
-"""Whisper through faster-whisper."""
+"""Whisper, with faster-whisper."""
 
 import json
 from collections.abc import Sequence
@@ -11,16 +11,16 @@ from tts_grpo.speech.asr.recogniser import MIN_SAMPLES
 
 
 class Whisper:
-    """A Whisper model converted for CTranslate2, through faster-whisper: greedy, in a language that is given.
+    """A Whisper model in CTranslate2's format, run by faster-whisper with greedy decoding and a fixed language.
 
     Args:
         model_dir: folder with model.bin, config.json, tokenizer.json and preprocessor_config.json.
         device: "cpu", "cuda" or "cuda:N".
-        language: of the speech, such as "en".
+        language: language of the speech, such as "en".
 
     Raises:
         ValueError: a file is missing (faster-whisper would download the tokenizer, or guess the number of mel bands).
-        RuntimeError: weights do not match; CTranslate2 names them.
+        RuntimeError: weights do not match the model; CTranslate2's message names them.
     """
 
     def __init__(self, model_dir: str | Path, device: str = "cpu", language: str = "en"):
@@ -29,7 +29,7 @@ class Whisper:
         folder = Path(model_dir)
         for name in ("model.bin", "config.json", "tokenizer.json", "preprocessor_config.json"):
             if not (folder / name).exists():
-                raise ValueError(f"{folder}: no {name} here: not a faster-whisper folder")
+                raise ValueError(f"{folder}: not a faster-whisper model folder: {name} is missing")
         kind, _, index = device.partition(":")
         self.language = language
         self._model = WhisperModel(
@@ -38,14 +38,16 @@ class Whisper:
         )  # fmt: skip
         bands = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8")).get("feature_size", 80)
         if bands != self._model.model.n_mels:
-            raise ValueError(f"{folder}: preprocessor_config.json has {bands} mel bands, model.bin another number")
+            raise ValueError(
+                f"{folder}: preprocessor_config.json has {bands} mel bands, but model.bin {self._model.model.n_mels}"
+            )
 
     def transcribe(self, recordings: Sequence[np.ndarray]) -> list[str]:
-        """Transcripts of recordings, each float32 (T,) at 16 kHz; "" for one shorter than an analysis frame."""
-        return [self._hear(np.asarray(r, dtype=np.float32)) if len(r) >= MIN_SAMPLES else "" for r in recordings]
+        """Transcripts of recordings, each float32 (T,) at 16 kHz; "" if shorter than one analysis frame."""
+        return [self._transcribe(np.asarray(r, dtype=np.float32)) if len(r) >= MIN_SAMPLES else "" for r in recordings]
 
-    def _hear(self, recording: np.ndarray) -> str:
-        # One temperature: the others are tried with unseeded sampling.
+    def _transcribe(self, recording: np.ndarray) -> str:
+        # A single temperature disables the fallback, which samples without a seed.
         segments, _ = self._model.transcribe(
             recording, language=self.language, beam_size=1, temperature=0.0, condition_on_previous_text=False,
             without_timestamps=True,

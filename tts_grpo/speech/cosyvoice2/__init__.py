@@ -1,8 +1,8 @@
 """CosyVoice2's decoder.
 
-- ``token2wav``: its flow and vocoder in batches, with the results of single utterances.
-- ``packed_flow`` and ``kernels``: the flow on packed utterances in half precision, and the Triton kernels of both.
-- ``random_weights``: model folders of its layout with random weights, for tests and benchmarks.
+- ``token2wav``: runs its flow and vocoder in batches, with the same results as for single utterances.
+- ``packed_flow``: the flow on packed utterances in half precision; ``kernels``: Triton kernels for flow and vocoder.
+- ``random_weights``: model folders in its format with random weights, for tests and benchmarks.
 
 Speech environment only.
 """

@@ -1,13 +1,13 @@
-"""The solver of CosyVoice2's flow on packed utterances, in half precision: no padding, few shapes, few passes.
+"""The solver of CosyVoice2's flow on packed utterances, in half precision.
 
-The utterances of a batch stand one behind the other in one row of frames of a fixed length. Convolutions are causal
-with three taps, so two frames of zeros between utterances are what an utterance's own padding would be; attention is
-told which frames each block of queries sees; all other layers work frame by frame. So an utterance's mel does not
-depend on what else is in the row, and the fixed length lets ten steps of the solver be one CUDA graph, whatever the
-utterances' lengths are.
+The utterances of a batch are concatenated to rows of frames. Convolutions are causal with three taps, so two zero
+frames between utterances replace the padding of single utterances; attention is limited to the frames of each
+utterance; all other layers work frame by frame. Therefore the mel spectrogram of an utterance does not depend on the
+rest of the row. Rows have few fixed lengths, so that the ten steps of the solver can be captured as one CUDA graph per
+length.
 
-The estimator's weights are CosyVoice's own; the order of its layers (``CausalConditionalDecoder.forward``) stands here
-again, and the layers themselves in tts_grpo/speech/cosyvoice2/kernels.py, because a GPU needs them in this layout.
+The estimator's weights are CosyVoice's own. The order of its layers (``CausalConditionalDecoder.forward``) is
+reimplemented here, and the layers in tts_grpo/speech/cosyvoice2/kernels.py, because packing needs another layout.
 """
 
 import itertools
@@ -19,17 +19,17 @@ from torch import nn
 
 from tts_grpo.speech.cosyvoice2.kernels import QUERIES, CausalConv, CausalResnetBlock, TransformerBlocks
 
-GAP = 2  # frames of zeros behind each utterance
-SIZES = (2048, 4096, 8192)  # frames of a row; the mean rollout has 371, three seconds of prompt included
-MEAN_AT_LEAST = 128  # frames an utterance; sets how many fit into a row
+GAP = 2  # zero frames after each utterance
+SIZES = (2048, 4096, 8192)  # frames per row; the mean rollout has 371, including three seconds of prompt
+MIN_MEAN_FRAMES = 128  # frames per utterance on average, at least; limits the number of utterances per row
 
 
-class Row:
-    """Where the utterances of one row are.
+class PackedRow:
+    """The layout of one row of utterances.
 
     Args:
-        lens: their frames.
-        size: frames of the row; None for just as many as they need.
+        lens: number of frames of each utterance.
+        size: number of frames of the row; None for the minimum.
     """
 
     def __init__(self, lens: Sequence[int], size: int | None = None):
@@ -42,10 +42,10 @@ class Row:
         self.tiles = self._tiles(lens)
 
     def _tiles(self, lens: Sequence[int]) -> torch.Tensor:
-        """Attention's blocks in two copies of the row (:func:`tts_grpo.speech.cosyvoice2.kernels.attention`).
+        """Blocks for :func:`tts_grpo.speech.cosyvoice2.kernels.attention`, for two copies of the row.
 
-        All rows of one size have the same number of blocks. Frames between utterances attend to what the utterance
-        before them attends to; frames after the last utterance attend to nothing, so that no value is undefined.
+        All rows of one size have the same number of blocks. Frames between utterances attend to the utterance before
+        them; frames after the last utterance are in a block without keys, so that their output is defined.
         """
         spans = [(start, start + n + GAP, start, start + n) for start, n in zip(self.starts, lens, strict=True)]
         spans.append((spans[-1][1], self.size, 0, 0))
@@ -54,30 +54,30 @@ class Row:
             for begin, end, *keys in spans
             for first in range(begin, end, QUERIES)
         ]
-        count = self.size // QUERIES + max(len(lens), self.size // MEAN_AT_LEAST) + 1
+        count = self.size // QUERIES + max(len(lens), self.size // MIN_MEAN_FRAMES) + 1
         tiles += [(0, 0, 0, 0)] * (count - len(tiles))
         half = torch.tensor(tiles, dtype=torch.int32)
         return torch.cat([half, half + torch.tensor([self.size, 0, self.size, self.size], dtype=torch.int32)])
 
     @staticmethod
     def fits(lens: Sequence[int], size: int) -> bool:
-        """Whether utterances go into a row of a size."""
-        return sum(lens) + GAP * len(lens) <= size and len(lens) <= size // MEAN_AT_LEAST
+        """Whether utterances fit into a row of ``size`` frames."""
+        return sum(lens) + GAP * len(lens) <= size and len(lens) <= size // MIN_MEAN_FRAMES
 
 
-def fill_rows(lens: Sequence[int]) -> list[list[int]]:
-    """Utterances of each row, in their order; one that is too long for all has a row of its own."""
+def assign_rows(lens: Sequence[int]) -> list[list[int]]:
+    """Indices of the utterances in each row, in order; an utterance that is too long for SIZES gets its own row."""
     rows = []
     for i, n in enumerate(lens):
-        if rows and Row.fits([lens[j] for j in rows[-1]] + [n], SIZES[-1]):
+        if rows and PackedRow.fits([lens[j] for j in rows[-1]] + [n], SIZES[-1]):
             rows[-1].append(i)
         else:
             rows.append([i])
     return rows
 
 
-class Stage:
-    """A convolutional block and its transformer blocks, on frames."""
+class EstimatorBlock:
+    """A ResNet block of the estimator and the transformer blocks after it, on frames."""
 
     def __init__(self, resnet: nn.Module, blocks: nn.ModuleList, time: torch.Tensor):
         self.resnet, self.blocks = CausalResnetBlock(resnet, time), TransformerBlocks(blocks)
@@ -87,124 +87,130 @@ class Stage:
 
 
 class PackedSolver:
-    """Runs the flow's solver on rows.
+    """Runs the flow's solver on packed rows.
 
     Args:
-        decoder: CosyVoice's ``CausalConditionalCFM``; its estimator is converted.
-        times: float32 (steps + 1,) of the solver.
-        dtype: of the estimator's weights and activations.
+        decoder: CosyVoice's ``CausalConditionalCFM``; its estimator is converted to ``dtype``.
+        times: float32 (steps + 1,), time points of the solver.
+        dtype: data type of the estimator's weights and activations.
 
     Raises:
-        ValueError: the estimator is not built as CosyVoice2's is: one frame rate, GELU, widths that kernels can take.
+        ValueError: the estimator's architecture is not supported: it must have one frame rate, GELU and numbers of
+            channels that the kernels support.
     """
 
     def __init__(self, decoder: nn.Module, times: torch.Tensor, dtype: torch.dtype):
         net = decoder.estimator
         if len(net.down_blocks) != 1:
-            raise ValueError("this flow's estimator changes its frame rate: use token2wav_precision=fp32")
+            raise ValueError("this flow's estimator changes its frame rate: set token2wav_precision=fp32")
         self.rate, self.dtype, self.channels_in = decoder.inference_cfg_rate, dtype, net.in_channels
         self.steps, self.noise = times.diff(), decoder.rand_noise[0].T.to(times.device)
         time = net.time_mlp(net.time_embeddings(times[:-1])).to(dtype)
         net.to(dtype)
         ((resnet, blocks, down),) = net.down_blocks
-        self.down, self.behind_down = Stage(resnet, blocks, time), CausalConv(down)
-        self.mid = [Stage(resnet, blocks, time) for resnet, blocks in net.mid_blocks]
+        self.down, self.conv_after_down = EstimatorBlock(resnet, blocks, time), CausalConv(down)
+        self.mid = [EstimatorBlock(resnet, blocks, time) for resnet, blocks in net.mid_blocks]
         ((resnet, blocks, up),) = net.up_blocks
-        self.up, self.behind_up = Stage(resnet, blocks, time), CausalConv(up)
+        self.up, self.conv_after_up = EstimatorBlock(resnet, blocks, time), CausalConv(up)
         conv, _, norm, *_ = net.final_block.block
         self.final, self.projection = CausalConv(conv, norm), net.final_proj
         self.graphs, self.memory = {}, None
 
     def __call__(self, mu: torch.Tensor, spks: torch.Tensor, condition: torch.Tensor, lens: Sequence[int]):
-        """Mel of utterances.
+        """Mel spectrograms of utterances.
 
         Args:
             mu, condition: (B, 80, L).
             spks: (B, 80).
-            lens: their B lengths, in frames.
+            lens: B lengths in frames.
 
         Returns:
-            float32 (B, 80, L), undefined behind the ends.
+            float32 (B, 80, L), undefined after the end of each utterance.
         """
         mel = torch.empty_like(mu)
-        for members in fill_rows(lens):
+        for members in assign_rows(lens):
             row = self.row([lens[i] for i in members])
-            places = (torch.tensor(row.starts)[:, None] + torch.arange(mu.shape[2])).clamp(max=row.size - 1)
+            positions = (torch.tensor(row.starts)[:, None] + torch.arange(mu.shape[2])).clamp(max=row.size - 1)
             utterance = torch.tensor(members)[row.utterance]
-            utterance, frame, used, tiles, places, rows = (
+            utterance, frame, used, tiles, positions, indices = (
                 x.to(mu.device, non_blocking=True)
-                for x in (utterance, row.frame, row.used, row.tiles, places, torch.tensor(members))
+                for x in (utterance, row.frame, row.used, row.tiles, positions, torch.tensor(members))
             )
-            given = (mu[utterance, :, frame], spks[utterance], condition[utterance, :, frame])
-            inputs = (self.noise[frame] * used[:, None], torch.cat(given, dim=1) * used[:, None], used, tiles)
-            mel[rows] = self.run(inputs, row.size)[places].transpose(1, 2)
+            conditioning = (mu[utterance, :, frame], spks[utterance], condition[utterance, :, frame])
+            inputs = (self.noise[frame] * used[:, None], torch.cat(conditioning, dim=1) * used[:, None], used, tiles)
+            mel[indices] = self.run(inputs, row.size)[positions].transpose(1, 2)
         return mel
 
-    def row(self, lens: Sequence[int]) -> Row:
+    def row(self, lens: Sequence[int]) -> PackedRow:
         """The smallest row that utterances fit into."""
-        size = next((size for size in SIZES if Row.fits(lens, size)), None)
-        return Row(lens, size)
+        size = next((size for size in SIZES if PackedRow.fits(lens, size)), None)
+        return PackedRow(lens, size)
 
     def run(self, inputs, size: int) -> torch.Tensor:
-        """(N, 80) of one row, through the graph of its size where there is one."""
+        """Mel frames (N, 80) of one row; uses a CUDA graph if the row has one of SIZES and is on a GPU."""
         if size not in SIZES or not inputs[0].is_cuda:
             return self.solve(*inputs)
         if size not in self.graphs:
             self.graphs[size] = self.capture(inputs)
-        graph, fixed, result = self.graphs[size]
-        for place, value in zip(fixed, inputs, strict=True):
-            place.copy_(value)
+        graph, graph_inputs, result = self.graphs[size]
+        for target, value in zip(graph_inputs, inputs, strict=True):
+            target.copy_(value)
         graph.replay()
         return result.clone()
 
     def capture(self, inputs):
-        """A CUDA graph of all steps, the tensors that it reads, and the one that it writes."""
-        fixed = [value.clone() for value in inputs]
+        """Capture a CUDA graph of all steps. Returns it with its input tensors and its output tensor."""
+        graph_inputs = [value.clone() for value in inputs]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self.solve(*fixed)  # compiles
+            self.solve(*graph_inputs)  # compiles the kernels
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        self.memory = self.memory or torch.cuda.graph_pool_handle()  # one for all: results are copied out at once
+        self.memory = (
+            self.memory or torch.cuda.graph_pool_handle()
+        )  # shared by all graphs: each result is copied before the next replay
         with torch.cuda.graph(graph, pool=self.memory):
-            result = self.solve(*fixed)
-        return graph, fixed, result
+            result = self.solve(*graph_inputs)
+        return graph, graph_inputs, result
 
-    def solve(self, x: torch.Tensor, given: torch.Tensor, used: torch.Tensor, tiles: torch.Tensor) -> torch.Tensor:
+    def solve(
+        self, x: torch.Tensor, conditioning: torch.Tensor, used: torch.Tensor, tiles: torch.Tensor
+    ) -> torch.Tensor:
         """Euler steps with classifier-free guidance (``ConditionalCFM.solve_euler``) on one row.
 
         Args:
-            x: float32 (N, 80) to begin with.
-            given: (N, 240): ``mu``, speaker and condition; the second copy of the row is given zeros.
-            used: float32 (N,), 0 for frames between utterances; what was given is 0 there too.
-            tiles: int32, as :attr:`Row.tiles`.
+            x: float32 (N, 80), initial noise.
+            conditioning: (N, 240): ``mu``, speaker and condition; for the second, unconditional copy of the row, zeros
+                are used.
+            used: float32 (N,), 0 for frames between utterances, where ``x`` and ``conditioning`` are 0, too.
+            tiles: int32, see :attr:`PackedRow.tiles`.
         """
         num, channels = x.shape
         state = torch.zeros(2, num, self.channels_in, device=x.device, dtype=self.dtype)
-        state[0, :, channels:] = given
+        state[0, :, channels:] = conditioning
         used = used.repeat(2)
         for step, dt in enumerate(self.steps):
             state[:, :, :channels] = x
-            change = self.estimate(state.flatten(0, 1), used, tiles, step).float()
-            guided, free = (change * used[:, None]).view(2, num, channels)
-            x = x + dt * ((1 + self.rate) * guided - self.rate * free)
+            velocity = self.estimate(state.flatten(0, 1), used, tiles, step).float()
+            conditional, unconditional = (velocity * used[:, None]).view(2, num, channels)
+            x = x + dt * ((1 + self.rate) * conditional - self.rate * unconditional)
         return x
 
     def estimate(self, x: torch.Tensor, used: torch.Tensor, tiles: torch.Tensor, step: int) -> torch.Tensor:
         """``CausalConditionalDecoder.forward`` on frames: (2N, 320) -> (2N, 80)."""
         skip = self.down(x, used, tiles, step)
-        x = self.behind_down(skip, used)
-        for stage in self.mid:
-            x = stage(x, used, tiles, step)
+        x = self.conv_after_down(skip, used)
+        for block in self.mid:
+            x = block(x, used, tiles, step)
         x = self.up(torch.cat([x, skip], dim=1), used, tiles, step)
-        x = self.final(self.behind_up(x, used), used)
+        x = self.final(self.conv_after_up(x, used), used)
         return F.linear(x, self.projection.weight[:, :, 0], self.projection.bias)
 
     def warm_up(self) -> None:
-        """Compile, and capture all graphs."""
+        """Compile the kernels and capture the CUDA graphs of all SIZES."""
         device = self.noise.device
         for size in SIZES if self.noise.is_cuda else ():
-            row = Row([size // 8 - GAP] * 8, size)
+            row = PackedRow([size // 8 - GAP] * 8, size)
             zeros = torch.zeros(size, 240, device=device)
             self.run((zeros[:, :80], zeros, row.used.to(device), row.tiles.to(device)), size)

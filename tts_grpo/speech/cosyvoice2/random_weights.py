@@ -1,4 +1,4 @@
-"""CosyVoice2 and SenseVoiceSmall folders in the published formats, with random weights: for tests and benchmarks."""
+"""Model folders of CosyVoice2 and SenseVoiceSmall with random weights, for tests and benchmarks."""
 
 import struct
 from pathlib import Path
@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tts_grpo.speech.audio import ASR_HZ, save_audio
 from tts_grpo.text.jsonl import write_json
 
-# Entries and values of the released cosyvoice2.yaml (FunAudioLLM/CosyVoice2-0.5B, revision eec1ae6); sizes to be set.
+# The released cosyvoice2.yaml (FunAudioLLM/CosyVoice2-0.5B, revision eec1ae6) with placeholders for the sizes.
 YAML = """
 __set_seed1: !apply:random.seed [1986]
 __set_seed2: !apply:numpy.random.seed [1986]
@@ -239,7 +239,7 @@ train_conf_gan:
     log_interval: 100
     save_per_step: -1
 """
-FULL = {  # the release's sizes
+FULL = {  # sizes of the released model
     "llm_size": 896, "dim": 512, "linear_units": 2048, "num_blocks": 6, "channels": 256, "n_blocks": 4,
     "num_mid_blocks": 12, "num_heads": 8, "base_channels": 512, "cond_channels": 512,
 }  # fmt: skip
@@ -250,7 +250,7 @@ SMALL = FULL | {
 
 
 def save_campplus(path: Path) -> None:
-    """(1, T, 80) -> (1, 192): the mean, through a random matrix."""
+    """Write an ONNX model (1, T, 80) -> (1, 192): the mean over time, multiplied by a random matrix."""
     weight = np.random.default_rng(0).standard_normal((80, 192)).astype(np.float32)
     nodes = [
         helper.make_node("ReduceMean", ["input", "axes"], ["mean"], keepdims=0),
@@ -263,7 +263,7 @@ def save_campplus(path: Path) -> None:
 
 
 def save_speech_tokenizer(path: Path) -> None:
-    """(1, 128, T) and its length -> T / 4 ids, made of each fourth frame's mean."""
+    """Write an ONNX model (1, 128, T) and length -> T / 4 ids, computed from the mean of every fourth frame."""
     arrays = {"starts": [0], "ends": [1 << 30], "axes": [2], "steps": [4], "mels": [1]}
     nodes = [
         helper.make_node("Slice", ["feats", "starts", "ends", "axes", "steps"], ["fourth"]),
@@ -290,14 +290,14 @@ def save_graph(path: Path, nodes, initial, inputs, output) -> None:
 
 
 def make_cosyvoice2_folder(folder: Path, shape: dict = SMALL) -> Path:
-    """Write the files of CosyVoice2-0.5B that ``CosyVoice2Token2Wav`` reads, with random weights."""
+    """Write the files of CosyVoice2-0.5B that ``CosyVoice2Token2Wav`` loads, with random weights."""
     from tts_grpo.speech.cosyvoice2.token2wav import load_modules
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cosyvoice2.yaml").write_text(YAML.format(**shape))
     torch.manual_seed(0)
     modules = load_modules(folder)
-    # unit scale everywhere: the default start of some layers is so small that errors would not show
+    # The default initialisation of this layer is so small that errors would not show.
     torch.nn.init.normal_(modules["hift"].f0_predictor.classifier.bias, 200.0, 1.0)
     torch.save(modules["flow"].state_dict(), folder / "flow.pt")
     torch.save({f"generator.{k}": v for k, v in modules["hift"].state_dict().items()}, folder / "hift.pt")
@@ -307,7 +307,7 @@ def make_cosyvoice2_folder(folder: Path, shape: dict = SMALL) -> Path:
 
 
 SENSEVOICE_BPE = "chn_jpn_yue_eng_ko_spectok.bpe.model"
-SENSEVOICE_FULL = {  # shape of iic/SenseVoiceSmall (its config.yaml)
+SENSEVOICE_FULL = {  # sizes in config.yaml of iic/SenseVoiceSmall
     "output_size": 512, "attention_heads": 4, "linear_units": 2048, "num_blocks": 50, "tp_blocks": 20,
     "vocab_size": 25055,
 }  # fmt: skip
@@ -317,9 +317,9 @@ SENSEVOICE_SMALL = {
 
 
 def sensevoice_config(shape: dict, lfr_m: int = 7, lfr_n: int = 6) -> dict:
-    """config.yaml of iic/SenseVoiceSmall, with other sizes: ``frontend_conf`` has no ``dither``.
+    """config.yaml of iic/SenseVoiceSmall with other sizes. As in the original, ``frontend_conf`` has no ``dither``.
 
-    Source: FunASR's docs/tutorial/Tables.md, which shows it whole.
+    Source: FunASR's docs/tutorial/Tables.md, which contains the complete file.
     """
     encoder = {name: value for name, value in shape.items() if name != "vocab_size"}
     return {
@@ -354,7 +354,7 @@ def sensevoice_config(shape: dict, lfr_m: int = 7, lfr_n: int = 6) -> dict:
 
 
 def save_funasr_configs(folder: Path, config: dict, tokenizer_files: dict[str, str]) -> None:
-    """config.yaml and configuration.json as the models of FunASR have them on ModelScope."""
+    """Write config.yaml and configuration.json in the format of FunASR's models on ModelScope."""
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     write_json(folder / "configuration.json", {
         "framework": "pytorch", "task": "auto-speech-recognition", "model": {"type": "funasr"},
@@ -365,7 +365,7 @@ def save_funasr_configs(folder: Path, config: dict, tokenizer_files: dict[str, s
 
 
 def save_cmvn(path: Path, shift: float, scale: float, size: int = 560) -> None:
-    """am.mvn: the mean and deviation of the features, in Kaldi's text format of a network."""
+    """Write am.mvn: mean and standard deviation of the features, in Kaldi's nnet text format."""
     rows = "".join(
         f"<{name}> {size} {size} \n<LearnRateCoef> 0 [ {' '.join([str(value)] * size)} ]\n"
         for name, value in (("AddShift", shift), ("Rescale", scale))
@@ -374,11 +374,11 @@ def save_cmvn(path: Path, shift: float, scale: float, size: int = 560) -> None:
 
 
 def save_sentencepiece(path: Path, vocab_size: int) -> None:
-    """A vocabulary of single Chinese characters, as sentencepiece_model.proto's ModelProto says in bytes.
+    """Write a SentencePiece model of single Chinese characters, as a serialised ``ModelProto``.
 
-    (The package's own generated module needs a newer protobuf than Triton's client takes.)
+    (The generated module of the package sentencepiece needs a newer protobuf than Triton's client supports.)
     """
-    unknown, control, normal = b"\x18\x02", b"\x18\x03", b"\x18\x01"  # field 3, type
+    unknown, control, normal = b"\x18\x02", b"\x18\x03", b"\x18\x01"  # field 3: type
     codes = [*range(0x4E00, 0x9FA5), *range(0x3400, 0x4DB5)][: vocab_size - 3]
     pieces = [("<unk>", unknown), ("<s>", control), ("</s>", control), *((chr(code), normal) for code in codes)]
     with path.open("wb") as file:
@@ -391,7 +391,7 @@ def save_sentencepiece(path: Path, vocab_size: int) -> None:
 
 
 def make_sensevoice_folder(folder: Path, shape: dict = SENSEVOICE_SMALL) -> Path:
-    """Write the files of iic/SenseVoiceSmall that ``SenseVoice`` reads, with random weights."""
+    """Write the files of iic/SenseVoiceSmall that ``SenseVoice`` loads, with random weights."""
     from funasr.models.sense_voice.model import SenseVoiceSmall
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -400,14 +400,14 @@ def make_sensevoice_folder(folder: Path, shape: dict = SENSEVOICE_SMALL) -> Path
     save_cmvn(folder / "am.mvn", -8.0, 0.15)
     save_sentencepiece(folder / SENSEVOICE_BPE, shape["vocab_size"])
     torch.manual_seed(0)
-    parts = {name: config[name] for name in ("encoder", "encoder_conf")} | config["model_conf"]
-    network = SenseVoiceSmall(input_size=560, vocab_size=shape["vocab_size"], **parts)
+    encoder = {name: config[name] for name in ("encoder", "encoder_conf")}
+    network = SenseVoiceSmall(input_size=560, vocab_size=shape["vocab_size"], **encoder, **config["model_conf"])
     torch.save(network.state_dict(), folder / "model.pt")
     return folder
 
 
 def save_prompt(path: Path) -> None:
-    """Three seconds of a hum with noise, to stand for a recording of a voice."""
+    """Write three seconds of a noisy tone, as a substitute for a prompt recording."""
     time = np.arange(3 * ASR_HZ) / ASR_HZ
-    hum = 0.3 * np.sin(2 * np.pi * 180 * time) + 0.05 * np.random.default_rng(1).standard_normal(len(time))
-    save_audio(path, hum.astype(np.float32), ASR_HZ)
+    tone = 0.3 * np.sin(2 * np.pi * 180 * time) + 0.05 * np.random.default_rng(1).standard_normal(len(time))
+    save_audio(path, tone.astype(np.float32), ASR_HZ)

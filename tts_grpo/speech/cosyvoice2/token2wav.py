@@ -1,16 +1,17 @@
-"""CosyVoice2's token2wav: its own flow and HiFT modules, run on whole batches with the result of one by one.
+"""CosyVoice2's token2wav: runs its flow and HiFT modules on batches, with the same results as for single utterances.
 
-The modules are those of https://github.com/FunAudioLLM/CosyVoice (or of a packaging of it), which must be importable;
-in fp32 nothing of the networks is written again; half precision has its own layers (packed_flow.py, kernels.py). The
-modules' inference takes one utterance. What padding would change in a batch is undone at their borders:
+The modules come from https://github.com/FunAudioLLM/CosyVoice (or a package of it), which must be importable. In fp32
+the upstream modules run unmodified; half precision uses reimplemented layers (packed_flow.py, kernels.py). Upstream
+inference supports one utterance at a time. The effects of padding in a batch are removed as follows:
 
-* flow: the encoder's look-ahead convolution gets zeros behind the end of each utterance, not the embedding's bias
-  (``PreLookaheadLayer``); attention and the causal decoder respect masks already. The solver's classifier-free
-  guidance runs both halves for the whole batch (``ConditionalCFM.solve_euler`` has buffers for one utterance).
-* HiFT: each convolution gets zeros behind the end, as its own padding would give; the source's short-time transform is
-  reflected at each utterance's end, and the inverse transform divides by the windows that are there.
-* noise: HiFT's source draws from the global generator; here it is a fixed sequence of the seed, the same for each
-  utterance, so that speech does not depend on what else is in the batch.
+* flow: the input of the encoder's look-ahead convolution (``PreLookaheadLayer``) is set to zero after the end of each
+  utterance; attention and the causal decoder use masks already. Classifier-free guidance runs conditional and
+  unconditional halves of the whole batch (``ConditionalCFM.solve_euler`` has buffers for one utterance).
+* HiFT: the input of each convolution is set to zero after the end of each utterance, like its own padding; the source
+  signal is reflected at the end of each utterance for the short-time Fourier transform, and the inverse transform
+  divides by the sum of the windows within the utterance.
+* noise: HiFT's source module draws from the global random generator; here, noise is a fixed sequence that depends on
+  the seed and is the same for each utterance, so that speech does not depend on the rest of the batch.
 """
 
 import contextlib
@@ -34,28 +35,28 @@ from tts_grpo.speech.audio import ASR_HZ, resample
 from tts_grpo.speech.decoder import PromptVoice, check_speech_tokens, pad_speech_tokens
 from tts_grpo.speech.model_folders import TOKEN2WAV_FILES, describe, missing_files
 
-NUM_STEPS = 10  # of the solver, as in CausalMaskedDiffWithXvec.inference
+NUM_STEPS = 10  # steps of the solver, as in CausalMaskedDiffWithXvec.inference
 MEL_PER_TOKEN = 2
-# Of the utterances that encoder and vocoder take at once: how many, and of how many tokens once padded to the longest.
-# A quarter of the tokens takes 2 GiB less and is a tenth slower.
-ROWS = 32
+# Limits for a batch of encoder and vocoder: utterances, and tokens after padding. A quarter of the tokens needs 2 GiB
+# less memory and is 10% slower.
+MAX_UTTERANCES = 32
 PADDED_TOKENS, PADDED_TOKENS_SMALL_GPU = 16384, 4096
 SMALL_GPU_GIB = 40
-YAML_PARTS = ("flow", "hift", "feat_extractor")  # entries of cosyvoice2.yaml that are made, beside plain values
+YAML_OBJECTS = ("flow", "hift", "feat_extractor")  # objects of cosyvoice2.yaml that are built; plain values are kept
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def load_modules(model_dir: Path) -> dict:
-    """``flow``, ``hift`` and ``feat_extractor`` as cosyvoice2.yaml describes them, with random weights.
+    """Build ``flow``, ``hift`` and ``feat_extractor`` of cosyvoice2.yaml, with random weights.
 
     Raises:
-        ImportError: CosyVoice's source cannot be imported; says what to do.
+        ImportError: CosyVoice's source cannot be imported.
     """
     from hyperpyyaml import load_hyperpyyaml
 
     text = (model_dir / "cosyvoice2.yaml").read_text(encoding="utf-8")
     entries = re.split(r"^(?=\S)", text, flags=re.MULTILINE)
-    kept = [e for e in entries if e.split(":", 1)[0] in YAML_PARTS or re.fullmatch(r"\w+:[^!\[{\n]*\n*", e)]
+    kept = [e for e in entries if e.split(":", 1)[0] in YAML_OBJECTS or re.fullmatch(r"\w+:[^!\[{\n]*\n*", e)]
     try:
         return load_hyperpyyaml(io.StringIO("".join(kept)))
     except (ImportError, ModuleNotFoundError) as error:
@@ -66,27 +67,30 @@ def load_modules(model_dir: Path) -> dict:
 
 
 @functools.cache
-def most_padded_tokens(device: torch.device) -> int:
-    """``PADDED_TOKENS`` of a device."""
+def max_padded_tokens(device: torch.device) -> int:
+    """Maximum number of tokens in a padded batch on a device."""
     if device.type != "cuda" or torch.cuda.get_device_properties(device).total_memory >= SMALL_GPU_GIB * 2**30:
         return PADDED_TOKENS
     return PADDED_TOKENS_SMALL_GPU
 
 
-def padded_parts(lens: Sequence[int], most: int) -> list[slice]:
-    """Parts of a batch of at most ``ROWS`` utterances and, unless it is one alone, ``most`` tokens once padded."""
-    parts, first = [], 0
+def split_batch(lens: Sequence[int], max_tokens: int) -> list[slice]:
+    """Slices of a batch with at most ``MAX_UTTERANCES`` utterances and ``max_tokens`` tokens after padding.
+
+    A single utterance may be longer than ``max_tokens``.
+    """
+    slices, first = [], 0
     for end in range(1, len(lens) + 1):
         padded = max(lens[first : end + 1]) * (end + 1 - first)
-        if end in (len(lens), first + ROWS) or padded > most:
-            parts.append(slice(first, end))
+        if end in (len(lens), first + MAX_UTTERANCES) or padded > max_tokens:
+            slices.append(slice(first, end))
             first = end
-    return parts
+    return slices
 
 
 @contextlib.contextmanager
 def tf32(allowed: bool):
-    """Inside it, products of float32 matrices may, or must not, be computed in TF32."""
+    """Context that allows or forbids TF32 for products of float32 matrices."""
     switches = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [switch.allow_tf32 for switch in switches]
     try:
@@ -99,9 +103,9 @@ def tf32(allowed: bool):
 
 
 class FixedNoise(TorchFunctionMode):
-    """Inside it, ``torch.rand`` and ``torch.randn_like`` give the same numbers to each row of a batch.
+    """Context in which ``torch.rand`` and ``torch.randn_like`` return the same numbers for each row of a batch.
 
-    The numbers of a shorter row are the beginning of those of a longer one.
+    The numbers of a shorter row are a prefix of those of a longer one.
     """
 
     def __init__(self, seed: int, length: int, channels: int, device: torch.device):
@@ -120,11 +124,11 @@ class FixedNoise(TorchFunctionMode):
 
 
 class Flow:
-    """Speech tokens -> mel, in batches.
+    """Speech tokens -> mel spectrograms, in batches.
 
     Args:
         module: CosyVoice's ``CausalMaskedDiffWithXvec``.
-        dtype: of the estimator; float32 runs it on padded batches, a half precision on packed ones.
+        dtype: data type of the estimator; float32 uses padded batches, float16 and bfloat16 use packed ones.
     """
 
     def __init__(self, module: nn.Module, dtype: torch.dtype = torch.float32):
@@ -138,7 +142,7 @@ class Flow:
         self.packed = None
         if dtype != torch.float32:
             from tts_grpo.speech.cosyvoice2.packed_flow import (
-                PackedSolver,  # needs Triton, which comes with torch for GPUs
+                PackedSolver,  # needs Triton, which only GPU builds of torch have
             )
 
             self.packed = PackedSolver(module.decoder, self.times, dtype)
@@ -148,24 +152,24 @@ class Flow:
         return self.module.input_embedding.weight.device
 
     def __call__(self, speech_tokens: Sequence[Sequence[int]], prompts: Sequence[dict]) -> torch.Tensor:
-        """Mel of utterances that each continue a prompt.
+        """Mel spectrograms of utterances, each of which continues a prompt.
 
         Args:
             speech_tokens: B sequences of ids.
-            prompts: B times ``tokens`` (P ids), ``mel`` (2P, 80) and ``speaker_embedding`` (192,).
+            prompts: B dictionaries with ``tokens`` (P ids), ``mel`` (2P, 80) and ``speaker_embedding`` (192,).
 
         Returns:
-            float32 (B, 80, 2T), where T is the longest, undefined behind each utterance's end.
+            float32 (B, 80, 2T), where T is the length of the longest sequence; undefined after each utterance's end.
         """
         tokens, lens = pad_speech_tokens(
             [[*prompt["tokens"], *row] for prompt, row in zip(prompts, speech_tokens, strict=True)]
         )
         mu = torch.cat([
-            F.pad(part, (0, MEL_PER_TOKEN * tokens.shape[1] - part.shape[2]))
-            for part in self.encode(tokens.to(self.device), lens)
+            F.pad(encoded, (0, MEL_PER_TOKEN * tokens.shape[1] - encoded.shape[2]))
+            for encoded in self.encode(tokens.to(self.device), lens)
         ])  # fmt: skip
-        given = pad_sequence([prompt["mel"] for prompt in prompts], batch_first=True).transpose(1, 2)
-        condition = F.pad(given, (0, mu.shape[2] - given.shape[2]))
+        prompt_mel = pad_sequence([prompt["mel"] for prompt in prompts], batch_first=True).transpose(1, 2)
+        condition = F.pad(prompt_mel, (0, mu.shape[2] - prompt_mel.shape[2]))
         embeddings = torch.stack([prompt["speaker_embedding"] for prompt in prompts])
         spks = self.module.spk_embed_affine_layer(F.normalize(embeddings, dim=1))
         if self.packed:
@@ -176,18 +180,22 @@ class Flow:
             mel = self.solve(mu, mask, spks, condition)
         starts = torch.tensor([len(prompt["mel"]) for prompt in prompts])
         size = MEL_PER_TOKEN * max(map(len, speech_tokens))
-        places = (starts[:, None] + torch.arange(size)).clamp(max=mel.shape[2] - 1).to(self.device)
-        return mel.gather(2, places[:, None].expand(-1, mel.shape[1], -1))
+        positions = (starts[:, None] + torch.arange(size)).clamp(max=mel.shape[2] - 1).to(self.device)
+        return mel.gather(2, positions[:, None].expand(-1, mel.shape[1], -1))
 
     def encode(self, tokens: torch.Tensor, lens: torch.Tensor) -> Iterator[torch.Tensor]:
-        """The encoder's (B', 80, 2T') of parts of a batch of ids (B, T) with lengths (B,): its attention is large."""
+        """Encode ids (B, T) with lengths (B,) in smaller batches, to limit the memory of attention.
+
+        Yields:
+            (B', 80, 2T') for consecutive slices of the batch.
+        """
         module = self.module
-        for rows in padded_parts(lens.tolist(), most_padded_tokens(self.device)):
-            part_lens = lens[rows]
-            part = tokens[rows, : int(part_lens.max())]
-            self.token_mask = (torch.arange(part.shape[1]) < part_lens[:, None]).to(self.device)
-            embedded = module.input_embedding(part) * self.token_mask[..., None]
-            encoded = module.encoder(embedded, part_lens.to(self.device), streaming=False)[0]
+        for rows in split_batch(lens.tolist(), max_padded_tokens(self.device)):
+            slice_lens = lens[rows]
+            ids = tokens[rows, : int(slice_lens.max())]
+            self.token_mask = (torch.arange(ids.shape[1]) < slice_lens[:, None]).to(self.device)
+            embedded = module.input_embedding(ids) * self.token_mask[..., None]
+            encoded = module.encoder(embedded, slice_lens.to(self.device), streaming=False)[0]
             yield module.encoder_proj(encoded).transpose(1, 2)
 
     def solve(self, mu, mask, spks, condition) -> torch.Tensor:
@@ -195,23 +203,24 @@ class Flow:
         decoder = self.module.decoder
         rate = decoder.inference_cfg_rate
         x = self.noise[:, :, : mu.shape[2]].expand_as(mu)
-        both = lambda value: torch.cat([value, torch.zeros_like(value)])  # noqa: E731
-        masks, mus, speakers, conditions = torch.cat([mask, mask]), both(mu), both(spks), both(condition)
+        with_zeros = lambda value: torch.cat([value, torch.zeros_like(value)])  # noqa: E731
+        masks, mus = torch.cat([mask, mask]), with_zeros(mu)
+        speakers, conditions = with_zeros(spks), with_zeros(condition)
         for t, dt in zip(self.times[:-1], self.times.diff(), strict=True):
-            change = decoder.estimator(
+            velocity = decoder.estimator(
                 torch.cat([x, x]), masks, mus, t.expand(len(masks)), speakers, conditions, streaming=False
             )
-            guided, free = change.chunk(2)
-            x = x + dt * ((1 + rate) * guided - rate * free)
+            conditional, unconditional = velocity.chunk(2)
+            x = x + dt * ((1 + rate) * conditional - rate * unconditional)
         return x
 
 
 class Vocoder:
-    """Mel -> waveform with HiFT, in batches.
+    """Mel spectrograms -> waveforms with HiFT, in batches.
 
     Args:
         module: CosyVoice's ``HiFTGenerator``.
-        dtype: of the residual blocks' products; float32 leaves the module as it is.
+        dtype: data type of products in the residual blocks; with float32 the module runs unmodified.
     """
 
     def __init__(self, module: nn.Module, dtype: torch.dtype = torch.float32):
@@ -220,9 +229,9 @@ class Vocoder:
         self.ups = [up.stride[0] for up in module.ups]
         self.samples_per_frame = int(np.prod(self.ups)) * self.hop
         self.noise = None
-        for part in module.modules():
-            if isinstance(part, nn.Conv1d | nn.ConvTranspose1d):
-                part.register_forward_pre_hook(lambda _, args: (args[0] * self.masks[args[0].shape[-1]],))
+        for layer in module.modules():
+            if isinstance(layer, nn.Conv1d | nn.ConvTranspose1d):
+                layer.register_forward_pre_hook(lambda _, args: (args[0] * self.masks[args[0].shape[-1]],))
         if dtype != torch.float32:
             from tts_grpo.speech.cosyvoice2.kernels import SnakeResBlock
 
@@ -233,7 +242,7 @@ class Vocoder:
         module._stft, module._istft = self.source_spectrum, self.waveform
 
     def __call__(self, mel: torch.Tensor, lens: torch.Tensor, seed: int) -> torch.Tensor:
-        """float32 (B, 80, T) and int64 (B,) frames -> float32 (B, T * samples_per_frame), zeros behind the ends."""
+        """Mel (B, 80, T), lengths int64 (B,) in frames -> float32 (B, T * samples_per_frame), zero after each end."""
         lens = lens.to(mel.device)
         self.set_masks(lens, mel.shape[2])
         f0 = self.module.f0_predictor(mel) * self.masks[mel.shape[2]][:, 0]
@@ -245,61 +254,60 @@ class Vocoder:
         return speech * (torch.arange(speech.shape[1], device=speech.device) < ends)
 
     def set_masks(self, lens: torch.Tensor, size: int) -> None:
-        """Masks (B, 1, L) by length L, one for each of HiFT's time scales."""
+        """Set masks (B, 1, L) for all time scales of HiFT, by length L."""
         scales = [int(n) for n in np.cumprod([1, *self.ups])]
-        shapes = [(scale, 0) for scale in scales] + [(scales[-1], 1)]  # the last with the frame of a centred transform
+        shapes = [(scale, 0) for scale in scales] + [(scales[-1], 1)]  # plus one frame for the centred STFT
         self.masks.clear()
-        for scale, more in shapes:
-            position = torch.arange(size * scale + more, device=lens.device)
-            self.masks[len(position)] = (position < (lens * scale + more)[:, None]).float()[:, None]
+        for scale, extra in shapes:
+            position = torch.arange(size * scale + extra, device=lens.device)
+            self.masks[len(position)] = (position < (lens * scale + extra)[:, None]).float()[:, None]
         self.ends, self.frames = lens * self.samples_per_frame, self.masks[size * scales[-1] + 1]
 
     def fixed_noise(self, seed: int, length: int) -> FixedNoise:
-        """Noise of the source, made anew only when it is too short or of another seed."""
+        """Noise for the source module; cached until a longer one or another seed is needed."""
         if self.noise is None or self.noise[0] != seed or len(self.noise[1].normal) < length:
             device = self.module.conv_post.bias.device
             self.noise = (seed, FixedNoise(seed, 2 * length, self.module.nb_harmonics + 1, device))
         return self.noise[1]
 
     def source_spectrum(self, source: torch.Tensor):
-        """(B, L) -> real and imaginary part, each row reflected at its own end as ``center=True`` does at the last."""
+        """STFT of (B, L) as real and imaginary part; each row is reflected at its own end, as by ``center=True``."""
         position = torch.arange(source.shape[1], device=source.device)
         ends = self.ends[:, None]
         mirrored = torch.where(position < ends, position, 2 * (ends - 1) - position).clamp(min=0)
         return self.stft(source.gather(1, mirrored))
 
     def waveform(self, magnitude: torch.Tensor, phase: torch.Tensor) -> torch.Tensor:
-        """``HiFTGenerator._istft`` for rows of different lengths: frames behind the end neither add nor divide."""
+        """``HiFTGenerator._istft`` for rows of different lengths: frames after the end are excluded from both sums."""
         window = self.module.stft_window.to(magnitude.device)
         spectrum = torch.polar(magnitude.clip(max=1e2).float(), phase.float())
         frames = torch.fft.irfft(spectrum, self.n_fft, dim=1) * window[:, None] * self.frames
         windows = (window**2)[:, None] * self.frames
         length = (magnitude.shape[2] - 1) * self.hop + self.n_fft
-        added, weight = (
+        summed, weight = (
             F.fold(value, (1, length), kernel_size=(1, self.n_fft), stride=(1, self.hop))[:, 0, 0]
             for value in (frames, windows)
         )
         edge = self.n_fft // 2
-        return (added / weight.clamp(min=1e-11))[:, edge:-edge]
+        return (summed / weight.clamp(min=1e-11))[:, edge:-edge]
 
 
 class CosyVoice2Token2Wav:
-    """Decoder and speech tokenizer of a CosyVoice2 folder (``iic/CosyVoice2-0.5B``), 24 kHz.
+    """Decoder and speech tokenizer of a CosyVoice2 model folder (``iic/CosyVoice2-0.5B``), 24 kHz.
 
     Args:
-        model_dir: the folder.
-        device: torch device of flow and vocoder; the prompt's networks run on the CPU, once a voice.
-        precision: "fp32", equal to the official code in fp32; or, on a GPU, "fp16" or "bf16": the flow's estimator, on
-            packed batches, and the vocoder's residual blocks in half precision, TF32 elsewhere.
-        cache_dir: where prompt features are kept; None is ``tts_grpo`` in the user's cache folder.
+        model_dir: the model folder.
+        device: torch device of flow and vocoder; the networks for prompt features run on the CPU, once per voice.
+        precision: "fp32" is equal to the official code in fp32. "fp16" and "bf16" need a GPU: the flow's estimator (on
+            packed batches) and the vocoder's residual blocks use half precision, all other layers TF32.
+        cache_dir: folder for cached prompt features; None means ``tts_grpo`` in the user's cache folder.
 
     Raises:
-        ValueError: a file is missing, or its weights are not the modules'; or half precision without a GPU.
-        ImportError: CosyVoice's source is not importable.
+        ValueError: a file is missing, its weights do not match the modules, or half precision is used without a GPU.
+        ImportError: CosyVoice's source cannot be imported.
     """
 
     sample_rate_hz = 24_000
-
     needs_voice = True
 
     def __init__(
@@ -310,28 +318,28 @@ class CosyVoice2Token2Wav:
         if self.fast and self.device.type == "cpu" and "TRITON_INTERPRET" not in os.environ:
             raise ValueError(f"precision {precision} needs a GPU: on a CPU, token2wav runs in fp32")
         if missing := missing_files(model_dir, TOKEN2WAV_FILES["cosyvoice2"]):
-            raise ValueError(f"{model_dir}: not a CosyVoice2 folder: {describe(missing)} missing")
+            raise ValueError(f"{model_dir}: not a CosyVoice2 model folder: {describe(missing)} missing")
         modules = load_modules(self.model_dir)
         self.prompt_mel = modules["feat_extractor"]
         with torch.inference_mode(), tf32(self.fast):
-            self.flow = Flow(self._with_weights(modules["flow"], "flow.pt"), PRECISIONS[precision])
-            hift = self._with_weights(modules["hift"], "hift.pt", "generator.")
+            self.flow = Flow(self._load_weights(modules["flow"], "flow.pt"), PRECISIONS[precision])
+            hift = self._load_weights(modules["hift"], "hift.pt", "generator.")
             self.vocoder = Vocoder(hift, PRECISIONS[precision])
         self.sessions, self.prompts = {}, {}
 
-    def _with_weights(self, module: nn.Module, name: str, prefix: str = "") -> nn.Module:
+    def _load_weights(self, module: nn.Module, name: str, prefix: str = "") -> nn.Module:
         state = torch.load(self.model_dir / name, map_location="cpu", weights_only=True)
         try:
             module.load_state_dict({key.removeprefix(prefix): value for key, value in state.items()})
         except RuntimeError as error:
             raise ValueError(f"{self.model_dir / name}: {error}") from error
-        for part in module.modules():
-            if parametrize.is_parametrized(part, "weight"):  # weight normalisation, else computed at each call
-                parametrize.remove_parametrizations(part, "weight")
+        for layer in module.modules():
+            if parametrize.is_parametrized(layer, "weight"):  # else weight normalisation is computed at each call
+                parametrize.remove_parametrizations(layer, "weight")
         return module.float().eval().to(self.device)
 
-    def _run(self, name: str, *inputs: np.ndarray) -> np.ndarray:
-        """First output of one of the folder's ONNX networks."""
+    def _run_onnx(self, name: str, *inputs: np.ndarray) -> np.ndarray:
+        """First output of an ONNX network of the folder."""
         import onnxruntime
 
         if name not in self.sessions:
@@ -344,20 +352,22 @@ class CosyVoice2Token2Wav:
         return session.run(None, {i.name: value for i, value in zip(session.get_inputs(), inputs, strict=True)})[0]
 
     def encode(self, recordings: Sequence[np.ndarray]) -> list[list[int]]:
-        """Speech tokens of recordings, each float32 (T,) at 16 kHz and at most 30 s (the tokenizer's limit)."""
+        """Speech tokens of recordings, each float32 (T,) at 16 kHz and at most 30 s long (the tokenizer's limit)."""
         from s3tokenizer import log_mel_spectrogram
 
         tokens = []
         for i, recording in enumerate(recordings):
             if not 0 < len(recording) <= 30 * ASR_HZ:
-                raise ValueError(f"recording {i} has {len(recording) / ASR_HZ:.1f} s, not more than 0 and at most 30")
+                raise ValueError(
+                    f"recording {i} has {len(recording) / ASR_HZ:.1f} s; the speech tokenizer accepts up to 30 s"
+                )
             mel = log_mel_spectrogram(torch.as_tensor(recording), n_mels=128)[None].numpy()
-            ids = self._run("speech_tokenizer_v2.onnx", mel, np.array([mel.shape[2]], np.int32))
+            ids = self._run_onnx("speech_tokenizer_v2.onnx", mel, np.array([mel.shape[2]], np.int32))
             tokens.append(ids.ravel().astype(int).tolist())
         return tokens
 
     def prompt_features(self, voice: PromptVoice) -> dict:
-        """What :class:`Flow` takes of a voice: computed once, kept in memory and on disk."""
+        """Prompt features for :class:`Flow`: computed once per voice, cached in memory and on disk."""
         speech = np.ascontiguousarray(voice.prompt_speech_16k, np.float32)
         digest = hashlib.sha256(speech.tobytes()).hexdigest()
         if digest not in self.prompts:
@@ -376,7 +386,7 @@ class CosyVoice2Token2Wav:
 
     @functools.cached_property
     def prompt_key(self) -> str:
-        """Hash of what prompt features depend on beside the recording."""
+        """Hash of the model files that prompt features depend on."""
         digest = hashlib.sha256()
         for name in ("cosyvoice2.yaml", "campplus.onnx", "speech_tokenizer_v2.onnx"):
             digest.update((self.model_dir / name).read_bytes())
@@ -398,16 +408,16 @@ class CosyVoice2Token2Wav:
 
         features = kaldi.fbank(torch.from_numpy(speech)[None], num_mel_bins=80, dither=0, sample_frequency=ASR_HZ)
         features = features - features.mean(dim=0, keepdim=True)
-        return torch.from_numpy(self._run("campplus.onnx", features[None].numpy())).flatten()
+        return torch.from_numpy(self._run_onnx("campplus.onnx", features[None].numpy())).flatten()
 
     @torch.inference_mode()
     def __call__(self, speech_tokens, prompt_voices=None, seed=0):
         check_speech_tokens(speech_tokens)
         if not prompt_voices or None in prompt_voices:
-            raise ValueError("CosyVoice2 needs a prompt voice: give prompt_audio and prompt_text")
+            raise ValueError("CosyVoice2 needs a prompt voice for each utterance: pass prompt_audio and prompt_text")
         prompts = [self.prompt_features(voice) for voice in prompt_voices]
         lens = torch.tensor([len(tokens) for tokens in speech_tokens])
-        order = lens.argsort().tolist()  # like lengths together: less padding
+        order = lens.argsort().tolist()  # batching similar lengths reduces padding
         size = MEL_PER_TOKEN * self.vocoder.samples_per_frame
         waveforms = torch.zeros(len(lens), size * int(lens.max()), device=self.device)
         with tf32(self.fast):
@@ -417,22 +427,23 @@ class CosyVoice2Token2Wav:
         return waveforms, lens * size
 
     def _decode(self, speech_tokens, prompts, seed) -> list[torch.Tensor]:
-        """Waveforms of a batch; of its halves one after the other if the GPU has not the memory for all."""
+        """Waveforms of a batch; if the GPU runs out of memory, of its halves one after the other."""
         with contextlib.suppress(torch.cuda.OutOfMemoryError):
             return self._vocode(self.flow(speech_tokens, prompts), list(map(len, speech_tokens)), seed)
         if len(speech_tokens) == 1:
             raise RuntimeError(
-                f"{self.device} has not the memory for one utterance of {len(speech_tokens[0])} speech tokens"
+                f"{self.device} is out of memory for a single utterance of {len(speech_tokens[0])} speech tokens: "
+                "free GPU memory or lower the maximum response length"
             )
         torch.cuda.empty_cache()
         half = len(speech_tokens) // 2
-        parts = (slice(half), slice(half, None))
-        return [wave for part in parts for wave in self._decode(speech_tokens[part], prompts[part], seed)]
+        halves = (slice(half), slice(half, None))
+        return [wave for rows in halves for wave in self._decode(speech_tokens[rows], prompts[rows], seed)]
 
     def _vocode(self, mel: torch.Tensor, lens: list[int], seed: int) -> list[torch.Tensor]:
-        """Waveforms of mels (B, 80, 2T) of ``lens`` tokens."""
+        """Waveforms of mel spectrograms (B, 80, 2T) with ``lens`` tokens."""
         waveforms = []
-        for rows in padded_parts(lens, most_padded_tokens(self.device)):
+        for rows in split_batch(lens, max_padded_tokens(self.device)):
             frames = MEL_PER_TOKEN * torch.tensor(lens[rows])
             batch = self.vocoder(mel[rows, :, : int(frames.max())], frames, seed)
             ends = (frames * self.vocoder.samples_per_frame).tolist()
@@ -441,7 +452,7 @@ class CosyVoice2Token2Wav:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Compile the flow's kernels and capture its graphs; the vocoder's are compiled by its first batch."""
+        """Compile the flow's kernels and capture its CUDA graphs. The first batch compiles the vocoder's kernels."""
         if self.flow.packed:
             with tf32(True):
                 self.flow.packed.warm_up()

@@ -1,4 +1,4 @@
-"""Networks that measure speech quality: one module per metric, ``costly`` runs them all on one recording.
+"""Networks that measure speech quality: one module per kind of metric; ``costly`` runs all of them on one recording.
 
-Speech environment only. The figures that they give are declared in ``tts_grpo.speech.quality``.
+Speech environment only. The metrics are declared in ``tts_grpo.speech.quality``.
 """

@@ -11,9 +11,9 @@ from tts_grpo.speech.quality import COSTLY
 
 
 class DnsMos:
-    """DNSMOS P.835 (Reddy, Gopal and Cutler, ICASSP 2022): the network and the polynomials of the package speechmos.
+    """DNSMOS P.835 (Reddy, Gopal and Cutler, ICASSP 2022), with network and polynomials of the package speechmos.
 
-    The package's own function also runs a second network, for P.808, and takes all cores for each recording.
+    The package's own function also runs a second network, for P.808, and uses all cores for each recording.
     """
 
     def __init__(self):
@@ -24,15 +24,15 @@ class DnsMos:
         self._package = dnsmos
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # leaves idle cores to others
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # do not occupy cores while waiting
         path = Path(dnsmos.__file__).parent / "dnsmos_models" / "sig_bak_ovr.onnx"
         self._network = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
     def measure(self, speech: np.ndarray) -> dict[str, float]:
-        """Scores of a recording, float32 (T,) at 16 kHz; not below 1, where the scale begins.
+        """Scores of a recording, float32 (T,) at 16 kHz; at least 1, the minimum of the scale.
 
-        The network hears 9.01 s: shorter recordings are doubled until they suffice, of longer ones every second's
-        window is heard and the scores are averaged.
+        The network's input is 9.01 s long. Shorter recordings are repeated; for longer ones, the scores of windows with
+        a hop of 1 s are averaged.
         """
         size = int(self._package.INPUT_LENGTH * ASR_HZ)
         while len(speech) < size:

@@ -1,4 +1,4 @@
-"""F0: median, range and deviation."""
+"""F0 metrics: median, range and standard deviation."""
 
 import importlib.metadata
 
@@ -6,11 +6,11 @@ import numpy as np
 
 from tts_grpo.speech.audio import ASR_HZ
 
-MIN_VOICED_FRAMES = 10  # of 16 ms, to say something of the melody
+MIN_VOICED_FRAMES = 10  # frames of 16 ms; F0 statistics of fewer frames are meaningless
 
 
 class Melody:
-    """F0 by SwiftF0 (Nieradzik, arXiv:2508.18440), the network within the package swift-f0."""
+    """F0 by SwiftF0 (Nieradzik, arXiv:2508.18440), whose network is part of the package swift-f0."""
 
     def __init__(self):
         from swift_f0 import SwiftF0
@@ -19,9 +19,9 @@ class Melody:
         self._detector = SwiftF0(threads=1, spin=False)
 
     def measure(self, speech: np.ndarray) -> dict[str, float | None]:
-        """Median, range and deviation of F0 of a recording, float32 (T,) at 16 kHz; None with hardly any voice."""
-        found = self._detector.detect(speech, ASR_HZ, fmin=60.0, fmax=600.0)
-        f0 = found.pitch_hz[found.confidence >= 0.5]
+        """F0 metrics of a recording, float32 (T,) at 16 kHz; None if it has too few voiced frames."""
+        result = self._detector.detect(speech, ASR_HZ, fmin=60.0, fmax=600.0)
+        f0 = result.pitch_hz[result.confidence >= 0.5]
         if len(f0) < MIN_VOICED_FRAMES:
             return dict.fromkeys(("f0_median_hz", "f0_range_semitones", "f0_std_semitones"))
         low, median, high = np.percentile(f0, (5, 50, 95))

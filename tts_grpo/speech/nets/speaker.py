@@ -1,4 +1,4 @@
-"""Speaker embeddings, and their similarity to the prompt's."""
+"""Speaker embeddings, and speaker similarity to the prompt."""
 
 import importlib.metadata
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from tts_grpo.speech.quality import COSTLY
 
 
 class Resemblyzer:
-    """Speaker embedding of the package Resemblyzer (GE2E; Wan et al., ICASSP 2018), its weights within it."""
+    """Speaker embedding of the package Resemblyzer (GE2E; Wan et al., ICASSP 2018), which contains the weights."""
 
     def __init__(self, device: str = "cpu"):
         from resemblyzer import VoiceEncoder
@@ -21,21 +21,21 @@ class Resemblyzer:
         self._encoder = VoiceEncoder(device, verbose=False)
 
     def embed(self, speech: np.ndarray) -> np.ndarray | None:
-        """Unit vector (256,) of a recording, float32 (T,) at 16 kHz; None where no speech is found in it."""
+        """Unit vector (256,) of a recording, float32 (T,) at 16 kHz; None if no speech is detected in it."""
         from resemblyzer import preprocess_wav
 
         if not np.any(speech):
             return None
         speech = preprocess_wav(speech)
         embedding = self._encoder.embed_utterance(speech) if len(speech) else np.array([np.nan])
-        return embedding if np.isfinite(embedding).all() else None  # the network may answer 0 / 0
+        return embedding if np.isfinite(embedding).all() else None  # the network's normalisation may divide 0 by 0
 
 
 class WavLm:
-    """Speaker embedding of a Hugging Face folder of a WavLM with an x-vector head, such as wavlm-base-plus-sv.
+    """Speaker embedding of a WavLM with an x-vector head in a Hugging Face folder, such as wavlm-base-plus-sv.
 
     Raises:
-        ValueError: the folder is of another model, or its weights do not match.
+        ValueError: the folder is that of another model, or its weights do not match.
     """
 
     def __init__(self, model_dir: Path, device: str = "cpu"):
@@ -43,7 +43,7 @@ class WavLm:
 
         kinds = AutoConfig.from_pretrained(model_dir).architectures
         if kinds != ["WavLMForXVector"]:
-            raise ValueError(f"{model_dir}: {kinds} in config.json: not a WavLMForXVector")
+            raise ValueError(f"{model_dir}: config.json has the architectures {kinds}: not a WavLMForXVector")
         self._model, report = WavLMForXVector.from_pretrained(model_dir, output_loading_info=True)
         wrong = [*report["missing_keys"], *report["mismatched_keys"]]
         if wrong:
@@ -54,7 +54,7 @@ class WavLm:
 
     @torch.inference_mode()
     def embed(self, speech: np.ndarray) -> np.ndarray | None:
-        """Unit vector of a recording, float32 (T,) at 16 kHz; None for one too short or silent."""
+        """Unit vector of a recording, float32 (T,) at 16 kHz; None if it is shorter than 0.25 s or all zeros."""
         if len(speech) < ASR_HZ // 4 or not np.any(speech):
             return None
         inputs = self._features(speech, sampling_rate=ASR_HZ, return_tensors="pt").to(self._model.device)
@@ -62,28 +62,30 @@ class WavLm:
 
 
 class Similarity:
-    """Cosine of the speaker embeddings of an utterance and of its prompt.
+    """Cosine similarity of the speaker embeddings of an utterance and of its prompt.
 
     Args:
-        encoder: with ``embed`` and ``name``.
-        reference: recordings of the voice for utterances without a prompt; their embeddings are averaged.
+        encoder: speaker encoder.
+        reference: recordings of the voice to compare with utterances without a prompt; their embeddings are averaged.
     """
 
     def __init__(self, encoder: Resemblyzer | WavLm, reference: Sequence[Path] = ()):
-        self.name, self._embed, self._known = encoder.name, encoder.embed, {}
+        self.name, self._embed, self._cache = encoder.name, encoder.embed, {}
         self.reference = tuple(reference)
 
     def _voice(self, paths: tuple[Path, ...]) -> np.ndarray:
-        if paths not in self._known:
+        if paths not in self._cache:
             embeddings = [self._embed(load_audio(path)) for path in paths]
             if any(e is None for e in embeddings):
-                raise ValueError(f"no speech to compare with in {', '.join(map(str, paths))}")
+                raise ValueError(
+                    f"no speech detected in {', '.join(map(str, paths))}: speaker similarity needs another recording"
+                )
             mean = np.mean(embeddings, axis=0)
-            self._known[paths] = mean / np.linalg.norm(mean)
-        return self._known[paths]
+            self._cache[paths] = mean / np.linalg.norm(mean)
+        return self._cache[paths]
 
     def measure(self, speech: np.ndarray, prompt_audio: str | None) -> dict[str, float]:
-        """``speaker_similarity``, or nothing where there is neither prompt nor reference."""
+        """``speaker_similarity``; empty if there is neither a prompt nor a reference recording."""
         paths = (Path(prompt_audio),) if prompt_audio else self.reference
         if not paths:
             return {}

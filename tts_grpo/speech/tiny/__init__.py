@@ -1,4 +1,4 @@
-"""The tiny stack's decoder: ``codec`` has its networks, ``token2wav`` decodes with them; ``tiny_stack/`` trains them.
+"""The tiny stack's decoder: ``codec`` defines its networks, ``token2wav`` runs them; ``tiny_stack/`` trains them.
 
 Speech environment only.
 """

@@ -2,10 +2,10 @@
 
 Both are feed-forward stacks of ConvNeXt blocks (Liu et al. 2022, "A ConvNet for the 2020s", in the one-dimensional
 form of Vocos, Siuzdak 2023). The tokenizer ends in finite scalar quantisation (Mentzer et al. 2023, "Finite Scalar
-Quantization") with CosyVoice2's codebook: 8 dimensions of 3 levels, 25 tokens a second. token2wav ends, as Vocos
-does, in an inverse short-time Fourier transform.
+Quantization") with CosyVoice2's codebook: 8 dimensions of 3 levels, 25 tokens per second. token2wav ends, as in
+Vocos, in an inverse short-time Fourier transform.
 
-Every layer is masked to an utterance's own length, so that a sample does not depend on the others of its batch.
+Every layer is masked to the length of each utterance, so that results do not depend on the rest of the batch.
 """
 
 import torch
@@ -41,7 +41,7 @@ class LogMel(nn.Module):
 
 
 class ConvNeXtBlock(nn.Module):
-    """Depthwise convolution over time, then a pointwise network, added to the input."""
+    """Residual block: depthwise convolution over time, then a pointwise network."""
 
     def __init__(self, dim: int, expansion: int = 3, kernel: int = 7, dropout: float = 0.0):
         super().__init__()
@@ -53,7 +53,7 @@ class ConvNeXtBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """(B, T, dim) with ``mask`` (B, T, 1) -> (B, T, dim), zero where the mask is."""
+        """(B, T, dim) with ``mask`` (B, T, 1) -> (B, T, dim), zero where the mask is zero."""
         y = self.depthwise((x * mask).transpose(1, 2)).transpose(1, 2)
         y = self.project(F.gelu(self.expand(self.norm(y))))
         return (x + self.dropout(self.scale * y)) * mask
@@ -65,16 +65,16 @@ def length_mask(lens: torch.Tensor, size: int) -> torch.Tensor:
 
 
 class FiniteScalarQuantiser(nn.Module):
-    """Rounds each of 8 normalised values to -1, 0 or 1, with the straight-through gradient."""
+    """Rounds each of 8 normalised values to -1, 0 or 1, with a straight-through gradient."""
 
     def __init__(self):
         super().__init__()
-        # Without it the first batch collapses to one token. 1.275 makes the three levels of a normal value equally
-        # likely: P(|tanh(1.275 z)| < 0.5) = 1/3.
+        # Without this norm, the first batch collapses to one token. The factor 1.275 makes the three levels of a
+        # standard normal value equally probable: P(|tanh(1.275 z)| < 0.5) = 1/3.
         self.norm = nn.BatchNorm1d(DIMENSIONS, affine=False)
 
     def forward(self, z: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """(B, N, 8) -> digits (B, N, 8) in {-1, 0, 1}, zero where ``mask`` (B, N, 1) is."""
+        """(B, N, 8) -> digits (B, N, 8) in {-1, 0, 1}, zero where ``mask`` (B, N, 1) is zero."""
         valid = mask[..., 0].bool()
         normed = torch.zeros_like(z, dtype=torch.float32)
         normed[valid] = self.norm(z[valid].float())
@@ -95,7 +95,7 @@ class FiniteScalarQuantiser(nn.Module):
 
 
 class SpeechTokenizer(nn.Module):
-    """Speech to speech tokens: log-mel at 100 Hz, halved twice to 25 Hz, quantised."""
+    """Speech to speech tokens: log-mel frames at 100 Hz, downsampled twice to 25 Hz and quantised."""
 
     def __init__(self, dim: int = 160, num_blocks: int = 4):
         super().__init__()
@@ -128,7 +128,7 @@ class SpeechTokenizer(nn.Module):
             speech_lens: int64 (B,), samples.
 
         Returns:
-            tokens, int64 (B, N), and their lengths, int64 (B,): a token for each 640 samples begun.
+            Tokens, int64 (B, N), and their lengths, int64 (B,): one token per 640 samples, rounded up.
         """
         token_lens = (speech_lens + SAMPLES_PER_TOKEN - 1) // SAMPLES_PER_TOKEN
         size = int(token_lens.max()) * SAMPLES_PER_TOKEN
@@ -139,7 +139,7 @@ class SpeechTokenizer(nn.Module):
 
 
 class TokenDecoder(nn.Module):
-    """Speech tokens to waveform: a stack at 25 Hz, one at 50 Hz, then two spectral frames a step."""
+    """Speech tokens to waveform: blocks at 25 Hz, blocks at 50 Hz, then two spectral frames per 50 Hz step."""
 
     def __init__(self, dim: int = 256, num_blocks: int = 4, wave_dim: int = 256, num_wave_blocks: int = 5):
         super().__init__()
@@ -150,12 +150,12 @@ class TokenDecoder(nn.Module):
         self.wave_blocks = nn.ModuleList(ConvNeXtBlock(wave_dim) for _ in range(num_wave_blocks))
         self.norm = nn.LayerNorm(wave_dim)
         self.head = nn.Linear(wave_dim, 2 * (N_FFT + 2))
-        with torch.no_grad():  # start quiet: the first half of each frame's outputs are log-magnitudes
+        with torch.no_grad():  # initial output is quiet: the first half of each frame's outputs are log-magnitudes
             self.head.bias.zero_().view(2, 2, -1)[:, 0] = -3.0
         self.register_buffer("window", torch.hann_window(N_FFT), persistent=False)
 
     def features(self, digits: torch.Tensor, token_lens: torch.Tensor) -> torch.Tensor:
-        """Digits (B, N, 8) -> (B, N, dim): what is known of the sound at 25 Hz."""
+        """Digits (B, N, 8) -> features (B, N, dim) at 25 Hz."""
         mask = length_mask(token_lens, digits.shape[1])
         x = self.input(digits) * mask
         for block in self.blocks:
@@ -163,7 +163,7 @@ class TokenDecoder(nn.Module):
         return x
 
     def forward(self, digits: torch.Tensor, token_lens: torch.Tensor) -> torch.Tensor:
-        """Digits (B, N, 8) -> waveform (B, 640 N), zero beyond each length."""
+        """Digits (B, N, 8) -> waveform (B, 640 N), zero after each end."""
         batch, size, _ = digits.shape
         mask = length_mask(2 * token_lens, 2 * size)
         x = self.upsample(self.features(digits, token_lens)).reshape(batch, 2 * size, self.wave_dim) * mask
@@ -172,15 +172,15 @@ class TokenDecoder(nn.Module):
         spectrum = (self.head(self.norm(x)).float() * mask).reshape(batch, FRAMES_PER_TOKEN * size, N_FFT + 2)
         waveform = self.overlap_add(spectrum, mask.repeat_interleave(2, dim=1))
         inside = length_mask(token_lens * SAMPLES_PER_TOKEN, waveform.shape[1])[..., 0]
-        return waveform * inside  # the last frame's tail, which decoding one sample alone would cut
+        return waveform * inside  # remove the tail of the last frame, which decoding an utterance alone would cut off
 
     def overlap_add(self, spectrum: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """(B, F, 642) log-magnitudes and phases with ``mask`` (B, F, 1) -> (B, 160 F)."""
         log_magnitude, phase = spectrum.chunk(2, dim=-1)
         frames = torch.fft.irfft(torch.polar(torch.exp(log_magnitude.clamp(max=5.0)), phase), N_FFT)
-        # 1.5 is the sum of the squared Hann windows that overlap on a sample.
+        # 1.5 is the sum of the squared Hann windows that overlap at each sample.
         frames = (frames * self.window * mask / 1.5).reshape(*spectrum.shape[:2], N_FFT // HOP, HOP)
         overlap = N_FFT // HOP - 1
-        parts = (F.pad(frames[:, :, j], (0, 0, j, overlap - j)) for j in range(overlap + 1))
+        shifted = (F.pad(frames[:, :, j], (0, 0, j, overlap - j)) for j in range(overlap + 1))
         trim = (N_FFT - HOP) // 2
-        return sum(parts).flatten(1)[:, trim:-trim]
+        return sum(shifted).flatten(1)[:, trim:-trim]

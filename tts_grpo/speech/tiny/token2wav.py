@@ -1,4 +1,4 @@
-"""The tiny stack's token2wav: the decoder of a folder that ``tiny_stack/`` made."""
+"""The tiny stack's token2wav, with the weights that ``tiny_stack/`` trains."""
 
 import json
 from collections.abc import Sequence
@@ -14,10 +14,10 @@ from tts_grpo.speech.tiny.codec import SAMPLES_PER_TOKEN, FiniteScalarQuantiser,
 
 
 class TinyToken2Wav:
-    """The tiny stack's decoder: feed-forward, of one speaker, at 16 kHz.
+    """The tiny stack's decoder: feed-forward, one speaker, 16 kHz.
 
-    Nothing in it is random, and its training data has one voice, which every prompt of the stack shares: ``seed``
-    and ``prompt_voices`` do not change its result.
+    It is deterministic, and its training data has one voice, which is also that of all prompts of the tiny stack.
+    Therefore ``seed`` and ``prompt_voices`` have no effect.
     """
 
     sample_rate_hz = ASR_HZ
@@ -51,4 +51,4 @@ class TinyToken2Wav:
         return waveforms, lens * SAMPLES_PER_TOKEN
 
     def warm_up(self) -> None:
-        """Nothing is compiled here."""
+        """Nothing to do: this decoder is not compiled."""

@@ -1,4 +1,4 @@
-"""The CPU as a platform of veRL: loaded first in every process, through ``VERL_USE_EXTERNAL_MODULES``."""
+"""The CPU as a veRL platform. ``VERL_USE_EXTERNAL_MODULES`` loads this module first in every process."""
 
 from contextlib import contextmanager
 
@@ -9,9 +9,9 @@ from tts_grpo.training.verl_version import require_verl
 
 require_verl(verl.__version__)
 
-from verl.plugin.platform import PlatformBase, PlatformRegistry  # noqa: E402  # after the check of its version
+from verl.plugin.platform import PlatformBase, PlatformRegistry  # noqa: E402  # after the version check
 
-# veRL calls these on its device module; torch.cpu lacks them.
+# veRL calls these functions of its device module, but torch.cpu lacks them.
 for _name in ("max_memory_allocated", "max_memory_reserved", "memory_allocated", "memory_reserved"):
     if not hasattr(torch.cpu, _name):
         setattr(torch.cpu, _name, lambda *args, **kwargs: 0)
@@ -66,7 +66,7 @@ class PlatformCPU(PlatformBase):
         return "CUDA_VISIBLE_DEVICES"
 
     def ray_resource_name(self):
-        return "GPU"  # a resource in name only: ray.init(num_gpus=1) on a machine without one
+        return "GPU"  # a nominal resource: ray.init(num_gpus=1) on a machine without GPUs
 
     def ray_noset_envvars(self):
         return []

@@ -1,8 +1,8 @@
-"""Rollouts by Transformers on the CPU, and patches of veRL's FSDP engine for it. Registers itself when imported.
+"""Rollouts with Transformers on the CPU, and the patches of veRL's FSDP engine. Registers itself when imported.
 
-One Ray actor holds the model that speaks. It collects the requests of a step into batches; the actor worker pushes
-its weights to it after each update. What a request draws depends on the step, its prompt and which of the prompt's
-requests it is, so that a resumed training draws what an undisturbed one would have drawn.
+One Ray actor holds the model that generates. It collects the requests of a step into batches; the actor worker sends it
+the new weights after each update. The random seed of a request depends on the step, the prompt, and the number of
+earlier requests with the same prompt, so that a resumed training draws the same tokens as an uninterrupted one.
 """
 
 import asyncio
@@ -25,25 +25,25 @@ from tts_grpo.training import engine  # noqa: F401  # registers itself, as on a 
 from tts_grpo.training.verl_cpu.log_probs import fused_linear
 
 NAME = "transformers_cpu"
-GATHER_S = 0.1  # requests that come within it of each other go into one batch
-# The head's weights are not pushed where the embedding is tied to them, and its bias is not trained
-NOT_PUSHED = {"lm_head.weight", "lm_head.bias"}
+GATHER_S = 0.1  # a batch is closed when no request arrives for this long
+# Not sent after an update: weights of a head that is tied to the embedding, and its bias, which is not trained.
+NOT_UPDATED = {"lm_head.weight", "lm_head.bias"}
 
 
 class TransformersServer:
-    """Generates for token-in, token-out requests: gathers concurrent ones and continues them as one batch."""
+    """Serves token-in, token-out requests; concurrent requests are generated as one batch."""
 
     def __init__(self, config, model_path: str):
-        # The reward server scores rollouts that have ended while the others go on: half of the cores are its.
+        # Half of the cores are for the reward server, which scores finished rollouts in the meantime.
         torch.set_num_threads(max(1, int(os.environ["OMP_NUM_THREADS"]) // 2))
         self.config = config
         self.model = load_lm(model_path)[0]
         self.global_steps = 0
         self.waiting, self.task = [], None
-        self.times_asked = collections.Counter()
+        self.request_counts = collections.Counter()
 
     async def generate(self, prompt_ids, sampling_params, request_id, **_):
-        """One request of veRL's agent loop."""
+        """Handle one request of veRL's agent loop."""
         prompt, params = tuple(prompt_ids), sampling_params
         sampling = Sampling(
             temperature=float(params.get("temperature", 1.0)), top_p=float(params.get("top_p", 1.0)),
@@ -63,45 +63,45 @@ class TransformersServer:
         )
 
     def seed(self, prompt: tuple[int, ...], sampling: Sampling) -> int:
-        """Seed of a request: of the step, the prompt, and how often it was asked in this step."""
+        """Seed of a request, from the step, the prompt, and the number of its requests in this step."""
         key = (prompt, sampling)
-        self.times_asked[key] += 1
+        self.request_counts[key] += 1
         digest = zlib.crc32(np.array(prompt, np.int64).tobytes())
-        parts = [int(self.config.seed), self.global_steps, digest, self.times_asked[key]]
-        return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
+        entropy = [int(self.config.seed), self.global_steps, digest, self.request_counts[key]]
+        return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
 
     async def _drain(self) -> None:
         while self.waiting:
-            seen = -1
-            while seen != len(self.waiting):  # a step's requests come in a burst: let it end
-                seen = len(self.waiting)
+            count = -1
+            while count != len(self.waiting):  # the requests of a step arrive in a burst: wait for its end
+                count = len(self.waiting)
                 await asyncio.sleep(GATHER_S)
             sampling = self.waiting[0][1]
-            alike = sorted((r for r in self.waiting if r[1] == sampling), key=lambda r: (len(r[0]), r[0], r[2]))
-            batch = alike[: self.config.max_num_seqs]
+            same_sampling = sorted((r for r in self.waiting if r[1] == sampling), key=lambda r: (len(r[0]), r[0], r[2]))
+            batch = same_sampling[: self.config.max_num_seqs]
             taken = {id(request) for request in batch}
             self.waiting = [request for request in self.waiting if id(request) not in taken]
             prompts, seeds, futures = ([request[i] for request in batch] for i in (0, 2, 3))
             loop = asyncio.get_running_loop()
-            answer = lambda i, response: loop.call_soon_threadsafe(futures[i].set_result, response)  # noqa: E731, B023
+            on_end = lambda i, response: loop.call_soon_threadsafe(futures[i].set_result, response)  # noqa: E731, B023
             try:
-                await asyncio.to_thread(generate, self.model, prompts, seeds, sampling, answer)
+                await asyncio.to_thread(generate, self.model, prompts, seeds, sampling, on_end)
             except Exception as error:
                 for future in futures:
                     if not future.done():
                         future.set_exception(error)
 
     async def update_weights(self, state: dict[str, torch.Tensor], global_steps: int | None = None) -> None:
-        """Take the trained weights.
+        """Load the trained weights.
 
         Raises:
-            RuntimeError: names or shapes are not the model's.
+            RuntimeError: names or shapes differ from the model's.
         """
         missing, unexpected = self.model.load_state_dict(state, strict=False)
-        if unexpected or set(missing) - NOT_PUSHED:
+        if unexpected or set(missing) - NOT_UPDATED:
             raise RuntimeError(f"weights do not fit the model: missing {missing}, unexpected {unexpected}")
         self.global_steps = self.global_steps if global_steps is None else global_steps
-        self.times_asked.clear()
+        self.request_counts.clear()
 
     async def noop(self, *args, **kwargs) -> None:
         """Nothing to do on a CPU."""
@@ -123,7 +123,7 @@ class TransformersReplica(RolloutReplica):
 
 
 class TransformersAdapter(BaseRollout):
-    """Lives in the actor worker; hands the trained weights to the server."""
+    """Part of the actor worker that sends the trained weights to the server."""
 
     def __init__(self, config, model_config, device_mesh, **kwargs):
         super().__init__(config, model_config, device_mesh)
@@ -146,7 +146,7 @@ def _register_rollout() -> None:
 
 
 def _patch_engine() -> None:
-    """Change what veRL's FSDP engine takes for granted and a CPU lacks; no setting or registry reaches it."""
+    """Replace code of veRL's FSDP engine that needs a GPU, and for which there is no setting or registry."""
     from verl.utils.distributed import initialize_global_process_group_ray
     from verl.utils.experimental.torch_functional import FusedLinearForPPO
     from verl.workers import engine_workers

@@ -1,9 +1,9 @@
-"""Where the time of a training step goes, from a run's log.
+"""Print how the time of a training step is divided, from a run's log.
 
-    python scripts/step_times.py --log-file exp/NAME/log/train.log [--skip 2]
+    python tools/step_times.py --log-file exp/NAME/log/train.log [--skip 2]
 
-Medians over the steps, the first ones (compilation, warm-up) left out. A step that saved a checkpoint counts without
-the saving. "sleep, poll and the rest" is what the named parts leave of the step.
+Values are medians over the steps, without the first steps (compilation, warm-up). The time to save a checkpoint is not
+part of a step's time. "sleep, poll and the rest" is the time of a step minus the named phases.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tts_grpo.training.verl_log import parse_step
 
-PARTS = {  # name -> veRL's; generation and reward_wait are ours (tts_grpo/training/trainer.py)
+PHASES = {  # title -> veRL's metric; generation and reward_wait are added by tts_grpo/training/trainer.py
     "generation": "timing_s/generation",
     "waiting for rewards": "timing_s/reward_wait",
     "log-probabilities": "timing_s/old_log_prob",
@@ -25,16 +25,16 @@ MEMORY = ("perf/max_memory_allocated_gb", "perf/max_memory_reserved_gb")
 
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--log-file", type=Path, required=True, help="log of stage 2")
-    parser.add_argument("--skip", type=int, default=2, help="first steps to leave out")
+    parser.add_argument("--log-file", type=Path, required=True, help="training log of stage 2")
+    parser.add_argument("--skip", type=int, default=2, help="number of first steps to skip")
     return parser.parse_args(argv)
 
 
 def read_steps(path: Path, skip: int) -> dict[int, dict[str, float]]:
-    """Metrics by step; of a step that was done twice, after a crash, the later ones.
+    """Metrics by step; the later ones if a step was repeated after a crash.
 
     Raises:
-        SystemExit: the log has no step beyond ``skip``.
+        SystemExit: the log has no step after ``skip``.
     """
     with path.open(encoding="utf-8", errors="replace") as file:
         parsed = [step for step in map(parse_step, file) if step]
@@ -45,17 +45,17 @@ def read_steps(path: Path, skip: int) -> dict[int, dict[str, float]]:
 
 
 def median(steps, name: str) -> float | None:
-    found = [values[name] for values in steps if name in values]
-    return statistics.median(found) if found else None
+    values = [metrics[name] for metrics in steps if name in metrics]
+    return statistics.median(values) if values else None
 
 
 def rows(steps: list[dict[str, float]]) -> list[tuple[str, float, float | None]]:
-    """Part, seconds, share of the step."""
-    whole = statistics.median(values[STEP] - values.get(SAVE, 0.0) for values in steps)
-    parts = {name: median(steps, key) or 0.0 for name, key in PARTS.items()}
-    parts["sleep, poll and the rest"] = whole - sum(parts.values())
-    table = [(name, seconds, seconds / whole) for name, seconds in parts.items()]
-    table.append(("step, without saving", whole, 1.0))
+    """Phase, seconds, and share of the step; the share is None if the phase is not part of the step."""
+    step = statistics.median(values[STEP] - values.get(SAVE, 0.0) for values in steps)
+    phases = {name: median(steps, key) or 0.0 for name, key in PHASES.items()}
+    phases["sleep, poll and the rest"] = step - sum(phases.values())
+    table = [(name, seconds, seconds / step) for name, seconds in phases.items()]
+    table.append(("step, without saving", step, 1.0))
     save = median(steps, SAVE)
     return table if save is None else [*table, ("saving a checkpoint", save, None)]
 
@@ -65,18 +65,18 @@ def main(argv=None):
     steps = read_steps(args.log_file, args.skip)
     values = [steps[number] for number in sorted(steps)]
     print(f"{len(steps)} steps ({min(steps)} to {max(steps)}), medians")
-    print("| part | seconds | share |\n| --- | --- | --- |")
+    print("| phase | seconds | share |\n| --- | --- | --- |")
     for name, seconds, share in rows(values):
         print(f"| {name} | {seconds:.2f} | {'' if share is None else f'{share:.1%}'} |")
     for name, form in (
-        ("response_length/mean", "{:.1f} tokens a rollout"),
+        ("response_length/mean", "{:.1f} tokens per rollout"),
         ("critic/score/mean", "mean reward {:.3f}"),
     ):
         if (value := median(values, name)) is not None:
             print(form.format(value))
     for name in MEMORY:
-        if found := [step[name] for step in values if name in step]:
-            print(f"{name} {max(found):.1f} (of the trainer's process on a GPU)")
+        if measured := [step[name] for step in values if name in step]:
+            print(f"{name} {max(measured):.1f} (of the trainer's process on a GPU)")
 
 
 if __name__ == "__main__":

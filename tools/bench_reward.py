@@ -1,20 +1,21 @@
-"""Measure the reward: rollouts a second behind the server and in this process, against one at a time.
+"""Benchmark the reward: rollouts per second of the server, of batches in one process, and of the official code.
 
-    python scripts/bench_reward.py                                     # tiny stack, CPU: a running server, one thread
-    python scripts/bench_reward.py --random DIR --device cuda:0 --precision fp16 --baseline 12 ...
+    python tools/bench_reward.py                                     # tiny stack, CPU: a running server, one thread
+    python tools/bench_reward.py --random DIR --device cuda:0 --precision fp16 --baseline 12
 
-Rollouts are as long as --seconds says and come in random order. Measured are, in this order and each only if asked for:
+Rollouts have the lengths given by --seconds and a random order. These measurements run in this order; the options
+select which of them:
 
-* server: the server at --server-url, all requests in flight at once;
-* in process: the scorer of the server, batch by batch, with the seconds of each part;
-* official: CosyVoice's own ``flow.inference`` and ``hift.inference`` and funasr's ``generate``, one rollout after the
-  other, the prompt's features computed anew for each, as the original recipe's server does (--baseline rollouts);
-* what batching in fp32 and the --compare-precisions change in mel, waveform and transcript;
-* graph: the same networks one rollout after the other, with a CUDA graph for each length: a stand-in for TensorRT.
+* server: the server at --server-url, with all requests in flight at once;
+* in process: the server's scorer on batches, with the seconds of each step;
+* official: CosyVoice's own ``flow.inference`` and ``hift.inference`` and funasr's ``generate``, one rollout at a time,
+  computing the prompt features for each rollout, as the original recipe's server does (--baseline rollouts);
+* differences in mel, waveform and transcript due to batching in fp32 and due to --compare-precisions;
+* graph: the same networks, one rollout at a time, with a CUDA graph for each length, as an approximation of TensorRT.
 
---random DIR makes CosyVoice2 and SenseVoiceSmall folders of the full shape (or of a small one, --small) with random
-weights in DIR, which is enough to measure speed and exactness. Prints one JSON object, and a table last; each part as
-soon as it is measured on stderr.
+--random DIR makes CosyVoice2 and SenseVoiceSmall folders of the full size (or of a small one, --small) with random
+weights in DIR, which are sufficient to measure speed and exactness. Prints one JSON object and a table to stdout, and
+each measurement to stderr as soon as it is done.
 """
 
 import argparse
@@ -36,7 +37,7 @@ from tts_grpo.speech.cosyvoice2 import random_weights
 from tts_grpo.speech.decoder import PromptVoice
 from tts_grpo.speech.token2wav import load_token2wav
 from tts_grpo.speech.voices import load_prompt_voice
-from tts_grpo.text.errors import count_errors
+from tts_grpo.text.errors import align_texts
 from tts_grpo.text.jsonl import read_jsonl
 from tts_grpo.text.tokens import NUM_SPEECH_TOKENS, TOKEN_HZ
 from tts_grpo.text.units import pinyin
@@ -44,27 +45,31 @@ from tts_grpo.text.units import pinyin
 
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--server-url", default="http://127.0.0.1:8000", help="a running server; empty: none")
-    parser.add_argument("--jsonl", type=Path, default=Path("assets/tiny/data/test.jsonl"), help="text, speech_tokens")
-    parser.add_argument("--token2wav-dir", type=Path, default=Path("assets/tiny/token2wav"), help="as the server's")
-    parser.add_argument("--asr-dir", type=Path, default=Path("assets/tiny/asr_reward"), help="as the server's")
-    parser.add_argument("--prompt-audio", type=Path, default=None, help="as the server's")
-    parser.add_argument("--random", type=Path, default=None, help="folder for networks with random weights")
-    parser.add_argument("--small", action="store_true", help="make them small, to try this program")
-    parser.add_argument("--make-only", action="store_true", help="make them and end")
+    parser.add_argument(
+        "--server-url", default="http://127.0.0.1:8000", help="URL of a running server; empty: do not measure it"
+    )
+    parser.add_argument(
+        "--jsonl", type=Path, default=Path("assets/tiny/data/test.jsonl"), help="JSONL with text and speech_tokens"
+    )
+    parser.add_argument("--token2wav-dir", type=Path, default=Path("assets/tiny/token2wav"), help="as for the server")
+    parser.add_argument("--asr-dir", type=Path, default=Path("assets/tiny/asr_reward"), help="as for the server")
+    parser.add_argument("--prompt-audio", type=Path, default=None, help="as for the server")
+    parser.add_argument("--random", type=Path, default=None, help="folder for models with random weights")
+    parser.add_argument("--small", action="store_true", help="make small models, to test this program")
+    parser.add_argument("--make-only", action="store_true", help="make the models of --random and exit")
     parser.add_argument("--device", default="cpu", help="torch device")
-    parser.add_argument("--precision", default="fp32", help="of token2wav")
-    parser.add_argument("--seconds", type=float, nargs=3, default=(2, 2, 2), help="shortest, mean and longest rollout")
-    parser.add_argument("--num-rollouts", type=int, default=512, help="how many are scored")
-    parser.add_argument("--batch-size", type=int, nargs="*", default=[16], help="of the in-process runs")
-    parser.add_argument("--baseline", type=int, default=0, help="rollouts that are scored one at a time")
-    parser.add_argument("--compare-precisions", nargs="*", default=[], help="tell what these change; with --baseline")
-    parser.add_argument("--cores", type=int, default=2, help="cores that the server runs on, where it has no GPU")
+    parser.add_argument("--precision", default="fp32", help="precision of token2wav")
+    parser.add_argument("--seconds", type=float, nargs=3, default=(2, 2, 2), help="minimum, mean and maximum length")
+    parser.add_argument("--num-rollouts", type=int, default=512, help="number of rollouts to score")
+    parser.add_argument("--batch-size", type=int, nargs="*", default=[16], help="batch sizes to measure in process")
+    parser.add_argument("--baseline", type=int, default=0, help="rollouts to score one at a time")
+    parser.add_argument("--compare-precisions", nargs="*", default=[], help="compare these with fp32; needs --baseline")
+    parser.add_argument("--cores", type=int, default=2, help="number of cores of a server without a GPU")
     return parser.parse_args(argv)
 
 
 def make_random(args) -> None:
-    """Networks with random weights and a prompt, in the folder that --random names, unless they are there."""
+    """Make models with random weights and a prompt recording in the folder of --random, unless they exist."""
     args.token2wav_dir, args.asr_dir = args.random / "cosyvoice2", args.random / "sensevoice"
     args.prompt_audio = args.random / "prompt.wav"
     if args.prompt_audio.exists():
@@ -78,49 +83,49 @@ def make_random(args) -> None:
 
 
 def rollouts(args) -> list[tuple[list[int], str]]:
-    """Speech tokens and texts, in random order; short recordings are said again and again."""
+    """Speech tokens and texts in random order; tokens of short recordings are repeated."""
     rng = np.random.default_rng(0)
     rows = read_jsonl(args.jsonl)
-    least, mean, most = args.seconds
-    lens = [least] * args.num_rollouts
-    if most > least:  # a beta distribution between the two, of that mean, with a long tail
+    minimum, mean, maximum = args.seconds
+    lens = [minimum] * args.num_rollouts
+    if maximum > minimum:  # a beta distribution with this range and mean, and a long tail
         a = 1.5
-        b = a * (most - mean) / (mean - least)
-        lens = least + (most - least) * rng.beta(a, b, args.num_rollouts)
-    chosen = []
+        b = a * (maximum - mean) / (mean - minimum)
+        lens = minimum + (maximum - minimum) * rng.beta(a, b, args.num_rollouts)
+    pairs = []
     for i, seconds in enumerate(lens):
         row, size = rows[i % len(rows)], round(seconds * TOKEN_HZ)
         tokens = (row["speech_tokens"] * size)[:size]
         if args.random:
             tokens = rng.integers(0, NUM_SPEECH_TOKENS, size).tolist()
-        chosen.append((tokens, row["text"]))
-    return chosen
+        pairs.append((tokens, row["text"]))
+    return pairs
 
 
 def served_seconds(url: str, pairs) -> float:
-    """Wall-clock time of all rollouts through the server."""
+    """Wall-clock seconds in which the server scores all rollouts."""
 
-    async def go() -> float:
-        client = RewardClient([url], max_in_flight=len(pairs), max_tries=1)
-        await asyncio.gather(*(client.score(*pair) for pair in pairs[:128]))  # connections and caches
+    async def measure() -> float:
+        client = RewardClient([url], max_in_flight=len(pairs), patience_s=0)
+        await asyncio.gather(*(client.score(*pair) for pair in pairs[:128]))  # warm up connections and caches
         start = time.perf_counter()
         await asyncio.gather(*(client.score(*pair) for pair in pairs))
         seconds = time.perf_counter() - start
         await client.close()
         return seconds
 
-    return asyncio.run(go())
+    return asyncio.run(measure())
 
 
 def make_scorer(args, precision: str) -> RewardScorer:
-    torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"  # as the server does
+    torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"  # as in the server
     token2wav = load_token2wav(args.token2wav_dir, args.device, precision)
     voices = [load_prompt_voice(token2wav, args.prompt_audio, "你好")] if args.prompt_audio else []
     return RewardScorer(token2wav, SenseVoice(args.asr_dir, args.device), args.random is not None, "tanh", voices)
 
 
-def scored(scorer: RewardScorer, pairs, batch_size: int) -> list:
-    """Scores of all rollouts, batch by batch."""
+def score_in_batches(scorer: RewardScorer, pairs, batch_size: int) -> list:
+    """Scores of all rollouts; exits if one has an error."""
     scores = []
     for first in range(0, len(pairs), batch_size):
         scores += scorer.score(*zip(*pairs[first : first + batch_size], strict=True))
@@ -131,13 +136,13 @@ def scored(scorer: RewardScorer, pairs, batch_size: int) -> list:
 
 
 def in_process(args, scorer: RewardScorer, pairs, batch_size: int) -> dict:
-    """Rollouts a second of one process, and the seconds of each part."""
-    scored(scorer, pairs[:batch_size], batch_size)
+    """Rollouts per second of one process, and the seconds of each step."""
+    score_in_batches(scorer, pairs[:batch_size], batch_size)
     scorer.seconds = dict.fromkeys(scorer.seconds, 0.0)
     if args.device != "cpu":
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
-    scored(scorer, pairs, batch_size)
+    score_in_batches(scorer, pairs, batch_size)
     wall_s = time.perf_counter() - start
     result = {"rollouts_per_s": len(pairs) / wall_s, "wall_s": wall_s, "seconds": dict(scorer.seconds)}
     if args.device != "cpu":
@@ -145,14 +150,14 @@ def in_process(args, scorer: RewardScorer, pairs, batch_size: int) -> dict:
     return result
 
 
-class OneByOne:
-    """CosyVoice's and funasr's own inference, a rollout at a time."""
+class OfficialInference:
+    """CosyVoice's and funasr's own inference, one rollout at a time."""
 
     def __init__(self, args):
         from tts_grpo.speech.cosyvoice2.token2wav import CosyVoice2Token2Wav, load_modules
 
         self.device, self.asr = args.device, SenseVoice(args.asr_dir, args.device)
-        self.frontend = CosyVoice2Token2Wav(args.token2wav_dir)  # for the prompt's features alone
+        self.frontend = CosyVoice2Token2Wav(args.token2wav_dir)  # used only for prompt features
         modules = load_modules(args.token2wav_dir)
         flow = torch.load(args.token2wav_dir / "flow.pt", weights_only=True)
         hift = torch.load(args.token2wav_dir / "hift.pt", weights_only=True)
@@ -162,7 +167,7 @@ class OneByOne:
 
     @torch.inference_mode()
     def decode(self, tokens: list[int], speech: np.ndarray) -> torch.Tensor:
-        """(1, T) waveform at 24 kHz in the voice of ``speech``, as CosyVoice's frontend and model do it."""
+        """Waveform (1, T) at 24 kHz in the voice of ``speech``, by CosyVoice's own frontend and model."""
         features = self.frontend.compute_prompt_features(speech)
         prompt = {name: value[None].to(self.device) for name, value in features.items()}
         row = torch.tensor([tokens], device=self.device)
@@ -174,7 +179,7 @@ class OneByOne:
         return self.hift.inference(speech_feat=mel)[0]
 
     def measure(self, pairs, speech: np.ndarray) -> dict:
-        """Seconds of token2wav and of the recogniser, after one rollout to warm up."""
+        """Seconds of token2wav and of the recogniser, after one warm-up rollout."""
         seconds = {"token2wav": 0.0, "asr": 0.0}
         for number, (tokens, _) in enumerate([pairs[0], *pairs]):
             start = time.perf_counter()
@@ -189,29 +194,30 @@ class OneByOne:
 
 
 def graph_one_by_one(scorer: RewardScorer, pairs) -> dict:
-    """Seconds a rollout with the solver's ten steps as one CUDA graph for each length, batch 1, TF32.
+    """Rollouts per second with batch size 1, TF32, and the solver's ten steps in one CUDA graph for each length.
 
-    Only replays are timed: an engine has its shapes beforehand. ``scorer`` is of no use afterwards.
+    Only replays are timed, since an engine such as TensorRT knows its shapes in advance. ``scorer`` must not be used
+    afterwards.
     """
     import cosyvoice.flow.decoder as decoder
 
     original = decoder.add_optional_chunk_mask
-    decoder.add_optional_chunk_mask = lambda x, mask, *_: mask  # the same mask, without waiting for the GPU to check it
+    decoder.add_optional_chunk_mask = lambda x, mask, *_: mask  # the same mask, without a check that waits for the GPU
     token2wav, flow = scorer.token2wav, scorer.token2wav.flow
-    plain, graphs = flow.solve, {}
+    original_solve, graphs = flow.solve, {}
 
     def solve(*inputs):
         if inputs[0].shape not in graphs:
-            fixed = [value.clone() for value in inputs]
-            plain(*fixed)
+            graph_inputs = [value.clone() for value in inputs]
+            original_solve(*graph_inputs)
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                result = plain(*fixed)
-            graphs[inputs[0].shape] = graph, fixed, result
-        graph, fixed, result = graphs[inputs[0].shape]
-        for place, value in zip(fixed, inputs, strict=True):
-            place.copy_(value)
+                result = original_solve(*graph_inputs)
+            graphs[inputs[0].shape] = graph, graph_inputs, result
+        graph, graph_inputs, result = graphs[inputs[0].shape]
+        for target, value in zip(graph_inputs, inputs, strict=True):
+            target.copy_(value)
         graph.replay()
         return result
 
@@ -222,7 +228,7 @@ def graph_one_by_one(scorer: RewardScorer, pairs) -> dict:
     scorer.seconds = dict.fromkeys(scorer.seconds, 0.0)
     start = time.perf_counter()
     for pair in pairs:
-        scored(scorer, [pair], 1)
+        score_in_batches(scorer, [pair], 1)
     wall_s = time.perf_counter() - start
     decoder.add_optional_chunk_mask = original
     return {"rollouts_per_s": len(pairs) / wall_s, "seconds": dict(scorer.seconds),
@@ -230,55 +236,56 @@ def graph_one_by_one(scorer: RewardScorer, pairs) -> dict:
 
 
 @torch.inference_mode()
-def exactness(strict: RewardScorer, official: OneByOne, pairs, voice: PromptVoice) -> dict:
-    """What batching changes, in fp32: the largest difference of a batch's waveforms to the official code's."""
-    batch, lens = strict.token2wav([tokens for tokens, _ in pairs], [voice] * len(pairs))
-    worst = 0.0
+def exactness(fp32: RewardScorer, official: OfficialInference, pairs, voice: PromptVoice) -> dict:
+    """The largest difference between waveforms of a batch in fp32 and those of the official code."""
+    batch, lens = fp32.token2wav([tokens for tokens, _ in pairs], [voice] * len(pairs))
+    max_difference = 0.0
     for waveform, length, (tokens, _) in zip(batch, lens.tolist(), pairs, strict=True):
-        with strict.token2wav.vocoder.fixed_noise(0, length):
-            alone = official.decode(tokens, voice.prompt_speech_16k)[0]
-        worst = max(worst, (waveform[:length] - alone).abs().max().item())
-    return {"fp32_batch_max_difference": worst, "waveform_peak": batch.abs().max().item()}
+        with fp32.token2wav.vocoder.fixed_noise(0, length):
+            expected = official.decode(tokens, voice.prompt_speech_16k)[0]
+        max_difference = max(max_difference, (waveform[:length] - expected).abs().max().item())
+    return {"fp32_batch_max_difference": max_difference, "waveform_peak": batch.abs().max().item()}
 
 
 @torch.inference_mode()
-def precision_effect(strict: RewardScorer, fast: RewardScorer, pairs, voice: PromptVoice) -> dict:
-    """What a faster precision changes against fp32: relative errors, and the pinyin of the transcripts."""
+def precision_effect(fp32: RewardScorer, half: RewardScorer, pairs, voice: PromptVoice) -> dict:
+    """Differences between half precision and fp32: relative errors, and the pinyin of the transcripts."""
     tokens, voices = [tokens for tokens, _ in pairs], [voice] * len(pairs)
-    exact, quick = (scorer.token2wav(tokens, voices)[0] for scorer in (strict, fast))
-    prompts = [strict.token2wav.prompt_features(voice)] * len(pairs)
-    mels = [scorer.token2wav.flow(tokens, prompts) for scorer in (strict, fast)]
+    waveforms = [scorer.token2wav(tokens, voices)[0] for scorer in (fp32, half)]
+    prompts = [fp32.token2wav.prompt_features(voice)] * len(pairs)
+    mels = [scorer.token2wav.flow(tokens, prompts) for scorer in (fp32, half)]
     used = torch.arange(mels[0].shape[2]) < 2 * torch.tensor(list(map(len, tokens)))[:, None]
     mels = [mel.transpose(1, 2)[used.to(mel.device)] for mel in mels]
     relative = lambda a, b: ((a - b).norm() / a.norm()).item()  # noqa: E731
     heard = []
-    for scorer in (strict, fast):
-        torch.manual_seed(0)  # the recogniser's features have noise of one bit: the same for both
-        heard.append([pinyin(one.text, True) for one in scorer.hear(tokens, voices)])
+    for scorer in (fp32, half):
+        torch.manual_seed(0)  # the same random numbers for both
+        heard.append([one.text for one in scorer.hear(tokens, voices)])
+    differences = [align_texts(*pair, "toned") for pair in zip(*heard, strict=True)]
     return {
-        "mel_relative_error": relative(*mels), "waveform_relative_error": relative(exact, quick),
-        "transcript_difference": float(np.mean([count_errors(a, b).rate for a, b in zip(*heard, strict=True)])),
-        "distinct_syllables": len({syllable for syllables in heard[0] for syllable in syllables}),
+        "mel_relative_error": relative(*mels), "waveform_relative_error": relative(*waveforms),
+        "transcript_difference": float(np.mean([found.counts.rate for found in differences])),
+        "distinct_syllables": len({syllable for text in heard[0] for syllable in pinyin(text, True)}),
     }  # fmt: skip
 
 
 def measure_baselines(args, pairs, measured) -> None:
-    """The one-by-one paths and what they tell about exactness."""
+    """Measure the paths that score one rollout at a time, and compare results with them."""
     few = pairs[: args.baseline]
-    official, strict = OneByOne(args), make_scorer(args, "fp32")
-    voice = strict.prompt_voices[0]
+    official, fp32 = OfficialInference(args), make_scorer(args, "fp32")
+    voice = fp32.prompt_voices[0]
     measured("official", official.measure(few, voice.prompt_speech_16k))
     torch.backends.cudnn.allow_tf32 = False
-    measured("exactness", exactness(strict, official, few, voice))
+    measured("exactness", exactness(fp32, official, few, voice))
     torch.backends.cudnn.allow_tf32 = True
     for precision in args.compare_precisions:
-        measured(precision, precision_effect(strict, make_scorer(args, precision), few, voice))
+        measured(precision, precision_effect(fp32, make_scorer(args, precision), few, voice))
     if args.device != "cpu":
-        measured("graph", graph_one_by_one(strict, few))
+        measured("graph", graph_one_by_one(fp32, few))
 
 
 def table(result: dict, audio_s: float) -> str:
-    """Rollouts and audio-seconds a second of each way, and the ratio to the official one."""
+    """Table of rollouts and seconds of audio per second, with the ratios to "official" and "graph"."""
     rows = [("official", result.get("official")), ("graph", result.get("graph"))]
     rows += [(f"in process, batch {size}", value) for size, value in result.get("in_process", {}).items()]
     rows += [("server", result.get("server"))]
@@ -294,7 +301,7 @@ def table(result: dict, audio_s: float) -> str:
 
 def main(argv=None):
     args = get_args(argv)
-    logging.disable(logging.INFO)  # funasr's
+    logging.disable(logging.INFO)  # funasr logs at this level
     if args.random:
         make_random(args)
     if args.make_only:
@@ -302,14 +309,16 @@ def main(argv=None):
     if args.device == "cpu":
         torch.set_num_threads(1)
     else:
-        torch.cuda.set_device(args.device)  # kernels and graphs run on the current one
+        torch.cuda.set_device(args.device)  # kernels and graphs run on the current device
     pairs = rollouts(args)
     audio_s = sum(len(tokens) for tokens, _ in pairs) / TOKEN_HZ / len(pairs)
     result = {"num_rollouts": len(pairs), "mean_audio_s": audio_s}
 
     def measured(name: str, value) -> None:
         result[name] = value
-        print(json.dumps({name: value}), file=sys.stderr, flush=True)  # at once: what follows may fail
+        print(
+            json.dumps({name: value}), file=sys.stderr, flush=True
+        )  # immediately, because a later measurement may fail
 
     if args.server_url:
         measured("server", {"rollouts_per_s": len(pairs) / served_seconds(args.server_url, pairs)})
@@ -317,7 +326,7 @@ def main(argv=None):
         start = time.perf_counter()
         scorer = make_scorer(args, args.precision)
         scorer.token2wav.warm_up()
-        scored(scorer, pairs[:16], 16)
+        score_in_batches(scorer, pairs[:16], 16)
         measured("load_and_warm_up_s", time.perf_counter() - start)
         measured("in_process", {size: in_process(args, scorer, pairs, size) for size in args.batch_size})
     if args.server_url and args.device == "cpu" and args.batch_size:

@@ -1,21 +1,22 @@
-"""Write a language model with random weights in the exact form of the SFT model that the full profile trains.
+"""Write a language model with random weights, in the same format as the SFT model that the full profile trains.
 
-    python scripts/random_llm.py --output DIR [--mean-tokens 124]
+    python tools/random_llm.py --output DIR [--mean-tokens 124]
 
-For measuring speed and memory, and for tests, without a download. The folder has the files, names and dtypes of one
-checkpoint of yuekai/llasa_cosyvoice2_token_qwen_0.5b as transformers 4 wrote it: Qwen2.5-0.5B-Instruct, whose
-tokenizer got 6,561 speech tokens and ``<|SPEECH_GENERATION_START|>`` by ``add_tokens`` and whose embedding was resized
-to these 158,227 ids (icefall, egs/emilia/TTS/llasa_cosyvoice2_token/train.py); the head tied to the embedding, float16,
-Qwen's default chat template with its system prompt, and Qwen's generation config with a repetition penalty of 1.1.
+It is used to measure speed and memory, and for tests, without a download. The folder has the files, tensor names and
+dtypes of a checkpoint of yuekai/llasa_cosyvoice2_token_qwen_0.5b written by transformers 4: Qwen2.5-0.5B-Instruct, to
+whose tokenizer 6,561 speech tokens and ``<|SPEECH_GENERATION_START|>`` were added with ``add_tokens``, and whose
+embedding was resized to 158,227 ids (icefall, egs/emilia/TTS/llasa_cosyvoice2_token/train.py); LM head tied to the
+embedding, float16, Qwen's default chat template with its system prompt, and Qwen's generation config with a repetition
+penalty of 1.1.
 
-The text vocabulary is Qwen's own: its 151,643 byte-pair ranks come with the package ``dashscope``
-(``pip install --no-deps dashscope``), or from a file given as ``--qwen-ranks``.
+The text vocabulary is Qwen's own: its 151,643 byte-pair ranks are in the package ``dashscope``
+(``pip install --no-deps dashscope``), or in the file of ``--qwen-ranks``.
 
-The speech tokens that the model generates mean nothing, but it generates nothing else, and it ends after
-``--mean-tokens`` of them on average (the lengths are geometric), so its rollouts keep a trainer and a reward server as
-busy as real ones do. How: the first layer turns component 0, equal in all embeddings, into a constant in component 1 of
-the residual stream, and no later layer writes to either. The final norm removes component 0, so component 1 of the tied
-embedding holds each id's logit.
+The model generates random speech tokens and nothing else. Responses have ``--mean-tokens`` tokens on average (a
+geometric distribution), so that rollouts cause a realistic load for trainer and reward server. To achieve this, the
+first layer converts component 0, which is equal in all embeddings, to a constant in component 1 of the residual stream,
+and no later layer writes to either. The final norm removes component 0, so that component 1 of the tied embedding
+determines the logit of each id.
 """
 
 import argparse
@@ -36,7 +37,7 @@ from tts_grpo.text.prompts import GENERATION_START, IM_END
 from tts_grpo.text.tokens import NUM_SPEECH_TOKENS, speech_token_str
 
 PAD = "<|endoftext|>"
-# Qwen2.5's special tokens, from id 151,643 on; those of the second line are ordinary words to the tokenizer.
+# Qwen2.5's added tokens, from id 151,643 on: special tokens, and tokens that are not special to the tokenizer.
 SPECIAL_TOKENS = (
     PAD, "<|im_start|>", IM_END, "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>",
     "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
@@ -46,7 +47,7 @@ NAMED_TOKENS = (
     "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>",
     "<|repo_name|>", "<|file_sep|>",
 )  # fmt: skip
-# Renders as Qwen2.5-Instruct's template does where there are no tools.
+# Renders like Qwen2.5-Instruct's template without tools.
 DEFAULT_CHAT_TEMPLATE = (
     "{%- if messages[0]['role'] == 'system' %}{%- set system = messages[0]['content'] %}"
     "{%- else %}{%- set system = 'You are Qwen, created by Alibaba Cloud. You are a helpful assistant.' %}{%- endif %}"
@@ -62,8 +63,8 @@ SHAPES = {  # Qwen2.5-0.5B; "tiny" is for tests
              "intermediate_size": 128},
 }  # fmt: skip
 NEVER = -50.0  # logit of ids that are never sampled
-GAIN = 8.0  # of component 1 in the final norm: what the embeddings themselves have there stays small
-CONSTANT = 10.0  # components 0 and 1 of the residual stream; all others stay well below
+GAIN = 8.0  # gain of component 1 in the final norm; a large gain allows small values in the embeddings
+CONSTANT = 10.0  # value of components 0 and 1 of the residual stream, much larger than all others
 
 
 def get_args(argv=None):
@@ -72,7 +73,9 @@ def get_args(argv=None):
     parser.add_argument("--shape", choices=sorted(SHAPES), default="0.5b", help="size of the network")
     parser.add_argument("--mean-tokens", type=float, default=124.0, help="mean number of speech tokens per response")
     parser.add_argument("--seed", type=int, default=0, help="random seed for the weights")
-    parser.add_argument("--qwen-ranks", type=Path, default=None, help="qwen.tiktoken; dashscope's by default")
+    parser.add_argument(
+        "--qwen-ranks", type=Path, default=None, help="qwen.tiktoken (default: that of the package dashscope)"
+    )
     return parser.parse_args(argv)
 
 
@@ -80,13 +83,13 @@ def read_ranks(path: Path | None) -> dict[bytes, int]:
     """Qwen's byte-pair ranks, ``{token: rank}``, from a file in tiktoken's format.
 
     Raises:
-        SystemExit: no file is given and the package ``dashscope``, which carries it, is not installed.
+        SystemExit: ``path`` is None and the package ``dashscope``, which contains the file, is not installed.
     """
     if path is None:
         package = importlib.util.find_spec("dashscope")
         if package is None:
             raise SystemExit(
-                "random_llm.py: Qwen's vocabulary is in the package dashscope: pip install --no-deps dashscope, "
+                "random_llm.py: Qwen's vocabulary is missing: run pip install --no-deps dashscope, which contains it, "
                 "or pass --qwen-ranks"
             )
         path = Path(package.submodule_search_locations[0]) / "resources/qwen.tiktoken"
@@ -95,20 +98,20 @@ def read_ranks(path: Path | None) -> dict[bytes, int]:
 
 
 def last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """The two tokens whose merge gives ``token``, found as byte-pair encoding finds them: by the lowest rank first."""
+    """The two tokens that byte-pair encoding merges last to ``token``; merges with lower ranks come first."""
     splits = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
     if len(splits) == 1:
         return splits[0]
-    parts = [token[i : i + 1] for i in range(len(token))]
-    while len(parts) > 2:
-        merged = [ranks.get(a + b, len(ranks)) for a, b in itertools.pairwise(parts)]
+    pieces = [token[i : i + 1] for i in range(len(token))]
+    while len(pieces) > 2:
+        merged = [ranks.get(a + b, len(ranks)) for a, b in itertools.pairwise(pieces)]
         i = merged.index(min(merged))
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    return parts[0], parts[1]
+        pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
+    return pieces[0], pieces[1]
 
 
 def vocabulary(ranks: dict[bytes, int]) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """What vocab.json and merges.txt hold: ids by name, and the pairs to merge in their order."""
+    """Contents of vocab.json and merges.txt: ids by token, and the merges in order."""
     letters = bytes_to_unicode()
     name = lambda token: "".join(letters[byte] for byte in token)  # noqa: E731
     longer = sorted((rank, token) for token, rank in ranks.items() if len(token) > 1)
@@ -117,7 +120,7 @@ def vocabulary(ranks: dict[bytes, int]) -> tuple[dict[str, int], list[tuple[str,
 
 
 def make_tokenizer(ranks: dict[bytes, int]) -> Qwen2Tokenizer:
-    """Qwen2.5's tokenizer with the SFT model's speech tokens: ids 151,665 to 158,225, and the start token's 158,226."""
+    """Qwen2.5's tokenizer plus the SFT model's speech tokens (ids 151,665 to 158,225) and its start token (158,226)."""
     vocab, merges = vocabulary(ranks)
     tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges, unk_token=None, eos_token=PAD, pad_token=PAD)  # PAD is first
     tokenizer.add_tokens(list(SPECIAL_TOKENS), special_tokens=True)
@@ -128,7 +131,7 @@ def make_tokenizer(ranks: dict[bytes, int]) -> Qwen2Tokenizer:
 
 
 def save_tokenizer(tokenizer: Qwen2Tokenizer, folder: Path) -> None:
-    """The files that transformers 4 writes for a Qwen2 tokenizer."""
+    """Write the files that transformers 4 writes for a Qwen2 tokenizer."""
     backend = tokenizer.backend_tokenizer
     backend.save(str(folder / "tokenizer.json"))
     backend.model.save(str(folder))  # vocab.json and merges.txt
@@ -156,12 +159,12 @@ def save_tokenizer(tokenizer: Qwen2Tokenizer, folder: Path) -> None:
 
 
 def make_model(tokenizer, shape: dict[str, int], mean_tokens: float, seed: int) -> Qwen2ForCausalLM:
-    """A model whose next token is a speech token, all equally likely, or with ``1 / mean_tokens`` the end token.
+    """A model that generates uniformly distributed speech tokens, and the end token with ``1 / mean_tokens``.
 
     Args:
-        tokenizer: of :func:`make_tokenizer`.
+        tokenizer: result of :func:`make_tokenizer`.
         shape: an entry of ``SHAPES``.
-        mean_tokens: mean number of tokens of a response, the end token included.
+        mean_tokens: mean number of tokens per response, including the end token.
         seed: random seed for the weights.
     """
     rows, end = len(tokenizer), tokenizer.eos_token_id
@@ -177,23 +180,23 @@ def make_model(tokenizer, shape: dict[str, int], mean_tokens: float, seed: int) 
     with torch.no_grad():
         for layer in network.layers:
             for weight in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight):
-                weight.mul_(0.01)  # the random components of all layers together stay small
+                weight.mul_(0.01)  # keep the random components of all layers small
                 weight[:2] = 0.0
         mlp = network.layers[0].mlp
         for weight in (mlp.gate_proj.weight, mlp.up_proj.weight):
             weight[0] = 0.0
-            weight[0, 0] = 2.0 / root  # RMSNorm turns the one large component into sqrt(size)
+            weight[0, 0] = 2.0 / root  # RMSNorm scales the only large component to sqrt(size)
         mlp.down_proj.weight[:, 0] = 0.0
         mlp.down_proj.weight[1, 0] = CONSTANT / (2.0 * torch.nn.functional.silu(torch.tensor(2.0)))
         network.embed_tokens.weight[:, 0] = CONSTANT
         network.norm.weight[0], network.norm.weight[1] = 0.0, GAIN
-        # Components 0 and 1 have the same size: the norm makes each of them sqrt(size / 2).
+        # Components 0 and 1 are equal, so that the norm scales each of them to sqrt(size / 2).
         network.embed_tokens.weight[:, 1] = logits / (GAIN * root / math.sqrt(2.0))
     return model.to(torch.float16)
 
 
 def save_model(model: Qwen2ForCausalLM, folder: Path, tokenizer) -> None:
-    """Weights and configs as transformers 4 writes them; the tied head is not in the file."""
+    """Write weights and configs like transformers 4 does, without the tied LM head."""
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     config, pad, end = model.config, tokenizer.pad_token_id, tokenizer.eos_token_id

@@ -1,0 +1,116 @@
+"""Texts -> speech: language model and token2wav as the evaluation uses them, for infer_dist.py and infer_single.py.
+
+An utterance is an entry of an evaluation set: ``id``, ``target_text`` and, for zero-shot prompting, ``prompt_text`` and
+``prompt_audio``. Its random numbers depend on the seed and its id only, so the same utterance synthesised alone is the
+one of the evaluation; in another batch it may differ by rounding.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from tts_grpo.speech.decoder import PromptVoice
+from tts_grpo.speech.generation import LM_PRECISIONS, Sampling, generate_speech_tokens, load_lm
+from tts_grpo.speech.token2wav import decode, load_token2wav
+from tts_grpo.speech.voices import load_prompt_voice
+from tts_grpo.text.prompts import render_prompt
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of a :class:`Synthesiser`."""
+    parser.add_argument("--llm-path", type=Path, required=True, help="Hugging Face folder of the language model")
+    parser.add_argument("--token2wav-dir", type=Path, required=True, help="folder of the token2wav weights")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda: one GPU per process")
+    parser.add_argument(
+        "--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help="precision of CosyVoice2's token2wav"
+    )
+    parser.add_argument(
+        "--lm-precision",
+        choices=LM_PRECISIONS,
+        help="precision of the language model; by default fp32 on a CPU and bf16 on a GPU",
+    )
+    parser.add_argument("--temperature", type=float, default=1.0, help="sampling temperature; 0: the likeliest token")
+    parser.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling; 1.0: no cut")
+    parser.add_argument("--top-k", type=int, default=-1, help="sample from so many of the likeliest tokens; -1: no cut")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="penalty of earlier ids; 1.0: none")
+    parser.add_argument("--max-new-tokens", type=int, default=512, help="longest utterance, in tokens")
+
+
+def utterance_seed(seed: int, utt_id: str) -> int:
+    """Seed of one utterance's sampling."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{utt_id}".encode()).digest()[:7], "big")
+
+
+@dataclasses.dataclass(frozen=True)
+class Synthesised:
+    """One utterance's speech.
+
+    Attributes:
+        waveform: float32 (T,); empty if the model generated no speech token.
+        finish_reason: "eos" if the model ended by itself, "length" if the utterance was cut.
+    """
+
+    waveform: np.ndarray
+    num_speech_tokens: int
+    finish_reason: str
+
+
+class Synthesiser:
+    """Language model and token2wav of this process.
+
+    Args:
+        args: the flags of :func:`add_arguments`.
+        device: torch device.
+        prompt_dir: folder that the paths of prompt recordings are relative to.
+    """
+
+    def __init__(self, args: argparse.Namespace, device: str, prompt_dir: Path):
+        dtype = args.lm_precision and LM_PRECISIONS[args.lm_precision]
+        self.model, self.tokenizer = load_lm(args.llm_path, device, dtype)
+        self.token2wav = load_token2wav(args.token2wav_dir, device, args.precision)
+        self.sampling = Sampling(
+            args.temperature, args.top_p, args.top_k, args.max_new_tokens, repetition_penalty=args.repetition_penalty
+        )
+        self.prompt_dir, self.voices = prompt_dir, {}
+
+    def check_voices(self, utterances: Sequence[dict]) -> None:
+        """Refuse utterances without the prompt that this token2wav needs.
+
+        Raises:
+            ValueError: there are some; the first is named.
+        """
+        without = [row["id"] for row in utterances if not row["prompt_audio"]]
+        if self.token2wav.needs_voice and without:
+            raise ValueError(
+                f"{len(without)} utterances have no prompt, {without[0]} first, and this token2wav needs one: give "
+                "them a prompt's recording and its text, or leave them out"
+            )
+
+    def voice(self, row: dict) -> PromptVoice | None:
+        """The prompt voice of an utterance, or None; each is read once."""
+        if not row["prompt_audio"]:
+            return None
+        key = (row["prompt_audio"], row["prompt_text"])
+        if key not in self.voices:
+            self.voices[key] = load_prompt_voice(self.token2wav, self.prompt_dir / key[0], key[1])
+        return self.voices[key]
+
+    def synthesise(self, utterances: Sequence[dict], seed: int) -> list[Synthesised]:
+        """Synthesise utterances as one batch."""
+        voices = [self.voice(row) for row in utterances]
+        prompts = [
+            render_prompt(self.tokenizer, row["target_text"], row["prompt_text"], v.prompt_speech_tokens if v else ())
+            for row, v in zip(utterances, voices, strict=True)
+        ]
+        seeds = [utterance_seed(seed, row["id"]) for row in utterances]
+        said = generate_speech_tokens(self.model, self.tokenizer, prompts, seeds, self.sampling, len(prompts))
+        tokens = [utterance.speech_tokens for utterance in said]
+        waveforms = decode(self.token2wav, tokens, voices, seed, len(prompts))
+        return [
+            Synthesised(waveform, len(utterance.speech_tokens), utterance.finish_reason)
+            for utterance, waveform in zip(said, waveforms, strict=True)
+        ]
