@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tts_grpo.text.errors import align_texts, count_errors, locate_errors
+from tts_grpo.text.errors import align_texts, locate_errors
 from tts_grpo.training.credit import encode, syllable_advantages
 
 # Three syllables that begin with tokens 0, 4 and 9.
@@ -59,7 +59,7 @@ def test_rollouts_of_other_texts_are_no_group():
 )
 def test_errors_have_a_place(hypothesis, onsets_s, errors, times_s):
     found, times = locate_errors(align_texts("天山水火", hypothesis, "toneless"), onsets_s, 0.9)
-    assert found == errors and sum(found) == count_errors("天山水火", hypothesis).errors
+    assert found == errors and sum(found) == align_texts("天山水火", hypothesis, "toneless").counts.errors
     np.testing.assert_allclose(times, times_s, atol=1e-9)
 
 

@@ -5,7 +5,7 @@ import jiwer
 import pytest
 
 from tts_grpo.reward.curves import REWARD_CURVES, reward
-from tts_grpo.text.errors import ErrorCounts, align, count_errors, pinyin_error_rate, pinyin_errors
+from tts_grpo.text.errors import ErrorCounts, align_texts, pinyin_error_rate, pinyin_errors
 from tts_grpo.text.units import normalise, pinyin
 
 
@@ -49,10 +49,11 @@ def test_no_rate_without_reference():
 
 
 def test_alignment_and_counts():
-    assert align("abcd", "axcde") == [("a", "a"), ("b", "x"), ("c", "c"), ("d", "d"), (None, "e")]
-    counts = count_errors("abcd", "xcde")
-    assert (counts.errors, counts.length) == (len([p for p in align("abcd", "xcde") if p[0] != p[1]]), 4)
-    assert count_errors("abc", "") == ErrorCounts(0, 3, 0, 3)
+    pairs = align_texts("天山水火", "天人水火风", "toneless").pairs
+    told = [(pair.said and pair.said.text, pair.heard and pair.heard.text, pair.error) for pair in pairs]
+    assert told == [("天", "天", 0), ("山", "人", 1), ("水", "水", 0), ("火", "火", 0), (None, "风", 1)]
+    assert align_texts("天山水火", "人水火风", "toneless").counts == ErrorCounts(1, 1, 1, 4)
+    assert align_texts("天山水", "", "toneless").counts == ErrorCounts(0, 3, 0, 3)
 
 
 def test_reward_curves():

@@ -37,7 +37,7 @@ from tts_grpo.speech.cosyvoice2 import random_weights
 from tts_grpo.speech.decoder import PromptVoice
 from tts_grpo.speech.token2wav import load_token2wav
 from tts_grpo.speech.voices import load_prompt_voice
-from tts_grpo.text.errors import count_errors
+from tts_grpo.text.errors import align_texts
 from tts_grpo.text.input_files import read_known_answers
 from tts_grpo.text.tokens import NUM_SPEECH_TOKENS, TOKEN_HZ
 from tts_grpo.text.units import pinyin
@@ -257,14 +257,15 @@ def precision_effect(fp32: RewardScorer, half: RewardScorer, pairs, voice: Promp
     used = torch.arange(mels[0].shape[2]) < 2 * torch.tensor(list(map(len, tokens)))[:, None]
     mels = [mel.transpose(1, 2)[used.to(mel.device)] for mel in mels]
     relative = lambda a, b: ((a - b).norm() / a.norm()).item()  # noqa: E731
-    syllables = []
+    heard = []
     for scorer in (fp32, half):
         torch.manual_seed(0)  # the same random numbers for both
-        syllables.append([pinyin(one.text, True) for one in scorer.hear(tokens, voices)])
+        heard.append([one.text for one in scorer.hear(tokens, voices)])
+    differences = [align_texts(*pair, "toned") for pair in zip(*heard, strict=True)]
     return {
         "mel_relative_error": relative(*mels), "waveform_relative_error": relative(*waveforms),
-        "transcript_difference": float(np.mean([count_errors(a, b).rate for a, b in zip(*syllables, strict=True)])),
-        "distinct_syllables": len({syllable for transcript in syllables[0] for syllable in transcript}),
+        "transcript_difference": float(np.mean([found.counts.rate for found in differences])),
+        "distinct_syllables": len({syllable for text in heard[0] for syllable in pinyin(text, True)}),
     }  # fmt: skip
 
 

@@ -52,7 +52,8 @@ class RolloutScore:
     """A rollout's score, in the server and in the client; ``error`` says why there is none, and is empty otherwise.
 
     Attributes:
-        unit_errors: errors at each unit (syllable) of the ground truth; their sum over the units is the error rate.
+        unit_errors: errors at each unit (syllable or word) of the ground truth's usual reading; their sum over the
+            number of units is the error rate. Another right reading's errors are placed where the usual one's are.
         unit_starts: the speech token with which each of them begins.
     """
 

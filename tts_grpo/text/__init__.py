@@ -5,6 +5,5 @@
 - ``tokens``: ids of speech tokens and their text form; ``prompts``: prompts and the chat template.
 - ``jsonl``: JSON Lines files, and JSON files that appear only when whole.
 
-Both environments, except ``errors``: its package rapidfuzz is in the speech environment only (data preparation has no
-transcripts to compare). Imports no other room.
+Both environments. Imports no other room.
 """

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from rapidfuzz.distance import Levenshtein
 
 from tts_grpo.text.units import Sentence, Unit, sentence
 
@@ -291,21 +290,6 @@ def locate_errors(alignment: Alignment, onsets_s: Sequence[float], duration_s: f
     places = sorted(heard_at)
     times = np.maximum.accumulate([heard_at[place] for place in places])
     return errors, np.interp(range(alignment.length), places, times).tolist()
-
-
-def align(reference: Sequence[str], hypothesis: Sequence[str]) -> list[tuple[str | None, str | None]]:
-    """Pairs of units, in order, by least edits (Levenshtein); None stands where the other side has a unit alone."""
-    pairs = []
-    for op in Levenshtein.opcodes(reference, hypothesis):
-        said, heard = reference[op.src_start : op.src_end], hypothesis[op.dest_start : op.dest_end]
-        pairs += zip(said or [None] * len(heard), heard or [None] * len(said), strict=True)
-    return pairs
-
-
-def count_errors(reference: Sequence[str], hypothesis: Sequence[str]) -> ErrorCounts:
-    """Substitutions, deletions and insertions of units between two sequences."""
-    kinds = [op.tag for op in Levenshtein.editops(reference, hypothesis)]
-    return ErrorCounts(kinds.count("replace"), kinds.count("delete"), kinds.count("insert"), len(reference))
 
 
 def pinyin_errors(ground_truth: str, hypothesis: str, tones: bool, language: str = "zh") -> ErrorCounts:
