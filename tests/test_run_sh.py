@@ -328,7 +328,7 @@ def test_settings_of_the_evaluation_redo_it(recipe):
         assert "infer_dist.py" in recipe.calls(), setting
 
 
-SMI = "#!/bin/sh\nprintf '%s\\n' 81559 {memory}\n"
+SMI = "#!/bin/sh\nprintf '%s\\n' 81559 81559 81559 81559 {memory} 81559 81559 81559\n"
 
 
 @pytest.mark.parametrize(
@@ -342,6 +342,8 @@ SMI = "#!/bin/sh\nprintf '%s\\n' 81559 {memory}\n"
         (24564, {}, ["per_gpu=4 ", "gpu_memory_utilization=0.21 "]),
         (24564, {"server_devices": "cuda:1"}, ["gpu_memory_utilization=0.40 ", "--devices cuda:1 --"]),
         (46068, {"num_gpus": "2", "CUDA_VISIBLE_DEVICES": "4,5,7"}, ["CUDA_VISIBLE_DEVICES=4,5 ", "per_gpu=8 "]),
+        (24564, {"num_gpus": "2", "CUDA_VISIBLE_DEVICES": "5,7"}, ["CUDA_VISIBLE_DEVICES=5,7 ", "per_gpu=16 "]),
+        ("[N/A]", {"gpu_memory_gib": "24"}, ["per_gpu=4 "]),
         (81559, {"num_gpus": "8", "num_nodes": "4", "ray_address": "10.0.0.1:6379",
                   "server_urls": "http://a:1,http://b:1"},
          ["train_batch_size=128 ", "ppo_mini_batch_size=64 ", "trainer.nnodes=4 ",
