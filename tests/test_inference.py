@@ -150,6 +150,13 @@ def test_another_voice_changes_the_fingerprint(eval_set, tmp_path):
     assert len(found) == 3
 
 
+def test_a_record_that_a_crash_cut_within_a_character(tmp_path):
+    line = json.dumps({"batch": "seed_0/batch_0", "lines": [{"target_text": "今天"}]}, ensure_ascii=False).encode()
+    cut = line.replace(b"batch_0", b"batch_1")[:-7]  # in the middle of 天
+    (tmp_path / "batches.rank0.jsonl").write_bytes(b"\n" + line + b"\n" + cut)
+    assert list(infer_dist.finished(tmp_path)) == ["seed_0/batch_0"]
+
+
 def test_other_settings_are_refused(assets, eval_set, one_process):
     done = infer(assets, eval_set, one_process, 1, "--temperature", "0.5")
     assert done.returncode != 0 and "results of other settings (differing: temperature)" in done.stderr

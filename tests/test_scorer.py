@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from tests.hub_repositories import make_sensevoice
+from token2wav_asr_server import decoded, unpad
 from tts_grpo.reward.scorer import RewardScorer
 from tts_grpo.speech.asr.recogniser import Heard
 from tts_grpo.speech.asr.sensevoice import SenseVoice
@@ -100,6 +101,14 @@ def test_scores_are_the_same_at_each_call_and_in_each_batch(token2wav, assets, t
         assert scorer.score(tokens, texts) == scores
     assert scorer.score(tokens[::-1], texts[::-1]) == scores[::-1]
     assert [score for i in range(0, 24, 5) for score in scorer.score(tokens[i : i + 5], texts[i : i + 5])] == scores
+
+
+def test_a_request_that_is_wrong_fails_alone(token2wav, asr):
+    """A length beyond the tokens, none, or a text that is no UTF-8: the others of the batch are scored."""
+    tokens, lens = np.full((4, 40), 5, np.int32), np.array([[40], [41], [0], [40]], np.int32)
+    texts = decoded(np.array(["今天".encode(), "今天".encode(), "今天".encode(), b"\xff"], dtype=object))
+    scores = RewardScorer(token2wav, asr).score(unpad(tokens, lens), texts)
+    assert [bool(score.error) for score in scores] == [False, True, True, True]
 
 
 def test_resampling_of_a_batch_is_scipys():
