@@ -163,10 +163,10 @@ def finished(output_dir: Path, wanted: dict[str, str]) -> dict[tuple[int, str], 
     """
     done = {}
     for path in sorted(output_dir.glob("utterances.rank*.jsonl")):
-        for text in path.read_text(encoding="utf-8").split("\n"):
+        for record in path.read_bytes().split(b"\n"):
             try:
-                utterances = json.loads(text)["utterances"]
-            except json.JSONDecodeError:
+                utterances = json.loads(record)["utterances"]
+            except ValueError:  # no JSON, or cut within a character
                 continue
             for made in utterances:
                 line = made["line"]

@@ -151,10 +151,14 @@ def test_another_voice_changes_the_fingerprint(eval_set, tmp_path):
 
 
 def test_a_record_that_a_crash_cut_within_a_character(tmp_path):
-    line = json.dumps({"batch": "seed_0/batch_0", "lines": [{"target_text": "今天"}]}, ensure_ascii=False).encode()
-    cut = line.replace(b"batch_0", b"batch_1")[:-7]  # in the middle of 天
-    (tmp_path / "batches.rank0.jsonl").write_bytes(b"\n" + line + b"\n" + cut)
-    assert list(infer_dist.finished(tmp_path)) == ["seed_0/batch_0"]
+    def record(utt_id: str) -> bytes:
+        line = {"seed": 0, "id": utt_id, "wav": None, "target_text": "今天"}
+        utterances = [{"fingerprint": "f", "wav_sha256": None, "line": line}]
+        return json.dumps({"utterances": utterances}, ensure_ascii=False).encode()
+
+    cut = record("b")[: record("b").index("天".encode()) + 1]
+    (tmp_path / "utterances.rank0.jsonl").write_bytes(b"\n" + record("a") + b"\n" + cut)
+    assert list(infer_dist.finished(tmp_path, {"a": "f", "b": "f"})) == [(0, "a")]
 
 
 def test_other_settings_are_refused(assets, eval_set, one_process):

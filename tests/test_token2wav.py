@@ -122,7 +122,7 @@ def test_list_of_prompt_voices(token2wav, assets, tmp_path):
     assert any(choose_voice(voices, text, seed=2) is not voice for text, voice in zip(texts, chosen, strict=True))
     assert choose_voice([], "text") is None
     (tmp_path / "list.jsonl").write_text('{"prompt_audio": "a.wav"}\n')
-    with pytest.raises(ValueError, match="line 1: needs prompt_text"):
+    with pytest.raises(ValueError, match="line 1: a prompt needs both prompt_text and prompt_audio"):
         load_prompt_voices(token2wav, tmp_path / "list.jsonl")
 
 

@@ -224,7 +224,7 @@ def rollout_seeds(folder):
 
     def server():
         one = object.__new__(rollout.TransformersServer)
-        one.config, one.global_steps, one.times_asked = types.SimpleNamespace(seed=42), 0, collections.Counter()
+        one.config, one.global_steps, one.request_counts = types.SimpleNamespace(seed=42), 0, collections.Counter()
         one.model = types.SimpleNamespace(load_state_dict=lambda state, strict: ([], []))
         return one
 

@@ -84,7 +84,7 @@ _DOTTED = re.compile(
     r"(?:1[0-2]|[1-9])\.(?:[0-9]折|[0-9]{1,2}(?:节|事件|大促|假|活动|黄金周|晚会|购物|运动|地震|妇女|劳动|国庆))"
 )
 _SHORT = re.compile(r"[A-Z]{2,5}s?$")
-_COUNTED = frozenset("个只位条张本次天块件台辆家种名口把杯瓶双套间层年岁点分小周")  # 2 before them is usually 两
+_COUNTED = frozenset("个只位条张本次天块件台辆家种名口把杯瓶双套间层年岁点分小周遍部座")  # 2 before them is usually 两
 # A number before one of them is a quantity, and not read digit by digit.
 _NAMES = frozenset("年后版式级届款型班")  # before them, a number is often read digit by digit
 _QUANTITIES = _COUNTED - {"年"} | frozenset(
@@ -182,7 +182,7 @@ def _zh_number(number: str, before: str, after: str) -> tuple[str, ...]:
         words = zh_decimals(number.replace(",", ""))
         if _DOTTED.match(number + after):  # 9.11事件, 4.5折: by digits
             words += (zh_digits(number.replace(".", "")),)
-        return ("[两二]",) if words[0] == "[二两]" and follows in _COUNTED and before[-1:] not in "第-" else words
+        return ("[两二]",) if words[0] == "[二两]" and follows in _COUNTED and before[-1:] not in ("第", "-") else words
     year = len(number) == 4 and "1900" <= number <= "2099" and not is_han(follows or " ")
     year |= follows in ("年", "后", "学", "届", "赛") and len(number) in (2, 4) and number not in ("10", "20", "30")
     short = () if is_han(follows or " ") and follows != "块" else zh_short(number)
