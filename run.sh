@@ -32,7 +32,7 @@ source "$root/scripts/lib.sh"
 
 dry_run=0 mode=run
 server_pid='' memory_pid='' beside_pids=()
-running='' began=0 # stage at work, and when it began
+running='' began=0 # current stage, and its start time in seconds
 verl_overrides=()
 
 usage() {
@@ -40,7 +40,7 @@ usage() {
   exit 2
 }
 
-# End what this run started and has not ended: reward server, memory watch, installations.
+# cleanup: stop the processes that this run started and that still run: reward server, memory monitor, installations.
 cleanup() {
   local status=$? pid
   trap - EXIT INT TERM
@@ -151,8 +151,8 @@ stage_4() {
   echo "report: $exp_dir/report.html; figures: $exp_dir/summary.json; speech and alignments: $exp_dir/eval"
 }
 
-# infer NAME MODEL: speech of the test set by a model, in eval/NAME; that is a link to a folder for each state, as the
-# speech of other settings is kept.
+# infer NAME MODEL: synthesise the test set with a model into eval/NAME. This is a link to a folder per state, so that
+# speech made with other settings is kept.
 infer() {
   local folder=$exp_dir/eval/$1
   if ((dry_run == 0)); then
@@ -166,7 +166,7 @@ infer() {
     --batch-size "$infer_batch_size"
 }
 
-# score NAME: error rates of that speech, and what they do not see; on one core, beside the other model's.
+# score NAME: compute error rates and quality metrics of eval/NAME, on one core, in parallel with the other model's.
 score() {
   beside env OMP_NUM_THREADS=1 python="$speech_bin/python" eval_asr_dir="$eval_asr_dir" device="$infer_device" language="$language" text_tags="$text_tags" \
     seeds="$seeds" quality_utterances="$quality_utterances" reference_audio="$reference_audio" speaker_model_dir="$speaker_model_dir" \
@@ -174,7 +174,7 @@ score() {
 }
 
 stage_5() {
-  work_on "this run's: $$ $(date +%T)" # each makes it anew
+  work_on "this run's: $$ $(date +%T)" # every run synthesises it again
   need "$exp_dir/merged_hf_model/config.json" 3
   run "$speech_bin/python" "$root/infer_single.py" --llm-path "$exp_dir/merged_hf_model" "${synthesis_flags[@]}" \
     --seed "${seed_list[0]}" ${single_text:+--text "$single_text"} "${prompt_flags[@]}" --output "$exp_dir/tongue_twister.wav"
@@ -189,8 +189,8 @@ last_checkpoint() {
   echo "$exp_dir/checkpoints/global_step_$step"
 }
 
-# check_checkpoints STATE: checkpoints of other settings must not be trained on by mistake. More steps extend a training;
-# with another state of the code, only one that has not ended goes on.
+# check_checkpoints STATE: stop if the existing checkpoints were trained with other settings. A larger total_steps
+# extends a training. After a change of the code, only an unfinished training is resumed.
 check_checkpoints() {
   ((dry_run)) && return
   local changed ignore=() trained=$exp_dir/checkpoints/settings step=
@@ -210,14 +210,14 @@ check_checkpoints() {
   [[ -f $exp_dir/checkpoints/begun ]] || echo "$(date +%FT%T) $$" >"$exp_dir/checkpoints/begun"
 }
 
-# recorded_settings: JSON of the settings, those of finished stages as they were then.
+# recorded_settings: print the settings as JSON; those of finished stages have the values with which the stages ran.
 recorded_settings() {
   ((dry_run == 0)) || { all_settings json && return; }
   all_settings json --recorded "$exp_dir/.done/0" "$exp_dir/checkpoints/settings" "$exp_dir/.done/3"
 }
 
-# state_of STAGE [MODEL]: what the stage's result is made from, as scripts/settings.py has it; with MODEL, the speech of
-# that model.
+# state_of STAGE [MODEL]: print the state that the stage's result depends on (see scripts/settings.py). With MODEL,
+# print the state for the evaluation's speech of that model.
 state_of() {
   ((dry_run)) && return
   local stages=("$1") read=() made_from=()
@@ -234,7 +234,7 @@ state_of() {
     --cache "$exp_dir/.done/checksums.json"
 }
 
-# commands_of RESULT STAGE...: checksum of the commands that make a result, as this file and conf/ put them together.
+# commands_of RESULT STAGE...: print a checksum of the command lines that this file and conf/ build to make a result.
 commands_of() {
   (
     print_only "${@:2}"
@@ -248,7 +248,7 @@ commands_of() {
   ) | sha256sum | cut -c 1-16
 }
 
-# need_made_from STAGE RESULT: fail if the stage would make something else now.
+# need_made_from STAGE RESULT: stop if the stage's inputs have changed since it made RESULT.
 need_made_from() {
   ((dry_run)) && return
   local changed
@@ -256,7 +256,7 @@ need_made_from() {
   [[ -z $changed ]] || die "$2 was made from something else ($changed): run bash run.sh $1 $1 first"
 }
 
-# The most memory of the run's processes goes into the summary.
+# watch_memory: record the peak memory of the run's processes for the summary.
 watch_memory() {
   ((dry_run == 0)) && [[ -x $speech_bin/python ]] && ((stop >= 2)) || return 0
   mkdir -p "$exp_dir"
@@ -264,7 +264,7 @@ watch_memory() {
   memory_pid=$!
 }
 
-# refused_overrides: a line for each veRL override that would silently go round this recipe, with what to do instead.
+# refused_overrides: print a line per veRL override that would silently bypass this recipe, with what to do instead.
 refused_overrides() {
   local override key name trainer="this recipe's trainer, which stops at failed rollouts and gives credit, would be replaced or work otherwise: leave it out (docs/credit.md says how to change the algorithm)"
   local -A instead=(
@@ -278,13 +278,13 @@ refused_overrides() {
   for override in "${recipe_verl_args[@]}" "${verl_overrides[@]}"; do
     name=$(sed -E 's/^[+~]*//; s/[=@].*//; s/[[:space:]]//g; q' <<<"$override")
     [[ $override != -* ]] || echo "-- $override is refused: it is an option of Hydra, and only settings of veRL (name=value) may follow --"
-    for key in "${!instead[@]}"; do # it, what is in it, or what it is in
+    for key in "${!instead[@]}"; do # the key itself, a key below it, or a key above it
       [[ $name. != "$key".* && $key. != "$name".* ]] || echo "-- $override is refused: ${instead[$key]}"
     done
   done
 }
 
-# contradictions: a line for each pair of settings that do not fit, which veRL would refuse only after minutes.
+# contradictions: print a line per pair of inconsistent settings. veRL would reject these only after minutes.
 contradictions() {
   local rollouts=$((mini_batch_size * rollout_n)) passes=$((micro_batch_size * num_gpus * num_nodes))
   ((train_batch_size % mini_batch_size == 0)) ||
@@ -299,14 +299,14 @@ configure() {
   [[ -z $(type -t configure_profile) ]] || configure_profile
   local by_syllable=false
   [[ $credit != syllable ]] || by_syllable=true
-  # The log-probabilities of rollouts are the old policy's. If top_p or top_k cut off tokens, they are those of the
-  # distribution that is left, which the trainer does not compute: then it computes the old policy's itself.
+  # The rollouts' log-probabilities serve as those of the old policy. With top_p or top_k, however, they belong to the
+  # truncated distribution, which the trainer does not compute. It then recomputes the old policy's log-probabilities.
   local reuse_log_probs=False
   [[ ! $rollout_top_p =~ ^1(\.0*)?$ ]] || ((rollout_top_k > 0)) || reuse_log_probs=True
   local device_list
   read -ra device_list <<<"$server_devices"
   read -ra seed_list <<<"$seeds"
-  sft_model=$exp_dir/sft_model # sft_path as veRL can train it: stage 0 makes it
+  sft_model=$exp_dir/sft_model # stage 0 makes it from sft_path, in a form that veRL can train
   speech_bin=$venv_root/speech/bin trainer_bin=$venv_root/trainer/bin
   server_command=(
     "$speech_bin/python" "$root/token2wav_asr_server.py" --token2wav-dir "$token2wav_dir" --asr-dir "$reward_asr_dir"
@@ -328,7 +328,7 @@ configure() {
   else
     server_command+=("${prompt_flags[@]}")
   fi
-  synthesis_flags=( # of the evaluation and of stage 5
+  synthesis_flags=( # flags of stages 4 and 5
     --token2wav-dir "$token2wav_dir" --device "$infer_device" --precision "$infer_precision"
     --lm-precision "$infer_lm_precision" --max-new-tokens "$max_new_tokens" --temperature "$temperature"
     --top-p "$top_p" --top-k "$top_k" --repetition-penalty "$repetition_penalty" "${text_flags[@]}"
@@ -358,15 +358,15 @@ configure() {
     actor_rollout_ref.rollout.val_kwargs.temperature="$rollout_temperature"
     actor_rollout_ref.rollout.val_kwargs.top_p="$rollout_top_p" actor_rollout_ref.rollout.val_kwargs.top_k="$rollout_top_k"
     actor_rollout_ref.rollout.calculate_log_probs=True algorithm.rollout_correction.bypass_mode="$reuse_log_probs"
-    actor_rollout_ref.actor.calculate_entropy=True # for its curve; entropy_coeff is 0
+    actor_rollout_ref.actor.calculate_entropy=True # logged only: entropy_coeff is 0
     reward.custom_reward_function.path="$(hydra "$root/reward_tts.py")" reward.custom_reward_function.name=compute_score
     "+reward.custom_reward_function.reward_kwargs={server_urls: $(hydra "$server_urls"), failure_file: $(hydra "$exp_dir/reward_failure"), by_syllable: $by_syllable, patience_s: $reward_patience_s}"
     trainer.n_gpus_per_node="$num_gpus" trainer.nnodes="$num_nodes"
     "trainer.logger=[console,tensorboard]" trainer.project_name=tts_grpo trainer.experiment_name="$(hydra "$exp_name")"
     trainer.default_local_dir="$(hydra "$exp_dir/checkpoints")" trainer.resume_mode=auto
     trainer.max_actor_ckpt_to_keep="$max_checkpoints" trainer.save_freq="$save_freq" trainer.test_freq="$test_freq"
-    trainer.validation_data_dir="$(hydra "$exp_dir/validation")" # what was said, for TensorBoard's audio
-    hydra.run.dir="$(hydra "$exp_dir/log/hydra")"                # its copy of the settings; the working folder by default
+    trainer.validation_data_dir="$(hydra "$exp_dir/validation")" # validation responses, for TensorBoard's audio
+    hydra.run.dir="$(hydra "$exp_dir/log/hydra")"                # Hydra's copy of the settings, by default in the working folder
     trainer.val_before_train=True trainer.total_epochs=1000 trainer.total_training_steps="$total_steps"
   )
 }
@@ -413,7 +413,7 @@ main() {
   trap 'exit 130' INT
   trap 'exit 143' TERM
   export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 TTS_GRPO_RUN=$$
-  # Threads that wait give their core away: spinning, they make torch ten times slower on a busy machine.
+  # Idle OpenMP threads yield their core. Spinning threads make torch ten times slower on a busy machine.
   export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
   for ((stage = start; stage <= stop; stage++)); do
     echo "== stage $stage ($(date +%T))"
@@ -423,11 +423,11 @@ main() {
     echo "== stage $stage took $((SECONDS - began)) s"
     record "$stage" "$((SECONDS - began))"
     running=''
-    if ((stage >= 4 && dry_run == 0)) && [[ -f $exp_dir/summary.json ]]; then # it was written before they were known
+    if ((stage >= 4 && dry_run == 0)) && [[ -f $exp_dir/summary.json ]]; then # it was written before this stage's time was known
       "$speech_bin/python" "$root/scripts/summarise.py" --exp-dir "$exp_dir" --costs-only
     fi
   done
-  exit # bash reads no further: an edit of this file does not disturb a run
+  exit # stop reading this file here, so that editing it does not disturb a run
 }
 
 main "$@"

@@ -1,17 +1,18 @@
 # shellcheck shell=bash disable=SC2034,SC2154  # run.sh's variables
 # Profile "cosyvoice2": the CosyVoice2 LLM (0.5B), CosyVoice2's token2wav and SenseVoice, on GPUs.
-# Here is what differs from conf/settings.sh, where every setting is explained, and what follows from the GPUs. Any can
-# also be set in the environment: num_gpus=8 profile=cosyvoice2 bash run.sh
+# This file holds the values that differ from conf/settings.sh, which explains every setting, and the values that are
+# derived from the GPUs. Any setting can also be set in the environment: num_gpus=8 profile=cosyvoice2 bash run.sh
 #
-# The defaults train as the newest published recipe does (conf/recipes/mair-hub.sh); recipe=NAME reproduces a published
-# row, conf/recipes/NAME.sh; docs/differences.md says what differs from each of them, and why.
+# The defaults are the training settings of the newest published recipe (conf/recipes/mair-hub.sh). recipe=NAME uses the
+# settings of a published result (conf/recipes/NAME.sh); docs/differences.md says what differs from each, and why.
 #
-# State: run on an H100 with random weights of the full shape (docs/full_size.md has the figures); nobody has used the real ones.
+# Status: run on an H100 with random weights of the full shape (docs/full_size.md has the measurements), but never with
+# the released weights.
 
 larger() { echo $(($1 > $2 ? $1 : $2)); }
 smaller() { echo $(($1 < $2 ? $1 : $2)); }
 
-# smallest_gpu_gib DEFAULT: memory of the smallest GPU that this shell may use, in GiB; DEFAULT where it is not known.
+# smallest_gpu_gib DEFAULT: print the memory of the smallest visible GPU in GiB, or DEFAULT if it is unknown.
 smallest_gpu_gib() {
   local visible=${CUDA_VISIBLE_DEVICES-} mib lines i chosen=() select=()
   visible=${visible// /}
@@ -31,49 +32,52 @@ smallest_gpu_gib() {
   fi
 }
 
-# first_gpus COUNT: the first GPUs of those that this shell may use, separated by commas. CUDA stops at a wrong entry.
+# first_gpus COUNT: print the first COUNT visible GPUs, separated by commas. As in CUDA, entries after an invalid one do
+# not count.
 first_gpus() { local ids && mapfile -t ids < <(tr -d ' ' <<<"${CUDA_VISIBLE_DEVICES-$(seq -s , 0 $(($1 - 1)))}" | tr , '\n' | sed -E '/^([0-9]+|(GPU|MIG)-.+)$/!Q') && if ((${#ids[@]} < $1)); then echo "run.sh: CUDA_VISIBLE_DEVICES='${CUDA_VISIBLE_DEVICES-}' allows ${#ids[@]} GPUs, but num_gpus=$1: unset it, name more, or lower num_gpus" >&2 && return 1; else printf '%s\n' "${ids[@]:0:$1}" | paste -sd ,; fi; }
 
-# micro_batch GIB: rollouts of full length whose activations fit beside 12 GiB of weights and optimizer, and the server.
+# micro_batch GIB: print how many rollouts of full length fit into a GPU's memory with their activations, beside 12 GiB
+# of weights and optimizer states and the reward server.
 micro_batch() { echo $(($1 >= 70 ? 16 : $1 >= 38 ? 8 : 4)); }
 
-# vllm_share GIB: what trainer and reward server leave of a GPU, at most 40% of it: 256 rollouts of 1,536 tokens need 5 GiB of cache.
+# vllm_share GIB: print the share of a GPU's memory that trainer and reward server leave to vLLM, at most 40%: the KV
+# cache of 256 rollouts of 1,536 tokens takes 5 GiB.
 vllm_share() {
   local shared=0 device left
   for device in $server_devices; do [[ $device != cuda:0 ]] || shared=$((server_gib * server_instances)); done
   left=$((100 * ($1 - 12 - shared) / $1))
   ((left <= 40)) || left=40
-  ((left > 0)) || left=1 # bash run.sh --check says that it is too little
+  ((left > 0)) || left=1 # bash run.sh --check reports that this is too little
   printf '0.%02d\n' "$left"
 }
 
 gpu_memory_gib=${gpu_memory_gib:-$(smallest_gpu_gib 80)}
 trainer_requirements=${trainer_requirements:-$root/requirements-verl-gpu.txt}
 
-# what the following is computed from
+# settings from which the values below are computed
 resolve workspace llm sft_checkpoint cosyvoice_dir train_texts num_train num_test max_text_s text_excludes reward_voices \
   num_gpus num_nodes ray_address gpu_memory_gib rollout_n train_device infer_device dataset eval_strip_quotes
 
 # models
 llasa_dir=$workspace/llasa_cosyvoice2_token_qwen_0.5b
 default_sft_path=$([[ $llm == official ]] && echo "$workspace/CosyVoice2-0.5B-llm" || echo "$llasa_dir${sft_checkpoint:+/$sft_checkpoint}")
-sft_path=${sft_path:-$default_sft_path} # or a folder of your own, which is left as it is
+sft_path=${sft_path:-$default_sft_path} # or your own folder, which is not modified
 token2wav_dir=${token2wav_dir:-$workspace/CosyVoice2-0.5B}
 prompt_audio=${prompt_audio:-$cosyvoice_dir/asset/zero_shot_prompt.wav}
 prompt_text=${prompt_text:-希望你以后能够做的比我还好呦。}
 reward_asr_dir=${reward_asr_dir:-$workspace/SenseVoiceSmall}
 eval_asr_dir=${eval_asr_dir:-$workspace/paraformer-zh}
 
-# data (stage 0): texts of voxbox, SparkAudio/voxbox's metadata/$train_texts.jsonl
+# data (stage 0): texts from metadata/$train_texts.jsonl of SparkAudio/voxbox
 texts_dir=$workspace/data/$train_texts-$(key train_texts num_train num_test max_text_s text_excludes)
 train_jsonl=${train_jsonl:-$texts_dir/train.jsonl}
 test_jsonl=${test_jsonl:-$texts_dir/test.jsonl}
 known_answer_jsonl=${known_answer_jsonl:-$workspace/data/known_answer.jsonl}
-max_bad_ratio=${max_bad_ratio:-0.05} # texts of recordings from the web: a few are in another language
-# CosyVoice puts numbers into words before its own language model; the SFT model was trained on texts as they are
+max_bad_ratio=${max_bad_ratio:-0.05} # transcripts of recordings from the web: a few are in another language
+# CosyVoice's own language model gets texts with numbers written out as words; the SFT model was trained on raw texts
 llm_text=${llm_text:-$([[ $llm == official ]] && echo spoken || echo raw)}
 
-# reward server (stage 1): by default it shares the training's GPUs; cuda:8, for example, is one of its own beside eight
+# reward server (stage 1): by default it shares the training's GPUs; cuda:8, for example, is a separate ninth GPU
 server_devices=${server_devices:-$(seq -s ' ' -f 'cuda:%g' 0 $((num_gpus - 1)))}
 server_instances=${server_instances:-$((gpu_memory_gib >= 70 ? 2 : 1))}
 server_gib=${server_gib:-$((gpu_memory_gib >= 40 ? 9 : 6))}
@@ -83,13 +87,13 @@ aishell_voices=$workspace/data/aishell-voices-$reward_voices.jsonl
 resolve server_devices server_instances server_gib
 
 # GRPO (stage 2)
-train_batch_size=${train_batch_size:-$(larger 32 $((4 * num_gpus * num_nodes)))} # the same up to 8 GPUs
+train_batch_size=${train_batch_size:-$(larger 32 $((4 * num_gpus * num_nodes)))} # 32 on up to 8 GPUs
 resolve train_batch_size
 mini_batch_size=${mini_batch_size:-$(larger 1 $((train_batch_size / 2)))}
 vllm_memory_share=${vllm_memory_share:-$(vllm_share "$gpu_memory_gib")}
 resolve mini_batch_size
 
-# rollouts in one backward pass: those that fit, at most a GPU's share of an update
+# rollouts per backward pass: as many as fit in memory, at most the GPU's share of an update
 rollouts_per_update=$((mini_batch_size * rollout_n / (num_gpus * num_nodes)))
 micro_batch_size=${micro_batch_size:-$(smaller "$(micro_batch "$gpu_memory_gib")" "$(larger 1 "$rollouts_per_update")")}
 
@@ -104,7 +108,7 @@ cosyvoice2_files=(cosyvoice2.yaml flow.pt hift.pt llm.pt campplus.onnx speech_to
 
 install_profile() {
   clone_cosyvoice
-  # 3.8 GiB of the repository's 5.2: without the exports for TensorRT, TorchScript and batches
+  # 3.8 of the repository's 5.2 GiB: the exports for TensorRT, TorchScript and batches are left out
   download --hub modelscope --repo iic/CosyVoice2-0.5B --output-dir "$token2wav_dir" --need-gib 4 \
     --include "${cosyvoice2_files[@]}" 'CosyVoice-BlankEN/*' configuration.json README.md \
     --require "${cosyvoice2_files[@]}" CosyVoice-BlankEN/config.json
@@ -125,7 +129,7 @@ install_llm() {
     [[ -e $sft_path/config.json ]] || run "$speech_bin/python" "$root/scripts/convert_llm.py" to-hf \
       --cosyvoice-dir "$token2wav_dir" --output "$sft_path"
   else
-    # The repository has dozens of checkpoints beside logs and samples: fetch one, without the state of its optimizer.
+    # The repository has dozens of checkpoints, logs and samples: download one checkpoint, without its optimizer states.
     local inside=${sft_checkpoint:+$sft_checkpoint/}
     download --hub huggingface --repo yuekai/llasa_cosyvoice2_token_qwen_0.5b --output-dir "$llasa_dir" --need-gib 1.2 \
       --include "$inside"{config,generation_config,tokenizer,tokenizer_config,special_tokens_map,added_tokens,vocab}.json \
@@ -134,12 +138,12 @@ install_llm() {
   fi
 }
 
-# is_official_llm MODEL: whether a Hugging Face folder is CosyVoice2's own model (with llm=official it may not exist yet).
+# is_official_llm MODEL: succeed if the folder holds CosyVoice2's own model (with llm=official it may not exist yet).
 is_official_llm() {
   [[ $llm == official ]] || grep -qsF '"<|task_id|>"' "$1/tokenizer.json"
 }
 
-# export_profile MODEL: after stage 3, the trained official model also in CosyVoice's own format.
+# export_profile MODEL: after stage 3, also export the trained official model in CosyVoice's own format.
 export_profile() {
   is_official_llm "$sft_path" || return 0
   run "$speech_bin/python" "$root/scripts/convert_llm.py" to-official --hf "$1" --like "$token2wav_dir/llm.pt" \
@@ -156,7 +160,7 @@ clone_cosyvoice() {
   run mv -T "$cosyvoice_dir.part" "$cosyvoice_dir"
 }
 
-# voxbox's metadata of Emilia has some 15 million lines; the size that is asked for is an estimate.
+# Emilia's metadata in voxbox has about 15 million lines; need_gib is an estimate of its size.
 install_texts() {
   [[ -e $train_jsonl && -e $test_jsonl ]] && return
   local file=metadata/$train_texts.jsonl need_gib=1
@@ -168,7 +172,7 @@ install_texts() {
     --train-output "$train_jsonl" --test-output "$test_jsonl"
 }
 
-# Voices of AISHELL-1's test set: 7,176 recordings of 20 speakers.
+# install_voices: select voices from AISHELL-1's test set, which has 7,176 recordings of 20 speakers.
 install_voices() {
   [[ -e $prompt_list ]] && return
   download --hub huggingface --repo yuekai/aishell --repo-type dataset --include "*test*" \
@@ -182,7 +186,7 @@ install_eval_set() {
   ((eval_strip_quotes == 0)) || flags=(--strip-quotes)
   [[ $dataset == zero_shot_zh ]] || repo=yuekai/seed_tts_cosy2
   if [[ ! -e $eval_jsonl ]]; then
-    # data/SPLIT-00000-of-0000N.parquet; the README.md says so if it is otherwise
+    # usually data/SPLIT-00000-of-0000N.parquet; otherwise the README.md lists the files
     download --hub huggingface --repo "$repo" --repo-type dataset --include README.md "*$dataset*" \
       --output-dir "$workspace/data/$repo" --need-gib 2
     run "$trainer_bin/python" "$root/scripts/prepare_eval_set.py" --source "$workspace/data/$repo" --split "$dataset" \
@@ -198,7 +202,7 @@ export PYTHONPATH=$cosyvoice_dir:$cosyvoice_dir/third_party/Matcha-TTS${PYTHONPA
 # shellcheck source=scripts/verl_cpu.sh
 source "$root/scripts/verl_cpu.sh"
 
-# configure_profile: environment and arguments of veRL.
+# configure_profile: set veRL's environment and arguments.
 configure_profile() {
   profile_env=(PYTORCH_CUDA_ALLOC_CONF= VERL_USE_EXTERNAL_MODULES=tts_grpo.training.trainer)
   profile_verl_args=(
@@ -211,13 +215,13 @@ configure_profile() {
     +actor_rollout_ref.rollout.engine_kwargs.vllm.worker_extension_cls=tts_grpo.training.verl_vllm.HeadBiasExtension
     actor_rollout_ref.rollout.gpu_memory_utilization="$vllm_memory_share"
   )
-  if [[ $train_device == cpu ]]; then # to try the profile with small weights
+  if [[ $train_device == cpu ]]; then # for tests of the profile with small weights
     configure_cpu_training
-  elif [[ -n $ray_address ]]; then # its processes were started elsewhere, without this environment
+  elif [[ -n $ray_address ]]; then # Ray's processes were started elsewhere, without this environment
     profile_env+=(RAY_ADDRESS="$ray_address")
     profile_verl_args+=("+ray_kwargs.ray_init.runtime_env.env_vars={PYTHONPATH: $(hydra "$root:$PYTHONPATH"), VERL_USE_EXTERNAL_MODULES: tts_grpo.training.trainer, TENSORBOARD_DIR: $(hydra "$exp_dir/tensorboard"), OMP_NUM_THREADS: '$train_threads'}")
   else
-    # Ray hands out any GPU that it sees: those beyond num_gpus may be the reward server's
+    # Ray assigns any visible GPU, but those beyond num_gpus may belong to the reward server
     local gpus
     gpus=$(first_gpus "$num_gpus") || exit 1
     profile_env+=(CUDA_VISIBLE_DEVICES="$gpus")

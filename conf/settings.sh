@@ -3,17 +3,17 @@
 #
 #   setting NAME DEFAULT STAGES KIND MEANING
 #
-#   DEFAULT  holds where the environment, the recipe and the profile give no value
-#   STAGES   whose results depend on it: 0 data, 2 training, 3 merged model, 4 speech of the evaluation, 4s its scores;
-#            -1 what is downloaded; "-" none, it may change at any time
-#   KIND     values allowed: int or number with bounds (int>=1, number>0<=1), choices (zh|en), ints (several, with
-#            spaces), devices (cpu, cuda:0 ...), name, text, path, folder (of results), input (a file or folder
-#            that is read: its content counts, too). With "?", it may be empty
+#   DEFAULT  value if the environment, the recipe and the profile set none
+#   STAGES   stages whose results depend on it: 0 data, 2 training, 3 merged model, 4 speech of the evaluation,
+#            4s its scores; -1 what is downloaded; "-" none: it may change at any time
+#   KIND     allowed values: int or number with bounds (int>=1, number>0<=1), choices (zh|en), ints (several, separated
+#            by spaces), devices (cpu, cuda:0 ...), name, text, path, folder (for results), input (a file or folder
+#            that is read: results depend on its content, too). With "?", it may be empty
 #
-# The defaults train as the newest published recipe does (conf/recipes/mair-hub.sh).
+# The defaults are the training settings of the newest published recipe (conf/recipes/mair-hub.sh).
 #
-# Set them in the environment, or in conf/$profile.sh and conf/recipes/$recipe.sh, which hold what differs from here:
-# name=${name:-value}. "bash run.sh --settings" shows all values and where they come from.
+# Set them in the environment, or in conf/$profile.sh and conf/recipes/$recipe.sh, which hold only values that differ
+# from the defaults, as name=${name:-value}. "bash run.sh --settings" prints all values and where they come from.
 
 # experiment
 setting profile tiny - name 'conf/$profile.sh: tiny (CPU, offline) or cosyvoice2 (GPUs)'
@@ -111,7 +111,7 @@ setting repetition_penalty 1.0 4 "number>0" "of ids in prompt and response; 1.0:
 setting max_new_tokens 2048 4 "int>=1" "longest utterance of the evaluation, in tokens"
 setting single_text '' - text? "text of stage 5; empty: the tongue-twister"
 
-# what the full-size profile downloads and derives other settings from
+# downloads of the full-size profile, and settings from which it derives others
 if [[ $profile != tiny ]]; then
   setting workspace /workspace - path "folder of downloads"
   setting llm llasa -1 "llasa|official" "language model to train: yuekai's SFT model or CosyVoice2-0.5B's own"

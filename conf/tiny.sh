@@ -1,7 +1,7 @@
 # shellcheck shell=bash disable=SC2034,SC2154  # run.sh uses the variables
 # Profile "tiny": everything on two CPU cores, offline, with the weights of assets/tiny.
-# Here is what differs from conf/settings.sh, where every setting is explained. Any can also be set in the environment:
-# rollout_n=4 bash run.sh 2 2
+# This file holds the values that differ from conf/settings.sh, which explains every setting. Any setting can also be
+# set in the environment: rollout_n=4 bash run.sh 2 2
 
 # models
 sft_path=${sft_path:-$root/assets/tiny/llm}
@@ -10,11 +10,11 @@ reward_asr_dir=${reward_asr_dir:-$root/assets/tiny/asr_reward}
 eval_asr_dir=${eval_asr_dir:-$root/assets/tiny/asr_eval}
 
 # data (stage 0)
-train_jsonl=${train_jsonl:-$root/assets/tiny/data/grpo.jsonl} # texts that no part of the stack was trained on
+train_jsonl=${train_jsonl:-$root/assets/tiny/data/grpo.jsonl} # texts on which none of the tiny models was trained
 test_jsonl=${test_jsonl:-$root/assets/tiny/data/dev.jsonl}
 known_answer_jsonl=${known_answer_jsonl:-$root/assets/tiny/data/dev.jsonl}
 max_prompt_length=${max_prompt_length:-64}
-llm_text=${llm_text:-spoken} # the tiny language model was trained on texts in words
+llm_text=${llm_text:-spoken} # the tiny language model was trained on spoken forms (numbers in words)
 
 # reward server (stage 1)
 server_threads=${server_threads:-1}

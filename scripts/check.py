@@ -1,7 +1,7 @@
-"""Say everything that would stop a run, before it starts: ``bash run.sh --check``.
+"""Check before a run for everything that would stop it: ``bash run.sh --check``.
 
-Prints a line for each thing checked, "wrong" with what to do about it, and exits with 1 if anything is wrong. Run by
-run.sh with its settings, by the Python that the environments are built on, as there may be no environment yet.
+Prints one line per check. A failed check is marked "wrong" and says what to do about it, and the exit status is then 1.
+run.sh calls this program with its settings and with base_python, because the environments may not exist yet.
 """
 
 import argparse
@@ -44,10 +44,10 @@ from tts_grpo.text.tokens import NUM_SPEECH_TOKENS, format_speech_tokens, speech
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
-TRAINER_GIB = 12  # weights, optimizer and activations of 0.5B on a GPU, beside vLLM and the reward server
-VLLM_GIB = 5  # weights, work space, and a cache for some dozens of rollouts
-ADAM_BYTES = 12  # a parameter of a checkpoint: weight and two moments in float32
-Finding = tuple[bool, str]  # whether it is as it should be, and what
+TRAINER_GIB = 12  # a 0.5B model's weights, optimizer states and activations; vLLM and the reward server come on top
+VLLM_GIB = 5  # weights, workspace, and a KV cache for some dozens of rollouts
+ADAM_BYTES = 12  # bytes per parameter in a checkpoint: weight and two Adam moments in float32
+Finding = tuple[bool, str]  # whether the check passed, and its description
 
 
 def get_args(argv=None):
@@ -64,12 +64,12 @@ def get_args(argv=None):
 
 
 def finding(good: bool, what: str, remedy: str) -> Finding:
-    """``what``, followed by ``remedy`` if it is not as it should be."""
+    """A finding with the text ``what``; ``remedy`` is appended if the check failed."""
     return good, what if good else f"{what}{remedy}"
 
 
 def run(command: list, timeout_s: float = 120.0) -> tuple[int, str]:
-    """Exit status and last line of a command, of its output or else of its errors."""
+    """Run a command. Returns its exit status and the last line of its stdout, or of stderr after a failure."""
     try:
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=timeout_s, cwd=ROOT)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -79,7 +79,7 @@ def run(command: list, timeout_s: float = 120.0) -> tuple[int, str]:
 
 
 def findings_of(command: list) -> Iterator[Finding]:
-    """What this program says when another Python runs a part of it."""
+    """Findings of one part of this program, run by another environment's Python."""
     status, line = run(command)
     if status:
         yield False, f"{command[0]} fails: {line}"
@@ -123,7 +123,7 @@ def check_files(s: dict) -> Iterator[Finding]:
     kind = token2wav_kind(s["token2wav_dir"]) or "cosyvoice2"
     missing = missing_files(s["token2wav_dir"], TOKEN2WAV_FILES[kind])
     missing += missing_files(s["reward_asr_dir"], SENSEVOICE_FILES)
-    # the evaluation's recogniser may be of several kinds (tts_grpo/speech/asr/loading.py)
+    # the evaluation supports several ASR backends (tts_grpo/speech/asr/loading.py)
     others = (Path(s[name]) for name in ("eval_asr_dir", "eval_jsonl", "prompt_audio", "prompt_list") if s[name])
     missing += [path for path in others if not path.exists()]
     yield from ((False, f"{path} is missing: bash run.sh -1 -1 brings it, or set its variable") for path in missing)
@@ -139,7 +139,7 @@ def check_files(s: dict) -> Iterator[Finding]:
 
 
 def check_data(s: dict, data_flags: Sequence[str] = ()) -> Iterator[Finding]:
-    """Every line of every file: as stage 0 does, if its environment is there, or else whether each can be read."""
+    """Check every line of the data with stage 0's program, or only that it can be read if there is no environment."""
     python, model = Path(s["venv_root"]) / "trainer/bin/python", Path(s["sft_path"])
     readers = {"known_answer_jsonl": read_known_answers, "prompt_list": read_voices}
     if python.exists() and model.exists():
@@ -171,7 +171,7 @@ def check_language_model(s: dict) -> Iterator[Finding]:
 
 
 def language_model_findings(folder: Path) -> Iterator[Finding]:
-    """Runs in the trainer environment: what veRL and this recipe need of tokenizer, template and end tokens."""
+    """Check tokenizer, chat template and end tokens for veRL and this recipe. Runs in the trainer environment."""
     from transformers import AutoConfig
 
     try:
@@ -186,7 +186,7 @@ def language_model_findings(folder: Path) -> Iterator[Finding]:
     yield from speech_token_findings(tokenizer)
     yield from prompt_findings(tokenizer)
     vocabulary, ends = tokenizer.get_vocab(), as_list(generation["eos_token_id"])
-    # The SFT model ends as a chat does; the tiny one has an end token of its own.
+    # The SFT model ends a response with the chat's end token; the tiny model has its own end token.
     wanted = (
         "<|eos1|>" if SOS in tokenizer.chat_template else GENERATION_END if GENERATION_END in vocabulary else IM_END
     )
@@ -201,7 +201,7 @@ def language_model_findings(folder: Path) -> Iterator[Finding]:
 
 
 def head_bias_findings(folder: Path, tokenizer, vocab_size: int) -> Iterator[Finding]:
-    """CosyVoice2's own model needs a bias, as its head has no outputs for text."""
+    """Check the head's bias. CosyVoice2's own model needs one, because its head has no outputs for text tokens."""
     from tts_grpo.speech.head_bias import load_head_bias, said_ids
 
     try:
@@ -232,7 +232,7 @@ def speech_token_findings(tokenizer) -> Iterator[Finding]:
 def prompt_findings(tokenizer) -> Iterator[Finding]:
     try:
         prompt = render_prompt(tokenizer, "你好")
-    except Exception as error:  # whatever a foreign template raises
+    except Exception as error:  # a user's chat template may raise anything
         yield False, f"chat template: {error}"
         return
     start = TASK_ID if SOS in prompt else GENERATION_START
@@ -251,7 +251,7 @@ def server_ready(url: str) -> bool:
 
 
 def check_server(s: dict) -> Iterator[Finding]:
-    """The known answers of a server that runs; ports for one that stage 1 starts."""
+    """Check a running server with known answers, or the ports for the server that stage 1 will start."""
     here, urls = f"http://127.0.0.1:{s['http_port']}", s["server_urls"].replace(",", " ").split()
     running = [url for url in urls if server_ready(url)]
     for url in urls:
@@ -271,14 +271,14 @@ def check_server(s: dict) -> Iterator[Finding]:
 
 
 def visible_gpus(gpus: list[list[str]], visible: str | None) -> list[list[str]]:
-    """Those of all GPUs that CUDA shows a program, in its order.
+    """The GPUs that CUDA makes visible to a program, in CUDA's order.
 
     Args:
         gpus: index, UUID, name, total and used memory of each, as nvidia-smi prints them.
-        visible: CUDA_VISIBLE_DEVICES: indices, GPU or MIG UUIDs, or beginnings of UUIDs. None is all.
+        visible: CUDA_VISIBLE_DEVICES: indices, GPU or MIG UUIDs, or prefixes of UUIDs. None means all GPUs.
 
     Raises:
-        ValueError: it names a GPU that is not there. (CUDA would use those before it only.)
+        ValueError: it names a GPU that does not exist. (CUDA would silently use only the GPUs listed before it.)
     """
     if visible is None:
         return gpus
@@ -315,11 +315,11 @@ def check_gpus(s: dict) -> Iterator[Finding]:
         f": num_gpus and server_devices ask for {wanted}",
     )
     if server_ready(f"http://127.0.0.1:{s['http_port']}"):
-        servers = []  # it has its memory already
+        servers = []  # a running server has already allocated its memory
     for index, line in enumerate(lines[:wanted]):
         try:
             total_gib, used_gib = (float(part) / 1024 for part in line[3:])
-        except ValueError:  # [N/A]: MIG, or memory that GPU and CPU share
+        except ValueError:  # nvidia-smi prints [N/A] for MIG, or for memory shared by GPU and CPU
             yield True, f"GPU {index}: nvidia-smi does not tell its memory, so it is not checked: set gpu_memory_gib"
             continue
         need_gib = servers.count(index) * int(s["server_instances"]) * float(s["server_gib"])
@@ -334,7 +334,7 @@ def check_gpus(s: dict) -> Iterator[Finding]:
 
 
 def check_compiler(s: dict) -> Iterator[Finding]:
-    """What Triton builds its kernels' launchers with, for reward server and vLLM."""
+    """Check the C compiler. Triton needs it to build kernel launchers, in the reward server and in vLLM."""
     if s["train_device"] != "cuda":
         return
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
@@ -346,7 +346,7 @@ def check_compiler(s: dict) -> Iterator[Finding]:
 def check_disk(s: dict) -> Iterator[Finding]:
     folder = Path(s["exp_dir"])
     weights = sum(path.stat().st_size for path in Path(s["sft_path"]).glob("*.safetensors"))
-    # a parameter has at least two bytes there
+    # each parameter takes at least two bytes in that file
     need_gib = 2 + (int(s["max_checkpoints"]) + 1) * weights / 2 * ADAM_BYTES / GIB
     while not folder.exists():
         folder = folder.parent

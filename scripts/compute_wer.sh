@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Score the speech that infer_dist.py made: error rates by the evaluation recogniser, with alignments, and what these
-# do not see: voice, sound, pauses, pace, melody.
+# Score the speech of infer_dist.py: error rates by the evaluation's ASR model, with alignments, and the metrics that
+# error rates miss: speaker similarity, DNSMOS, pauses, speech rate, F0.
 #
 #   bash scripts/compute_wer.sh OUTPUT_DIR DATASET
 #
-#   OUTPUT_DIR  its seed_*/manifest.jsonl are scored, into scores.json, and into utterances.jsonl and alignment.txt
-#               beside each manifest
-#   DATASET     JSONL of the test set; every utterance of it counts, one without audio as all deletions
+#   OUTPUT_DIR  folder with seed_*/manifest.jsonl to score; receives scores.json, and utterances.jsonl and
+#               alignment.txt beside each manifest
+#   DATASET     JSONL of the test set; every utterance counts, and one without audio counts as all deletions
 #
-# Variables: python (of the speech environment), eval_asr_dir (folder of funasr, sherpa-onnx or faster-whisper), device
-# (cpu or cuda), language (zh or en), text_tags (reject or remove: tags such as [laughter] in the set's texts), seeds
-# (to score, with spaces; empty: all), quality_utterances (for speaker similarity, DNSMOS and F0; 0: none),
-# reference_audio (of the voice, where the set has no prompts), speaker_model_dir (of a WavLM; else Resemblyzer).
+# Variables: python (the speech environment's), eval_asr_dir (a model folder for funasr, sherpa-onnx or faster-whisper),
+# device (cpu or cuda), language (zh or en), text_tags (reject or remove: tags such as [laughter] in the set's texts),
+# seeds (seeds to score, separated by spaces; empty: all), quality_utterances (number for speaker similarity, DNSMOS and
+# F0; 0: none), reference_audio (the voice, if the set has no prompts), speaker_model_dir (a WavLM; empty: Resemblyzer).
 set -euo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)

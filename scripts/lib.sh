@@ -1,5 +1,5 @@
 # shellcheck shell=bash disable=SC2154  # the variables are those of run.sh and conf/settings.sh
-# What run.sh's stages share: settings, running, skipping, timing, and the reward server as a background process.
+# Functions shared by run.sh's stages: settings, running commands, done markers, timing, and the reward server process.
 
 log() { echo "run.sh: $*" >&2; }
 
@@ -11,16 +11,16 @@ die() {
 setting_names=()
 declare -A setting_default setting_stages setting_kind setting_meaning setting_origin setting_marked
 
-# setting NAME DEFAULT STAGES KIND MEANING: declare a setting, see conf/settings.sh.
+# setting NAME DEFAULT STAGES KIND MEANING: declare a setting; conf/settings.sh explains the arguments.
 setting() {
   setting_names+=("$1")
   setting_default[$1]=$2 setting_stages[$1]=$3 setting_kind[$1]=$4 setting_meaning[$1]=$5
 }
 
-# is_set NAME: whether a setting has a value; an empty one counts where it is allowed.
+# is_set NAME: succeed if the setting has a value. An empty value counts if the setting may be empty.
 is_set() { [[ -n ${!1-} || (-v $1 && ${setting_kind[$1]} == *\?) ]]; }
 
-# mark ORIGIN: the settings that have a value by now, and had none before, have it from there.
+# mark ORIGIN: record ORIGIN for all settings that have got a value since the previous call.
 mark() {
   local name
   for name in "${setting_names[@]}"; do
@@ -28,7 +28,7 @@ mark() {
   done
 }
 
-# give_defaults NAME...: give the settings that have no value their defaults.
+# give_defaults NAME...: set each setting that has no value to its default.
 give_defaults() {
   local name value
   mark profile
@@ -41,32 +41,32 @@ give_defaults() {
   done
 }
 
-# resolve NAME...: as give_defaults, and stop if a value is not allowed. A profile does so with those that it computes
-# others from.
+# resolve NAME...: as give_defaults, and stop if a value is not allowed. A profile calls this for settings from which it
+# computes others.
 resolve() {
   give_defaults "$@"
   send_settings "$@" | "$base_python" -IS "$root/scripts/settings.py" validate || exit 1
 }
 
-# send_settings NAME...: what scripts/settings.py reads.
+# send_settings NAME...: print settings in the form that scripts/settings.py reads.
 send_settings() {
   local name origin
   for name; do
     origin=${setting_origin[$name]}
-    [[ ${!name} == "${setting_marked[$name]}" ]] || origin=profile # which changed what the environment gave
+    [[ ${!name} == "${setting_marked[$name]}" ]] || origin=profile # the profile changed the environment's value
     printf '%s\0' "$name" "${setting_stages[$name]}" "${setting_kind[$name]}" "${setting_meaning[$name]}" "$origin" "${!name}"
   done
 }
 
-# all_settings ACTION [OPTION...]: the settings as scripts/settings.py prints them.
+# all_settings ACTION [OPTION...]: run an action of scripts/settings.py on all settings.
 all_settings() { send_settings "${setting_names[@]}" | "$base_python" -IS "$root/scripts/settings.py" "$@"; }
 
-# differences FILE STATE NAME...: what differs between the state in a file and another, but for some names.
+# differences FILE STATE NAME...: print the differences between the state in FILE and STATE, ignoring the given names.
 differences() { "$base_python" -IS "$root/scripts/settings.py" differences --old "$1" --new "$2" --ignore "${@:3}"; }
 
-# print_only STAGE...: in a subshell, let stages print their commands, with fixed values for the folder of the recipe, the
-# user's environment and the settings on which the results of the given stages do not depend. So have numbers that can be
-# written in several ways, and total_steps, which may grow: these count as settings only.
+# print_only STAGE...: in a subshell, make stages print their commands. The recipe's folder, the user's environment and
+# the settings on which the results of the given stages do not depend get fixed values. So do numbers, because equal
+# numbers can be written in several ways, and total_steps, because it may grow: they are compared as settings only.
 # shellcheck disable=SC2034 # run.sh's variables
 print_only() {
   local name kind stage counts
@@ -77,7 +77,7 @@ print_only() {
     for stage; do [[ " ${setting_stages[$name]} " != *" $stage "* ]] || counts=1; done
     [[ $name != total_steps && $kind != number* && $kind != ints* ]] || counts=0
     ((counts == 0)) || continue
-    case $kind in # a value that is allowed
+    case $kind in # any allowed value
     *\|*) printf -v "$name" %s "${kind%%|*}" ;;
     int* | number*) printf -v "$name" 1 ;;
     devices) printf -v "$name" cpu ;;
@@ -86,17 +86,17 @@ print_only() {
   done
 }
 
-# checksum FILE: of the state in it; empty where there is none.
+# checksum FILE: print the checksum of the state in FILE, or nothing if the file does not exist.
 checksum() { [[ ! -f $1 ]] || head -n 1 "$1" | sha256sum | cut -c 1-16; }
 
-# load_settings: declare the settings, and give them values from the environment, the recipe and the profile.
+# load_settings: declare the settings and set them from the environment, the recipe, the profile and the defaults.
 load_settings() {
   local given=${profile:+yes}
   profile=${profile:-tiny}
   [[ -f $root/conf/$profile.sh && $profile != settings ]] || { log "no profile conf/$profile.sh" && usage; }
   # shellcheck source=conf/settings.sh
   source "$root/conf/settings.sh"
-  unset recipe_args overrides # these are not variables of the user
+  unset recipe_args overrides # users cannot set these by variables
   mark environment
   [[ -n $given ]] || setting_origin[profile]=default
   recipe_verl_args=()
@@ -117,7 +117,7 @@ load_settings() {
   resolve "${setting_names[@]}"
 }
 
-# load_recipe NAME: settings of a published recipe, if one is named; values of the environment are kept.
+# load_recipe NAME: load a published recipe's settings, if NAME is not empty. The environment's values take precedence.
 load_recipe() {
   [[ -n $1 ]] || return 0
   local names=("$root"/conf/recipes/*.sh)
@@ -128,14 +128,14 @@ load_recipe() {
   source "$root/conf/recipes/$1.sh"
 }
 
-# adapt_to_machine: what is usual on some machines and would stop the programs that stages start.
+# adapt_to_machine: work around properties of some machines (proxies, no home folder, long paths) that would stop a run.
 adapt_to_machine() {
   bypass_proxies
   choose_home
   choose_socket_folders
 }
 
-# bypass_proxies: requests to this machine and to the reward servers do not go through a proxy; downloads still do.
+# bypass_proxies: exclude this machine and the reward servers from HTTP proxies. Downloads still use the proxy.
 bypass_proxies() {
   local hosts
   hosts=$({
@@ -148,12 +148,12 @@ bypass_proxies() {
   export NO_PROXY=$no_proxy
 }
 
-# own_folder PATH: make a folder that only this user can use, or take it if it is this user's.
+# own_folder PATH: make a folder that only this user can access, or accept an existing one if this user owns it.
 own_folder() { mkdir -m 700 "$1" 2>/dev/null || [[ -d $1 && ! -L $1 && -O $1 && -w $1 ]]; }
 
-# choose_home: a home folder to write caches to, for users without one (containers, services).
+# choose_home: set HOME to a writable folder for caches if the user has none (containers, services).
 choose_home() {
-  local probe # root may write to any folder, but for those like /proc
+  local probe # a test with [[ -w ]] is not enough: root passes it even for /proc
   [[ -z ${HOME-} ]] || { probe=$(mktemp -d "$HOME/.tts-grpo-XXXXXX" 2>/dev/null) && rmdir "$probe" && return; }
   local home=${TMPDIR:-/tmp}/tts-grpo-home-$UID
   log "HOME (${HOME-unset}) is no folder that can be written to: using $home"
@@ -161,8 +161,8 @@ choose_home() {
   export HOME=$home
 }
 
-# choose_socket_folders: the path of a Unix socket has at most 107 bytes. Ray adds 60 to the temporary folder, PyTriton 60
-# to its own.
+# choose_socket_folders: replace folders whose paths are too long for Unix sockets (at most 107 bytes in all). Ray
+# appends 60 bytes to the temporary folder, and PyTriton 60 to its own folder.
 choose_socket_folders() {
   local longest=45 triton=${PYTRITON_HOME:-${XDG_CACHE_HOME:-$HOME/.cache}/pytriton}
   if (($(printf %s "${TMPDIR-}" | wc -c) > longest)); then
@@ -177,7 +177,7 @@ choose_socket_folders() {
   fi
 }
 
-# plain_path FOLDER: the folder, or a link to it where a shell would take its path apart. Ray starts its workers by a
+# plain_path FOLDER: print FOLDER, or a link to it if its path needs quoting in a shell. Ray starts its workers by a
 # shell command in which the path of Python is not quoted (ray 2.60, worker_pool.cc).
 plain_path() {
   local links=${TMPDIR:-/tmp}/tts-grpo-links-$UID link
@@ -191,8 +191,9 @@ plain_path() {
   echo "$link"
 }
 
-# hydra TEXT: a string of veRL's command line, which Hydra reads back as it is. Between single quotes it takes every
-# character for itself but a quote, and backslashes before a quote or at the end (hydra/grammar/OverrideLexer.g4, 1.3).
+# hydra TEXT: quote TEXT for veRL's command line, so that Hydra parses it back unchanged. Between single quotes, Hydra
+# takes every character literally, except a quote and backslashes that stand before a quote or at the end
+# (hydra/grammar/OverrideLexer.g4, 1.3).
 hydra() {
   local quoted='' backslashes='' i
   for ((i = 0; i < ${#1}; i++)); do
@@ -205,7 +206,7 @@ hydra() {
   printf "'%s'" "$quoted$backslashes$backslashes"
 }
 
-# Run a command, or with --dry-run print it.
+# run COMMAND...: run a command, or print it with --dry-run.
 run() {
   if ((dry_run)); then
     printf '%q ' "$@"
@@ -215,7 +216,8 @@ run() {
   fi
 }
 
-# As run, for what takes minutes: SIGTERM ends it at once, where bash would wait for a command in the foreground.
+# run_long COMMAND...: as run, for commands that take minutes. The command runs in the background, because bash handles
+# SIGTERM only after a command in the foreground has ended.
 run_long() {
   if ((dry_run)); then
     run "$@"
@@ -225,7 +227,8 @@ run_long() {
   fi
 }
 
-# beside PROGRAM...: as run, side by side with what follows; wait_for_all MESSAGE: until all have ended, or fail.
+# beside COMMAND...: as run, but in the background. wait_for_all MESSAGE: wait for all of these, and die with MESSAGE if
+# one fails.
 beside() {
   if ((dry_run)); then
     run "$@"
@@ -241,23 +244,23 @@ wait_for_all() {
   beside_pids=()
 }
 
-# need FILE STAGE: fail if FILE, which STAGE makes, is missing.
+# need FILE STAGE: stop if FILE, which STAGE makes, is missing.
 need() {
   ((dry_run)) || [[ -e $1 ]] || die "$1 is missing: run bash run.sh $2 $2 first"
 }
 
-# key NAME...: a checksum of variables.
+# key NAME...: print a checksum of the names and values of variables.
 key() {
   local name
   for name; do printf '%s=%s\n' "$name" "${!name}"; done | sha256sum | cut -c 1-16
 }
 
-# done_with STAGE STATE: whether the stage was finished with this state.
+# done_with STAGE STATE: succeed if the stage was finished with this state.
 done_with() {
   ((dry_run == 0 && force == 0)) && [[ -f $exp_dir/.done/$1 && $(head -n 1 "$exp_dir/.done/$1") == "$2" ]]
 }
 
-# mark_done STAGE STATE: note what the stage's result was made from, and by which commit.
+# mark_done STAGE STATE: record the state from which the stage's result was made, and the git commit, atomically.
 mark_done() {
   ((dry_run)) && return
   mkdir -p "$exp_dir/.done"
@@ -266,10 +269,11 @@ mark_done() {
   mv "$exp_dir/.done/$1.part" "$exp_dir/.done/$1"
 }
 
-# work_on RESULT: what the stage at work makes, in any words: a run that goes on with the same result adds its time.
+# work_on RESULT: identify the result that the current stage makes, by any text. Runs with the same text, such as a
+# resumed training, add up their times.
 work_on() { worked_on=$(sha256sum <<<"$1" | cut -c 1-16); }
 
-# record STAGE SECONDS: time of a run of the stage, for scripts/summarise.py; nothing where it was done already.
+# record STAGE SECONDS: record the time of a stage's run for scripts/summarise.py, unless the stage was skipped.
 record() {
   ((dry_run)) || [[ -z $worked_on ]] && return
   mkdir -p "$exp_dir"
@@ -281,7 +285,7 @@ server_ready() {
   curl --noproxy '*' --silent --fail --max-time 5 --output /dev/null "$1/v2/models/token2wav_asr/ready"
 }
 
-# stop PID: end a process this run started, and wait for it; after 60 s it is killed.
+# stop PID: terminate a process that this run started and wait for it; kill it after 60 s.
 stop() {
   kill "$1" 2>/dev/null || return 0
   local watch
@@ -291,7 +295,7 @@ stop() {
   kill "$watch" 2>/dev/null || true
 }
 
-# Start the reward server in the background and wait until it is ready.
+# start_server: start the reward server in the background and wait until it is ready.
 start_server() {
   local server_log=$exp_dir/log/reward_server.log began=$SECONDS
   if ((dry_run)); then

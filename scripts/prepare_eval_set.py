@@ -5,15 +5,15 @@
     python scripts/prepare_eval_set.py --source FOLDER_OF_PARQUET --voices 200 --output data/voices.jsonl
 
 Sources: a folder of parquet files with the columns id, prompt_text, target_text and prompt_audio (bytes of an encoded
-file), as the Hugging Face sets yuekai/CV3-Eval and yuekai/seed_tts_cosy2 have them; or the meta.lst of seed-tts-eval,
-whose lines are ``id|prompt text|prompt wav|target text``. Recordings go into a folder beside the JSONL, of its name.
-A row without a recording has the prompt_audio null and no prompt_text.
+file), such as the Hugging Face data sets yuekai/CV3-Eval and yuekai/seed_tts_cosy2; or the meta.lst of seed-tts-eval,
+whose lines are ``id|prompt text|prompt wav|target text``. Recordings are written to a folder beside the JSONL, named
+after it. For a row without a recording, prompt_audio is null and prompt_text is omitted.
 
 With --voices the output is a list of voices for the reward instead: JSONL of prompt_text and prompt_audio. The parquet
-files then have the columns text and audio, as the Hugging Face set yuekai/aishell. Spaces between the words of a text
-are removed, as by get_random_prompt_from_dataset of token2wav_asr_server.py in github.com/nvidia-china-sae/mair-hub,
-rl-tutorial/cosyvoice_llm (374bc49). The recordings are taken evenly over the set, which is in the order of its
-speakers, so that each speaker is among them.
+files then have the columns text and audio, as in the Hugging Face data set yuekai/aishell. Spaces between the words of
+a text are removed, as get_random_prompt_from_dataset does in token2wav_asr_server.py of
+github.com/nvidia-china-sae/mair-hub, rl-tutorial/cosyvoice_llm (374bc49). The set is sorted by speaker, so recordings
+are taken at even distances to include every speaker.
 """
 
 import argparse
@@ -29,11 +29,11 @@ from tts_grpo.text.jsonl import numbered_lines, write_jsonl
 
 VOICE_COLUMNS = ("text", "audio")
 COLUMNS = ("id", "prompt_text", "target_text", "prompt_audio")
-# What infer_dataset.py of github.com/nvidia-china-sae/mair-hub, rl-tutorial/cosyvoice_llm (374bc49), takes out of the
-# texts before it gives them to the language model; a closing single quote is not among them.
+# The characters that infer_dataset.py of github.com/nvidia-china-sae/mair-hub, rl-tutorial/cosyvoice_llm (374bc49),
+# removes from the texts before it passes them to the language model. It does not remove a closing single quote.
 QUOTES = str.maketrans("", "", "\"'()“”‘（）")
 FORMATS = {b"RIFF": ".wav", b"fLaC": ".flac", b"OggS": ".ogg", b"ID3": ".mp3"}
-Row = tuple[str, dict, bytes | None]  # where it stands; id and texts; encoded recording (None if there is none)
+Row = tuple[str, dict, bytes | None]  # position in the source; id and texts; encoded recording or None
 
 
 def get_args(argv=None):
@@ -49,15 +49,15 @@ def get_args(argv=None):
 
 
 def suffix(audio: bytes, where: str) -> str:
-    """File name extension of an encoded recording.
+    """File name extension for an encoded recording.
 
     Raises:
-        ValueError: the bytes are no wav, flac, ogg or mp3 file.
+        ValueError: the bytes are not a wav, flac, ogg or mp3 file.
     """
     for magic, extension in FORMATS.items():
         if audio.startswith(magic):
             return extension
-    # An MP3 without tags begins with a frame: 11 bits of sync, two of version, layer III (ISO 11172-3, 2.4.1.3).
+    # An MP3 without tags begins with a frame: 11 sync bits, two version bits, layer III (ISO 11172-3, 2.4.1.3).
     if len(audio) > 1 and audio[0] == 0xFF and audio[1] & 0xE6 == 0xE2:
         return ".mp3"
     raise ValueError(
@@ -66,7 +66,7 @@ def suffix(audio: bytes, where: str) -> str:
 
 
 def split_patterns(folder: Path, split: str) -> list[str]:
-    """Path patterns of a split's files, as the folder's README.md maps them (``configs: data_files``), if it does."""
+    """Path patterns of a split's files from the folder's README.md (``configs: data_files``); empty if it has none."""
     import yaml
 
     readme = folder / "README.md"
@@ -78,10 +78,10 @@ def split_patterns(folder: Path, split: str) -> list[str]:
 
 
 def parquet_files(folder: Path, split: str) -> list[Path]:
-    """The files of a split: those that the README.md maps it to, or else those with its name in their path.
+    """The files of a split: those that the README.md lists, otherwise those with the split's name in their path.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are no files.
     """
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.parquet"))
     chosen = names
@@ -97,10 +97,10 @@ def parquet_files(folder: Path, split: str) -> list[Path]:
 
 
 def open_parquet(folder: Path, split: str, columns: Sequence[str]) -> list:
-    """The parquet files of a split, opened, in order.
+    """Open the parquet files of a split, in order.
 
     Raises:
-        ValueError: there are none, or a column is missing.
+        ValueError: there are no files, or a column is missing.
     """
     import pyarrow.parquet as pq
 
@@ -126,10 +126,10 @@ def from_parquet(folder: Path, split: str) -> Iterator[Row]:
 
 
 def embedded(audio: dict | None, utt_id: str) -> bytes | None:
-    """The bytes of a cell of the kind ``Audio`` of Hugging Face's datasets; None if the cell is null.
+    """The bytes in a cell of type ``Audio`` (Hugging Face datasets); None if the cell is null.
 
     Raises:
-        ValueError: the cell names a file and does not hold it.
+        ValueError: the cell has the path of a file, but not its bytes.
     """
     if not audio or not (audio.get("bytes") or audio.get("path")):
         return None
@@ -139,10 +139,10 @@ def embedded(audio: dict | None, utt_id: str) -> bytes | None:
 
 
 def from_meta(path: Path) -> Iterator[Row]:
-    """As :func:`from_parquet`, of seed-tts-eval's list.
+    """As :func:`from_parquet`, but from seed-tts-eval's meta.lst.
 
     Raises:
-        ValueError: a line has not its four parts, or a recording is missing.
+        ValueError: a line does not have four fields, or a recording is missing.
     """
     for number, line in numbered_lines(path):
         where = f"{path}, line {number}"
@@ -158,17 +158,17 @@ def from_meta(path: Path) -> Iterator[Row]:
 
 
 def without_quotes(rows: Iterator[Row]) -> Iterator[Row]:
-    """Rows whose texts have no quotes and brackets."""
+    """The rows, with quotes and brackets removed from their texts."""
     for where, row, audio in rows:
         texts = {name: (row[name] or "").translate(QUOTES) for name in ("prompt_text", "target_text")}
         yield where, row | texts, audio
 
 
 def write_set(rows: Iterator[Row], output: Path) -> tuple[int, int]:
-    """Write recordings, then the JSONL; the number of utterances, and of those without a prompt.
+    """Write recordings, then the JSONL. Returns the number of utterances, and how many of them have no prompt.
 
     Raises:
-        ValueError: an id is no file name or comes twice, a text is missing or has no word, or there is no row.
+        ValueError: an id cannot be a file name or occurs twice, a text is missing or has no word, or there is no row.
     """
     folder, lines, ids = output.with_suffix(""), [], {}
     folder.mkdir(parents=True, exist_ok=True)
@@ -192,7 +192,7 @@ def write_set(rows: Iterator[Row], output: Path) -> tuple[int, int]:
 
 
 def voices_from_parquet(folder: Path, split: str, count: int) -> Iterator[tuple[str, str, bytes]]:
-    """``(name, text, encoded recording)`` of ``count`` rows, evenly over all files.
+    """``(name, text, encoded recording)`` of ``count`` rows, evenly spaced over all files.
 
     Raises:
         ValueError: there are fewer rows, or one lacks its text or recording.
@@ -213,7 +213,7 @@ def voices_from_parquet(folder: Path, split: str, count: int) -> Iterator[tuple[
 
 
 def write_voices(rows: Iterator[tuple[str, str, bytes]], output: Path) -> int:
-    """Write recordings, then the JSONL; the number of voices."""
+    """Write recordings, then the JSONL. Returns the number of voices."""
     folder, lines = output.with_suffix(""), []
     for name, text, audio in rows:
         wav = folder / f"{name}{suffix(audio, name)}"

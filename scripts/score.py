@@ -1,9 +1,9 @@
-"""Transcribe and score what infer_dist.py spoke: scores.json, utterances.jsonl, alignment.txt.
+"""Transcribe and score the speech of infer_dist.py; writes scores.json, utterances.jsonl and alignment.txt.
 
-Error rates by the protocols of tts_grpo/evaluation/protocols.py, and the speech-quality metrics that error rates miss
-(tts_grpo/speech/quality.py), each with a 95% interval over utterances. An utterance of the set without audio, or with
-audio that cannot be read or is not as long as the manifest says, is scored as all deletions and counted: it is never
-left out.
+Computes error rates by the protocols of tts_grpo/evaluation/protocols.py, and the speech-quality metrics that error
+rates miss (tts_grpo/speech/quality.py), each with a 95% interval over utterances. An utterance is scored as all
+deletions, and counted as failed, if it has no audio, or if its audio cannot be read or has another length than the
+manifest says. No utterance is left out of a score.
 """
 
 import argparse
@@ -27,9 +27,9 @@ from tts_grpo.text.rules import TextRules, usable_eval_set
 from tts_grpo.text.spoken import LANGUAGES
 from tts_grpo.text.units import characters, pinyin
 
-OPERATIONS = {"equal": "C", "substitute": "S", "delete": "D", "insert": "I"}  # jiwer's names
-CHUNK = 256  # recordings in memory at once
-MAX_DURATION_ERROR_S = 0.05  # a recording that differs more from its manifest is another, or cut short
+OPERATIONS = {"equal": "C", "substitute": "S", "delete": "D", "insert": "I"}  # jiwer's names of the operations
+CHUNK = 256  # recordings held in memory at once
+MAX_DURATION_ERROR_S = 0.05  # with a larger difference from the manifest, it is another recording or truncated
 PACKAGES = ("torch", "funasr", "pypinyin", "jiwer", "rapidfuzz", "zhconv", "zhon", "wetext")
 
 
@@ -52,10 +52,10 @@ def get_args(argv=None):
 
 
 def utterances_of(manifest: Path, eval_set: list[dict], set_dir: Path) -> list[dict]:
-    """A line for each utterance of the set, from the manifest where it is there; ``audio`` is a path or None.
+    """One row per utterance of the set, with its manifest entry if there is one; ``audio`` is a path or None.
 
     Raises:
-        SystemExit: an utterance was synthesised from another text than the set's.
+        SystemExit: an utterance was synthesised from a text that differs from the set's.
     """
     lines = {line["id"]: line for line in read_jsonl(manifest)}
     found = []
@@ -79,7 +79,7 @@ def utterances_of(manifest: Path, eval_set: list[dict], set_dir: Path) -> list[d
 
 
 def read_recording(utterance: dict) -> np.ndarray | None:
-    """An utterance's audio, float32 (T,) at 16 kHz; None, and the reason in ``error``, where none is usable."""
+    """Read an utterance's audio, float32 (T,) at 16 kHz. Without usable audio, returns None and sets ``error``."""
     if utterance["audio"] is None:
         utterance["error"] = utterance["error"] or "no audio"
         return None
@@ -96,7 +96,7 @@ def read_recording(utterance: dict) -> np.ndarray | None:
 
 
 def units_of(text: str, language: str) -> list[str]:
-    """What is counted for the speech rate and compared for repetition: syllables and words of the spoken form."""
+    """The units for speech rate and repetition: syllables and words of the text's spoken form."""
     return pinyin(text, tones=False, language=language)
 
 
@@ -117,7 +117,7 @@ def measure(utterance: dict, speech: np.ndarray | None, language: str, costly: C
 
 
 def score(utterances: list[dict], asr, language: str, costly: CostlyFigures | None, costly_at: set[int]) -> None:
-    """Add ``hypothesis``, ``errors`` and ``quality`` to the utterances; the costly figures at some positions."""
+    """Add ``hypothesis``, ``errors`` and ``quality`` to the utterances; costly metrics only at the given positions."""
     for first in range(0, len(utterances), CHUNK):
         part = utterances[first : first + CHUNK]
         recordings = [read_recording(utterance) for utterance in part]
@@ -133,7 +133,7 @@ def alignment_text(utterances: list[dict], language: str) -> str:
     units, lines = METRICS[language][MAIN_METRIC[language]].units, []
     for utterance in utterances:
         found = align_units(units(utterance["target_text"]), units(utterance["hypothesis"]))
-        places = [  # (reference's unit, hypothesis's unit, operation) of each place
+        places = [  # (reference unit, hypothesis unit, operation) per aligned position
             (*pair, OPERATIONS[part.type])
             for part in found.alignments[0]
             for pair in itertools.zip_longest(
@@ -148,7 +148,7 @@ def alignment_text(utterances: list[dict], language: str) -> str:
 
 
 def describe(utterances: list[dict], language: str) -> dict:
-    """The entry of a seed in scores.json."""
+    """The entry for one seed in scores.json."""
     num_characters = sum(len(characters(u["target_text"])) for u in utterances)
     return {
         **rates(utterances, language),
@@ -161,7 +161,7 @@ def describe(utterances: list[dict], language: str) -> dict:
 
 
 def system_scores(by_seed: dict[str, list[dict]], args, costly: CostlyFigures | None) -> dict:
-    """The contents of scores.json but for the recogniser."""
+    """The contents of scores.json, except for the ASR model."""
     pooled = [utterance for utterances in by_seed.values() for utterance in utterances]
     figures = quality(pooled)
     for name, figure in figures.items():
@@ -180,7 +180,7 @@ def system_scores(by_seed: dict[str, list[dict]], args, costly: CostlyFigures | 
 
 
 def table(scores: dict) -> str:
-    """Error rates and figures with their intervals, for people."""
+    """Format error rates and quality metrics with their intervals as a readable table."""
     lines = []
     for name, metric in scores["metrics"].items():
         entry = scores["pooled"][name]
@@ -196,10 +196,10 @@ def table(scores: dict) -> str:
 
 
 def references(path: Path | None) -> list[Path]:
-    """Recordings of the voice: a file, or the audio files of a folder.
+    """Reference recordings of the voice: one file, or the audio files in a folder.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no recording.
     """
     if path is None or path.is_file():
         return [path] if path else []
@@ -210,10 +210,12 @@ def references(path: Path | None) -> list[Path]:
 
 
 def manifests_of(output_dir: Path, seeds: list[int] | None) -> list[Path]:
-    """The manifests of some seeds, or of all; the scores of other seeds are removed, as readers pool all there are.
+    """The manifests of the given seeds, or of all seeds.
+
+    Scores of other seeds are removed, because programs that read the folder pool the scores of all seeds in it.
 
     Raises:
-        SystemExit: one is missing.
+        SystemExit: a manifest is missing.
     """
     paths = {int(path.parent.name[5:]): path for path in output_dir.glob("seed_*/manifest.jsonl")}
     seeds = sorted(paths if seeds is None else set(seeds))
@@ -229,7 +231,7 @@ def manifests_of(output_dir: Path, seeds: list[int] | None) -> list[Path]:
 
 def main(argv=None):
     args = get_args(argv)
-    logging.disable(logging.INFO)  # funasr's
+    logging.disable(logging.INFO)  # silences funasr's log messages
     manifests = manifests_of(args.output_dir, args.seeds)
     try:
         eval_set = usable_eval_set(args.eval_set, TextRules(args.language, args.text_tags))

@@ -1,15 +1,15 @@
-"""What run.sh knows of its settings: are the values allowed, a table, JSON, and what a stage's result was made from.
+"""Validate run.sh's settings, print them as a table or JSON, and compute the state that a stage's result depends on.
 
-The state of a stage is a line of JSON: ``settings`` that its result depends on, ``read`` with the SHA-256 of the files
-and folders that it reads, ``code``, and ``made_from``, what run.sh adds. A result is up to date while the state beside
-it is the present one.
+The state of a stage is one line of JSON: ``settings`` that its result depends on, ``read`` with the SHA-256 of the
+files and folders that it reads, ``code``, and ``made_from``, which run.sh adds. A result is up to date if the state
+stored beside it equals the current state.
 
-``code`` has a SHA-256 for each program that makes the result, for each module of tts_grpo that it imports, directly or
-not, for the pinned packages, and for the commands that run.sh and conf/ put together. Comments, docstrings and blank
-lines do not count, so that only what can change a result does.
+``code`` has a SHA-256 for each program that makes the result, for each module of tts_grpo that it imports directly or
+indirectly, for the pinned packages, and for the command lines that run.sh and conf/ build. Comments, docstrings and
+blank lines are excluded, so that only changes that can affect a result count.
 
-Reads the settings from stdin as run.sh's ``send_settings`` writes them: six fields each, every field ended by a NUL
-byte. Needs nothing but Python, as there may be no environment yet.
+Settings are read from stdin as run.sh's ``send_settings`` writes them: six fields per setting, each terminated by a NUL
+byte. This program needs only the standard library, because the environments may not exist yet.
 """
 
 import argparse
@@ -29,14 +29,14 @@ INT = re.compile(r"-?(0|[1-9][0-9]*)")
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 BOUND = re.compile(r"(>=|<=|>)(-?[0-9.]+)")
 DEVICES = re.compile(r"(cpu|cuda(:[0-9]+)?)( +(cpu|cuda(:[0-9]+)?))*")
-WIDTH = 120  # of the table
+WIDTH = 120  # width of the table, in characters
 HAVE_DOCSTRINGS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 ROOT = Path(__file__).resolve().parent.parent
-CODE = {  # that makes the result of a stage; "4" is the speech of the evaluation and "4s" its scores
+CODE = {  # programs that make each stage's result; "4" is the evaluation's speech and "4s" its scores
     "0": ("prepare_data.py", "scripts/prepare_llm.py"),
     "2": ("reward_tts.py", "token2wav_asr_server.py", "requirements-cosyvoice.txt", "requirements-verl.txt",
           "requirements-verl-gpu.txt",
-          # veRL imports these by their names
+          # veRL imports these modules by name
           "tts_grpo/training/trainer.py", "tts_grpo/training/engine.py", "tts_grpo/training/verl_vllm.py",
           "tts_grpo/training/verl_cpu/platform.py", "tts_grpo/training/verl_cpu/rollout.py"),
     "3": ("scripts/merge.py", "scripts/convert_llm.py"),
@@ -44,11 +44,11 @@ CODE = {  # that makes the result of a stage; "4" is the speech of the evaluatio
     "4s": ("scripts/compute_wer.sh", "scripts/score.py", "scripts/summarise.py", "scripts/report.py",
            "tts_grpo/evaluation/report/page.html"),
 }  # fmt: skip
-COMMANDS = "command line from run.sh and conf"  # its name among the code
+COMMANDS = "command line from run.sh and conf"  # key of the command lines in ``code``
 
 
 class Setting(NamedTuple):
-    """A line of conf/settings.sh with its value; ``origin``: environment, recipe, profile, command line or default."""
+    """A setting declared in conf/settings.sh; ``origin`` is environment, recipe, profile, command line or default."""
 
     name: str
     stages: str
@@ -77,7 +77,7 @@ def get_args(argv=None):
 
 
 def read_settings(data: bytes) -> list[Setting]:
-    """The settings that ``send_settings`` wrote."""
+    """Parse the settings that ``send_settings`` wrote."""
     fields = [os.fsdecode(field) for field in data.split(b"\0")[:-1]]
     size = len(Setting._fields)
     return [Setting(*fields[first : first + size]) for first in range(0, len(fields), size)]
@@ -89,7 +89,7 @@ def within(value: float, bounds: list[tuple[str, str]]) -> bool:
 
 
 def expectation(kind: str) -> str:
-    """The values of a kind, in words."""
+    """Describe the values that a kind allows, for error messages."""
     kind = kind.rstrip("?")
     bounds = " and".join(f" {sign} {bound}" for sign, bound in BOUND.findall(kind))
     if "|" in kind:
@@ -110,7 +110,7 @@ def expectation(kind: str) -> str:
 
 
 def allowed(kind: str, value: str) -> bool:
-    """Whether a setting of this kind may have the value."""
+    """Whether the value is allowed for a setting of this kind."""
     if not value:
         return kind.endswith("?")
     kind = kind.rstrip("?")
@@ -125,13 +125,13 @@ def allowed(kind: str, value: str) -> bool:
     if kind == "devices":
         return bool(DEVICES.fullmatch(value))
     if kind == "folder" and ("[" in value or "]" in value):
-        return False  # veRL's reader of data (datasets.load_dataset) takes them for a pattern
-    # veRL would take ${ for a reference to another of its settings
+        return False  # veRL's data loader (datasets.load_dataset) would read the path as a glob pattern
+    # veRL (OmegaConf) would interpret ${ as a reference to another setting
     return kind == "text" or "${" not in value
 
 
 def faults(settings: list[Setting]) -> list[str]:
-    """A line for each value that is not allowed."""
+    """One error message per value that is not allowed."""
     return [
         f"{s.name}={s.value}: it is {expectation(s.kind)} ({s.meaning})"
         for s in settings
@@ -140,7 +140,7 @@ def faults(settings: list[Setting]) -> list[str]:
 
 
 def table(settings: list[Setting]) -> str:
-    """A line for each setting: name, value, origin, meaning; long values push the rest to a line of its own."""
+    """Format one line per setting: name, value, origin, meaning. After a long value, the rest goes on a new line."""
     columns, width = "{:<24}{:<24}{:<14}", 24
     indent = " " * len(columns.format("", "", ""))
     lines = [columns.format("setting", "value", "from") + "meaning"]
@@ -154,14 +154,14 @@ def table(settings: list[Setting]) -> str:
 
 
 def normalised(kind: str, value: str) -> str:
-    """The same text for the same value: 1e-6 and 0.000001 are one."""
+    """Normalise a value, so that equal numbers have equal text (1e-6 and 0.000001)."""
     if kind.startswith("number"):
         return repr(float(value))
     return " ".join(value.split()) if kind in ("ints", "devices") else value
 
 
 def code_of(text: str, suffix: str) -> str:
-    """A program's text without comments, docstrings and blank lines; in a shell script, comments on their own lines."""
+    """A program's text without comments, docstrings and blank lines. Shell scripts lose whole-line comments only."""
     lines = text.splitlines()
     if suffix == ".py":
         for token in tokenize.generate_tokens(io.StringIO(text).readline):
@@ -178,7 +178,7 @@ def code_of(text: str, suffix: str) -> str:
 
 
 def imported(text: str) -> list[str]:
-    """Files of the modules of tts_grpo that a Python program imports anywhere in it, relative to the root."""
+    """Paths, relative to the root, of the tts_grpo modules that a Python program imports anywhere in its text."""
     names = set()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
@@ -191,7 +191,7 @@ def imported(text: str) -> list[str]:
 
 
 class Digests:
-    """SHA-256 of files and folders by content; a file is read again if its size or its times have changed."""
+    """Cached SHA-256 of files and folders; a file is hashed again if its size or timestamps have changed."""
 
     def __init__(self, cache: Path):
         self.cache = cache
@@ -202,7 +202,7 @@ class Digests:
         self.saved = dict(self.known)
 
     def of(self, path: Path) -> str:
-        """Of a file, or of a folder's files with their names, hidden ones left out; "missing" where there is none."""
+        """Digest of a file, or of a folder's non-hidden files and their names; "missing" if the path does not exist."""
         if path.is_file():
             return self._of_file(path)
         if not path.is_dir():
@@ -217,7 +217,7 @@ class Digests:
         return total.hexdigest()
 
     def of_code(self, programs: list[str]) -> dict[str, str]:
-        """By path relative to the root: programs and what they import, each as :func:`code_of` has it."""
+        """Digests (of :func:`code_of`) of programs and the modules they import, by path relative to the root."""
         found, todo = {}, list(programs)
         while todo:
             name = todo.pop()
@@ -227,7 +227,7 @@ class Digests:
         return dict(sorted(found.items()))
 
     def _of_program(self, path: Path) -> list:
-        """Digest, and the paths of what it imports."""
+        """A program's digest, and the paths of the modules that it imports."""
         key = f"code {self._key(path)}"
         if key not in self.known:
             text = path.read_text(encoding="utf-8")
@@ -259,7 +259,7 @@ class Digests:
 
 
 def state(args, settings: list[Setting], digests: Digests) -> dict:
-    """What the result of some stages is made from."""
+    """The state that the results of some stages depend on."""
     stages, read = args.stages, pairs(args.read)
     used = [s for s in settings if set(stages) & set(s.stages.split())]
     inputs = {s.name: s.value for s in used if s.kind.startswith("input") and s.value} | read
@@ -272,7 +272,7 @@ def state(args, settings: list[Setting], digests: Digests) -> dict:
 
 
 def read_state(path: Path) -> dict:
-    """The state in the first line of a file; without one, an empty state."""
+    """Read the state from the first line of a file; the state is empty if the file does not exist."""
     try:
         return json.loads(path.read_text(encoding="utf-8").split("\n")[0])
     except (OSError, ValueError):
@@ -280,7 +280,7 @@ def read_state(path: Path) -> dict:
 
 
 def differences(old: dict, new: dict, ignore: list[str]) -> list[str]:
-    """In words: each name whose value or content differs."""
+    """Describe the differences: one entry per name whose value or content differs."""
     if not old:
         return ["nothing is noted of what it was made from"]
     found = []
@@ -294,12 +294,12 @@ def differences(old: dict, new: dict, ignore: list[str]) -> list[str]:
 
 
 def pairs(texts: list[str]) -> dict[str, str]:
-    """``{"name": "text"}`` of ``name=text``."""
+    """Parse ``name=text`` arguments to ``{"name": "text"}``."""
     return dict(text.split("=", 1) for text in texts)
 
 
 def as_text(args, settings: list[Setting]) -> str:
-    """The output of an action but "validate"."""
+    """The output of each action other than "validate"."""
     if args.action == "table":
         return table(settings)
     if args.action == "json":

@@ -1,7 +1,7 @@
 """Compare the scores of the SFT and the GRPO model: a table, and summary.json.
 
 Each difference has a 95% interval by paired bootstrap over utterances (tts_grpo/evaluation/bootstrap.py) and a verdict
-in words.
+such as "not significant (95%)".
 """
 
 import argparse
@@ -29,9 +29,9 @@ def get_args(argv=None):
 
 
 def stage_seconds(exp_dir: Path) -> dict[str, int]:
-    """Seconds that the present result of each stage took: the sum over its runs, interrupted ones included.
+    """Seconds that the current result of each stage took: the sum over its runs, including interrupted ones.
 
-    Runs that made another result (from other settings, say) do not count, nor do those before a run with ``force=1``.
+    Runs that made another result (for example from other settings) and runs before one with ``force=1`` are excluded.
     """
     seconds, present = {}, {}
     path = exp_dir / "stage_seconds.jsonl"
@@ -42,7 +42,7 @@ def stage_seconds(exp_dir: Path) -> dict[str, int]:
 
 
 def costs(exp_dir: Path) -> dict:
-    """Time of the stages and most memory so far."""
+    """Seconds per stage and peak memory so far."""
     peak = exp_dir / "peak_memory_gib"
     return {
         "stage_seconds": stage_seconds(exp_dir), "peak_rss_gib": float(peak.read_text()) if peak.exists() else None
@@ -50,7 +50,7 @@ def costs(exp_dir: Path) -> dict:
 
 
 def git_commit(root: Path) -> str | None:
-    """The commit of the recipe, "-dirty" if files differ; None outside of a checkout."""
+    """The commit of the recipe, "-dirty" if tracked files differ; None outside a git checkout."""
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -79,7 +79,7 @@ def summarise(exp_dir: Path, settings: dict) -> dict:
 
 
 def rate_lines(summary: dict) -> list[str]:
-    """Error rates before and after, with what is gone and the verdict."""
+    """Format error rates before and after training, with the relative reduction and the verdict."""
     lines = [f"{'':36} {'SFT':>8} {'GRPO':>8}   relative drop (95% interval)"]
     for metric, about in summary["metrics"].items():
         before, after = (summary[m]["pooled"][metric]["rate"] for m in MODELS)
@@ -91,7 +91,7 @@ def rate_lines(summary: dict) -> list[str]:
 
 
 def table(summary: dict) -> str:
-    """What changed, for people."""
+    """Format the summary as a readable table."""
     lines = rate_lines(summary)
     lines.append(f"{'':36} {'SFT':>8} {'GRPO':>8}   difference (95% interval)")
     for name, change in summary["quality_change"].items():

@@ -1,16 +1,17 @@
-"""Run veRL with its output in a log file and one line per step on the terminal.
+"""Run veRL, write its output to a log file, and print one line per step on the terminal.
 
     python scripts/train.py --log-file LOG --total-steps N --failure-file FILE [--server-url URL
         --tensorboard-dir DIR --validation-dir DIR] -- COMMAND...
 
-Exits with the command's status; on failure the last lines of the log are shown. SIGINT and SIGTERM are passed on.
+Exits with the command's status; on failure, prints the last lines of the log. SIGINT and SIGTERM are forwarded.
 
 When the reward reports a failure in --failure-file, the command is stopped. After any other failed rollout, the trainer
-ends by itself with an error (tts_grpo/training/trainer.py). The output is copied to the log byte by byte; its lines are
-read for the display only, so that another wording changes what is shown and nothing else.
+itself stops with an error (tts_grpo/training/trainer.py). The output is copied to the log unchanged. Its lines are
+parsed for the display only, so if veRL changes its wording, only the display changes.
 
-With --tensorboard-dir, a few utterances of each validation go there as audio (validation_audio.py), as soon as veRL's
-dump appears in --validation-dir. That is a process of its own, whose failure is printed and does not stop the training.
+With --tensorboard-dir, a separate process writes a few utterances of each validation there as audio
+(validation_audio.py), as soon as veRL's dump appears in --validation-dir. If that process fails, the failure is printed
+and the training continues.
 """
 
 import argparse
@@ -27,18 +28,18 @@ from pathlib import Path
 from tts_grpo.training.verl_log import parse_step
 
 TAIL_LINES = 40
-POLL_S = 0.5  # between two looks at the failure file and the validation dumps
+POLL_S = 0.5  # polling interval for the failure file and the validation dumps
 STOP_TIMEOUT_S = 30.0
-AUDIO_TIMEOUT_S = 120.0  # after the training's end
-MAX_LINE_BYTES = 1 << 16  # longer lines are shown in parts; a step's metrics take 10 kB
-UNPRINTABLE = re.compile(r"[^\t\x1b\x20-\x7e\xa0-\U0010ffff]")  # escape sequences colour Ray's lines
-SHOWN = {  # veRL's name -> ours, format
+AUDIO_TIMEOUT_S = 120.0  # longest wait for audio processes after the training has ended
+MAX_LINE_BYTES = 1 << 16  # longer lines are split for the display; a step's metrics take 10 kB
+UNPRINTABLE = re.compile(r"[^\t\x1b\x20-\x7e\xa0-\U0010ffff]")  # Ray colours its lines with escape sequences
+SHOWN = {  # veRL's metric name -> our name and format
     "critic/score/mean": "reward {:.3f}",
     "response_length/mean": "{:.0f} tokens",
     "response_length/clip_ratio": "{:.1%} cut",
     "actor/entropy_loss": "entropy {:.2f}",
     "timing_s/step": "{:.1f} s",
-    "timing_s/generation": "(rollouts {:.1f}",  # this one and the next: tts_grpo/training/trainer.py
+    "timing_s/generation": "(rollouts {:.1f}",  # this and the next are logged by tts_grpo/training/trainer.py
     "timing_s/reward_wait": "then waiting for rewards {:.1f}",
     "timing_s/update_actor": "update {:.1f})",
 }
@@ -69,7 +70,7 @@ def get_args(argv=None):
 
 
 def summary(line: str, total_steps: int) -> list[str]:
-    """The lines to show for a line of veRL's console log: none, or one for training and one for validation."""
+    """Summarise a line of veRL's console log for display: no lines, or one for training and one for validation."""
     parsed = parse_step(line)
     if not parsed:
         return []
@@ -86,13 +87,13 @@ def summary(line: str, total_steps: int) -> list[str]:
 
 
 class Lines:
-    """Cuts a stream of bytes into lines for the display, which end with a newline or a carriage return."""
+    """Splits a byte stream into lines for the display. A newline or a carriage return ends a line."""
 
     def __init__(self):
         self.rest = b""
 
     def add(self, chunk: bytes) -> Iterator[str]:
-        """The lines that have ended, as text; what is no UTF-8 or not printable is replaced."""
+        """Add bytes and return the complete lines as text. Invalid UTF-8 and unprintable characters are replaced."""
         *lines, self.rest = re.split(rb"[\r\n]", self.rest + chunk)
         if len(self.rest) > MAX_LINE_BYTES:
             lines, self.rest = [*lines, self.rest], b""
@@ -100,12 +101,12 @@ class Lines:
             yield UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", line.decode(errors="replace"))
 
     def finish(self) -> Iterator[str]:
-        """The last line, if the stream ended in the middle of it."""
+        """Return the last line if the stream ended without a line end."""
         yield from self.add(b"\n")
 
 
 class Training:
-    """The command as a process that can be stopped with a reason."""
+    """The training command, as a process that can be stopped with a reason."""
 
     def __init__(self, command: list[str], failure_file: Path):
         failure_file.unlink(missing_ok=True)
@@ -126,12 +127,12 @@ class Training:
             self.stop(self.failure_file.read_text(encoding="utf-8", errors="replace").strip())
 
     def output(self) -> Iterator[bytes]:
-        """What the process prints, as soon as it does."""
+        """Yield the process's output as soon as it is printed."""
         while chunk := self.process.stdout.read1(MAX_LINE_BYTES):
             yield chunk
 
     def stop(self, reason: str) -> None:
-        """End the process; the first reason is kept."""
+        """Stop the process. Only the first reason is kept."""
         with self.lock:
             if self.failure is not None:
                 return
@@ -144,7 +145,7 @@ class Training:
 
 
 class ValidationAudio:
-    """Starts a process per validation dump that writes audio for TensorBoard; its failure is printed only."""
+    """Starts one process per validation dump to write audio for TensorBoard. A failure of it is only printed."""
 
     def __init__(self, server_url: str, tensorboard_dir: Path, validation_dir: Path):
         script = str(Path(__file__).with_name("validation_audio.py"))
@@ -153,11 +154,11 @@ class ValidationAudio:
         self.seen = self._dumps()
 
     def _dumps(self) -> dict[Path, int]:
-        """Dumps and when they were written: a training that goes on repeats the validation of its checkpoint."""
+        """Dumps with their modification times, because a resumed training repeats the validation of its checkpoint."""
         return {path: path.stat().st_mtime_ns for path in self.validation_dir.glob("*.jsonl")}
 
     def watch(self) -> None:
-        """Look for new dumps for as long as this process lives, in a thread."""
+        """Poll for new dumps in a thread, until this process ends."""
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
@@ -166,7 +167,7 @@ class ValidationAudio:
             time.sleep(POLL_S)
 
     def look(self) -> None:
-        """Start a process for each dump that is new."""
+        """Start a process for each new dump."""
         with self.lock:
             dumps = self._dumps()
             new = sorted(dumps.items() - self.seen.items(), key=lambda dump: dump[1])
@@ -186,7 +187,7 @@ class ValidationAudio:
             self.running.append((dump, process))
 
     def finish(self, timeout_s: float) -> None:
-        """Wait for those that still run, and end what takes too long."""
+        """Wait for running processes, and stop those that exceed the time limit."""
         self.look()
         end = time.monotonic() + timeout_s
         for dump, process in self.running:
@@ -206,7 +207,7 @@ class ValidationAudio:
 
 
 def show(training: Training, log, total_steps: int) -> list[str]:
-    """Copy the output to the log and show the steps, until it ends; the last lines."""
+    """Copy the output to the log and display the steps until the output ends. Returns the last lines."""
     tail, lines, start = collections.deque(maxlen=TAIL_LINES), Lines(), time.monotonic()
 
     def show_lines(texts):
@@ -236,10 +237,10 @@ def main(argv=None):
         try:
             tail = show(training, log, args.total_steps)
         except BaseException as error:
-            training.stop(f"{type(error).__name__}: {error}")  # nobody would watch it any more
+            training.stop(f"{type(error).__name__}: {error}")  # otherwise the training would run unsupervised
             raise
     status = training.process.wait()
-    training.check_failure()  # it may have ended before anyone looked
+    training.check_failure()  # the command may have ended before the failure file was polled
     if audio:
         audio.finish(AUDIO_TIMEOUT_S if status == 0 else 0.0)
     if status == 0 and training.failure is None:
@@ -251,5 +252,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: whatever the locale, printing never fails
+    sys.stdout.reconfigure(errors="backslashreplace")  # printing must not fail in any locale
     sys.exit(main())

@@ -3,7 +3,7 @@
 # and float32, because bfloat16 is not faster there.
 configure_cpu_training() {
   profile_env=(
-    VERL_USE_EXTERNAL_MODULES="tts_grpo.training.verl_cpu.platform,tts_grpo.training.trainer" # the platform first
+    VERL_USE_EXTERNAL_MODULES="tts_grpo.training.verl_cpu.platform,tts_grpo.training.trainer" # the platform must be loaded first
     VERL_PLATFORM=cpu
     RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0
     HF_HUB_OFFLINE=1
@@ -26,8 +26,8 @@ configure_cpu_training() {
     actor_rollout_ref.rollout.agent.num_workers=1
     reward.num_workers=1
     transfer_queue.backend.SimpleStorage.num_data_storage_units=1
-    ray_kwargs.ray_init.num_cpus=16           # slots for veRL's actors, which mostly wait
-    +ray_kwargs.ray_init.num_gpus="$num_gpus" # GPUs in name only: each worker asks for one
+    ray_kwargs.ray_init.num_cpus=16           # slots for veRL's actors, which are mostly idle
+    +ray_kwargs.ray_init.num_gpus="$num_gpus" # logical GPUs only: each worker requests one
     +ray_kwargs.ray_init.include_dashboard=False
   )
 }
