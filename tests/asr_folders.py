@@ -1,4 +1,4 @@
-"""Makes model folders of recognisers in the real file formats, with small random networks."""
+"""Makes ASR model folders in the real file formats, with small random networks."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Fixtures: the tiny stack of the repository, loaded once."""
+"""Shared fixtures, such as the models of the tiny stack, which are loaded once."""
 
 import os
 import signal
@@ -14,16 +14,16 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-TRAINER_SCRIPTS = {"merge", "prepare_llm", "train", "validation_audio"}  # of scripts/: run.sh calls them in the trainer
-hypothesis.settings.register_profile("any_speed", deadline=None)  # no test depends on the machine's speed
+TRAINER_SCRIPTS = {"merge", "prepare_llm", "train", "validation_audio"}  # scripts that run in the trainer environment
+hypothesis.settings.register_profile("any_speed", deadline=None)  # no deadline: tests must not depend on speed
 hypothesis.settings.load_profile("any_speed")
-os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels on a CPU; Triton asks when it is imported
+os.environ.setdefault("TRITON_INTERPRET", "1")  # runs kernels on a CPU; Triton reads it at import
 
-LONGEST = ("test_full_profile", "test_training", "test_tiny_training", "test_inference")  # in this order, first
+LONGEST = ("test_full_profile", "test_training", "test_tiny_training", "test_inference")  # run first, in this order
 
 
 def pytest_collection_modifyitems(items: list) -> None:
-    """The longest files first, so that two workers end at about the same time."""
+    """Run the longest files first, so that two workers finish at about the same time."""
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
@@ -62,7 +62,7 @@ def lm(assets):
 
 @pytest.fixture(scope="session")
 def sft_checkpoint(tmp_path_factory) -> Path:
-    """A checkpoint of the SFT model as it was published, with a small network of random weights."""
+    """A checkpoint in the published format of the SFT model, with a small network of random weights."""
     from tools import random_llm
 
     folder = tmp_path_factory.mktemp("llasa") / "checkpoint-885000"
@@ -79,7 +79,7 @@ def test_rows(assets) -> list[dict]:
 
 @pytest.fixture(scope="session")
 def trainer_python() -> str:
-    """Python of the trainer environment, which tests/run.sh makes."""
+    """The trainer environment's Python; tests/run.sh makes this environment."""
     python = Path(os.environ.get("TRAINER_PYTHON", ROOT / ".venv" / "trainer" / "bin" / "python"))
     assert python.exists(), f"{python} is missing: bash tests/run.sh makes it"
     return str(python)
@@ -87,7 +87,7 @@ def trainer_python() -> str:
 
 @pytest.fixture(scope="session")
 def venv_root(trainer_python, tmp_path_factory) -> Path:
-    """A folder as run.sh expects it: the environments speech (this one) and trainer."""
+    """A folder with the environments speech (this one) and trainer, as run.sh expects them."""
     folder = tmp_path_factory.mktemp("venv")
     for name, python in (("speech", sys.executable), ("trainer", trainer_python)):
         (folder / name).symlink_to(Path(python).parent.parent)
@@ -95,7 +95,7 @@ def venv_root(trainer_python, tmp_path_factory) -> Path:
 
 
 def git_commit(folder: Path) -> str:
-    """Make a folder a git repository, or add to it, whatever is in it; the commit."""
+    """Commit all files of a folder, making it a git repository if it is none. Returns the commit."""
     git = ["git", "-C", str(folder), "-c", "user.name=x", "-c", "user.email=x@y"]
     for command in (["init", "-q"], ["add", "-A"], ["commit", "-q", "--allow-empty", "-m", "state"]):
         subprocess.run([*git, *command], check=True)
@@ -103,7 +103,7 @@ def git_commit(folder: Path) -> str:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on."""
+    """Ports on which no process listens."""
     sockets = [socket.socket() for _ in range(count)]
     try:
         for sock in sockets:
@@ -115,7 +115,7 @@ def free_ports(count: int) -> list[int]:
 
 
 class RewardServer:
-    """A real reward server of the tiny stack, as a process on ports of its own."""
+    """A real reward server with the tiny stack's models, as a process on its own ports."""
 
     def __init__(self, assets: Path, log: Path, *flags: str, max_deaths: int | None = None):
         self.http, grpc, metrics = free_ports(3)
@@ -146,7 +146,7 @@ class RewardServer:
         raise AssertionError(f"not ready: {self.log.read_text()[-3000:]}")
 
     def stop(self, number: int = signal.SIGTERM) -> int:
-        """End it; its exit status."""
+        """Stop the server. Returns its exit status."""
         if self.process.poll() is None:
             self.process.send_signal(number)
         return self.process.wait(timeout=60)

@@ -1,4 +1,4 @@
-"""A stand-in of ModelScope and Hugging Face on loopback: serves a folder's files as either hub would."""
+"""A fake of ModelScope and Hugging Face on the loopback interface: serves a folder's files through both hubs' APIs."""
 
 import hashlib
 import http.server
@@ -14,11 +14,11 @@ class Hub:
     """The server.
 
     Attributes:
-        folder: its repositories, as folder/owner/name/files.
-        cut: how often a file's body is cut off in the middle, by file name.
-        corrupt: names of files whose bytes arrive changed.
-        gated: repositories that are refused.
-        requests: the paths that were asked for.
+        folder: folder of the repositories, as folder/owner/name/files.
+        cut: how often the response of a file is cut off in the middle, by file name.
+        corrupt: names of files that are served with changed bytes.
+        gated: repositories to which access is denied.
+        requests: the requested paths.
     """
 
     def __init__(self, folder: Path):

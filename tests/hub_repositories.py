@@ -1,7 +1,7 @@
-"""The repositories that the full profile downloads, as their publishers laid them out, with small random weights.
+"""Makes the repositories that the full profile downloads, in their published layouts, with small random weights.
 
-Names, formats, data types and configs are the originals'; sizes and weights are ours. Where each fact was read stands
-beside it. tests/hub.py serves the folders as ModelScope and Hugging Face would.
+Names, formats, data types and configs are the originals', but sizes and weights are not. The source of each fact is
+given beside it. tests/hub.py serves the folders as ModelScope and Hugging Face do.
 """
 
 import io
@@ -36,7 +36,7 @@ LLASA, CHECKPOINT = "yuekai/llasa_cosyvoice2_token_qwen_0.5b", "checkpoint-88500
 NOT_OPENED = b"not opened by this recipe"
 VOXBOX, CV3_EVAL, SEED_TTS = "SparkAudio/voxbox", "yuekai/CV3-Eval", "yuekai/seed_tts_cosy2"
 
-# Renders as the template of Qwen2-Instruct does: a system prompt comes first, whether or not the messages have one.
+# Renders as Qwen2-Instruct's template does: with a system prompt first, even if the messages have none.
 QWEN2_CHAT_TEMPLATE = (
     "{%- if messages[0]['role'] != 'system' %}"
     "{{- '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{%- endif %}"
@@ -47,7 +47,7 @@ QWEN2_CHAT_TEMPLATE = (
 
 
 def make_all(root: Path, assets: Path, checkpoint: Path, trainer_python: str) -> None:
-    """All of them, under ``root/OWNER/NAME``; ``checkpoint`` is one of the SFT model (tools/random_llm.py)."""
+    """Make all repositories as ``root/OWNER/NAME``; ``checkpoint`` is one of the SFT model (tools/random_llm.py)."""
     make_cosyvoice2(root, "modelscope")
     make_sensevoice(root / SENSEVOICE, assets / "asr_reward")
     make_paraformer(root / SEACO_PARAFORMER, seaco=True)
@@ -57,7 +57,7 @@ def make_all(root: Path, assets: Path, checkpoint: Path, trainer_python: str) ->
 
 
 def make_llasa(folder: Path, checkpoint: Path) -> None:
-    """The SFT language model's repository: checkpoints of Hugging Face's Trainer with DeepSpeed, logs and samples.
+    """Make the SFT model's repository: checkpoints of Hugging Face's Trainer with DeepSpeed, logs and samples.
 
     icefall's README names checkpoint-800000 and mair-hub's recipe trains checkpoint-885000.
     """
@@ -73,10 +73,10 @@ def make_llasa(folder: Path, checkpoint: Path) -> None:
 
 
 def make_cosyvoice2(root: Path, hub: str) -> Path:
-    """CosyVoice2-0.5B as ``hub`` has it; the folder.
+    """Make CosyVoice2-0.5B with the files that ``hub`` has. Returns the folder.
 
-    Files: FunAudioLLM/CosyVoice2-0.5B at revision eec1ae6, and ModelScope's listing of 2025-06, which has no
-    config.json and the three exports of the flow more.
+    Source of the file lists: FunAudioLLM/CosyVoice2-0.5B at revision eec1ae6, and ModelScope's listing of 2025-06,
+    which lacks config.json and has three more exports of the flow.
     """
     folder = make_cosyvoice2_folder(root / COSYVOICE2[hub])
     (folder / "README.md").write_text("# CosyVoice2\n")
@@ -97,13 +97,13 @@ def make_cosyvoice2(root: Path, hub: str) -> Path:
 
 
 def make_blank_en(folder: Path) -> None:
-    """CosyVoice-BlankEN: Qwen2-0.5B-Instruct's files, without a tokenizer.json, in bfloat16, with Qwen's template."""
+    """Make CosyVoice-BlankEN: Qwen2-0.5B-Instruct's files and template, in bfloat16, without a tokenizer.json."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     names, merges = vocabulary(read_ranks(None))
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     pad, end = len(names), len(names) + 2
-    rows = 151_936  # for 151,646 tokens
+    rows = 151_936  # the tokenizer has 151,646 tokens
     torch.manual_seed(0)
     sizes = {"hidden_size": SMALL["llm_size"], "intermediate_size": 64, "num_hidden_layers": 2,
              "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": rows}  # fmt: skip
@@ -137,7 +137,7 @@ def make_blank_en(folder: Path) -> None:
 
 
 def make_official_llm(folder: Path) -> None:
-    """llm.pt: the state of CosyVoice's own module in float32, with BlankEN's head tied to its embedding."""
+    """Make llm.pt: the state of CosyVoice's own module in float32, with BlankEN's head tied to its embedding."""
     from cosyvoice.llm.llm import Qwen2Encoder, Qwen2LM
 
     size = SMALL["llm_size"]
@@ -148,14 +148,15 @@ def make_official_llm(folder: Path) -> None:
 
 
 def draw_biases(model: torch.nn.Module) -> None:
-    """Random biases, as trained models have: then no direction of the hidden states is nearly constant."""
+    """Set random biases, as in trained models, so that no direction of the hidden states is nearly constant."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1 and "norm" not in name:
                 parameter.normal_()
 
 
-# As CosyVoice's examples/grpo/cosyvoice2/pretrained_to_huggingface.py (ace7c47) writes yuekai/cosyvoice2_llm
+# Special tokens of yuekai/cosyvoice2_llm, which CosyVoice's examples/grpo/cosyvoice2/pretrained_to_huggingface.py
+# (ace7c47) writes.
 UPSTREAM_SPECIAL_TOKENS = {
     "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>",
     "additional_special_tokens": [
@@ -172,9 +173,9 @@ UPSTREAM_TEMPLATE = (
 
 
 def make_cosyvoice2_llm(folder: Path, cosyvoice_dir: Path) -> Path:
-    """yuekai/cosyvoice2_llm: the official model of a CosyVoice2 folder as CosyVoice's own recipe converts it.
+    """Make yuekai/cosyvoice2_llm: a CosyVoice2 folder's official model as CosyVoice's own recipe converts it.
 
-    It is in bfloat16, with -inf in the bias and zeros in the head for text ids.
+    It is in bfloat16. For text ids, the bias is -inf and the head's rows are zeros.
     """
     from transformers import AutoTokenizer, Qwen2ForCausalLM
 
@@ -183,7 +184,7 @@ def make_cosyvoice2_llm(folder: Path, cosyvoice_dir: Path) -> Path:
     tokenizer.add_special_tokens(UPSTREAM_SPECIAL_TOKENS)
     first, state = len(tokenizer), torch.load(cosyvoice_dir / "llm.pt")
     ends = [f"<|eos{i}|>" for i in (1, 2, 3)]
-    tokenizer.add_tokens([*(f"<|s_{i}|>" for i in range(6561)), *ends, "<|sos|>", "<|task_id|>"])  # none is special
+    tokenizer.add_tokens([*(f"<|s_{i}|>" for i in range(6561)), *ends, "<|sos|>", "<|task_id|>"])  # not special
     model.model.load_state_dict({k[16:]: v for k, v in state.items() if k.startswith("llm.model.model.")})
     model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=128)
     embedding, said = model.model.embed_tokens.weight, slice(first, first + NUM_OUTPUTS)
@@ -207,7 +208,7 @@ def make_cosyvoice2_llm(folder: Path, cosyvoice_dir: Path) -> Path:
 
 
 def make_sensevoice(folder: Path, trained: Path) -> Path:
-    """iic/SenseVoiceSmall with the sizes and weights of one of the tiny stack's recognisers."""
+    """Make iic/SenseVoiceSmall with the sizes and weights of one of the tiny stack's ASR models."""
     folder.mkdir(parents=True)
     for name in ("model.pt", "am.mvn", SENSEVOICE_BPE):
         shutil.copy(trained / name, folder)
@@ -223,7 +224,7 @@ def make_sensevoice(folder: Path, trained: Path) -> Path:
 
 
 def make_voxbox(folder: Path, assets: Path) -> None:
-    """metadata/aishell-3.jsonl and emilia_zh.jsonl, with all keys of a line (the data set's card, and ``wav_path``)."""
+    """Make metadata/aishell-3.jsonl and emilia_zh.jsonl, with all keys per line (data set card, and ``wav_path``)."""
     texts = [json.loads(line)["text"] for line in (assets / "data/train.jsonl").read_text("utf-8").splitlines()]
     for corpus in ("aishell-3", "emilia_zh"):
         rows = [
@@ -239,14 +240,14 @@ def make_voxbox(folder: Path, assets: Path) -> None:
 
 
 def encoded(speech: np.ndarray, rate: int, kind: str) -> bytes:
-    """The bytes of an audio file: ``WAV``, ``FLAC`` or ``MP3`` (MPEG-1 from 32 kHz on, MPEG-2 below)."""
+    """Encode audio as the bytes of a file: ``WAV``, ``FLAC`` or ``MP3`` (MPEG-1 from 32 kHz on, MPEG-2 below)."""
     buffer = io.BytesIO()
     sf.write(buffer, speech, rate, format=kind, subtype=None if kind == "MP3" else "PCM_16")
     return buffer.getvalue()
 
 
 def make_evaluation_sets(root: Path, assets: Path, trainer_python: str) -> None:
-    """yuekai/CV3-Eval and yuekai/seed_tts_cosy2: data/SPLIT-00000-of-00001.parquet for each split.
+    """Make yuekai/CV3-Eval and yuekai/seed_tts_cosy2: data/SPLIT-00000-of-00001.parquet per split.
 
     Columns of CV3-Eval: id, prompt_text, prompt_audio {bytes, path}, target_text; seed_tts_cosy2 has the speech tokens
     of both texts as well (infer_dataset.py of github.com/nvidia-china-sae/mair-hub, rl-tutorial/cosyvoice_llm).
@@ -272,7 +273,7 @@ def make_evaluation_sets(root: Path, assets: Path, trainer_python: str) -> None:
 
 
 def write_parquet(path: Path, rows: list[dict], audio: list[bytes | None], trainer_python: str) -> None:
-    """Rows as parquet, the bytes of ``audio`` in their column prompt_audio; pyarrow is in the trainer's environment."""
+    """Write rows as parquet with ``audio`` in the column prompt_audio. Runs in the trainer environment, for pyarrow."""
     script = """
 import pickle, sys, pyarrow as pa, pyarrow.parquet as pq
 rows, audio = pickle.load(sys.stdin.buffer)

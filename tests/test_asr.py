@@ -74,7 +74,7 @@ def test_transcripts_equal_those_of_funasr_one_by_one(asr, assets, test_rows):
 
 @pytest.fixture(scope="module")
 def published(assets, tmp_path_factory):
-    """A recogniser with the config of iic/SenseVoiceSmall, which does not set ``dither``."""
+    """An ASR model with the config of iic/SenseVoiceSmall, which does not set ``dither``."""
     folder = make_sensevoice(tmp_path_factory.mktemp("asr") / "SenseVoiceSmall", assets / "asr_reward")
     assert "dither" not in yaml.safe_load((folder / "config.yaml").read_text())["frontend_conf"]
     return SenseVoice(folder)

@@ -1,4 +1,4 @@
-"""Recognisers for the evaluation, with small models in the real file formats. SenseVoice is in test_asr.py."""
+"""Tests of the evaluation's ASR backends with small models in the real file formats. test_asr.py tests SenseVoice."""
 
 import json
 import subprocess
@@ -105,7 +105,7 @@ def test_sherpa_onnx(tmp_path, speech):
     texts = loaded.recogniser.transcribe(speech)
     assert texts[2] == "" and all(len(set(text) & CHARACTERS) > 1 and "<blank>" not in text for text in texts[:2])
     assert loaded.recogniser.transcribe(speech[::-1]) == texts[::-1]
-    assert sherpa_onnx.FeatureExtractorConfig().dither == 0  # its default, which from_paraformer leaves
+    assert sherpa_onnx.FeatureExtractorConfig().dither == 0  # the default, which from_paraformer does not change
 
 
 def test_sherpa_onnx_of_another_kind_is_an_error(tmp_path):

@@ -1,4 +1,4 @@
-"""The pre-flight check: it passes where a run would, and names all that is wrong at once where it would not."""
+"""Tests of the pre-flight check: it passes if a run would succeed, and otherwise reports all faults at once."""
 
 import json
 import os
@@ -64,7 +64,7 @@ def test_everything_wrong_is_named_at_once(tmp_path, assets):
 
 @pytest.mark.parametrize("hub", ["modelscope", "huggingface"])
 def test_both_hubs_cosyvoice2_is_known_as_such(tmp_path, assets, venv_root, hub):
-    """The one of Hugging Face has a config.json, as the tiny token2wav has."""
+    """Hugging Face's repository has a config.json, as the tiny token2wav does."""
     folder = make_cosyvoice2(tmp_path, hub)
     s = {"token2wav_dir": str(folder), "reward_asr_dir": str(assets / "asr_reward"), "prompt_text": "",
          "eval_asr_dir": str(assets / "asr_eval"), "eval_jsonl": "", "prompt_audio": "", "prompt_list": "",

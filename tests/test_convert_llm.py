@@ -36,7 +36,7 @@ pytestmark = pytest.mark.slow
 
 TEXT, PROMPT_TEXT, PROMPT_SPEECH, SPEECH = "今天 ok\n", "早。", [3, 6560], [7, 0, 4000, 6560, 12]
 TEXT_ROWS = 320  # more than the tokenizer has tokens, as in the official model
-BLANK_EN_GENERATION = {  # Qwen2-0.5B-Instruct's; its ids are other ones here
+BLANK_EN_GENERATION = {  # Qwen2-0.5B-Instruct's; the token ids differ here
     "do_sample": True, "repetition_penalty": 1.1, "temperature": 0.7, "top_p": 0.8, "top_k": 20,
     "eos_token_id": [1, 0], "pad_token_id": 0, "bos_token_id": 0,
 }  # fmt: skip
@@ -65,7 +65,7 @@ def official_logits(model: Qwen2LM, text_ids, speech) -> torch.Tensor:
 
 
 def make_cosyvoice_dir(folder):
-    """A CosyVoice2-0.5B folder of small shapes."""
+    """Make a CosyVoice2-0.5B folder with small shapes."""
     text_dir = folder / "CosyVoice-BlankEN"
     letters = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=letters, merges=[]))
@@ -115,7 +115,7 @@ def hf_logits(model, tokenizer, text, prompt_text="", prompt_speech=(), speech=(
 
 
 def same_logits(official_dir, hf_dir, state):
-    """The largest difference, with and without a zero-shot prompt."""
+    """Largest difference of the logits, with and without a zero-shot prompt."""
     model, tokenizer = load_lm(hf_dir)
     reference = official_model(official_dir / "CosyVoice-BlankEN", state)
     text_tokenizer = AutoTokenizer.from_pretrained(official_dir / "CosyVoice-BlankEN")
@@ -126,7 +126,7 @@ def same_logits(official_dir, hf_dir, state):
         expected = official_logits(reference, text_ids, prompt_speech + SPEECH)
         assert logits.shape[0] == expected.shape[0] == 1 + len(prompt_speech) + len(SPEECH)
         worst = max(worst, (logits[:, first : first + NUM_OUTPUTS] - expected).abs().max().item())
-        # the probabilities too: all the mass is on what the official model says
+        # the probabilities agree, too: all mass is on ids that the official model can output
         probs = logits.softmax(-1)
         torch.testing.assert_close(probs[:, first : first + NUM_OUTPUTS], expected.softmax(-1), atol=1e-6, rtol=1e-3)
         assert probs[:, :first].max() == probs[:, first + NUM_OUTPUTS :].max() == 0
@@ -195,7 +195,7 @@ def test_tokenizer(converted):
 def test_only_speech_and_ends_are_sampled(converted, dtype, sampling):
     model, tokenizer = load_lm(converted, dtype=dtype)
     with torch.no_grad():
-        model.lm_head.weight *= 0.01  # nearly uniform over what can be reached
+        model.lm_head.weight *= 0.01  # nearly uniform over the ids that the bias allows
     ids = tokenizer(render_prompt(tokenizer, TEXT), add_special_tokens=False)["input_ids"]
     first = check_ids(tokenizer, converted)
     sampling = dataclasses.replace(sampling, max_new_tokens=100)
@@ -208,7 +208,7 @@ def test_only_speech_and_ends_are_sampled(converted, dtype, sampling):
 
 
 def test_text_would_be_sampled_without_the_bias(converted, upstream):
-    """What the bias is for: as stock Qwen2 models, which ignore it, both folders give text a large probability."""
+    """Shows why the bias is needed: stock Qwen2 models ignore it, and give text ids a large probability."""
     for folder in (converted, upstream):
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -249,7 +249,7 @@ def test_training_sees_the_probabilities_that_rollouts_are_drawn_from(converted,
     torch.testing.assert_close(log_probs[0, said].tolist(), response.log_probs, atol=tolerance, rtol=0)
     expected_entropy = -(every.exp() * every)[:, first : first + NUM_OUTPUTS].sum(-1)
     torch.testing.assert_close(entropy[0].float(), expected_entropy, atol=tolerance, rtol=0.01)
-    assert (log_probs[0, : len(ids) - 2] == UNREACHABLE).all()  # the prompt's
+    assert (log_probs[0, : len(ids) - 2] == UNREACHABLE).all()  # positions of the prompt
 
 
 def test_gradients_are_those_of_a_head_with_a_bias():
@@ -261,7 +261,7 @@ def test_gradients_are_those_of_a_head_with_a_bias():
     labels, scale = said_ids(bias)[torch.randint(0, 5, (2, 9))], torch.randn(2, 9, dtype=torch.float64)
     log_probs, _ = over_said_ids(fused_linear, bias)(None, hidden, weight, labels, 0.7)
     ours = torch.autograd.grad((scale * log_probs).sum(), (hidden, weight))
-    # the bias belongs to the logits, which the temperature divides
+    # the bias is added to the logits before they are divided by the temperature
     dense = ((hidden @ weight.T + bias.double()) / 0.7).log_softmax(-1).gather(-1, labels[..., None])[..., 0]
     torch.testing.assert_close(log_probs, dense)
     for our, their in zip(ours, torch.autograd.grad((scale * dense).sum(), (hidden, weight)), strict=True):
@@ -269,7 +269,7 @@ def test_gradients_are_those_of_a_head_with_a_bias():
 
 
 def test_vllm_adds_the_bias(converted, monkeypatch):
-    """The extension of vLLM's workers, on stand-ins for vLLM's model and veRL's own extension."""
+    """Tests the extension of vLLM's workers with fakes of vLLM's model and of veRL's own extension."""
 
     class Model(torch.nn.Linear):
         def compute_logits(self, hidden):
@@ -316,7 +316,7 @@ def test_upstream_folder_becomes_official(official, upstream, tmp_path):
     main(["to-official", "--hf", str(upstream), "--like", str(like), "--output", str(output)])
     before, after = torch.load(like), torch.load(output)
     assert list(before) == list(after)
-    for name, tensor in before.items():  # text rows that no token has are not in the folder
+    for name, tensor in before.items():  # rows beyond the tokenizer's size are not in the folder
         kept = (tensor if "embed_tokens" in name or "lm_head" in name else tensor.bfloat16()).float()
         rows = slice(0, None) if kept is not tensor else slice(300, None)
         assert torch.equal(kept[rows], after[name].float()[rows]), name

@@ -1,4 +1,4 @@
-"""Credit by syllable: where errors are, and the advantages made of them (in veRL: test_trainer.py)."""
+"""Tests of credit by syllable: positions of errors, and the resulting advantages (in veRL: test_trainer.py)."""
 
 import numpy as np
 import pytest
@@ -50,7 +50,7 @@ def test_rollouts_of_other_texts_are_no_group():
     [
         ("天山水火", (0.1, 0.3, 0.5, 0.7), [0, 0, 0, 0], [0.1, 0.3, 0.5, 0.7]),
         ("天人水火", (0.1, 0.3, 0.5, 0.7), [0, 1, 0, 0], [0.1, 0.3, 0.5, 0.7]),
-        ("天水火", (0.1, 0.5, 0.7), [0, 1, 0, 0], [0.1, 0.3, 0.5, 0.7]),  # between its neighbours
+        ("天水火", (0.1, 0.5, 0.7), [0, 1, 0, 0], [0.1, 0.3, 0.5, 0.7]),  # placed between its neighbours
         ("天山水人火", (0.1, 0.3, 0.5, 0.6, 0.7), [0, 0, 1, 0], [0.1, 0.3, 0.5, 0.7]),
         ("人天山水火", (0.0, 0.1, 0.3, 0.5, 0.7), [1, 0, 0, 0], [0.1, 0.3, 0.5, 0.7]),
         ("天山水", (0.1, 0.3, 0.5), [0, 0, 0, 1], [0.1, 0.3, 0.5, 0.7]),
@@ -69,7 +69,7 @@ def test_units_without_times_are_an_error():
 
 
 def test_another_right_reading_has_the_places_of_the_usual_one():
-    """So that all rollouts of a group have as many syllables, whichever reading they chose."""
+    """All rollouts of a group then have the same number of syllables, whichever reading they used."""
     for heard in ("二零二四年", "两千零二十四年", "二零二三年", "两千零二十三年"):
         times = [0.1 * (i + 1) for i in range(len(heard))]
         found, starts = locate_errors(align_texts("2024年", heard, "toneless"), times, 1.0)
@@ -85,6 +85,6 @@ def test_times_of_characters_fit_any_transcript(heard):
 
 @pytest.mark.parametrize(("errors", "score"), [((0, 0, 0), 0.8), ((0, 1, 0), -0.2), ((0, 0, 0), 1.5)])
 def test_a_reward_of_more_than_the_errors_is_refused(errors, score):
-    """A penalty for anything else would be dropped, or be charged to the syllables that have errors."""
+    """Credit by syllable would ignore any other penalty, or assign it to the syllables with errors."""
     with pytest.raises(ValueError, match=f"{sum(errors)} syllable errors has the reward .*credit=utterance"):
         syllable_advantages([encode(errors, STARTS), encode((0, 0, 0), STARTS)], [score, 1.0], [12, 12])

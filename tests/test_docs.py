@@ -1,4 +1,4 @@
-"""README, docs and docstrings: links, paths, commands exist, and figures of a table are those of the JSON it links."""
+"""Tests that links, paths and commands in docs and docstrings are valid, and that tables agree with the linked JSON."""
 
 import ast
 import importlib
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 RESULTS = sorted(ROOT.glob("docs/results/*.json"))
 TOP_FOLDERS = r"(?:assets|conf|docs|scripts|tests|tiny_stack|tools|tts_grpo)"
-# Not preceded by another path, or by "M `" or "C `": docs/differences.md's paths in the published recipes.
+# Must not follow another path, or "M `" or "C `", with which docs/differences.md marks paths in the published recipes.
 PATH = re.compile(rf"(?<![\w/.-])(?<![MC] `){TOP_FOLDERS}/[\w./-]*\w/?")
 NUMBER = re.compile(r"(?<![\w.])(?<!\w-)\d+(?:,\d{3})*(?:\.\d+)?(?!\w)")
 DATA = re.compile(r"^Data: \[[^\]]*\]\(([^)]*\.json)\)$")
@@ -43,7 +43,7 @@ def commands(page: Path) -> list[tuple[str, str]]:
 
 
 def usages(program: Path) -> list[tuple[str, str]]:
-    """Commands of a program's docstring."""
+    """The commands in a program's docstring."""
     docstring = ast.get_docstring(ast.parse(program.read_text("utf-8"))) or ""
     text = re.sub(r"\n\s{8,}(?=-)", " ", docstring.replace("\\\n", " "))  # continued lines are indented further
     lines = (re.sub(r"\s+#.*", "", line.strip()) for line in text.splitlines() if line.startswith("    "))
@@ -105,14 +105,14 @@ def find_commands() -> list[tuple[str, tuple[str, str]]]:
 COMMANDS = find_commands()
 ALL_COMMANDS = [(where, command) for where, (_, command) in COMMANDS]
 PYTHON_COMMANDS = [(where, command) for where, command in ALL_COMMANDS if arguments_of(command)]
-# --check looks at ports, disk and environments of the machine: test_check.py
+# --check depends on the machine's ports, disk and environments; test_check.py tests it
 RUN_COMMANDS = sorted({both for _, both in COMMANDS if re.search(r"bash run\.sh(?! \[| --check)", both[1])})
 SHELL_COMMANDS = [(where, command) for where, command in ALL_COMMANDS
                   if re.search(r"bash (?!run\.sh)\S+\.sh", command)]  # fmt: skip
 
 
 def anchor(heading: str) -> str:
-    """GitHub's anchor of a heading."""
+    """The anchor that GitHub makes for a heading."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
@@ -142,10 +142,10 @@ def test_named_paths_exist(page):
 
 @pytest.mark.parametrize(("where", "command"), PYTHON_COMMANDS)
 def test_python_commands_are_what_their_program_takes(where, command, trainer_python):
-    """The program's own parser takes them: flags exist, required ones are there."""
+    """Tests with the program's own parser that all flags exist and that no required flag is missing."""
     module, arguments = arguments_of(command)
     assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), command
-    if module == "prepare_data":  # it needs the trainer's packages
+    if module == "prepare_data":  # it imports packages of the trainer environment
         code = f"import sys, {module}; {module}.get_args(sys.argv[1:])"
         done = subprocess.run([trainer_python, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -158,7 +158,7 @@ def test_python_commands_are_what_their_program_takes(where, command, trainer_py
 
 @pytest.mark.parametrize("exports_and_command", RUN_COMMANDS, ids=lambda both: both[1][:60])
 def test_commands_of_the_recipe_run_as_printed(exports_and_command):
-    """All stages as a dry run, which goes through all settings, and --settings and --help as they are."""
+    """Runs commands with stages as dry runs, which process all settings, and --settings and --help unchanged."""
     exports, command = exports_and_command
     script = exports + command.replace("bash run.sh", "bash run.sh --dry-run")
     done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True)
@@ -177,7 +177,7 @@ def test_other_shell_programs_exist_and_know_their_variables(where, command):
 
 
 def test_no_command_is_left_out():
-    """Whatever looks like a command of this repository is in one of the lists above."""
+    """Everything that looks like a command of this repository is tested by one of the tests above."""
     assert len(PYTHON_COMMANDS) > 25 and len(RUN_COMMANDS) > 15 and len(SHELL_COMMANDS) > 3
     tested = {command for _, command in [*PYTHON_COMMANDS, *RUN_COMMANDS, *SHELL_COMMANDS]}
     free = ("pip install ", "ray start", "tensorboard ", "run.sh [", "run.sh --check")

@@ -1,4 +1,4 @@
-"""Error rates against reference implementations written here from the published rules, with jiwer, zhconv and zhon."""
+"""Compares error rates with implementations of the published rules that use jiwer, zhconv and zhon."""
 
 import random
 import string
@@ -47,7 +47,7 @@ def micro_reference(truths, hypotheses):
 
 
 def damaged(text, rng):
-    """A transcript as a recogniser may give it: characters lost, changed, doubled, traditional, with punctuation."""
+    """A transcript with typical ASR differences: characters lost, changed, doubled or traditional, and punctuation."""
     heard = []
     for character in text:
         draw = rng.random()
@@ -106,7 +106,7 @@ def test_english_equals_the_reference_to_the_last_digit():
         ("３个", "3个", "seed-tts-eval", 1, 2),
         ("３个", "3个", "cer", 0, 2),
         ("It's", "its", "cer", 1, 4),  # the apostrophe stays
-        ("银行", "银 行", "pinyin_error_rate", 0, 2),  # a space would make it yin2 xing2
+        ("银行", "银 行", "pinyin_error_rate", 0, 2),  # pypinyin would read 银 行 with a space as yin2 xing2
         ("他买", "她卖", "pinyin_error_rate", 1, 2),
         ("他买", "她卖", "pinyin_error_rate_toneless", 0, 2),
         ("他买", "她卖", "cer", 2, 2),
@@ -133,7 +133,7 @@ texts = st.text("你好我们去，。 aB'3嗎", min_size=1, max_size=12).filter
 
 @given(st.lists(st.tuples(texts, texts), min_size=1, max_size=8), st.data())
 def test_no_failed_audio_improves_a_rate(pairs, data):
-    """Failed audio is an empty hypothesis. It can only look better than one that is worse than silence."""
+    """Failed audio counts as an empty hypothesis, which is better only than one with more errors than units."""
     position = data.draw(st.integers(0, len(pairs) - 1))
     counts = [count_all(t, prepare_hypothesis(h, "zh"), "zh") for t, h in pairs]
     failed = count_all(pairs[position][0], "", "zh")

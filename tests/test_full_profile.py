@@ -1,8 +1,8 @@
-"""The full-size profile from its downloads to its last stage, on a CPU: stand-in hubs, small random networks.
+"""Runs the full-size profile from its downloads to its last stage on a CPU, with fake hubs and small random networks.
 
 The hubs serve repositories in the published layouts (tests/hub_repositories.py): file names, formats, data types and
-configs are the originals', sizes and weights are not.
-Random token2wav is not understood, so the known-answer check is off and the error rates mean nothing.
+configs are the originals', but sizes and weights are not. A random token2wav makes unintelligible speech, so the
+known-answer check is off and the error rates are meaningless.
 """
 
 import json
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def make_source(folder: Path, assets: Path) -> str:
-    """A git repository with CosyVoice's modules, laid out as the official one; its commit."""
+    """Make a git repository with CosyVoice's modules in the official layout. Returns its commit."""
     import cosyvoice
     import matcha
     import soundfile as sf
@@ -41,7 +41,7 @@ def make_source(folder: Path, assets: Path) -> str:
 
 @pytest.fixture(scope="module")
 def shared(trainer_python, venv_root, assets, sft_checkpoint, tmp_path_factory):
-    """Variables of every run: the hubs, the source to clone, small sizes."""
+    """Variables for every run: the hubs, the repository to clone, small sizes."""
     folder = tmp_path_factory.mktemp("profile")
     hub_repositories.make_all(folder / "hub", assets, sft_checkpoint, trainer_python)
     hub = Hub(folder / "hub")
@@ -55,17 +55,17 @@ def shared(trainer_python, venv_root, assets, sft_checkpoint, tmp_path_factory):
         "total_steps": "2", "train_batch_size": "2", "rollout_n": "2", "micro_batch_size": "2",
         "max_response_length": "24", "max_new_tokens": "24", "save_freq": "2", "test_freq": "2", "train_threads": "2",
         "quality_utterances": "3",
-        # a random model ends at once where top_k leaves the end token and few others
+        # a random model would end at once if top_k left only the end token and few others
         "temperature": "1.0", "top_p": "1.0", "top_k": "-1",
     }  # fmt: skip
     hub.close()
 
 
 def model_variables(llm: str, shared: dict[str, str], folder: Path) -> dict[str, str]:
-    """What chooses the language model: ``llm=llasa``, ``llm=official`` or a folder of the user's own.
+    """Variables that choose the language model: ``llm=llasa``, ``llm=official`` or a user's own folder.
 
-    The own one is the official model as CosyVoice's recipe converts it, the most demanding form: its text ids have the
-    logit 0 without the head's bias.
+    The own folder holds the official model as CosyVoice's recipe converts it. This is the most demanding form: without
+    the head's bias, its text ids have the logit 0.
     """
     if llm != "own":
         return {"llm": llm}
@@ -101,7 +101,7 @@ def test_all_stages(shared, tmp_path, llm, seeds):
 
 
 def check_evaluation(exp_dir: Path, seeds: list[str]) -> None:
-    """All utterances of the set are in the manifests of both models, and in the summary."""
+    """Check that the manifests of both models have all utterances of the set, and the summary has all seeds."""
     summary = json.loads((exp_dir / "summary.json").read_text())
     for model in ("sft", "grpo"):
         for seed in seeds:
@@ -115,19 +115,19 @@ def check_evaluation(exp_dir: Path, seeds: list[str]) -> None:
 
 
 def check_trained_with_bias(exp_dir: Path) -> None:
-    """The official head's bias, which keeps text ids away, acted in rollouts and training, and was merged."""
+    """Check that the official head's bias, which excludes text ids, was used in rollouts and training, and merged."""
     rollouts = [json.loads(line) for line in (exp_dir / "validation/2.jsonl").read_text("utf-8").splitlines()]
     assert all(re.fullmatch(r"(<\|s_\d+\|>)*(<\|eos\d\|>)?", row["output"]) for row in rollouts), rollouts
     assert any("<|s_" in row["output"] for row in rollouts)
     assert torch.equal(load_head_bias(exp_dir / "merged_hf_model"), load_head_bias(exp_dir / "sft_model"))
-    # training gives each token the log-probability that it was drawn with
+    # training computes the same log-probability for each token as the rollout did
     log = (exp_dir / "log/train.log").read_text()
     (kl,) = re.findall(r"step:2 - .*actor/ppo_kl:(?:np\.float64\()?([-0-9.e]+)", log)
     assert abs(float(kl)) < 1e-5
 
 
 def check_exported(path: Path, original: Path, exact: bool) -> None:
-    """The trained model has the original file's names, shapes and head bias, in bfloat16 if it started from that."""
+    """Check that the export has the original's names, shapes and head bias (unless ``exact``, rounded to bfloat16)."""
     exported, before = (torch.load(p, map_location="cpu", weights_only=True) for p in (path, original))
     assert {k: v.shape for k, v in exported.items()} == {k: v.shape for k, v in before.items()}
     bias, of_original = (state["llm_decoder.bias"].float() for state in (exported, before))

@@ -86,7 +86,7 @@ def test_two_processes_and_a_resumed_run_give_the_same_bytes(assets, eval_set, o
     done = infer(assets, eval_set, tmp_path, 2)
     assert done.returncode == 0, done.stderr
     assert results(tmp_path) == results(one_process)
-    record = tmp_path / "utterances.rank1.jsonl"  # as a crash would leave it: a line lost, the next cut short
+    record = tmp_path / "utterances.rank1.jsonl"  # as after a crash: one line missing and the next one truncated
     lines = record.read_text().splitlines()
     record.write_text("\n".join(lines[:-2]) + "\n" + lines[-1][:50])
     for path in tmp_path.glob("seed_*/manifest.jsonl"):
@@ -98,7 +98,7 @@ def test_two_processes_and_a_resumed_run_give_the_same_bytes(assets, eval_set, o
 
 @pytest.fixture
 def changed_set(eval_set, tmp_path):
-    """A copy of the set, one line changed, one taken out and one added, with its prompt's recording elsewhere."""
+    """A copy of the set: one line changed, one removed, one added, and the recording of one prompt moved."""
     rows = read_jsonl(eval_set)
     (tmp_path / "voices").mkdir()
     shutil.copy(eval_set.parent / rows[3]["prompt_audio"], tmp_path / "voices/voice.ogg")
@@ -122,7 +122,7 @@ def test_only_what_changed_in_the_set_is_synthesised_again(assets, eval_set, one
         assert texts == [(r["id"], r["target_text"], r.get("prompt_audio")) for r in read_jsonl(changed_set)]
         assert (out / f"seed_{seed}/wavs/new.wav").is_file()
         assert results(out)[f"seed_{seed}/wavs/{first}.wav"] != results(one_process)[f"seed_{seed}/wavs/{first}.wav"]
-    done = infer(assets, eval_set, out, 1)  # the first set again: the audio there is no longer that of its text
+    done = infer(assets, eval_set, out, 1)  # the first set again: the changed text's audio must be made again
     assert done.returncode == 0 and {path: path.stat().st_mtime_ns for path in kept} == kept, done.stderr
     assert results(out)[f"seed_7/wavs/{first}.wav"] == results(one_process)[f"seed_7/wavs/{first}.wav"]
 
@@ -137,7 +137,7 @@ def test_audio_that_is_gone_or_damaged_is_made_again(assets, eval_set, one_proce
     assert results(tmp_path).keys() == results(one_process).keys()
     for wav in wavs[:2]:
         again, before = load_audio(wav), load_audio(one_process / wav.relative_to(tmp_path))
-        np.testing.assert_allclose(again, before, atol=1e-3)  # they were in other batches
+        np.testing.assert_allclose(again, before, atol=1e-3)  # not exact, because the batches differ
 
 
 def test_another_voice_changes_the_fingerprint(eval_set, tmp_path):
@@ -250,7 +250,7 @@ def test_one_utterance_alone_is_that_of_the_evaluation(assets, eval_set, one_pro
         command += ["--prompt-audio", eval_set.parent / row["prompt_audio"], "--prompt-text", row["prompt_text"]]
     infer_single.main([*map(str, command)])
     alone, evaluated = (load_audio(path) for path in (tmp_path / "a.wav", one_process / f"seed_7/wavs/{row['id']}.wav"))
-    np.testing.assert_allclose(alone, evaluated, atol=1e-3)  # the same but for rounding: it was in another batch
+    np.testing.assert_allclose(alone, evaluated, atol=1e-3)  # equal up to rounding, because the batches differ
 
 
 def test_the_single_text_may_be_the_tongue_twister(assets, tmp_path, capsys):

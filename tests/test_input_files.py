@@ -1,4 +1,4 @@
-"""Users' text files: read in every usual form, or named with file and line and what is wanted."""
+"""Tests that users' text files are read in all usual forms; errors name the file, the line and the expected form."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""scripts/make_env.sh with a stand-in for Python."""
+"""Tests of scripts/make_env.sh with a fake Python."""
 
 import os
 import re
@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 
 pytestmark = pytest.mark.slow
 
-# Answers as Python would; "-m venv DIR" puts the stand-in itself there. Calls of pip are written to a file.
+# Responds like Python. "-m venv DIR" copies this fake to DIR, and calls of pip are recorded in a file.
 STAND_IN = """#!/usr/bin/env bash
 case "$*" in
   --version) echo "Python $VERSION" ;;

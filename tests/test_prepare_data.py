@@ -11,7 +11,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
 
 
-# Runs prepare_data.py's main once for each line of arguments: its imports take longer than its work.
+# Calls prepare_data.py's main once per line of arguments in one process, because its imports take longer than its work.
 WORKER = """
 import contextlib, io, json, sys, traceback
 import prepare_data

@@ -67,7 +67,7 @@ def test_bad_lists_are_named(text, message, tmp_path):
     ("rate", "kind", "begin"), [(48_000, "MP3", b"\xff\xfb"), (24_000, "MP3", b"\xff\xf3"), (24_000, "WAV", b"RIFF")]
 )  # fmt: skip
 def test_formats_of_recordings(tmp_path, rate, kind, begin):
-    """MPEG-2's MP3 (below 32 kHz) begins with other bytes than MPEG-1's."""
+    """An MP3 of MPEG-2 (below 32 kHz) begins with other bytes than one of MPEG-1."""
     data = encoded(np.sin(np.arange(rate) / 20).astype(np.float32), rate, kind)
     assert data.startswith(begin)
     (tmp_path / "a.bin").write_bytes(data)
@@ -84,7 +84,7 @@ def test_formats_of_recordings(tmp_path, rate, kind, begin):
      (b"\xff\xd8", None), (b"", None)],
 )  # fmt: skip
 def test_first_bytes(begin, expected):
-    """ADTS (AAC, layer 0) and JPEG begin with ff too."""
+    """ADTS (AAC, layer 0) and JPEG files also begin with ff."""
     if expected:
         assert prepare_eval_set.suffix(begin, "x") == expected
     else:
@@ -93,7 +93,7 @@ def test_first_bytes(begin, expected):
 
 
 def from_parquet(trainer_python, source: Path, output: Path, split: str) -> subprocess.CompletedProcess:
-    """pyarrow is in the trainer's environment only."""
+    """Runs in the trainer environment, because only this has pyarrow."""
     script = [trainer_python, str(ROOT / "scripts/prepare_eval_set.py")]
     environment = {"PYTHONPATH": str(ROOT), "PATH": str(Path(sys.executable).parent)}
     command = [*script, "--source", str(source), "--split", split, "--output", str(output)]
@@ -114,7 +114,7 @@ def test_the_published_sets(trainer_python, assets, tmp_path, repository, split)
 
 @pytest.fixture(scope="module")
 def splits(trainer_python, assets, tmp_path_factory):
-    """A set whose files are named in other ways than the published ones'."""
+    """A set whose file names differ from those of the published sets."""
     folder = tmp_path_factory.mktemp("splits")
     audio = encoded(load_audio(sorted((assets / "prompts").glob("*.ogg"))[0]), 16_000, "WAV")
     for name in ("default/test_zh/0000", "data/test_zh_hard-00000-of-00001", "data/train-00000-of-00001"):

@@ -32,7 +32,7 @@ def groups(draw):
     syllables, rollouts = draw(st.integers(1, 12)), draw(st.integers(2, 6))
     notes, scores, sizes = [], [], []
     for _ in range(rollouts):
-        if draw(st.integers(0, 5)) == 0:  # a bad rollout has no syllables and no reward
+        if draw(st.integers(0, 5)) == 0:  # a bad rollout has no syllables, and its reward is 0
             notes.append(encode((), ()))
             scores.append(0.0)
             sizes.append(draw(st.integers(1, 40)))
@@ -133,7 +133,7 @@ scores = st.builds(
 
 @given(st.lists(scores, min_size=1, max_size=5))
 def test_scores_come_through_the_wire_as_they_are(sent):
-    """Each rollout of a batch is a response of its own, as Triton writes it in JSON."""
+    """Each rollout of a batch is returned as its own response, in Triton's JSON format."""
     tensors = encode_response(sent)
     assert set(tensors) == set(OUTPUT_NAMES)
     for i, score in enumerate(sent):

@@ -55,11 +55,11 @@ def test_it_says_speech_tokens_and_ends_as_often_as_asked(sft_checkpoint):
     responses = generate(model, [prompt] * 20, range(20), Sampling(max_new_tokens=20))
     said = [token for response in responses for token in response.token_ids if token != end]
     assert all(first <= token < first + NUM_SPEECH_TOKENS for token in said)
-    assert len(set(said)) > 200  # not one and the same
+    assert len(set(said)) > 200  # not the same token repeated
 
 
 def test_many_wide_layers_do_not_change_how_often_it_ends():
-    """At full size all layers together may outweigh the component that the head reads."""
+    """At full size, the sum of all layers may be larger than the component that the head reads."""
     tokenizer = make_tokenizer({bytes([byte]): byte for byte in range(256)})
     shape = SHAPES["0.5b"] | {"hidden_size": 448, "num_attention_heads": 7, "num_key_value_heads": 1}
     model = make_model(tokenizer, shape, 100.0, seed=0).float()

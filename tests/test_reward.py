@@ -103,7 +103,7 @@ def test_known_answers(reward_server, assets, capsys):
     reward_tts.main([*flags, "--check"])
     result = json.loads(capsys.readouterr().out)
     assert result["mean_reward"] > 0.6 > 0.2 > result["mean_reward_of_wrong_texts"]
-    assert result["lost_by_digits"] == 0.0  # of three lines; as digits they are spoken alike
+    assert result["lost_by_digits"] == 0.0  # over three texts, whose spoken forms do not change with digits
     assert "expected at least" in reward_tts.known_answer_check(0.5, 0.0)
     assert "expected at most" in reward_tts.known_answer_check(0.9, 0.5)
     assert reward_tts.known_answer_check(0.9, 0.1) is None
@@ -133,7 +133,7 @@ def test_compute_score(reward_server, rows, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "reported"),
     [
-        ({"server_urls": None}, "AttributeError"),  # any mistake in this program or its settings
+        ({"server_urls": None}, "AttributeError"),  # stands for any bug in this program or its settings
         ({"solution_str": None}, "TypeError"),
         ({"solution_str": "hello", "ground_truth": None}, "TypeError"),
         ({}, "no reward after"),
@@ -146,9 +146,9 @@ def test_whatever_goes_wrong_is_reported_and_gives_no_reward(tmp_path, monkeypat
     async def go():
         nobody = RewardClient(["http://127.0.0.1:9"], patience_s=0.02, backoff_s=0.01)
         monkeypatch.setattr(reward_tts, "_client", None if "server_urls" in arguments else nobody)
-        with pytest.raises((AttributeError, TypeError, RewardServerError)):  # without a file, the caller sees it
+        with pytest.raises((AttributeError, TypeError, RewardServerError)):  # raised if there is no failure file
             await reward_tts.compute_score("", **arguments)
-        with pytest.raises(asyncio.TimeoutError):  # it never returns: the training is ended from outside
+        with pytest.raises(asyncio.TimeoutError):  # it never returns, and train.py stops the training
             await asyncio.wait_for(reward_tts.compute_score("", **arguments, failure_file=str(failure_file)), 2.0)
         await nobody.close()
 
@@ -207,7 +207,7 @@ def test_shutdown_answers_what_is_in_flight(assets, tmp_path, rows, number):
 
 
 def kill_instance(server: RewardServer) -> None:
-    """kill -9 the process that scores, as the kernel does when memory runs out."""
+    """Kill the scoring process with SIGKILL, as the kernel does when memory runs out."""
     children = subprocess.run(
         ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(server.process.pid)], capture_output=True, text=True
     )
@@ -216,7 +216,7 @@ def kill_instance(server: RewardServer) -> None:
 
 
 def test_a_dead_instance_comes_back_until_it_dies_too_often(assets, tmp_path, rows, monkeypatch):
-    """The client waits for it; what it gets are the rewards of a server that never failed."""
+    """The client waits for the restart, and then gets the same rewards as from a server that never failed."""
     server = RewardServer(assets, tmp_path / "log", max_deaths=1)
     server.wait_ready()
     pairs = [(row["speech_tokens"], row["text"]) for row in rows[:4]]
@@ -252,7 +252,7 @@ def test_a_taken_port_is_named_before_anything_is_loaded(assets, tmp_path):
 
 
 def test_an_instance_whose_cuda_context_is_lost_ends(monkeypatch):
-    """Every later sample would be an error; a process that ends is started again."""
+    """Otherwise every later sample would fail. A process that has ended is restarted."""
     ours, theirs = multiprocessing.Pipe()
     lost = types.SimpleNamespace(error="AcceleratorError: CUDA error: device-side assert triggered")
     scorer = types.SimpleNamespace(score=lambda *_: [lost])
@@ -263,7 +263,7 @@ def test_an_instance_whose_cuda_context_is_lost_ends(monkeypatch):
     ours.send(("score", [[1]], ["好"]))
     token2wav_asr_server.serve_instance(theirs, types.SimpleNamespace(threads=1, max_batch_size=1), "cpu")
     theirs.close()
-    assert ours.recv() == ""  # it was ready
+    assert ours.recv() == ""  # the message that the instance is ready
     with pytest.raises(EOFError):
         ours.recv()
 
@@ -276,7 +276,7 @@ def test_a_broken_model_folder_is_named_at_start(assets, tmp_path):
 
 
 def test_an_instance_on_a_second_gpu_makes_it_the_current_one(monkeypatch):
-    """CUDA graphs are captured there; on another GPU than the current one the capture fails."""
+    """CUDA graphs can only be captured on the current GPU."""
     chosen = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setattr("tts_grpo.speech.token2wav.load_token2wav", lambda *_: pytest.fail(f"on {chosen}"))

@@ -1,4 +1,4 @@
-"""Rooms of tts_grpo: imports go one way, and nothing that one environment lacks is imported in it."""
+"""Tests that imports between the subpackages have one direction and need only what each environment has installed."""
 
 import ast
 import graphlib
@@ -26,7 +26,7 @@ PROGRAMS = {name: ROOT / f"{name.replace('.', '/')}.py" for name in TRAINER_PROG
 
 
 def imports(path) -> set[str]:
-    """Modules that a file imports, anywhere in it."""
+    """Modules that a file imports anywhere in its text."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -38,7 +38,7 @@ def imports(path) -> set[str]:
 
 
 def not_installed(python: str, modules) -> set[str]:
-    """Packages that these modules, and those of tts_grpo that they lead to, import and an environment lacks."""
+    """Packages that modules import, directly or through tts_grpo, and that an environment does not have installed."""
     todo, seen, packages = list(modules), set(), set()
     while todo:
         name = todo.pop()
@@ -57,7 +57,7 @@ def test_imports_go_one_way():
         if room := name.split(".")[1:2]:
             others = {other.split(".")[1] for other in imports(path) & MODULES.keys()} - set(room)
             assert others <= MAY_IMPORT[room[0]], f"{name} imports {others - MAY_IMPORT[room[0]]}"
-    graphlib.TopologicalSorter({name: imports(path) for name, path in MODULES.items()}).prepare()  # or CycleError
+    graphlib.TopologicalSorter({name: imports(path) for name, path in MODULES.items()}).prepare()  # else CycleError
 
 
 def test_the_wall_between_the_environments(trainer_python):

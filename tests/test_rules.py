@@ -1,4 +1,4 @@
-"""Which texts a recipe takes, what becomes of tags, and what the language model reads."""
+"""Tests of the text rules: accepted texts, handling of tags, and the language model's input."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""run.sh with stub programs in place of the environments': which commands come, in which order, and what stops."""
+"""Tests of run.sh with stub programs: which commands it runs, in which order, and what makes it stop."""
 
 import functools
 import json
@@ -59,7 +59,7 @@ CURL = """#!/usr/bin/env bash
 
 
 class Recipe:
-    """A copy of the recipe, in a folder with a space, whose programs are stubs."""
+    """A copy of the recipe whose programs are stubs, in a folder with a space in its name."""
 
     def __init__(self, tmp_path: Path):
         self.root = tmp_path / "a recipe"
@@ -91,7 +91,7 @@ class Recipe:
         return subprocess.run(command, env=self.environment(**variables), capture_output=True, text=True, timeout=60)
 
     def calls(self) -> list[str]:
-        """What was called, by the name of the script."""
+        """Names of the programs that were called, in order."""
         lines = self.calls_path.read_text().splitlines()
         return [name for line in lines for name in [next((n for n in PROGRAMS if n in line), None)] if name]
 
@@ -231,7 +231,7 @@ def test_the_official_language_model_is_converted_and_comes_back(recipe, tmp_pat
     assert "to-official" not in recipe.run("--dry-run", "2", "3", **settings | {"llm": "llasa"}).stdout
 
 
-PRESETS = {  # of a published recipe: what stage -1 asks for, and the arguments of server, veRL and evaluation
+PRESETS = {  # per published recipe: arguments of stage -1, the server, veRL and the evaluation
     "": [
         "--include metadata/emilia_zh.jsonl ",
         "--num-train 80000 --num-test 100 --max-duration-s 30 --excludes [A-Za-z] ", "--reward-curve exp ",
@@ -458,13 +458,13 @@ def test_a_signal_ends_training_and_server_at_once(recipe, sent, status):
     recipe.calls_path.write_text("")
     command, environment = ["bash", str(recipe.root / "run.sh"), "0", "2"], recipe.environment(HANG="1")
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # in case this very run ignores it
+    listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # pytest itself may ignore SIGINT
     process = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=listen, **quiet)
     end = time.monotonic() + 20
     while "main_ppo" not in recipe.calls_path.read_text() and time.monotonic() < end:
         time.sleep(0.1)
     if sent == signal.SIGINT:
-        os.killpg(process.pid, sent)  # as the terminal does
+        os.killpg(process.pid, sent)  # as a terminal does on Ctrl-C
     else:
         process.send_signal(sent)
     assert process.wait(timeout=20) == status
@@ -499,7 +499,7 @@ def test_a_value_that_is_not_allowed_is_refused_before_any_work(recipe, settings
 
 
 def shown_settings(copy, *arguments, **variables) -> dict[str, tuple[str, str]]:
-    """``name -> (value, origin)`` of the table."""
+    """Parse the table of settings to ``name -> (value, origin)``."""
     done = copy.run("--settings", *arguments, **variables)
     assert done.returncode == 0 and copy.calls() == [], done.stderr
     rows = re.findall(
@@ -551,7 +551,7 @@ print(json.dumps(OmegaConf.to_container(config, resolve=True)))
 
 
 def read_by_hydra(overrides: list[str]) -> dict:
-    """The settings that veRL's Hydra makes of a command line."""
+    """Parse overrides with the Hydra version that veRL uses."""
     python = ROOT / ".venv/trainer/bin/python"
     done = subprocess.run([python, "-c", READ_OVERRIDES, *overrides], capture_output=True, text=True, check=True)
     return json.loads(done.stdout)
@@ -560,7 +560,7 @@ def read_by_hydra(overrides: list[str]) -> dict:
 def test_any_text_reaches_hydra_as_it_is():
     rng = random.Random(0)
     texts = [*NASTY, *("".join(rng.choices("\\'\"a ,中é=[]{}()#\n:$", k=rng.randint(0, 9))) for _ in range(300))]
-    texts = [text for text in texts if "${" not in text]  # which conf/settings.sh refuses
+    texts = [text for text in texts if "${" not in text]  # run.sh refuses these values
     command = f'source "{ROOT}/scripts/lib.sh"; for text; do printf "%s\\0" "$(hydra "$text")"; done'
     quoted = subprocess.run(["bash", "-c", command, "bash", *texts], capture_output=True, text=True, check=True).stdout
     config = read_by_hydra([f"x{i}={text}" for i, text in enumerate(quoted.split("\0")[:-1])])
@@ -569,7 +569,7 @@ def test_any_text_reaches_hydra_as_it_is():
 
 @pytest.mark.parametrize("name", ['实验 一,"x"', "1e5", "null", "2024", "it's a\\", "(é){d}=&#~$\n"])
 def test_names_and_folders_reach_veRL_as_they_are(recipe, tmp_path, name):
-    """What the stub is given as veRL's command line, read by the real Hydra."""
+    """Parses the command line that the stub of veRL receives with the real Hydra."""
     exp_dir = f"{tmp_path}/exp {name}"
     assert recipe.run("0", "0", exp_name=name, exp_dir=exp_dir).returncode == 0
     stub = recipe.root / "venv/trainer/bin/python"
@@ -590,7 +590,7 @@ def test_names_and_folders_reach_veRL_as_they_are(recipe, tmp_path, name):
 
 @pytest.mark.parametrize("text", ['x"y', "a\nb", "a\tb", "C:\\new", "中文"])
 def test_settings_are_recorded_as_they_are(recipe, text):
-    """As scripts/check.py and scripts/summarise.py get them."""
+    """Tests the JSON that is passed to scripts/check.py and scripts/summarise.py."""
     done = recipe.run("--dry-run", "4", "4", prompt_text=text)
     line = next(line for line in done.stdout.splitlines() if "summarise.py" in line)
     assert json.loads(shlex.split(line)[-1])["prompt_text"] == text
@@ -626,7 +626,7 @@ def test_the_summary_has_the_settings_that_were_trained_with(recipe):
 
 
 def seconds(recipe, stage: int) -> list[tuple[int, str, int]]:
-    """Seconds, result and whether it was made anew, of the runs of a stage."""
+    """``(seconds, result, anew)`` for each run of a stage; ``anew`` is 1 for a run with force=1."""
     rows = map(json.loads, (recipe.exp_dir / "stage_seconds.jsonl").read_text().splitlines())
     return [(row["seconds"], row["result"], row["anew"]) for row in rows if row["stage"] == stage]
 
@@ -664,7 +664,7 @@ def test_speech_of_other_settings_is_made_beside_the_first_and_kept(recipe):
 
 
 def test_another_evaluation_set_goes_into_the_same_folder(recipe, tmp_path):
-    """infer_dist.py makes there only the utterances that have changed."""
+    """infer_dist.py then synthesises only the utterances that have changed."""
     folders = []
     for text in ("好", "好吗"):
         (tmp_path / "set.jsonl").write_text(f'{{"id": "a", "target_text": "{text}"}}\n')
@@ -709,7 +709,7 @@ def edit(path: Path, *change: str) -> None:
     path.write_text(path.read_text().replace(*change))
 
 
-CODE_CHANGES = [  # of what is trained with
+CODE_CHANGES = [  # (file, old text, new text) of edits that change the training
     ("run.sh", "adv_estimator=grpo", "adv_estimator=rloo"),
     ("run.sh", '--reward-curve "$reward_curve"', "--reward-curve exp"),
     ("conf/tiny.sh", "configure_cpu_training; }", "configure_cpu_training; profile_verl_args+=(trainer.foo=1); }"),
@@ -748,10 +748,10 @@ def test_comments_other_stages_and_free_settings_do_not_count(recipe):
 
 
 def test_every_module_of_the_training_counts_to_it():
-    """veRL imports some by their names."""
+    """Includes the modules that veRL imports by name."""
     found = Digests(Path("/nonexistent")).of_code(CODE["2"])
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "tts_grpo/training").rglob("*.py")}
-    free = {"tts_grpo/training/verl_log.py"}  # for the display
+    free = {"tts_grpo/training/verl_log.py"}  # affects the display only
     assert {path for path in modules - free if "__init__" not in path} <= found.keys()
     assert "missing" not in found.values() and "tts_grpo/evaluation/protocols.py" not in found
 
@@ -789,7 +789,7 @@ def test_each_result_depends_on_its_settings_and_code(recipe):
 
 
 def exported(recipe, name: str, **variables) -> tuple[str, str]:
-    """The value that a variable of run.sh's environment has in the programs that it starts, and what it logs."""
+    """The value of an environment variable in the programs that run.sh starts, and the text that run.sh logs."""
     programs = recipe.root / "bin/python3"
     settings = f'[ "$1" = -IS ] && exec {sys.executable} "$@"'
     programs.write_text(f'#!/bin/sh\n{settings}\nprintf "%s" "${{{name}-}}" >"$SEEN"\n')
@@ -809,7 +809,7 @@ def test_local_addresses_go_round_a_proxy(recipe, given):
         hosts.split(",")
     )
     assert exported(recipe, "NO_PROXY", **variables)[0] == hosts
-    assert exported(recipe, "http_proxy", **variables)[0] == "http://127.0.0.1:9"  # downloads use it
+    assert exported(recipe, "http_proxy", **variables)[0] == "http://127.0.0.1:9"  # downloads still use the proxy
 
 
 @pytest.mark.parametrize("home", ["", "/proc", "/nowhere"])
@@ -840,7 +840,7 @@ def test_gpus_are_those_that_the_shell_may_use(recipe):
 
 
 def test_ray_gets_a_python_whose_path_needs_no_quotes(recipe):
-    """The recipe is in a folder with a space: Ray does not quote the path of Python in its workers' commands."""
+    """Ray does not quote the path of Python in its workers' commands, and this recipe's path has a space."""
     assert recipe.run("0", "2").returncode == 0
     (line,) = [line for line in recipe.calls_path.read_text().splitlines() if "main_ppo" in line]
     python = line.split(" -m verl.trainer.main_ppo")[0].split(" -- ")[-1]

@@ -1,4 +1,4 @@
-"""What the scorer makes of batches: voices, failures, and the recogniser's features on its device."""
+"""Tests of the scorer on batches: voices, failures, and the ASR features on their device."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 
 class Spoken:
-    """A decoder that records the voices it was given; token 0 gives speech that is not finite."""
+    """A decoder that records the voices passed to it; token 0 makes a waveform with non-finite values."""
 
     sample_rate_hz = 16_000
 
@@ -34,7 +34,7 @@ class Spoken:
 
 
 class Quiet:
-    """A decoder whose speech is quiet: there dither changes most."""
+    """A decoder with quiet speech, which dither changes most."""
 
     def __init__(self, token2wav):
         self.token2wav, self.sample_rate_hz = token2wav, token2wav.sample_rate_hz
@@ -86,11 +86,11 @@ def test_speech_that_is_not_finite_is_an_error_of_its_rollout_alone():
 def test_errors_are_placed_at_the_speech_tokens_of_their_syllable():
     (score,) = RewardScorer(Spoken(), Hearing("你早", (0.08, 0.24))).score([[1] * 20], ["你好吗"])
     assert score.unit_errors == (0, 1, 1) and score.error_rate == 2 / 3
-    assert score.unit_starts == (1, 5, 12)  # 25 a second, the recogniser names it a token late; the third of 0.8 s
+    assert score.unit_starts == (1, 5, 12)  # 25 per second, minus the ASR's delay of 1; the third is between 5 and 20
 
 
 def test_scores_are_the_same_at_each_call_and_in_each_batch(token2wav, assets, tmp_path):
-    """With the recogniser's config as it is published."""
+    """Uses the ASR model's config as published."""
     asr = SenseVoice(make_sensevoice(tmp_path / "SenseVoiceSmall", assets / "asr_reward"))
     scorer = RewardScorer(Quiet(token2wav), asr)
     rows = read_jsonl(assets / "data/dev.jsonl")[:24]
@@ -104,7 +104,7 @@ def test_scores_are_the_same_at_each_call_and_in_each_batch(token2wav, assets, t
 
 
 def test_a_request_that_is_wrong_fails_alone(token2wav, asr):
-    """A length beyond the tokens, none, or a text that is no UTF-8: the others of the batch are scored."""
+    """A length beyond the tokens, a length of 0 or invalid UTF-8 fails; other requests of the batch are scored."""
     tokens, lens = np.full((4, 40), 5, np.int32), np.array([[40], [41], [0], [40]], np.int32)
     texts = decoded(np.array(["今天".encode(), "今天".encode(), "今天".encode(), b"\xff"], dtype=object))
     scores = RewardScorer(token2wav, asr).score(unpad(tokens, lens), texts)

@@ -1,4 +1,4 @@
-"""The evaluator on speech whose figures are known, with the tiny stack's evaluation recogniser."""
+"""Tests of the evaluation on speech with known scores, with the tiny stack's evaluation ASR model."""
 
 import json
 
@@ -157,7 +157,7 @@ def test_the_program_writes_all_figures(evaluate, spoken, truth, assets, tmp_pat
 
 
 class OneAnswer:
-    """A recogniser that hears the same in everything."""
+    """An ASR model that returns the same transcript for every recording."""
 
     def transcribe(self, recordings):
         return ["The fox doesn't jump!"] * len(recordings)

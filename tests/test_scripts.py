@@ -1,4 +1,4 @@
-"""The programs in scripts/ and tools/, called as their docstrings and the docs say: python scripts/X.py."""
+"""Tests that the programs in scripts/ and tools/ run as documented: python scripts/X.py."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ from tests.conftest import ROOT, TRAINER_SCRIPTS
 pytestmark = pytest.mark.slow
 
 PROGRAMS = sorted([*ROOT.glob("scripts/*.py"), *ROOT.glob("tools/*.py")])
-# Runs programs as Python does, in one process: most import torch, which takes seconds each time.
+# Runs programs as Python does, but in one process, because most import torch, which takes seconds.
 RUN_ALL = """
 import os, runpy, sys
 for script in sys.argv[1:]:
@@ -36,7 +36,7 @@ def test_programs_need_no_pythonpath(in_trainer, trainer_python, tmp_path):
 
 
 def test_scripts_are_what_the_recipe_calls_and_tools_are_not():
-    """A mention in a comment is no call."""
+    """A name in a comment does not count as a call."""
     callers = [ROOT / "run.sh", *ROOT.glob("conf/**/*.sh"), *ROOT.glob("scripts/*.*")]
     code = "\n".join(line for path in callers for line in path.read_text().splitlines() if "#" not in line)
     for path in PROGRAMS:

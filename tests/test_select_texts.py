@@ -9,7 +9,7 @@ from tts_grpo.text.jsonl import read_jsonl
 
 
 def line(text, duration=3.0, language="zh"):
-    """A line with the keys of voxbox that are used, and another key."""
+    """A line of metadata with the keys of voxbox that are used, and one other key."""
     return {"index": "EMILIA_ZH_0", "language": language, "duration": duration, "text": text}
 
 

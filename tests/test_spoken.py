@@ -1,4 +1,4 @@
-"""The text front end: spoken forms, units and what counts as right."""
+"""Tests of the text front end: spoken forms, units and accepted readings."""
 
 import json
 import random
@@ -16,11 +16,11 @@ from tts_grpo.text.spoken import foreign_scripts, has_language, spoken_form, tex
 from tts_grpo.text.units import pinyin, sentence
 
 CORPUS = read_jsonl(ROOT / "tests/data/texts.jsonl")
-# Printable ASCII, what numbers are made of, Chinese, other alphabets, full width, all planes, Chinese of plane 2,
-# halves of surrogates.
+# Printable ASCII, characters of numbers, Chinese, other alphabets, full width, all planes, Chinese of plane 2, lone
+# surrogates.
 POOLS = [range(32, 127), [ord(c) for c in "0123456789.,:/-%~年月日点分第"], range(0x4E00, 0x9FFF), range(0x80, 0x3000),
          range(0xFF00, 0xFFF0), range(0x10000, 0x110000), range(0x20000, 0x32000), range(0xD800, 0xE000)]  # fmt: skip
-OTHERS = "山水火风鸟虫红绿"  # to put in the place of a unit; none of them sounds like a number or a unit of measure
+OTHERS = "山水火风鸟虫红绿"  # replacements for a unit; none sounds like a number or a unit of measure
 
 
 def errors(raw: str, heard: str, match: str = "toneless", language: str = "zh") -> int:
@@ -77,7 +77,7 @@ def test_any_string_has_units_or_none_and_its_spoken_form_is_right():
         ("CEO说GPT-4", "zh", "C E O 说 G P T 四"),
         ("電話是119。", "zh", "电话是一一九"),
         ("买2个", "zh", "买两个"),
-        ("风速3mph", "zh", "风速三英里每小时"),  # a unit that only the library knows
+        ("风速3mph", "zh", "风速三英里每小时"),  # only the library knows this unit
         ("用四川话说<|endofprompt|>今天[laughter]好", "zh", "今天好"),
         ("I paid $5 for 2kg.", "en", "I paid five dollars for two kilograms"),
     ],
@@ -93,9 +93,9 @@ def test_units_know_their_place():
 
 
 def test_sets_of_sounds():
-    assert errors("他跑得快", "他跑的快") == 0  # both are de
-    assert errors("重庆", "众庆") == 1  # the word is known, so its sound is, too
-    assert errors("长", "涨") == errors("长", "常") == 0  # alone, both sounds are right
+    assert errors("他跑得快", "他跑的快") == 0  # both are read de
+    assert errors("重庆", "众庆") == 1  # the reading follows from the known word
+    assert errors("长", "涨") == errors("长", "常") == 0  # alone, both readings are right
     assert errors("很好", "狠好", "toned") == errors("你好", "泥好", "toned") == 0  # sandhi
     assert errors("买", "卖", "toned") == 1 and errors("买", "卖") == 0
     assert errors("他买", "她买", "written") == 1
@@ -106,7 +106,7 @@ def test_of_alternatives_the_one_that_fits_counts_and_their_mixture_does_not():
         assert errors("2024年", right) == 0
     assert errors("2024年", "二零二十四年") == 1
     assert errors("2024年", "") == len(sentence("2024年").units) == 5
-    assert errors("两千零二十四年", "2024年") == 0  # a transcript may hold digits, too
+    assert errors("两千零二十四年", "2024年") == 0  # a transcript may contain digits
 
 
 def test_what_is_optional_is_free_and_silence_is_not():

@@ -1,4 +1,4 @@
-"""Functions of tiny_stack whose bugs a training would hide, and a smoke run of its stages."""
+"""Tests of tiny_stack: functions whose bugs a training would hide, and a smoke run of all stages."""
 
 import itertools
 import json

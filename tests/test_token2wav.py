@@ -73,7 +73,7 @@ def test_encoding_does_not_depend_on_the_batch(token2wav, assets):
 
 
 def test_tokens_in_assets_match_the_tokenizer(token2wav, assets, test_rows):
-    """They were made from lossless recordings, so that they do not match exactly. Chance level is 1/3."""
+    """The tokens were made from lossless recordings, so they do not match exactly. The chance level is 1/3."""
     rows = [row for row in test_rows if (assets / "recordings" / f"{row['id']}.ogg").exists()][:20]
     encoded = token2wav.encode([load_audio(assets / "recordings" / f"{row['id']}.ogg") for row in rows])
     for row, tokens in zip(rows, encoded, strict=True):

@@ -42,7 +42,7 @@ def test_a_failed_reward_ends_the_training(tmp_path, capsys):
 
 
 def test_a_failure_of_the_last_moment_counts(tmp_path, capsys):
-    """The command ends with status 0 before anyone has looked at the file."""
+    """The command ends with status 0 before the failure file is polled."""
     assert run(tmp_path, f"open({str(tmp_path / 'failure')!r}, 'w').write('no reward server')") == 1
     assert "training failed: no reward server" in capsys.readouterr().err
 
@@ -65,7 +65,7 @@ ODD = [
 
 
 def test_any_byte_is_survived_and_logged(tmp_path, capfd):
-    """Progress bars end with a carriage return, and a step's line may follow one."""
+    """A progress bar ends with a carriage return, and a step's line may follow it."""
     output = b"\n".join(ODD) + b"\nTraining Progress: 3%|\r" + STEP.encode() + b"\rno end \xe4\xbb"
     (tmp_path / "output").write_bytes(output)
     copy = f"import sys; sys.stdout.buffer.write(open({str(tmp_path / 'output')!r}, 'rb').read())"
@@ -85,7 +85,7 @@ def test_other_words_cost_the_display_only(tmp_path, capsys):
 
 
 def test_output_is_shown_before_its_line_ends(tmp_path):
-    """The log has it at once: a progress bar, or a prompt at which the program hangs."""
+    """Incomplete lines, such as a progress bar or a prompt that blocks the program, are written to the log at once."""
     log = str(tmp_path / "log")
     code = f"print('50%', end='', flush=True); import time; time.sleep(1); assert '50%' in open({log!r}).read()"
     assert run(tmp_path, code) == 0

@@ -1,4 +1,4 @@
-"""GRPO on real veRL with the real server, through run.sh: two steps of a few rollouts, killed and gone on with."""
+"""GRPO with the real veRL and reward server, by run.sh: two steps with few rollouts, with a kill and resume between."""
 
 import os
 import re
@@ -42,7 +42,7 @@ def run_sh(recipe, *arguments) -> subprocess.CompletedProcess:
 
 
 def kill_trainer_after_first_checkpoint(recipe) -> None:
-    """kill -9 veRL's driver, as the kernel does when memory runs out."""
+    """Kill veRL's driver with SIGKILL after the first checkpoint, as the kernel does when memory runs out."""
     exp_dir = Path(recipe["exp_dir"])
     process = subprocess.Popen(["bash", str(ROOT / "run.sh"), "1", "2"], env=recipe, stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, text=True)  # fmt: skip
@@ -72,7 +72,7 @@ def test_trains_survives_a_kill_and_merges(recipe):
     heard = read_audio(exp_dir / "tensorboard/validation")
     metrics = dict(filter(None, map(parse_step, log.splitlines())))[2]
     share, *bounds = (metrics[f"critic/advantages/{name}"] for name in ("nonzero", "min", "max"))
-    assert (share > 0) == any(bounds)  # veRL's bounds are those of credit by syllable, the profile's setting
+    assert (share > 0) == any(bounds)  # veRL logs the advantages after credit by syllable, the profile's setting
     assert 0 < metrics["timing_s/generation"] < metrics["timing_s/step"]
     assert len(heard) == 4 and all(events[-1][0] == 2 for events in heard.values()), done.stdout[-3000:]
     merged = exp_dir / "merged_hf_model"

@@ -1,7 +1,7 @@
-"""Texts of the kind that users bring, made from templates, each with its right readings.
+"""Generates texts as users have them from templates, each with its correct readings.
 
-The readings are written down here by rules of their own, and not by the front end that they test: numbers come from
-``say``, a plain table of places. Kinds: dates, times, shares, temperatures, quantities, money, phone numbers, scores,
+The readings are made by separate rules, not by the front end that they test: numbers come from ``say``, a simple table
+of decimal places. Kinds: dates, times, shares, temperatures, quantities, money, phone numbers, scores,
 letters, English words, traditional characters, full width, punctuation, erhua, and plain sentences of the tiny stack.
 """
 
@@ -26,7 +26,7 @@ UNITS = {
 
 
 def say(number: int) -> str:
-    """A whole number below 100,000 in Chinese, place by place."""
+    """Read a whole number below 100,000 in Chinese, digit by digit with its decimal places."""
     if number >= 10_000:
         rest = number % 10_000
         head = {1: "一万", 2: "两万"}.get(number // 10_000, f"{DIGITS[number // 10_000 % 10]}万")
@@ -35,7 +35,7 @@ def say(number: int) -> str:
 
 
 def say_full(number: int) -> str:
-    """A whole number below 10,000, its tens with 一."""
+    """Read a whole number below 10,000, with 一 before 十."""
     if number == 0:
         return "零"
     places = [(number // 10**power % 10, name) for power, name in ((3, "千"), (2, "百"), (1, "十"), (0, ""))]
@@ -44,7 +44,7 @@ def say_full(number: int) -> str:
 
 
 def spell(digits: str, one: str = "一") -> str:
-    """Digit by digit."""
+    """Read a number digit by digit, without decimal places."""
     return "".join(DIGITS[int(digit)] for digit in digits).replace("一", one)
 
 
@@ -186,7 +186,7 @@ TEMPLATES = (
 
 
 def lines(count: int, seed: int = 0) -> Iterator[tuple[str, list[str]]]:
-    """``(text, right readings)``: templates in turn, sometimes two in one text."""
+    """Yield ``(text, correct readings)`` from the templates in turn, sometimes with two templates in one text."""
     rng = random.Random(seed)
     for i in range(count):
         raw, right = TEMPLATES[i % len(TEMPLATES)](rng)

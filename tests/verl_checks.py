@@ -1,4 +1,4 @@
-"""The part of tests/test_trainer.py that runs in the trainer environment; one process, as importing veRL is slow.
+"""The part of tests/test_trainer.py that runs in the trainer environment, as one process: importing veRL is slow.
 
     python tests/verl_checks.py FOLDER
 
