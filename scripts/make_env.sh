@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Make one of the recipe's virtual environments, or bring it up to date; does nothing when it is.
+# Make one of the recipe's virtual environments, or rebuild it if it is out of date. Does nothing if it is up to date.
 #
 #   bash scripts/make_env.sh NAME REQUIREMENTS...
 #
 #   NAME          folder under .venv, such as speech
-#   REQUIREMENTS  files that requirements/lock.sh wrote: every package with its version and hashes. Lines marked
-#                 "# no-hash" (torch) are installed last, with the dependencies that are not there yet
+#   REQUIREMENTS  lock files by requirements/lock.sh, with version and hashes of every package. Lines marked
+#                 "# no-hash" (torch) are installed last, together with their missing dependencies
 #
-# Variables: base_python (interpreter to build on, 3.11 or 3.12), venv_root (folder of the environments).
+# Variables: base_python (Python 3.11 or 3.12 for the environments), venv_root (folder of the environments).
 set -euo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -30,8 +30,9 @@ check_machine() {
   ((free_gib >= min_free_gib)) || die "$venv_root has $free_gib GiB free, $min_free_gib are needed: set venv_root"
 }
 
-# torchaudio's compiled part does not load beside every build of torch (not beside the CPU build). funasr needs only
-# the part in Python, which works without it. An environment without torchaudio is left alone.
+# mend_torchaudio PYTHON: remove torchaudio's compiled libraries if torchaudio cannot be imported. They do not load with
+# every build of torch, such as the CPU build. funasr needs only torchaudio's Python code, which works without them.
+# An environment without torchaudio is not changed.
 mend_torchaudio() {
   "$1" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torchaudio") is not None)' && return
   "$1" -c 'import torchaudio' 2>/dev/null && return
@@ -62,7 +63,7 @@ main() {
   echo "environment $name: installing into $dir (2 GiB, about 2 minutes; on a GPU machine with CUDA libraries 7 GiB)" >&2
   rm -rf "$dir"
   "$base_python" -m venv "$dir"
-  trap 'kill $! 2>/dev/null; exit 143' INT TERM # bash would end and leave pip at work
+  trap 'kill $! 2>/dev/null; exit 143' INT TERM # otherwise bash would exit while pip goes on running
   sed '/# no-hash/d' "$@" >"$dir/requirements.txt"
   install "$dir" --require-hashes --no-deps -r "$dir/requirements.txt"
   sed -n '/# no-hash/p' "$@" >"$dir/no-hash.txt"
