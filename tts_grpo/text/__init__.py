@@ -1,9 +1,11 @@
-"""Texts and tokens: what a sentence's units are, how texts differ, and how a prompt is written.
+"""Texts and tokens: text normalisation, units of a text, alignment of two texts, and prompts.
 
-- ``clean``: raw text -> plain text with places; ``spoken``: -> its words, by ``readings``, ``numbers``, ``measures``;
-  ``units``: -> characters and words with their sounds; ``errors``: alignments, error counts and error rates.
-- ``tokens``: ids of speech tokens and their text form; ``prompts``: prompts and the chat template.
-- ``jsonl``: JSON Lines files, and JSON files that appear only when whole.
+- ``clean`` converts raw text to plain text with character offsets. ``spoken`` converts plain text to words, with
+  ``readings``, ``numbers`` and ``measures``. ``units`` cuts the words into characters and words with pronunciations.
+  ``errors`` computes alignments, error counts and error rates.
+- ``rules`` decides which texts are accepted and what the language model reads. ``tags`` finds tags and control tokens.
+- ``tokens`` converts speech token ids to and from text; ``prompts`` renders prompts and holds the chat templates.
+- ``input_files`` validates users' files. ``jsonl`` reads JSON Lines files and writes JSON files atomically.
 
-Both environments. Imports no other room.
+This package is imported in both environments (speech and trainer). It imports no other package of tts_grpo.
 """

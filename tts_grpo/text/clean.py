@@ -1,8 +1,8 @@
-"""Raw text -> plain text, each character with its place in the raw text.
+"""Convert raw text to plain text, and record the offsets of each character in the raw text.
 
-Compatibility forms become ordinary ones (full width, circled and Roman numbers, ligatures: Unicode's NFKC), traditional
-characters simplified ones (zhconv's table zh-hans: characters only, no regional vocabulary), 〇 the ordinary 零, digits
-of other scripts ASCII. Nothing is put into words here.
+Compatibility forms (full width, circled and Roman numbers, ligatures) are normalised by Unicode's NFKC. Traditional
+characters are converted to simplified ones (zhconv's table zh-hans: characters only, no regional vocabulary). 〇
+becomes the ordinary 零, and digits of other scripts become ASCII. Numbers and signs are not converted to words here.
 """
 
 import re
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import zhconv
 
-# Before NFKC, which would make 10² the number 102 and 2½ the number 21/2.
+# Replaced before NFKC, which would convert 10² to 102 and 2½ to 21/2.
 _BEFORE = {
     **{chr(code): f"^{digit}" for digit, code in enumerate((0x2070, 0xB9, 0xB2, 0xB3, *range(0x2074, 0x207A)))},
     **{fraction: f" {unicodedata.normalize('NFKC', fraction).replace('⁄', '/')}" for fraction in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"},
@@ -23,14 +23,14 @@ _BEFORE = {
 _SUPERSCRIPTS = frozenset(c for c, plain in _BEFORE.items() if plain[:1] == "^" and c != "^")
 HAN = "\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 _HAN = re.compile(f"[{HAN}]")
-# CosyVoice's marks for sounds and stress, marks of other programs, and special tokens of language models.
+# CosyVoice's tags for sounds and stress, tags of other programs, and special tokens of language models.
 TAG = re.compile(r"<\|[^|<>\n]{0,60}\|>|</?[A-Za-z][A-Za-z0-9_ -]{0,40}/?>|\[[a-z][a-z_-]{1,30}\]")
-END_OF_PROMPT = "<|endofprompt|>"  # what stands before it is an instruction and not spoken (CosyVoice2, CosyVoice3)
+END_OF_PROMPT = "<|endofprompt|>"  # the text before it is an instruction, not spoken (CosyVoice2, CosyVoice3)
 
 
 @dataclass(frozen=True)
 class PlainText:
-    """A plain text of N characters; ``starts`` and ``ends`` (N) are their places in the raw text."""
+    """A plain text of N characters; ``starts`` and ``ends`` (N each) are their offsets in the raw text."""
 
     text: str
     starts: tuple[int, ...]
@@ -38,18 +38,18 @@ class PlainText:
 
 
 def is_han(character: str) -> bool:
-    """Whether it is a Chinese character, of any plane of Unicode."""
+    """Return whether the character is a Chinese character, in any plane of Unicode."""
     return bool(_HAN.match(character))
 
 
 def find_tags(raw: str) -> list[tuple[int, int]]:
-    """Places of what is not to be spoken: tags, and an instruction before ``<|endofprompt|>``."""
+    """Return offsets of the parts that are not spoken: tags, and an instruction before ``<|endofprompt|>``."""
     begin = raw.rfind(END_OF_PROMPT) + len(END_OF_PROMPT) if END_OF_PROMPT in raw else 0
     return ([(0, begin)] if begin else []) + [(m.start(), m.end()) for m in TAG.finditer(raw, begin)]
 
 
 def _clusters(raw: str):
-    """Characters with the combining marks that follow them."""
+    """Yield the offsets of each character together with the combining marks that follow it."""
     begin = 0
     for end in range(1, len(raw) + 1):
         if end == len(raw) or not unicodedata.combining(raw[end]):
@@ -71,7 +71,7 @@ def _plain(cluster: str) -> str:
 
 
 def simplified(text: str) -> str:
-    """``text`` in simplified characters, of the same length."""
+    """Convert ``text`` to simplified characters without changing its length."""
     if text.isascii():
         return text
     converted = zhconv.convert(text, "zh-hans")
@@ -83,17 +83,20 @@ def simplified(text: str) -> str:
 
 
 def _particle(text: str, i: int) -> str:
-    """The 著 at place i as simplified texts write it: 看着, but 著名. Only zhconv's table zh-cn has these words."""
+    """Return 著 or 着 for the 著 at index i, as simplified text has it: 看着, but 著名.
+
+    Only zhconv's table zh-cn contains these words.
+    """
     part = zhconv.convert(text[max(0, i - 1) : i + 2], "zh-cn")
     return "着" if "着" in part and "著" not in part else "著"
 
 
 def clean(raw: str, simplify: bool = True) -> PlainText:
-    """The plain text of a raw one; tags are left out, each leaves a space.
+    """Convert a raw text to plain text; each tag is replaced by a space.
 
     Args:
         raw: any text.
-        simplify: make traditional characters simplified.
+        simplify: convert traditional characters to simplified ones.
     """
     tags, characters = find_tags(raw), []
     for begin, end in _clusters(raw):
@@ -103,7 +106,7 @@ def clean(raw: str, simplify: bool = True) -> PlainText:
         if not tags or end <= tags[0][0]:
             plain = _plain(raw[begin:end])
             if plain[:1] == "^" and raw[begin - 1 : begin] in _SUPERSCRIPTS:
-                plain = plain[1:]  # 10⁻¹² is 10^-12
+                plain = plain[1:]  # 10⁻¹² becomes 10^-12
             characters += [(c, begin, end) for c in plain]
     text, starts, ends = zip(*characters, strict=True) if characters else ((), (), ())
     plain = "".join(text)

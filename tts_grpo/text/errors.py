@@ -1,4 +1,4 @@
-"""Alignments, error counts and error rates of transcripts against ground truths."""
+"""Alignments, error counts and error rates of transcripts against reference texts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -8,12 +8,12 @@ import numpy as np
 from tts_grpo.text.units import Sentence, Unit, sentence
 
 MATCHES = ("toned", "toneless", "written")
-MAX_TRIES = 48  # other readings of numbers in a transcript
+MAX_TRIES = 48  # at most this many alternative readings of a transcript's numbers are aligned
 
 
 @dataclass(frozen=True)
 class ErrorCounts:
-    """Edits that turn a reference into a hypothesis, and the reference's length, in units."""
+    """Numbers of edits that turn a reference into a hypothesis, and the length of the reference in units."""
 
     substitutions: int = 0
     deletions: int = 0
@@ -34,10 +34,10 @@ class ErrorCounts:
 
     @property
     def rate(self) -> float:
-        """Errors a reference unit; may exceed 1.
+        """Errors per reference unit; may exceed 1.
 
         Raises:
-            ValueError: the reference is empty, so that no rate exists.
+            ValueError: the reference is empty, so the rate is undefined.
         """
         if self.length == 0:
             raise ValueError("no error rate against an empty reference")
@@ -46,13 +46,13 @@ class ErrorCounts:
 
 @dataclass(frozen=True)
 class Pair:
-    """One place of an alignment.
+    """One pair of aligned units.
 
     Attributes:
-        said, heard: units; None where the other side has one alone. Of a word that was heard in parts, ``heard`` is
-            the first; of letters heard as one word, the letter.
-        error: 1, or 0 where both are the same or what is alone is optional.
-        place: unit of the reference's usual reading that the pair belongs to.
+        said, heard: the reference unit and the transcript unit; None for an insertion or a deletion. If the transcript
+            splits a word, ``heard`` is its first part; if it joins letters into one word, ``heard`` is the letter.
+        error: 1, or 0 if the units match or the unpaired unit is optional.
+        place: index of the unit in the reference's usual reading to which the pair belongs.
     """
 
     said: Unit | None
@@ -63,7 +63,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Alignment:
-    """Pairs in order, and the number of units of the reference's usual reading."""
+    """Aligned pairs in order, and the number of units in the reference's usual reading."""
 
     pairs: tuple[Pair, ...]
     length: int
@@ -85,9 +85,9 @@ def _keys(unit: Unit, match: str) -> frozenset[str]:
 
 
 class _Heard:
-    """A transcript's units, laid out by character, so that words may match across spaces.
+    """The units of a transcript on an axis of character positions, so that words can match across spaces.
 
-    A Chinese character takes one place, a word as many as it has letters; the unit of place p ends at ``ends[p]``.
+    A Chinese character takes one position, a word one per letter. The unit at position p ends at ``ends[p]``.
     """
 
     def __init__(self, units: Sequence[Unit], match: str):
@@ -106,7 +106,7 @@ class _Heard:
                 self.by_key.setdefault(key, []).append(place)
 
     def matches(self, unit: Unit, match: str) -> tuple[list[int], int]:
-        """Places at which a unit of the reference begins to be heard, and how many places it takes."""
+        """Return the positions in the transcript at which a reference unit matches, and its length in positions."""
         if unit.toned:
             return sorted({place for key in _keys(unit, match) for place in self.by_key.get(key, ())}), 1
         word, found, at = unit.text, [], -1
@@ -115,14 +115,14 @@ class _Heard:
         return found, len(word)
 
     def insert(self, row: np.ndarray) -> None:
-        """Let a row of costs pass over units that were heard and not said."""
+        """Relax a row of edit costs, in place, with insertions: transcript units that the reference lacks."""
         if len(self.inside):
             np.minimum.at(row, self.ends[self.inside], row[self.inside] + 1)
         at_bounds = np.minimum.accumulate(row[self.bounds] - self.costs) + self.costs
         row[self.bounds] = np.minimum(row[self.bounds], at_bounds)
 
     def step(self, row: np.ndarray, unit: Unit, match: str) -> np.ndarray:
-        """The row of costs after one more unit of the reference."""
+        """Return the next row of edit costs, after one more reference unit."""
         new = row + int(not unit.optional)
         if len(self.inside):
             np.minimum.at(new, self.ends, row[:-1] + 1)
@@ -136,7 +136,7 @@ class _Heard:
         return new
 
     def part(self, begin: int, end: int) -> Unit:
-        """What was heard from a place to another, as a unit of its own."""
+        """Return a unit for the transcript from ``begin`` to ``end``: the unit at ``begin`` if that is whole."""
         unit = self.units[self.unit_at[begin]]
         first = int(self.bounds[self.unit_at[begin]])
         if unit.toned or (begin == first and end >= int(self.ends[begin])):
@@ -146,14 +146,14 @@ class _Heard:
 
 
 class _Table:
-    """The table of costs of one reference against one transcript, and the way back through it."""
+    """The edit cost table (dynamic programming) of a reference and a transcript, and the backtrace through it."""
 
     def __init__(self, reference: Sentence, heard: _Heard, match: str):
         self.reference, self.heard, self.match = reference, heard, match
         row = np.full(heard.size + 1, 1 << 30, np.int64)
         row[0] = 0
         heard.insert(row)
-        self.first, self.groups = row, []  # of each group: the rows of each alternative, and which to take at a place
+        self.first, self.groups = row, []  # per group: rows of each alternative, best one per position
         for alternatives in reference.groups:
             chains = []
             for units in alternatives:
@@ -166,7 +166,7 @@ class _Table:
             self.groups.append((chains, taken))
 
     def pairs(self) -> list[Pair]:
-        """An alignment of least cost."""
+        """Return an alignment with the least cost."""
         backwards, at, base = [], self.heard.size, len(self.reference.units)
         groups = zip(reversed(self.reference.groups), reversed(self.groups), strict=True)
         for alternatives, (chains, taken) in groups:
@@ -180,7 +180,7 @@ class _Table:
         return backwards[::-1]
 
     def _unit(self, before: np.ndarray, after: np.ndarray, unit: Unit, at: int, place: int, pairs: list[Pair]) -> int:
-        """Go back over one unit of the reference, and over what was heard after it and not said."""
+        """Backtrace over one reference unit and the insertions after it; return the position before the unit."""
         places, size = self.heard.matches(unit, self.match)
         while True:
             if at - size in places and before[at - size] == after[at]:
@@ -197,7 +197,7 @@ class _Table:
             at = self._insertion(after, at, place, pairs)
 
     def _begins(self, at: int) -> range:
-        """Where a unit that ends at a place, or what is left of it, can begin; none where no unit ends."""
+        """Return the positions at which a unit that ends at ``at``, or its remainder, can begin; empty if none ends."""
         if not at or self.heard.ends[at - 1] != at:
             return range(0)
         return range(int(self.heard.bounds[self.heard.unit_at[at - 1]]), at)
@@ -224,23 +224,23 @@ def _align_units(reference: Sentence, units: Sequence[Unit], match: str) -> Alig
     if units and _same(reference.units, units, match):
         pairs = tuple(Pair(*both, 0, i) for i, both in enumerate(zip(reference.units, units, strict=True)))
         return Alignment(pairs, len(reference.units))
-    if not units:  # silence is the usual reading left out, whatever shorter one there is
+    if not units:  # all units of the usual reading are deletions, even if another reading is shorter
         pairs = tuple(Pair(unit, None, 1, i) for i, unit in enumerate(reference.units))
         return Alignment(pairs, len(reference.units))
     return Alignment(tuple(_Table(reference, _Heard(units, match), match).pairs()), len(reference.units))
 
 
 def align_sentences(reference: Sentence, hypothesis: Sentence, match: str) -> Alignment:
-    """The alignment of least errors over all right readings of the reference.
+    """Return the alignment with the fewest errors over all accepted readings of the reference.
 
-    A unit that was heard is right if it is written as the reference's, or sounds like it (``match``). Words match by
-    their letters, wherever the recogniser put spaces. Numbers in a transcript are taken in the usual reading, and in
-    another one where that has fewer errors.
+    A transcript unit is correct if it is written like the reference unit, or sounds like it (``match``). Words match by
+    their letters, wherever the recogniser put spaces. Numbers in a transcript are taken in their usual reading, or in
+    another one if that gives fewer errors.
 
     Args:
-        reference: what was to be said.
-        hypothesis: what was heard.
-        match: "toned" or "toneless": by sound; "written": by characters, so that homophones are errors.
+        reference: the reference text.
+        hypothesis: the transcript.
+        match: "toned" or "toneless" compare pronunciations; "written" compares characters, so homophones are errors.
     """
     best = _align_units(reference, hypothesis.units, match)
     chosen, tries = [group[0] for group in hypothesis.groups], 0
@@ -262,21 +262,21 @@ def align_texts(ground_truth: str, hypothesis: str, match: str, language: str = 
 
 
 def locate_errors(alignment: Alignment, onsets_s: Sequence[float], duration_s: float) -> tuple[list[int], list[float]]:
-    """Errors at each unit of a reference's usual reading, and when that unit begins in the recording.
+    """Return the errors at each unit of the reference's usual reading, and the onset of each unit in the audio.
 
-    A unit too many counts at the reference unit before it (at the first one, if it comes first); a unit that was not
-    heard is placed between its neighbours. The errors' sum is the number of edits.
+    An insertion counts at the reference unit before it (at the first unit, if there is none before). The onset of a
+    deleted unit is interpolated between its neighbours. The errors sum to the number of edits.
 
     Args:
-        alignment: of N units.
-        onsets_s: when each character of the raw transcript was heard, in seconds.
-        duration_s: of the recording.
+        alignment: alignment with N reference units.
+        onsets_s: onset of each character of the raw transcript, in seconds.
+        duration_s: duration of the audio, in seconds.
 
     Returns:
-        N errors and N times in seconds, ascending.
+        N error counts, and N onsets in seconds, ascending.
 
     Raises:
-        ValueError: the times are not those of the transcript.
+        ValueError: ``onsets_s`` is too short for the transcript.
     """
     errors, heard_at = [0] * alignment.length, {-1: 0.0, alignment.length: duration_s}
     for pair in alignment.pairs:
@@ -293,12 +293,12 @@ def locate_errors(alignment: Alignment, onsets_s: Sequence[float], duration_s: f
 
 
 def pinyin_errors(ground_truth: str, hypothesis: str, tones: bool, language: str = "zh") -> ErrorCounts:
-    """Substitutions, deletions and insertions of syllables and words between two texts."""
+    """Count substitutions, deletions and insertions of syllables and words between two texts."""
     return align_texts(ground_truth, hypothesis, "toned" if tones else "toneless", language).counts
 
 
 def pinyin_error_rate(ground_truths: Sequence[str], hypotheses: Sequence[str], tones: bool) -> float:
-    """Total errors over total units (syllables and words) of paired texts.
+    """Return total errors over total reference units (syllables and words) for paired texts.
 
     Raises:
         ValueError: the lists differ in length, or no ground truth has a unit.

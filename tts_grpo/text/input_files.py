@@ -1,6 +1,7 @@
-"""What users' files must hold: texts, evaluation sets, voices, known answers. All faults of a file are named at once.
+"""Validation of users' files: texts, evaluation sets, voices and known answers.
 
-Python's standard library only: scripts/check.py reads these files before there is an environment.
+One error lists the faults of a whole file. This module imports the standard library only, because scripts/check.py
+reads these files before any environment exists.
 """
 
 import os
@@ -14,19 +15,19 @@ from tts_grpo.text.jsonl import as_object, named, numbered_rows
 from tts_grpo.text.tokens import NUM_SPEECH_TOKENS
 
 FAULTS_SHOWN = 5
-MAX_ID_BYTES = 200  # file names have at most 255 bytes, and endings come after the id
-TOKENS_PER_UNIT = 4  # speech tokens of a syllable or word, at 25 per second: fast speech, 6 syllables per second
-LOST_CHARACTER = "\ufffd"  # what conversions put in the place of bytes that they could not read
+MAX_ID_BYTES = 200  # a file name has at most 255 bytes, and a suffix follows the id
+TOKENS_PER_UNIT = 4  # speech tokens per syllable or word in fast speech: 25 tokens and 6 syllables per second
+LOST_CHARACTER = "\ufffd"  # replacement character, which decoders insert for bytes that they cannot decode
 
 _WORD = re.compile(r"[^\W_]")
 _UNIT = re.compile(r"[㐀-䶿一-鿿]|[^\W_㐀-䶿一-鿿]+")
 
 
 def checked_text(row: dict, *keys: str) -> str:
-    """The text of an entry under the first of ``keys`` that it has, without white space at its ends.
+    """Return the text under the first of ``keys`` that the entry has, stripped of white space.
 
     Raises:
-        ValueError: there is none, or it is no text, or has no word; the message says so.
+        ValueError: there is none, it is not a string, it holds U+FFFD, or it has no word; the message says which.
     """
     key = next((key for key in keys if row.get(key) is not None), None)
     if key is None:
@@ -42,25 +43,26 @@ def checked_text(row: dict, *keys: str) -> str:
 
 
 def _kind(value: Any) -> str:
-    """What a JSON value is, in words."""
+    """Describe the type of a JSON value for an error message."""
     if isinstance(value, (dict, list, str)):
         return {dict: "an object", list: "an array", str: "a text"}[type(value)]
     return "null" if value is None else f"the number {value}" if not isinstance(value, bool) else str(value).lower()
 
 
 def read_eval_set(path: str | Path, prepare: Callable[[str], str] = lambda text: text) -> list[dict[str, str | None]]:
-    """The utterances of an evaluation set, each with ``id``, ``target_text``, ``prompt_text`` and ``prompt_audio``.
+    """Read an evaluation set; each utterance has ``id``, ``target_text``, ``prompt_text`` and ``prompt_audio``.
 
-    ``target_text`` may be called ``text``. An id may be an integer; it becomes text. Utterances without a prompt have
-    the ``prompt_text`` "" and the ``prompt_audio`` None.
+    ``target_text`` may be called ``text`` in the file. An integer id is converted to a string. An utterance without a
+    prompt has the ``prompt_text`` "" and the ``prompt_audio`` None.
 
     Args:
         path: the file.
-        prepare: what is done to each text of target or prompt; it may raise a ValueError.
+        prepare: function applied to each target text and prompt text; it may raise a ValueError.
 
     Raises:
-        ValueError: an utterance lacks its id or text, a text has no word, a prompt is not complete or its recording is
-            missing, an id is not fit for a file name or comes twice, or there is no utterance; all are named.
+        ValueError: an utterance lacks its id or text, a text has no word, a prompt is incomplete or its recording is
+            missing, an id is not usable as a file name or is not unique, or there is no utterance. The message lists
+            the faults (the first ``FAULTS_SHOWN``, and the number of the others).
         OSError: the file cannot be opened.
     """
     ids: dict[str, tuple[int, str]] = {}
@@ -69,14 +71,14 @@ def read_eval_set(path: str | Path, prepare: Callable[[str], str] = lambda text:
         found = {"id": new_id(row.get("id"), number, ids), "target_text": checked_text(row, "target_text", "text")}
         found |= _prompt(Path(path).parent, row) or {"prompt_text": "", "prompt_audio": None}
         texts = {name: prepare(found[name]) for name in ("target_text", "prompt_text") if found[name]}
-        checked_text(texts, "target_text")  # what is left of it
+        checked_text(texts, "target_text")  # it must still have a word
         return found | texts
 
     return _read(path, utterance, "utterance")
 
 
 def _prompt(folder: Path, row: dict) -> dict[str, str] | None:
-    """Prompt of an entry, if it has one: its text, and the path of its recording relative to ``folder``."""
+    """Return the prompt of an entry, if any: its text, and the path of its recording relative to ``folder``."""
     audio = row.get("prompt_audio")
     if bool(row.get("prompt_text")) != bool(audio):
         raise ValueError("a prompt needs both prompt_text and prompt_audio")
@@ -90,15 +92,15 @@ def _prompt(folder: Path, row: dict) -> dict[str, str] | None:
 
 
 def new_id(utt_id: Any, number: int, ids: dict[str, tuple[int, str]]) -> str:
-    """An utterance's id as text, fit for a file name of its own.
+    """Return an utterance's id as a string that is usable as a unique file name.
 
     Args:
-        utt_id: as it stands in the file: text or an integer.
-        number: of the entry.
-        ids: entry and id of each name so far; this one is added.
+        utt_id: the id as in the file, a string or an integer.
+        number: number of the entry in the file.
+        ids: entry number and id for each file name so far; this one is added.
 
     Raises:
-        ValueError: it is no file name, or an entry before has it; the message says why.
+        ValueError: the id is not usable as a file name, or an earlier entry has it; the message says why.
     """
     if isinstance(utt_id, int) and not isinstance(utt_id, bool):
         utt_id = str(utt_id)
@@ -108,7 +110,7 @@ def new_id(utt_id: Any, number: int, ids: dict[str, tuple[int, str]]) -> str:
         raise ValueError(f"the id {utt_id[:80]!r} is no file name: no slashes, no line breaks, no dot at its start")
     if len(utt_id.encode()) > MAX_ID_BYTES:
         raise ValueError(f"the id {utt_id[:40]!r}... is no file name: it has more than {MAX_ID_BYTES} bytes")
-    key = unicodedata.normalize("NFC", utt_id).casefold()  # on some systems, such names are of one file
+    key = unicodedata.normalize("NFC", utt_id).casefold()  # some file systems treat such names as the same
     before, other = ids.setdefault(key, (number, utt_id))
     if before != number:
         how = "comes twice, first" if other == utt_id else f"is but for upper and lower case the id {other!r}"
@@ -117,20 +119,21 @@ def new_id(utt_id: Any, number: int, ids: dict[str, tuple[int, str]]) -> str:
 
 
 def read_texts(path: str | Path) -> list[dict]:
-    """The entries of a file of texts, each with ``text``.
+    """Read a file of texts; each entry has ``text``.
 
     Raises:
-        ValueError: an entry has none, or one without a word, or there is no entry; all are named.
+        ValueError: an entry has no text or a text without a word, or there is no entry; the message lists the faults.
         OSError: the file cannot be opened.
     """
     return _read(path, lambda number, row: row | {"text": checked_text(row, "text")}, "text")
 
 
 def read_voices(path: str | Path) -> list[dict[str, str]]:
-    """The entries of a list of voices, each with ``prompt_text`` and ``prompt_audio`` (relative to the list's folder).
+    """Read a list of voices; entries have ``prompt_text`` and ``prompt_audio`` (relative to the list's folder).
 
     Raises:
-        ValueError: an entry lacks one of them, a recording is missing, or there is no entry; all are named.
+        ValueError: an entry lacks one of them, a recording is missing, or there is no entry; the message lists the
+            faults.
         OSError: the file cannot be opened.
     """
 
@@ -144,14 +147,15 @@ def read_voices(path: str | Path) -> list[dict[str, str]]:
 
 
 def read_known_answers(path: str | Path, limit: int | None = None) -> list[dict]:
-    """Entries with ``text`` and ``speech_tokens``, and whatever else they hold.
+    """Read known answers; each entry has ``text`` and ``speech_tokens``, and other keys are kept.
 
     Args:
         path: the file.
-        limit: only so many entries are read.
+        limit: largest number of entries to read.
 
     Raises:
-        ValueError: an entry lacks one of them, a token is none, or there is no entry; all are named.
+        ValueError: an entry lacks one of them, an id is not a speech token, or there is no entry; the message lists the
+            faults.
         OSError: the file cannot be opened.
     """
     return _read(path, _known_answer, "entry", limit)
@@ -168,7 +172,7 @@ def _known_answer(number: int, row: dict) -> dict:
 
 
 def _read(path: str | Path, check: Callable[[int, dict], dict], what: str, limit: int | None = None) -> list[dict]:
-    """Entries as ``check`` returns them; what it raises of any of them is named with file and line."""
+    """Return the entries as ``check`` returns them; its ValueErrors are collected into one, with file and line."""
     found, faults = [], []
     for number, row in numbered_rows(path):
         if limit is not None and len(found) + len(faults) == limit:
@@ -186,10 +190,10 @@ def _read(path: str | Path, check: Callable[[int, dict], dict], what: str, limit
 
 
 def num_units(text: str) -> int:
-    """About how many syllables and words a text has; more, where it has numbers."""
+    """Estimate the number of syllables and words in a text; a number in digits counts as one."""
     return len(_UNIT.findall(unicodedata.normalize("NFKC", text)))
 
 
 def too_long_to_speak(rows: list[dict], max_new_tokens: int) -> list[dict]:
-    """The utterances whose speech can hardly fit into ``max_new_tokens``."""
+    """Return the utterances whose speech is unlikely to fit into ``max_new_tokens`` speech tokens."""
     return [row for row in rows if TOKENS_PER_UNIT * num_units(row["target_text"]) > max_new_tokens]

@@ -1,8 +1,8 @@
-"""Text files as users have them: JSON Lines (one object per line), JSON arrays of objects, and plain lines.
+"""Readers and writers for users' text files: JSON Lines (one object per line), JSON arrays of objects, plain lines.
 
-Every text file of the recipe is read here. UTF-8, UTF-16 with a byte order mark, and GB18030 (which contains GBK and
-GB 2312) are read, with or without byte order mark, with line ends of any system. What cannot be read is a
-:class:`ValueError` that names file and line; no bytes whatsoever cause another exception.
+All text files of users are read by this module. The encodings are UTF-8, UTF-16 with a byte order mark, and GB18030
+(which contains GBK and GB 2312); in the others the mark is optional. Line ends of all systems are accepted.
+Text that cannot be read gives a :class:`ValueError` with file and line; no byte sequence raises any other exception.
 """
 
 import codecs
@@ -11,22 +11,22 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-SAMPLE_BYTES = 1 << 20  # the start of a file, which tells its encoding
-COMMON_SHARE = 0.8  # least share of GB 2312's characters in what is taken for GB18030: other encodings give rare ones
+SAMPLE_BYTES = 1 << 20  # bytes at the start of a file from which the encoding is detected
+COMMON_SHARE = 0.8  # least share of GB 2312 characters in GB18030 text; other encodings decode to rarer characters
 
 
 def numbered_rows(path: str | Path, progress: Callable[[int], Any] = lambda size: None) -> Iterator[tuple[int, Any]]:
-    """``(number, value)`` of each line that is not blank, or of each element of a JSON array; numbers begin at 1.
+    """Yield ``(number, value)`` for each line that is not blank, or each element of a JSON array, numbered from 1.
 
-    Lines are streamed; an array is read as a whole. A line that is no JSON has its :class:`ValueError` as value, so
-    that the caller decides whether one bad line stops everything.
+    Lines are streamed; an array is read as a whole. For a line that is not JSON, the value is a :class:`ValueError`,
+    so that the caller decides whether one bad line is fatal.
 
     Args:
         path: the file; it is an array if its first character is ``[``.
         progress: called with the bytes of each line as they are read.
 
     Raises:
-        ValueError: the file begins like an array and is not one.
+        ValueError: the file begins with ``[`` but is not a JSON array.
         OSError: the file cannot be opened.
     """
     if is_array(path):
@@ -39,9 +39,9 @@ def numbered_rows(path: str | Path, progress: Callable[[int], Any] = lambda size
 def numbered_lines(
     path: str | Path, progress: Callable[[int], Any] = lambda size: None
 ) -> Iterator[tuple[int, str | ValueError]]:
-    """``(number, line)`` of each line that is not blank, without white space at its ends; numbers begin at 1.
+    """Yield ``(number, line)`` for each line that is not blank, stripped of white space and numbered from 1.
 
-    A line in no encoding that is read has its :class:`ValueError` as value.
+    For a line that cannot be decoded, the value is a :class:`ValueError`.
 
     Args:
         path: any text file.
@@ -64,12 +64,12 @@ def numbered_lines(
 
 
 def _utf16_to_utf8(data: bytes) -> bytes:
-    """A UTF-16 file in UTF-8; halves of surrogate pairs stay what they are, so that their lines cannot be decoded."""
+    """Convert a UTF-16 file to UTF-8; lone surrogates are kept, so that their lines fail to decode."""
     return data[: len(data) // 2 * 2].decode("utf-16", "surrogatepass").encode("utf-8", "surrogatepass")
 
 
 def _decoded(raw: bytes, encoding: str) -> str | ValueError:
-    """A line as text, without white space and byte order marks at its ends (joined files have some inside)."""
+    """Decode a line and strip white space and byte order marks (concatenated files have some in the middle)."""
     try:
         return raw.decode("gb18030" if encoding == "gb18030" else "utf-8").strip("\ufeff \t\r\n")
     except UnicodeDecodeError as error:
@@ -78,9 +78,10 @@ def _decoded(raw: bytes, encoding: str) -> str | ValueError:
 
 
 def _encoding(sample: bytes) -> str:
-    """The encoding of a file that begins with ``sample``: that of most lines with more than ASCII.
+    """Detect the encoding of a file from its start: the encoding of most lines that are not ASCII.
 
-    Nearly all bytes can be read as GB18030. It is taken only if that gives common characters, and Korean does not.
+    Nearly all byte sequences decode as GB18030. It is accepted only if most characters are common ones (GB 2312) and
+    the bytes do not decode to Korean as EUC-KR.
     """
     if sample.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
@@ -90,15 +91,15 @@ def _encoding(sample: bytes) -> str:
         return "utf-8"
     characters = "".join(filter(None, (_without_cut(line, "gb18030") for line in lines)))
     characters = [c for c in characters if not c.isascii()]
-    common = [c for c in characters if c.encode("gb2312", "ignore") and not "ぁ" <= c <= "ヶ"]  # kana: also of EUC-JP
+    common = [c for c in characters if c.encode("gb2312", "ignore") and not "ぁ" <= c <= "ヶ"]  # kana: EUC-JP too
     korean = [c for c in b"".join(lines).decode("euc_kr", "ignore") if c.isalpha() and not c.isascii()]
     if len(common) < COMMON_SHARE * len(characters) or sum("가" <= c <= "힣" for c in korean) > 0.9 * len(korean):
-        return "utf-8"  # it is neither: each line is an error
+        return "utf-8"  # neither encoding fits, so each such line gives an error
     return "gb18030"
 
 
 def _without_cut(line: bytes, encoding: str) -> str | None:
-    """A line as text, but for a last character that is cut off; None if it is not in the encoding."""
+    """Decode a line, ignoring an incomplete last character; return None if the line is not in the encoding."""
     try:
         return codecs.getincrementaldecoder(encoding)().decode(line)
     except UnicodeDecodeError:
@@ -110,12 +111,12 @@ def _parsed(line: str) -> Any:
         return _checked(json.loads(line)) if "\\u" in line else json.loads(line)
     except json.JSONDecodeError as error:
         return ValueError(f"not JSON ({error}): one JSON object per line is wanted")
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets
+    except (ValueError, RecursionError) as error:  # numbers with thousands of digits, brackets nested thousands deep
         return ValueError(f"not JSON that can be read ({error})")
 
 
 def _checked(value: Any) -> Any:
-    """The value, or a ValueError if a text in it holds half a surrogate pair, which no text file can hold."""
+    """Return the value, or a ValueError if a string in it has a lone surrogate, which cannot be encoded as UTF-8."""
     try:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
@@ -125,13 +126,13 @@ def _checked(value: Any) -> Any:
 
 
 def is_array(path: str | Path) -> bool:
-    """Whether a file's first character, but for white space, is ``[``."""
+    """Return whether the first character of a file that is not white space is ``[``."""
     _, line = next(numbered_lines(path), (0, ""))
     return isinstance(line, str) and line.startswith("[")
 
 
 def _array(path: str | Path, progress: Callable[[int], Any]) -> list:
-    """The elements of a JSON array; one that holds half a surrogate pair is a ValueError."""
+    """Return the elements of a JSON array; an element with a lone surrogate is replaced by a ValueError."""
     data = Path(path).read_bytes()
     progress(len(data))
     encoding = _encoding(data[:SAMPLE_BYTES])
@@ -148,15 +149,15 @@ def _array(path: str | Path, progress: Callable[[int], Any]) -> list:
 
 
 def named(path: str | Path, number: int, fault: object) -> ValueError:
-    """The error about an entry of a file: it names the file, and the line or the array's element."""
+    """Return an error about an entry that names the file and the line or array element."""
     return ValueError(f"{path}, {'element' if is_array(path) else 'line'} {number}: {fault}")
 
 
 def read_jsonl(path: str | Path) -> list[dict]:
-    """The objects of a file; empty lines are skipped.
+    """Read the objects of a file; blank lines are skipped.
 
     Raises:
-        ValueError: an entry is no JSON object; the message names file and line.
+        ValueError: an entry is not a JSON object; the message names file and line.
         OSError: the file cannot be opened.
     """
     rows = []
@@ -169,10 +170,10 @@ def read_jsonl(path: str | Path) -> list[dict]:
 
 
 def as_object(row: Any) -> dict:
-    """A value of :func:`numbered_rows`, if it is an object.
+    """Return a value from :func:`numbered_rows` if it is an object.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not an object.
     """
     if isinstance(row, ValueError):
         raise row
@@ -182,22 +183,22 @@ def as_object(row: Any) -> dict:
 
 
 def dump_line(row: dict) -> str:
-    """One object as a line, with its line end."""
+    """Serialise one object as a line of JSON, with its line end."""
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
-    """Write objects; the file appears under its name only when whole."""
+    """Write objects as JSON Lines; the file is written atomically."""
     write_text(path, "".join(dump_line(row) for row in rows))
 
 
 def write_json(path: str | Path, value) -> None:
-    """Write one value as indented JSON; the file appears under its name only when whole."""
+    """Write one value as indented JSON; the file is written atomically."""
     write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file; it appears under its name only when whole."""
+    """Write a UTF-8 text file atomically."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(path.name + ".part")

@@ -1,11 +1,11 @@
-"""Names of units, currencies and signs: tables for tts_grpo/text/readings.py.
+"""Tables of the names of units, currencies and signs, for tts_grpo/text/readings.py.
 
-Units that are missing here are read by the grammars of WeTextProcessing (PyPI ``wetext``, without pynini).
+Units that are not in these tables are read by the grammars of WeTextProcessing (PyPI ``wetext``, without pynini).
 """
 
 from functools import lru_cache
 
-# In Chinese, the usual name first. The letters themselves (五kg) are right as well.
+# Chinese names of units, the usual name first. Reading the letters themselves (五kg) is also accepted.
 ZH_UNITS = {
     "kg": "千克 公斤", "g": "克", "mg": "毫克", "ug": "微克", "μg": "微克", "t": "吨", "lb": "磅", "oz": "盎司",
     "km": "公里 千米", "m": "米", "dm": "分米", "cm": "厘米 公分", "mm": "毫米", "um": "微米", "μm": "微米",
@@ -37,7 +37,7 @@ EN_CURRENCIES = {
     "$": "dollar cent", "US$": "dollar cent", "USD": "dollar cent", "HK$": "dollar cent", "£": "pound penny",
     "GBP": "pound penny", "€": "euro cent", "EUR": "euro cent", "¥": "yuan fen", "RMB": "yuan fen", "CNY": "yuan fen",
 }  # fmt: skip
-# Between two numbers, or beside letters: what is said for a sign. "" is silence.
+# Readings of a sign between two numbers or beside letters. "" means that the sign is not read.
 ZH_SIGNS = {
     "+": ("加", "正"), "*": ("乘", "乘以", ""), "×": ("乘", "乘以", ""), "x": ("乘", "乘以", "x"), "±": ("正负",),
     "÷": ("除以",), "=": ("等于", "是", "得"), "<": ("小于",), ">": ("大于",), "≤": ("小于等于", "小于或等于"),
@@ -66,7 +66,7 @@ EN_ABBREVIATIONS = {
 
 @lru_cache(maxsize=4096)
 def library_template(unit: str, language: str) -> str | None:
-    """How the library says 5 of a unit, with ``{}`` for the number; None where it does not know the unit."""
+    """Return wetext's reading of a quantity in a unit, with ``{}`` for the number, or None if it lacks the unit."""
     from wetext import normalize
 
     number, said = {"zh": "五", "en": "five"}[language], normalize(f"5{unit}", lang=language, operator="tn")

@@ -1,4 +1,4 @@
-"""Numbers in words, Chinese and English, with all readings that are right.
+"""Convert numbers to words in Chinese and English, with all accepted readings.
 
 A reading is a string of words as a recogniser writes them. ``[二两]`` stands for one character that may be either of
 the two. The first reading of a list is the usual one.
@@ -9,8 +9,9 @@ from functools import lru_cache
 ZH_DIGITS = "零一二三四五六七八九"
 _SECTION = ("", "十", "百", "千")
 _LARGE = ("", "万", "亿", "万亿")
-_TWO = "贰"  # stands for 2 where 二 and 两 are both said, until the reading is complete
-_SHORTER = {"十": "百", "百": "千", "千": "万"}  # the unit below each, which may be left out: 一百五
+_TWO = "贰"  # placeholder for a 2 that may be read 二 or 两, until the reading is complete
+# Each unit and the next higher one, after which it may be omitted at the end of a number: 一百五 for 一百五十.
+_SHORTER = {"十": "百", "百": "千", "千": "万"}
 
 _ONES = (
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
@@ -25,7 +26,7 @@ _ORDINALS = {
 
 
 def _section(number: int) -> str:
-    """1 to 9,999 in Chinese, without regard to what stands before."""
+    """Return 1 to 9,999 in Chinese, independent of the digits before."""
     said, gap = "", False
     for power in (3, 2, 1, 0):
         digit = number // 10**power % 10
@@ -54,10 +55,10 @@ def _chinese(number: int) -> str:
 
 @lru_cache(maxsize=4096)
 def zh_cardinals(digits: str) -> tuple[str, ...]:
-    """A whole number as a quantity: 2 is 二 and 两, 10 is 十 and 一十, 05 is 五 and 零五.
+    """Read a whole number as a quantity in Chinese: 2 is 二 or 两, 10 is 十 or 一十, 05 is 五 or 零五.
 
     Args:
-        digits: ASCII digits; a number of more than 16 of them is read digit by digit.
+        digits: ASCII digits; a number of more than 16 digits, leading zeros not counted, is read digit by digit.
     """
     plain = digits.lstrip("0") or "0"
     if len(plain) > 16:
@@ -72,19 +73,19 @@ def zh_cardinals(digits: str) -> tuple[str, ...]:
 
 @lru_cache(maxsize=4096)
 def zh_digits(digits: str) -> str:
-    """Digit by digit; 1 is also yao in numbers of three and more digits: 119 is 幺幺九."""
+    """Read digits one by one in Chinese; 1 may be read yao in numbers of three or more digits: 119 is 幺幺九."""
     said = "".join(ZH_DIGITS[int(digit)] for digit in digits)
     return said.replace("一", "[一幺]") if len(digits) > 2 else said
 
 
 def zh_short(digits: str) -> tuple[str, ...]:
-    """A whole number without its last unit, as it is said where nothing follows: 150 is 一百五; else empty."""
+    """Read a number without its last unit, as at the end of a phrase: 150 is 一百五; empty if there is no such form."""
     said = zh_cardinals(digits)[0]
     return (said[:-1],) if len(said) > 3 and _SHORTER.get(said[-1]) == said[-3] else ()
 
 
 def zh_decimals(number: str) -> tuple[str, ...]:
-    """A number as a quantity, with or without a point: 3.5 is 三点五."""
+    """Read a number as a quantity in Chinese, with or without a decimal point: 3.5 is 三点五."""
     whole, _, fraction = number.partition(".")
     if not fraction:
         return zh_cardinals(whole)
@@ -93,7 +94,7 @@ def zh_decimals(number: str) -> tuple[str, ...]:
 
 
 def zh_serials(digits: str, digits_first: bool = False) -> tuple[str, ...]:
-    """A whole number that may be a quantity or a name (a year, a room): 302 is 三百零二 and 三零二."""
+    """Read a whole number in Chinese as a quantity or an identifier (year, room): 302 is 三百零二 or 三零二."""
     if len(digits) == 1:
         return zh_cardinals(digits)
     named, counted = (zh_digits(digits),), zh_cardinals(digits)
@@ -127,7 +128,7 @@ def _english(number: int, conjunction: str) -> str:
 
 @lru_cache(maxsize=4096)
 def en_cardinals(digits: str) -> tuple[str, ...]:
-    """A whole number as a quantity: 105 is one hundred five, one hundred and five."""
+    """Read a whole number as a quantity in English: 105 is "one hundred five" or "one hundred and five"."""
     plain = digits.lstrip("0") or "0"
     if len(plain) > 3 * len(_THOUSANDS):
         return (en_digits(digits)[0],)
@@ -138,13 +139,13 @@ def en_cardinals(digits: str) -> tuple[str, ...]:
 
 @lru_cache(maxsize=4096)
 def en_digits(digits: str) -> tuple[str, ...]:
-    """Digit by digit; 0 is zero or oh."""
+    """Read digits one by one in English; 0 is "zero", "oh" or "o"."""
     said = [" ".join(_ONES[int(digit)] for digit in digits)]
     return (said[0], *(said[0].replace("zero", zero) for zero in ("oh", "o") if "0" in digits))
 
 
 def en_pairs(digits: str) -> tuple[str, ...]:
-    """Four digits as a year is read, and three as a room: nineteen ninety nine, three oh two."""
+    """Read four digits like a year ("nineteen ninety nine") or three like a room number ("three oh two")."""
     if len(digits) not in (3, 4) or digits[0] == "0":
         return ()
     left, right = digits[:-2], digits[-2:]
@@ -155,7 +156,7 @@ def en_pairs(digits: str) -> tuple[str, ...]:
 
 
 def en_decimals(number: str) -> tuple[str, ...]:
-    """A number as a quantity, with or without a point."""
+    """Read a number as a quantity in English, with or without a decimal point."""
     whole, _, fraction = number.partition(".")
     if not fraction:
         return en_cardinals(whole)
@@ -164,7 +165,7 @@ def en_decimals(number: str) -> tuple[str, ...]:
 
 
 def en_serials(digits: str) -> tuple[str, ...]:
-    """A whole number that may be a quantity, a year or a name."""
+    """Read a whole number in English as a quantity, a year or an identifier."""
     pairs, cardinals = en_pairs(digits), en_cardinals(digits)
     year = len(digits) == 4 and "1100" <= digits <= "2099" and not "2000" <= digits <= "2009"
     found = pairs + cardinals if year else cardinals + pairs
@@ -172,7 +173,7 @@ def en_serials(digits: str) -> tuple[str, ...]:
 
 
 def en_ordinals(digits: str) -> tuple[str, ...]:
-    """A rank: 21 is twenty first."""
+    """Read a whole number as an English ordinal: 21 is "twenty first"."""
     return tuple(" ".join([*one.split()[:-1], _ordinal(one.split()[-1])]) for one in en_cardinals(digits))
 
 

@@ -1,21 +1,22 @@
-"""Prompts of the language model. The template belongs to the checkpoint: it is the tokenizer's chat template.
+"""Prompts for the language model. The prompt template is the chat template of the checkpoint's tokenizer.
 
-Form ``llasa`` (the SFT model of the recipe and the tiny one), for a user message ``INSTRUCTION + text``::
+The form ``llasa`` is for the recipe's SFT model and the tiny model; the user message is ``INSTRUCTION + text``::
 
     <|im_start|>user
     Convert the text to speech: TEXT<|im_end|>
     <|im_start|>assistant
     <|SPEECH_GENERATION_START|><|s_N|>...<|im_end|>
 
-The tiny model ends with ``<|SPEECH_GENERATION_END|>`` instead. The released SFT model has no such token, and it comes
-with Qwen2.5's default chat template; the recipes that use it pass the template above to each call. veRL cannot, so
-scripts/prepare_llm.py writes it into the folder that is trained, and :func:`load_tokenizer` sets it for all else.
+The tiny model ends its response with ``<|SPEECH_GENERATION_END|>`` instead. The released SFT model has no such token,
+and its tokenizer has Qwen2.5's default chat template; recipes that use it pass the template above to each call. veRL
+cannot do that, so scripts/prepare_llm.py writes the template into the folder to be trained, and :func:`load_tokenizer`
+sets it everywhere else.
 
-Form ``cosyvoice2`` (the official model, converted by scripts/convert_llm.py), for a user message ``text``::
+The form ``cosyvoice2`` is for the official model, converted by scripts/convert_llm.py; the user message is ``text``::
 
     <|sos|>TEXT<|task_id|><|s_N|>...<|eos1|>
 
-Zero-shot prompting puts the prompt's text before TEXT and its speech tokens at the start of the response.
+Zero-shot prompting puts the prompt's transcript before TEXT and its speech tokens at the start of the response.
 """
 
 import re
@@ -26,7 +27,7 @@ from tts_grpo.text.tokens import format_speech_tokens
 IM_START = "<|im_start|>"
 IM_END = "<|im_end|>"
 GENERATION_START = "<|SPEECH_GENERATION_START|>"
-GENERATION_END = "<|SPEECH_GENERATION_END|>"  # of the tiny model
+GENERATION_END = "<|SPEECH_GENERATION_END|>"  # end token of the tiny model
 INSTRUCTION = "Convert the text to speech: "
 SOS = "<|sos|>"
 TASK_ID = "<|task_id|>"
@@ -39,7 +40,7 @@ LLASA_CHAT_TEMPLATE = (
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n<|SPEECH_GENERATION_START|>' }}{%- endif %}"
 )
 
-# The official model's input is sos, text, task id (Qwen2LM.inference in cosyvoice/llm/llm.py): nothing to be prompted.
+# The official model's input is sos, text, task id (Qwen2LM.inference in cosyvoice/llm/llm.py).
 COSYVOICE2_CHAT_TEMPLATE = (
     "{%- for message in messages %}"
     "{%- if message['role'] == 'user' %}{{- '<|sos|>' + message['content'] + '<|task_id|>' }}"
@@ -54,12 +55,12 @@ _CHATML = re.compile(
 
 
 def speech_template(tokenizer) -> str:
-    """The chat template that renders this tokenizer's prompts in one of the two forms.
+    """Return a chat template that renders this tokenizer's prompts in one of the two forms.
 
-    The tokenizer's own template is kept if it ends a prompt with the token that starts speech. Otherwise the tokenizer
-    must know ``<|SPEECH_GENERATION_START|>``, and its template must be ChatML (Qwen2.5's default, with its system
-    prompt, or icefall's, with which the SFT model was trained) or the one that the original recipe passes at inference
-    (mair-hub, rl-tutorial/cosyvoice_llm/infer.py): these stand for form ``llasa``.
+    The tokenizer's own template is kept if its prompts end with the token that starts speech. Otherwise the vocabulary
+    must contain ``<|SPEECH_GENERATION_START|>``, and the template must be missing, ChatML (Qwen2.5's default, with its
+    system prompt, or icefall's, with which the SFT model was trained) or the one that the original recipe passes at
+    inference (mair-hub, rl-tutorial/cosyvoice_llm/infer.py). In these cases the form is ``llasa``.
 
     Args:
         tokenizer: Hugging Face tokenizer.
@@ -89,7 +90,7 @@ def speech_template(tokenizer) -> str:
 
 
 def load_tokenizer(folder: str | Path):
-    """The tokenizer of a language model's folder, with a chat template that :func:`render_prompt` can use.
+    """Load the tokenizer of a language model, with a chat template that :func:`render_prompt` can use.
 
     Raises:
         ValueError: as :func:`speech_template`; the message names the folder.
@@ -105,28 +106,28 @@ def load_tokenizer(folder: str | Path):
 
 
 def _ending(tokenizer) -> str:
-    """What a prompt of the tokenizer's template ends with; by it the form is known."""
+    """Return the token that ends a prompt in the tokenizer's template; it identifies the form."""
     return TASK_ID if TASK_ID in (tokenizer.chat_template or "") else GENERATION_START
 
 
 def chat_messages(tokenizer, text: str, prompt_text: str = "") -> list[dict[str, str]]:
-    """The messages that ask for ``text`` in the form of the tokenizer's template; a prompt's text goes before it."""
+    """Return the chat messages that ask for ``text``, after ``prompt_text``, in the tokenizer's form."""
     instruction = "" if _ending(tokenizer) == TASK_ID else INSTRUCTION
     return [{"role": "user", "content": instruction + prompt_text + text}]
 
 
 def render_prompt(tokenizer, text: str, prompt_text: str = "", prompt_speech_tokens=()) -> str:
-    """The full prompt of one utterance, as text.
+    """Render the full prompt of one utterance as text.
 
     Args:
         tokenizer: Hugging Face tokenizer with a chat template.
-        text: what is to be said.
+        text: text to synthesise.
         prompt_text: transcript of the prompt recording, or "".
         prompt_speech_tokens: speech tokens of the prompt recording, or none.
 
     Raises:
         ValueError: only one of ``prompt_text`` and ``prompt_speech_tokens`` is given, or the tokenizer's template
-            has neither form.
+            renders neither form.
     """
     if bool(prompt_text) != bool(len(prompt_speech_tokens)):
         raise ValueError("a zero-shot prompt needs both its text and its speech tokens")

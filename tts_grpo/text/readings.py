@@ -1,8 +1,8 @@
-"""What is written in digits, signs and letters -> its readings in words.
+"""Convert digits, signs and letters to their readings in words.
 
-:func:`tokens` cuts a plain text into Chinese characters, words and what has to be read; a reading function of each kind
-gives a chain of groups, each with its alternatives, the usual one first ("" is silence). Numbers are read by
-tts_grpo/text/numbers.py, units and currencies by the tables and the library of tts_grpo/text/measures.py.
+:func:`tokens` splits a plain text into Chinese characters, words, and numbers or signs that need a reading. Each kind
+of token has a function that returns a sequence of groups, each with alternative readings, the usual one first ("" means
+not read). Numbers are read by tts_grpo/text/numbers.py, units and currencies by tts_grpo/text/measures.py.
 """
 
 import itertools
@@ -78,15 +78,15 @@ _PATTERNS = {
 }
 _TOKEN = re.compile("|".join(f"(?P<{kind}_>{pattern})" for kind, pattern in _PATTERNS.items()))
 _ENDS_IN_NUMBER = re.compile(r"(?:[0-9%‰°]|°[CF])$")
-_DATED = frozenset("年月日号点时分秒度元岁天周楼级米")  # between one of them and a number, a dash is a range
+_DATED = frozenset("年月日号点时分秒度元岁天周楼级米")  # a dash between one of these and a number is a range
 _LONE_UNITS = frozenset(("kg", "km", "cm", "mm", "ml", "mL", "GB", "MB", "TB", "kWh", "mAh"))
 _DOTTED = re.compile(
     r"(?:1[0-2]|[1-9])\.(?:[0-9]折|[0-9]{1,2}(?:节|事件|大促|假|活动|黄金周|晚会|购物|运动|地震|妇女|劳动|国庆))"
 )
 _SHORT = re.compile(r"[A-Z]{2,5}s?$")
-_COUNTED = frozenset("个只位条张本次天块件台辆家种名口把杯瓶双套间层年岁点分小周遍部座")  # 2 before them is usually 两
-# A number before one of them is a quantity, and not read digit by digit.
-_NAMES = frozenset("年后版式级届款型班")  # before them, a number is often read digit by digit
+_COUNTED = frozenset("个只位条张本次天块件台辆家种名口把杯瓶双套间层年岁点分小周遍部座")  # 2 before these is usually 两
+_NAMES = frozenset("年后版式级届款型班")  # a number before one of these is often read digit by digit
+# A number before one of these is a quantity and is not read digit by digit.
 _QUANTITIES = _COUNTED - {"年"} | frozenset(
     "月日秒人元毛角度米斤公千百万亿倍成碗句首部支篇颗粒头匹页道题章节轮步群枚根盒袋箱份亩吨克升瓦伏平立厘毫英里"
 )
@@ -94,15 +94,15 @@ _NAMED = re.compile(
     r"(?:电话|拨打|热线|号码|短信|微信|邮编|编号|密码|证码|尾号|卡号|房间|航班|车次|车牌|工号|学号|账号|客服|代码|股票|QQ)"
     r"[是为：:\s]{0,3}$"
 )
-_CALLS = re.compile(r"1(?:10|12|14|19|2[0-2]|2306|23[14]5|00(?:00|10|86))|315|911|95[0-9]{3}")  # well-known numbers
+_CALLS = re.compile(r"1(?:10|12|14|19|2[0-2]|2306|23[14]5|00(?:00|10|86))|315|911|95[0-9]{3}")  # phone numbers
 _SPELLED = frozenset(
     ("KB", "kb", "MB", "GB", "TB", "B", "M", "px", "ppm", "K", "bps", "kbps", "Mbps", "Gbps", "A", "N", "J")
-)  # units that are usually said by their letters
+)  # units that are usually spelled
 
 
 @dataclass(frozen=True)
 class Token:
-    """A stretch of a plain text, of which kind, and its readings: a chain of groups of alternatives."""
+    """A token of a plain text: its offsets, its kind, and its readings as a sequence of groups of alternatives."""
 
     start: int
     end: int
@@ -111,14 +111,14 @@ class Token:
 
 
 def tokens(text: str, language: str) -> Iterator[Token]:
-    """The tokens of a plain text, in order; spaces are none."""
+    """Yield the tokens of a plain text in order, without spaces."""
     for found in _TOKEN.finditer(text):
-        kind = found.lastgroup[:-1]  # the outermost group closes last
+        kind = found.lastgroup[:-1]  # lastgroup is the outermost group, as it closes last
         yield Token(found.start(), found.end(), kind, _READERS[kind](found, language))
 
 
 def _options(*parts) -> tuple[str, ...]:
-    """All ways to say parts one after the other; each is a string or its alternatives."""
+    """Return the concatenations of parts (at most 96), each part a string or a tuple of alternatives."""
     choices = [(part,) if isinstance(part, str) else part for part in parts]
     return tuple(
         dict.fromkeys(" ".join("".join(one).split()) for one in itertools.islice(itertools.product(*choices), 96))
@@ -126,12 +126,12 @@ def _options(*parts) -> tuple[str, ...]:
 
 
 def _spaced(*parts) -> tuple[str, ...]:
-    """:func:`_options` of English words."""
+    """Return :func:`_options` with spaces between the parts, for English words."""
     return _options(*(tuple(f" {one} " for one in ((part,) if isinstance(part, str) else part)) for part in parts))
 
 
 def _near_latin(found: re.Match) -> bool:
-    """Whether Latin letters are the neighbours of a token, so that its numbers may be English."""
+    """Return whether a token is next to Latin letters, so that its numbers may be read in English."""
     before, after = found.string[: found.start()].rstrip(" -."), found.string[found.end() :].lstrip(" -")
     return any(c.isascii() and c.isalpha() for c in (before[-1:], after[:1]) if c)
 
@@ -154,7 +154,7 @@ def _cross(found: re.Match, language: str) -> Groups:
 
 
 def _anniversary(found: re.Match, language: str) -> Groups:
-    """A day that is called by its numbers, such as 3·15: by digits or as numbers."""
+    """Read a date that is used as a name, such as 3·15, digit by digit or as two numbers."""
     nth, of = found["nth"], found["of"]
     if language == "en":
         return [en_cardinals(nth), en_cardinals(of)]
@@ -162,7 +162,7 @@ def _anniversary(found: re.Match, language: str) -> Groups:
 
 
 def _number_words(number: str, language: str, both: bool) -> tuple[str, ...]:
-    """Readings of a number that has no unit."""
+    """Read a number without a unit."""
     number = number.replace(",", "") if "," in number else number
     if "." in number:
         zh, en = zh_decimals(number), en_decimals(number)
@@ -172,15 +172,15 @@ def _number_words(number: str, language: str, both: bool) -> tuple[str, ...]:
 
 
 def _zh_number(number: str, before: str, after: str) -> tuple[str, ...]:
-    """Readings of a number by what stands beside it: quantities, years, names."""
+    """Read a number in Chinese as a quantity, a year or an identifier, depending on the text before and after it."""
     ranged = re.match(r"\s?[-~—]\s?[0-9.,]+", after)
     follows = after[ranged.end() :][:1] if ranged else after[:1]
     beside = before.rstrip(" -")[-1:]
     name = (beside.isascii() and beside.isalpha()) or follows in _NAMES or beside in ("米", "块")
-    pair = len(number) == 2 and number[0] != "0" and not _NAMED.search(before)  # is hardly read digit by digit
+    pair = len(number) == 2 and number[0] != "0" and not _NAMED.search(before)  # rarely read digit by digit
     if "." in number or "," in number or ((follows in _QUANTITIES or pair) and not name):
         words = zh_decimals(number.replace(",", ""))
-        if _DOTTED.match(number + after):  # 9.11事件, 4.5折: by digits
+        if _DOTTED.match(number + after):  # 9.11事件 and 4.5折 are read digit by digit
             words += (zh_digits(number.replace(".", "")),)
         return ("[两二]",) if words[0] == "[二两]" and follows in _COUNTED and before[-1:] not in ("第", "-") else words
     year = len(number) == 4 and "1900" <= number <= "2099" and not is_han(follows or " ")
@@ -214,10 +214,10 @@ def _signed(sign: str | None, language: str, cold: bool = False) -> Groups:
 
 
 def _sign(found: re.Match, language: str) -> Groups:
-    """A sign between words or numbers; elsewhere it is punctuation."""
+    """Read a sign between words or numbers; elsewhere it is punctuation, which is not read."""
     before, after = found.string[: found.start()].rstrip(), found.string[found.end() :].lstrip(" -+")
     sign, left, right = found[0], before[-1:], after[:1]
-    if set(sign) == {"+"} and left.isascii() and left.isalpha():  # C++, A+
+    if set(sign) == {"+"} and left.isascii() and left.isalpha():  # such as C++ and A+
         return [("加" * len(sign), " plus" * len(sign)) if language == "zh" else (" plus" * len(sign),)]
     if len(sign) > 1 and sign not in ("<=", ">=", "=="):
         return [("",)]
@@ -228,7 +228,7 @@ def _sign(found: re.Match, language: str) -> Groups:
         names = _connector(left, right, digits, language)
         close = re.search(r"(?<![0-9.])[0-9]$", before) and re.match(r"[0-9](?![0-9.])", after)
         years = re.search(r"(?<![0-9])(?:19|20)[0-9]{2}$", before) and re.match(r"(?:19|20)[0-9]{2}(?![0-9])", after)
-        # 2-3天 is also 两三天, 2020-2021 also 二零二零二零二一.
+        # 2-3天 may also be read 两三天, and 2020-2021 may be read 二零二零二零二一.
         return [(*names, "")] if years or (close and int(right) - int(left) == 1) else [names]
     if digits or (sign in "&=<>≤≥≈≠+" and left and right) or (sign in "@±" and right):
         return [table.get(sign, ("",))]
@@ -242,7 +242,7 @@ def _sign(found: re.Match, language: str) -> Groups:
 
 
 def _connector(left: str, right: str, digits: bool, language: str) -> tuple[str, ...]:
-    """A dash or tilde between two words: a range, a score, a minus, or nothing."""
+    """Read a dash or tilde between two words as a range, a score or a minus, or leave it unread."""
     if left in _DATED and right.isdigit() and language == "zh":
         return ("到", "至", "")
     if not left or not right or not (left.isalnum() or left in "%°") or not right.isalnum():
@@ -253,7 +253,7 @@ def _connector(left: str, right: str, digits: bool, language: str) -> tuple[str,
 
 
 def _unit_words(unit: str, number: tuple[str, ...], language: str) -> Groups:
-    """A quantity: its number and its unit, in the order of the language."""
+    """Return the groups of a number and its unit, in the word order of the language."""
     if language == "zh" and (names := measures.ZH_UNITS.get(unit)):
         letters = (f" {unit}",) if unit.isalpha() else ()
         return [number, letters + tuple(names.split()) if unit in _SPELLED else tuple(names.split()) + letters]
@@ -270,7 +270,7 @@ def _measure(found: re.Match, language: str) -> Groups:
     values = [found["size"].replace(",", ""), *([found["mupto"].replace(",", "")] if found["mupto"] else [])]
     words = [zh_decimals(v) if language == "zh" else en_decimals(v) for v in values]
     letters = unit.isascii() and unit.isalpha() and unit not in ("kg", "km", "cm", "mm", "ml", "mL", "min")
-    if letters and not per and len(values) == 1:  # 5G, 3M: may be a name
+    if letters and not per and len(values) == 1:  # 5G and 3M may be names
         words = [tuple(dict.fromkeys(words[0] + _number_words(values[0], language, True)))]
     groups = _signed(found["msign"], language, unit.startswith("°"))
     if len(words) == 2:
@@ -287,7 +287,7 @@ def _measure(found: re.Match, language: str) -> Groups:
 
 
 def _unknown(found: re.Match, language: str) -> Groups:
-    """A number with letters that no table has: the library may know the unit, otherwise it is a word."""
+    """Read a number with letters that are in no table: as a unit if wetext has it, otherwise as a word."""
     number, odd, sign = found["count"], found["odd"], _signed(found["usign"], language)
     if measures.library_template(odd, language):
         number = number.replace(",", "")
@@ -334,7 +334,7 @@ def _money(found: re.Match, language: str) -> Groups:
 
 
 def _coins(whole: str, cents: str, names: str) -> tuple[str, ...]:
-    """Amounts in yuan, jiao and fen: 99.9 is 九十九块九, 九十九块九毛, 九十九元九角."""
+    """Read an amount in yuan, jiao and fen: 99.9 is 九十九块九, 九十九块九毛 or 九十九元九角."""
     jiao, fen = (zh_digits(digit) for digit in cents.ljust(2, "0"))
     found = ()
     for name in names:
@@ -384,7 +384,7 @@ def _date(found: re.Match, language: str) -> Groups:
 
 
 def _clock(hour: str, minute: str, second: str | None) -> tuple[str, ...]:
-    """A time of day in Chinese, without morning or afternoon."""
+    """Read a time of day in Chinese, without a word for morning or afternoon."""
     hours = tuple(one.replace("[二两]", "[两二]") for one in zh_cardinals(str(int(hour))))
     minutes = zh_cardinals(str(int(minute)))
     if second is not None:
@@ -489,7 +489,7 @@ def _power(found: re.Match, language: str) -> Groups:
 
 
 def _exponent(found: re.Match, language: str) -> Groups:
-    """A power of a letter or a unit, such as x^2."""
+    """Read a power of a letter or a unit, such as x^2."""
     power = found["exponent"]
     if language == "en":
         return [{"2": ("squared",), "3": ("cubed",)}.get(power, ()) + _spaced("to the", en_ordinals(power.lstrip("-")))]
@@ -505,7 +505,7 @@ def _degree(found: re.Match, language: str) -> Groups:
 
 
 def _minutes(found: re.Match, language: str) -> Groups:
-    """Minutes and seconds, or feet and inches: 3'20\"."""
+    """Read 3'20\" as minutes and seconds, or as feet and inches."""
     first, second = found["minutes"], found["seconds"]
     if language == "en":
         parts = (("minutes", "seconds"), ("feet", "inches"), ("foot", ""))
@@ -515,7 +515,7 @@ def _minutes(found: re.Match, language: str) -> Groups:
 
 
 def _height(found: re.Match, language: str) -> Groups:
-    """Metres with a fraction: 1.85m is 一点八五米 and 一米八五."""
+    """Read metres with a decimal fraction: 1.85m is 一点八五米 or 一米八五."""
     metres, rest = found["metres"], found["rest"]
     if language == "en":
         return [en_decimals(f"{metres}.{rest}"), ("meters", "meter", "metres", "m")]
@@ -544,7 +544,7 @@ def _numero(found: re.Match, language: str) -> Groups:
 
 
 def _address(found: re.Match, language: str) -> Groups:
-    """A web or mail address: words, letters or digits, and the names of its signs."""
+    """Read a web or mail address: its words, its numbers, and the names of its signs."""
     signs = {
         "zh": {".": ("点", "dot"), "/": ("斜杠", "杠", "slash"), ":": ("冒号", ""), "@": ("艾特", "at", "圈a"),
                "-": ("杠", "横杠", "减", "中划线", "dash"), "_": ("下划线", "杠")},
@@ -563,7 +563,7 @@ def _address(found: re.Match, language: str) -> Groups:
 
 
 def _han(found: re.Match, language: str) -> Groups:
-    """A character as it is; 二 and 两 are both said before 百, 千, 万 and 亿."""
+    """Return a character unchanged, except that 二 and 两 are both accepted before 百, 千, 万 and 亿."""
     character, after = found[0], found.string[found.end() :][:1]
     if character in "二两" and after and after in "百千万亿":
         return [(f"[{character}{'两' if character == '二' else '二'}]",)]

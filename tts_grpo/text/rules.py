@@ -1,7 +1,7 @@
-"""Which texts a recipe takes, and how its language model reads them: the same rules for training and evaluation.
+"""Rules for which texts are accepted and what the language model reads, shared by training and evaluation.
 
-Most texts hold Chinese characters and punctuation only. They are told by a set of characters, which takes a
-microsecond; the text front end (tts_grpo/text/spoken.py) takes a millisecond and reads the others only.
+Most texts hold Chinese characters and punctuation only. A character set recognises them within a microsecond; only the
+other texts go through the text front end (tts_grpo/text/spoken.py), which takes a millisecond.
 """
 
 import functools
@@ -20,17 +20,17 @@ from tts_grpo.text.tags import apply_tags
 PUNCTUATION = "，。！？、；：“”…"
 _NO_SOUND = re.compile(r"[\W_]+")
 _LATIN = re.compile("[A-Za-z0-9]")
-_ITSELF = ("word", "mark", "other")  # kinds of spans that stay in a prompt as they are written
+_ITSELF = ("word", "mark", "other")  # kinds of spans that are copied to a prompt unchanged
 
 
 @dataclass(frozen=True)
 class TextRules:
-    """Settings of run.sh that texts are under.
+    """Settings of run.sh that apply to texts.
 
     Attributes:
-        language: "zh": Chinese, with English words in it; "en": English.
+        language: "zh" is Chinese, which may contain English words; "en" is English.
         text_tags: "reject" or "remove", see :func:`tts_grpo.text.tags.apply_tags`.
-        llm_text: what the language model reads: "raw", the text as it is, or "spoken", its numbers and signs in words.
+        llm_text: input of the language model: "raw" is the unchanged text; "spoken" has numbers and signs in words.
     """
 
     language: str = "zh"
@@ -40,22 +40,23 @@ class TextRules:
 
 @functools.cache
 def plain_characters() -> frozenset[str]:
-    """Punctuation, and the characters of GB 2312 that conversion to simplified ones does not change."""
+    """Return punctuation and the characters of GB 2312 that conversion to simplified characters does not change."""
     han = bytes(itertools.chain.from_iterable((row, cell) for row in range(0xB0, 0xF8) for cell in range(0xA1, 0xFF)))
     same = {c for c in han.decode("gb2312", "ignore") if zhconv.convert(c, "zh-hans") == c}
-    return frozenset(PUNCTUATION) | same - {"著"}  # 著 is 着 in some words: tts_grpo/text/clean.py
+    return frozenset(PUNCTUATION) | same - {"著"}  # 著 becomes 着 in some words, see tts_grpo/text/clean.py
 
 
 def is_plain(text: str) -> bool:
-    """Whether a text is its own spoken form: simplified characters and punctuation."""
+    """Return whether a text has only simplified characters and punctuation, so that it is its own spoken form."""
     return plain_characters().issuperset(text)
 
 
 def usable_text(text: str, rules: TextRules) -> str:
-    """A text as it is trained on and scored against: without tags, if they are removed.
+    """Return a text as used for training and as reference: without tags, if the rules remove them.
 
     Raises:
-        ValueError: it holds tags and these are rejected, or is not in the language; the message is the reason.
+        ValueError: the text holds tags and the rules reject them, it has nothing to read, or it is not in the
+            language; the message is the reason.
     """
     if rules.language == "zh" and is_plain(text):
         return text
@@ -68,9 +69,9 @@ def usable_text(text: str, rules: TextRules) -> str:
 
 
 def model_text(text: str, rules: TextRules) -> str:
-    """A usable text as the language model reads it; with "spoken", numbers and signs are in words, marks stay.
+    """Return the language model's input for a usable text; "spoken" puts numbers and signs into words.
 
-    As CosyVoice's own front end does before its language model (cosyvoice/cli/frontend.py, text_normalize, at ace7c47).
+    Punctuation is kept, as in CosyVoice's front end (cosyvoice/cli/frontend.py, text_normalize, at ace7c47).
     """
     if rules.llm_text == "raw" or (rules.language == "zh" and is_plain(text)):
         return text
@@ -85,7 +86,7 @@ def model_text(text: str, rules: TextRules) -> str:
 
 
 def _spaced(pieces: Iterable[str]) -> Iterator[str]:
-    """Pieces, with spaces between words of Latin letters and digits."""
+    """Yield the pieces, with a space between adjacent pieces of Latin letters or digits."""
     before = ""
     for piece in filter(None, pieces):
         yield f" {piece}" if _LATIN.fullmatch(before) and _LATIN.match(piece) else piece
@@ -93,31 +94,31 @@ def _spaced(pieces: Iterable[str]) -> Iterator[str]:
 
 
 def spoken_text(text: str, rules: TextRules) -> str:
-    """The usual reading of a text, without punctuation."""
+    """Return the usual reading of a text, without punctuation."""
     if rules.language == "zh" and is_plain(text):
         return _NO_SOUND.sub("", text)
     return spoken_form(text, rules.language).text
 
 
 def comparison_key(text: str, rules: TextRules) -> str:
-    """The same for texts that are read the same."""
+    """Return a key that is equal for texts with the same usual reading."""
     return spoken_text(text, rules).replace(" ", "").lower()
 
 
 def usable_eval_set(path: str | Path, rules: TextRules) -> list[dict[str, str | None]]:
-    """The utterances of an evaluation set (:func:`tts_grpo.text.input_files.read_eval_set`), by the rules for tags.
+    """Read an evaluation set (:func:`tts_grpo.text.input_files.read_eval_set`) and apply the rules for tags.
 
-    Texts in another language are no fault, as a published set is taken whole: :func:`warnings_of` names them.
+    Texts in another language are accepted, so that a published set stays complete; :func:`warnings_of` lists them.
 
     Raises:
-        ValueError: an utterance cannot be used, or holds tags and these are rejected; the faults are named.
+        ValueError: an utterance cannot be used, or holds tags and the rules reject them; the message lists the faults.
         OSError: the file cannot be opened.
     """
     return read_eval_set(path, lambda text: apply_tags(text, rules.text_tags))
 
 
 def warnings_of(rows: list[dict], path: str | Path, max_new_tokens: int, rules: TextRules) -> list[str]:
-    """What is odd about an evaluation set, and no fault."""
+    """Return warnings about an evaluation set: texts that are too long or not in the language."""
     found = []
     if long := too_long_to_speak(rows, max_new_tokens):
         found.append(

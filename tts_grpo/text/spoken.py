@@ -1,7 +1,7 @@
-"""Raw text -> spoken form: the words that a reader says, with every reading that is right.
+"""Convert raw text to its spoken form: numbers, signs and units in words, with all accepted readings.
 
-``2024年有50%的人`` is said 二零二四年有百分之五十的人. Where several readings are right, all of them are kept, and the
-comparison takes the one that fits (tts_grpo/text/errors.py). docs/evaluation.md lists what is read how.
+``2024年有50%的人`` is read 二零二四年有百分之五十的人. If several readings are correct, all are kept, and the alignment
+chooses the one with the fewest errors (tts_grpo/text/errors.py). docs/evaluation.md lists how texts are read.
 """
 
 import functools
@@ -15,17 +15,17 @@ from tts_grpo.text.readings import tokens
 LANGUAGES = ("zh", "en")
 _SLOT = re.compile(r"\[(.)[^\]]*\]")
 _PLAIN_KINDS = ("han", "word", "other", "mark")
-_SCRIPTS = ("LATIN", "GREEK", "MICRO", "MODIFIER")  # those of names, of signs in formulas, of phonetics
+_SCRIPTS = ("LATIN", "GREEK", "MICRO", "MODIFIER")  # scripts of names, of signs in formulas, and of phonetic symbols
 
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of a raw text.
+    """A span of a raw text, with its readings.
 
     Attributes:
-        start, end: its place in the raw text.
-        kind: as in tts_grpo/text/readings.py: "han", "word", "number", "date", ...
-        readings: alternatives, the usual one first; "" is silence. ``[二两]`` is one character that may be either.
+        start, end: offsets in the raw text.
+        kind: a kind of token in tts_grpo/text/readings.py: "han", "word", "number", "date", ...
+        readings: alternatives, the usual one first; "" is not read. ``[二两]`` is one character that may be either.
     """
 
     start: int
@@ -36,7 +36,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Spoken:
-    """A raw text, and its spans in order; what lies between them is not said."""
+    """A raw text and its spans in order; text between the spans is not read."""
 
     raw: str
     language: str
@@ -44,7 +44,7 @@ class Spoken:
 
     @property
     def text(self) -> str:
-        """The usual reading, without punctuation."""
+        """Return the usual reading, without punctuation."""
         said = ""
         for span in self.spans:
             usual = _SLOT.sub(r"\1", span.readings[0])
@@ -54,26 +54,26 @@ class Spoken:
 
     @property
     def read(self) -> tuple[Span, ...]:
-        """The spans that are written in digits, signs or letters that are spelled, so that a library reads them."""
+        """Return the spans that are not written in words, such as numbers, dates and signs, and have a reading."""
         return tuple(s for s in self.spans if s.kind not in _PLAIN_KINDS and any(s.readings))
 
     @property
     def tags(self) -> tuple[str, ...]:
-        """Tags in the raw text, such as ``[laughter]``; they are not said."""
+        """Return the tags in the raw text, such as ``[laughter]``; they are not read."""
         return tuple(self.raw[begin:end] for begin, end in find_tags(self.raw))
 
 
 @functools.lru_cache(maxsize=8192)
 def spoken_form(raw: str, language: str = "zh") -> Spoken:
-    """How a raw text is said.
+    """Convert a raw text to its spoken form.
 
     Args:
         raw: any text, such as a line of a file or a transcript.
-        language: of the text, one of ``LANGUAGES``: numbers are read in it. In a Chinese text, a number beside Latin
-            letters may be read in English too.
+        language: language of the text, one of ``LANGUAGES``, in which numbers are read. In a Chinese text, a number
+            beside Latin letters may also be read in English.
 
     Raises:
-        ValueError: another language.
+        ValueError: the language is not supported.
     """
     if language not in LANGUAGES:
         raise ValueError(f"language {language!r}: the text front end reads {' and '.join(LANGUAGES)}")
@@ -85,7 +85,7 @@ def spoken_form(raw: str, language: str = "zh") -> Spoken:
 
 
 def foreign_scripts(raw: str, language: str = "zh") -> list[str]:
-    """Scripts of a text's letters that neither language is written in, such as ["HANGUL"]; tags are not looked at."""
+    """Return the scripts of a text, tags excluded, that its language does not accept, such as ["HANGUL"]."""
     found = set()
     for character in clean(raw).text:
         if is_han(character):
@@ -97,9 +97,9 @@ def foreign_scripts(raw: str, language: str = "zh") -> list[str]:
 
 
 def text_fault(raw: str, language: str = "zh") -> str:
-    """Why a text cannot be trained on or scored; "" if it can.
+    """Return why a text cannot be used for training or scoring; "" if it can.
 
-    English words in a Chinese text, and a text of nothing else, are no fault; :func:`has_language` finds the latter.
+    English words in a Chinese text are accepted, even without any Chinese; :func:`has_language` detects the latter.
     """
     spoken = spoken_form(raw, language)
     if scripts := foreign_scripts(raw, language):
@@ -110,6 +110,6 @@ def text_fault(raw: str, language: str = "zh") -> str:
 
 
 def has_language(raw: str, language: str = "zh") -> bool:
-    """Whether any letter of a text is of the language, Chinese characters or others; true where it has no letter."""
+    """Return whether a text has a letter of the language (Chinese character or not), or no letter at all."""
     letters = [c for c in clean(raw).text if c.isalpha()]
     return not letters or any(is_han(c) == (language == "zh") for c in letters)

@@ -1,14 +1,14 @@
-"""Marks in texts that are no words: control tokens of language models, and tags of this and other programs.
+"""Tags in texts: control tokens of language models, and markup of CosyVoice and other programs.
 
-They must neither be spoken nor change the prompt: in a prompt, ``<|im_end|>`` written in a text is the control token.
-What counts as one, in letters of full or half width:
+Tags must not be synthesised and must not change the prompt: ``<|im_end|>`` in a text would become the control token.
+The following count as tags, in full or half width:
 
-- ``<|...|>``: control tokens, speech tokens, SenseVoice's marks of languages and feelings;
-- ``<strong>``, ``</laughter>``, ``<break time="1s"/>``: CosyVoice's marks, HTML and SSML;
-- ``[laughter]``, ``[uv_break]``, ``[S1]``, ``[ǐ]``: marks of CosyVoice, ChatTTS and others: Latin letters in brackets.
+- ``<|...|>``: control tokens, speech tokens, and SenseVoice's tags for language and emotion;
+- ``<strong>``, ``</laughter>``, ``<break time="1s"/>``: markup of CosyVoice, HTML and SSML;
+- ``[laughter]``, ``[uv_break]``, ``[S1]``, ``[ǐ]``: Latin letters in brackets, as CosyVoice, ChatTTS and others use.
 
-What stands before ``<|endofprompt|>`` is CosyVoice's instruction ("in Sichuanese") and not to be spoken: it is a part
-of that mark.
+The text before ``<|endofprompt|>`` is an instruction to CosyVoice ("in Sichuanese") that is not synthesised, so it is
+removed with that tag.
 """
 
 import re
@@ -26,14 +26,14 @@ _INSTRUCTION = re.compile(rf".*[{_LESS}][{_BAR}]endofprompt[{_BAR}][{_GREATER}]"
 
 
 def find_tags(text: str) -> list[str]:
-    """The marks in a text, in order."""
+    """Return the tags in a text, in order."""
     return _TAG.findall(text)
 
 
 def remove_tags(text: str) -> str:
-    """``text`` without marks, and without an instruction; a mark between two Latin words leaves a space.
+    """Remove tags and an instruction from ``text``; a tag between two Latin words is replaced by a space.
 
-    What is left has none: removing one may make another of what stood around it, which is removed, too.
+    Removing a tag may join the text around it into another tag, so this repeats until there is none.
     """
     while _TAG.search(text):
         text = _TAG.sub(_space, _INSTRUCTION.sub("", text))
@@ -46,14 +46,14 @@ def _space(tag: re.Match) -> str:
 
 
 def apply_tags(text: str, what: str) -> str:
-    """``text`` as it may be spoken.
+    """Remove or reject the tags in a text.
 
     Args:
         text: any text.
-        what: "remove" takes marks out, "reject" lets no text with marks pass.
+        what: "remove" removes tags, "reject" raises an error if there are any.
 
     Raises:
-        ValueError: marks are rejected and the text has some; they are named.
+        ValueError: tags are rejected and the text has some; the message lists them.
     """
     tags = find_tags(text)
     if not tags:
@@ -65,13 +65,13 @@ def apply_tags(text: str, what: str) -> str:
 
 
 def control_tokens(tokenizer) -> dict[int, str]:
-    """Tokens that control a language model, by id: those that its tokenizer calls special, and ``<|...|>``."""
+    """Return ``id -> token`` for a tokenizer's control tokens: its special tokens, and added tokens that are tags."""
     added = tokenizer.added_tokens_decoder
     return {i: str(token) for i, token in added.items() if token.special or _TAG.fullmatch(str(token))}
 
 
 def holding_control_tokens(tokenizer, texts: Iterable[str]) -> list[str]:
-    """For each text the control token that its tokens hold, or ""; the texts are those inside of a prompt."""
+    """Return for each text, as inserted into a prompt, the first control token among its tokens, or ""."""
     texts, control = list(texts), control_tokens(tokenizer)
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
     return [next((control[i] for i in text_ids if i in control), "") for text_ids in ids]

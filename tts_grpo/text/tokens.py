@@ -1,15 +1,15 @@
-"""Speech tokens as the language model writes them: ids in ``[0, 6561)`` <-> ``<|s_N|>``."""
+"""Conversion between speech token ids in ``[0, 6561)`` and their text form in the language model, ``<|s_N|>``."""
 
 import re
 
-NUM_SPEECH_TOKENS = 6561  # CosyVoice2's codebook: finite scalar quantisation, 8 dimensions of 3 levels
+NUM_SPEECH_TOKENS = 6561  # size of CosyVoice2's codebook: finite scalar quantisation with 8 dimensions of 3 levels
 TOKEN_HZ = 25
 
 _SPEECH_TOKEN = re.compile(r"<\|s_(\d+)\|>")
 
 
 def speech_token_str(token: int) -> str:
-    """The text form of one id.
+    """Return the text form of one id.
 
     Raises:
         ValueError: the id is not in ``[0, 6561)``.
@@ -20,12 +20,12 @@ def speech_token_str(token: int) -> str:
 
 
 def format_speech_tokens(tokens) -> str:
-    """The text form of a sequence of ids, as it stands in a prompt or a response."""
+    """Return the text form of a sequence of ids, as in a prompt or a response."""
     return "".join(speech_token_str(int(token)) for token in tokens)
 
 
 def parse_speech_tokens(text: str) -> list[int]:
-    """All ids written in ``text``, in order; other text is passed over.
+    """Return all ids in ``text``, in order; other text is skipped.
 
     Raises:
         ValueError: an id is not in ``[0, 6561)``.

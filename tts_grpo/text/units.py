@@ -1,8 +1,8 @@
-"""Units of a text: Chinese characters and words, with the sounds that are right for them and their places.
+"""Units of a text: Chinese characters and words, with their accepted pronunciations and their offsets.
 
-A transcript is compared with its text by sound, so that homophones, which a recogniser cannot tell apart, are no
-errors. A unit's sounds are a set: those of its word where pypinyin's dictionary of words has it, otherwise all usual
-ones of the character. One function, :func:`sentence`, cuts reference and transcript alike.
+A transcript is compared with its reference by pronunciation, so homophones, which a recogniser cannot distinguish, are
+not errors. A unit has a set of pronunciations: those in its word if pypinyin's dictionary has the word, otherwise all
+usual ones of the character. The function :func:`sentence` segments references and transcripts in the same way.
 """
 
 import functools
@@ -20,9 +20,10 @@ from tts_grpo.text.spoken import spoken_form
 _PIECE = re.compile(rf"\[([{HAN}]+)\]|([{HAN}])|([^\s\[\]{HAN}]+)")
 _NOT_WORDS = re.compile(r"[\W_]+")
 FILLERS = frozenset("嗯呃唔") | {"uh", "um", "uhm", "er", "erm", "hmm", "mm", "mhm"}
-MIN_SHARE = 0.1  # of a character's words in pypinyin's dictionary, for a sound to be usual where it stands alone
+# A sound is usual for a single character if at least this share of its words in pypinyin's dictionary has it.
+MIN_SHARE = 0.1
 
-# Words that pypinyin 0.55 lacks or reads in another way.
+# Words that pypinyin 0.55 lacks or pronounces differently.
 load_phrases_dict({
     word: [[syllable] for syllable in sounds.split()]
     for word, sounds in {
@@ -33,7 +34,7 @@ load_phrases_dict({
         "长胖": "zhǎng pàng", "长高": "zhǎng gāo", "长得": "zhǎng de", "乐团": "yuè tuán", "声乐": "shēng yuè",
     }.items()
 })  # fmt: skip
-# Sounds of characters alone, where the dictionary's words say little about them.
+# Pronunciations of single characters for which the dictionary's words are not representative.
 _ALONE = {
     "了": "le5 liao3", "的": "de5", "地": "de5 di4", "得": "de5 de2 dei3", "着": "zhe5 zhao2", "著": "zhu4 zhe5 zhuo2",
     "和": "he2", "没": "mei2", "给": "gei3", "还": "hai2 huan2", "什": "shen2", "么": "me5", "呢": "ne5", "吧": "ba5",
@@ -41,7 +42,7 @@ _ALONE = {
     "相": "xiang1 xiang4", "假": "jia3 jia4", "教": "jiao1 jiao4", "便": "bian4", "种": "zhong3 zhong4",
     "中": "zhong1",
 }  # fmt: skip
-# Both sounds are said in any word.
+# Characters whose listed pronunciations are interchangeable in every word.
 _FREE = {
     "谁": "shei2 shui2", "这": "zhe4 zhei4", "那": "na4 nei4", "哪": "na3 nei3", "血": "xue4 xie3 xue3",
     "熟": "shu2 shou2", "薄": "bao2 bo2", "露": "lu4 lou4", "壳": "ke2 qiao4", "嗯": "en1 en4 en5", "呃": "e4",
@@ -57,10 +58,11 @@ class Unit:
     """A Chinese character or a word.
 
     Attributes:
-        written: how it may be written, the usual way first: a simplified character, or a word's letters in lower case.
-        start, end: its place in the raw text; units of a number share the number's.
-        toned, toneless: right sounds of a character ("ni3", "ni"), the neutral tone as 5; empty for a word.
-        optional: neither its absence nor its presence is an error: erhua and fillers.
+        written: accepted spellings, the usual one first: a simplified character, or a word in lower case.
+        start, end: offsets in the raw text; all units of a number have the offsets of the number.
+        toned, toneless: accepted pronunciations of a character ("ni3", "ni"; neutral tone 5); empty for a word.
+        optional: whether neither its absence nor its presence is an error, as for erhua and fillers.
+        sound: the usual pronunciation with tone; empty for a word.
     """
 
     written: tuple[str, ...]
@@ -69,7 +71,7 @@ class Unit:
     toned: frozenset[str] = frozenset()
     toneless: frozenset[str] = frozenset()
     optional: bool = False
-    sound: str = ""  # the usual sound, with its tone
+    sound: str = ""
 
     @property
     def text(self) -> str:
@@ -77,31 +79,31 @@ class Unit:
 
 
 Alternatives = tuple[tuple[Unit, ...], ...]
-Piece = tuple[tuple[str, ...], int, int]  # ways to write a unit, and its place
+Piece = tuple[tuple[str, ...], int, int]  # accepted spellings of a unit, and its start and end
 
 
 @dataclass(frozen=True)
 class Sentence:
-    """A text as units: a chain of groups, each with its alternatives, the usual one first."""
+    """A text as units: a sequence of groups, each with alternatives, the usual one first."""
 
     raw: str
     groups: tuple[Alternatives, ...]
-    units: tuple[Unit, ...]  # of the usual reading
+    units: tuple[Unit, ...]  # units of the usual reading
 
 
 def normalise(text: str) -> str:
-    """``text`` in NFKC and lower case, each run of punctuation, symbols and spaces made one space, none at the ends."""
+    """Return ``text`` in NFKC and lower case, each run of punctuation, symbols and spaces as one space, stripped."""
     return _NOT_WORDS.sub(" ", unicodedata.normalize("NFKC", text).lower()).strip()
 
 
 def characters(text: str) -> list[str]:
-    """The characters of ``text`` once normalised, without spaces: a measure of its length."""
+    """Return the characters of ``text`` after normalisation, without spaces, as a measure of its length."""
     return list(normalise(text).replace(" ", ""))
 
 
 @functools.cache
 def _word_counts() -> dict[str, Counter]:
-    """How often each sound of a character comes in pypinyin's dictionary of words."""
+    """Count how often each pronunciation of a character occurs in pypinyin's dictionary of words."""
     from pypinyin.contrib.tone_convert import to_tone3
     from pypinyin.phrases_dict import phrases_dict
 
@@ -114,7 +116,7 @@ def _word_counts() -> dict[str, Counter]:
 
 
 def _all_sounds(text: str) -> list[list[str]]:
-    """For each character, its sound in the words of ``text``, or all its sounds where it is in none."""
+    """Return the pronunciation of each character in the words of ``text``, or all if it is in none."""
     found = pypinyin_readings(
         text, style=Style.TONE3, heteronym=True, neutral_tone_with_five=True, errors=lambda unknown: list(unknown)
     )
@@ -123,7 +125,7 @@ def _all_sounds(text: str) -> list[list[str]]:
 
 @functools.lru_cache(maxsize=32768)
 def _usual(character: str, sounds: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of a character's sounds that are right where it stands alone, the usual one first."""
+    """Select the pronunciations that are accepted for a single character, the usual one first."""
     if len(sounds) > 1:
         if character in _ALONE:
             sounds = tuple(_ALONE[character].split())
@@ -136,7 +138,9 @@ def _usual(character: str, sounds: tuple[str, ...]) -> tuple[str, ...]:
 
 @functools.lru_cache(maxsize=32768)
 def _variants(character: str, sounds: tuple[str, ...], before_third: bool) -> tuple[frozenset[str], frozenset[str]]:
-    """Toned and toneless sounds, with sandhi: a third tone before another is a second; a neutral tone may be full.
+    """Return accepted toned and toneless pronunciations, with tone sandhi.
+
+    A third tone before another third tone may be a second tone; a neutral tone may be the full tone.
 
     Source: Y. R. Chao, A Grammar of Spoken Chinese (1968), 1.3.4 (third tone), 1.3.6 (neutral tone).
     """
@@ -151,12 +155,12 @@ def _variants(character: str, sounds: tuple[str, ...], before_third: bool) -> tu
 
 @functools.lru_cache(maxsize=16384)
 def _sounds(run: str) -> tuple[tuple[str, ...], ...]:
-    """Usual sounds of each character of a run of Chinese characters."""
+    """Return the usual pronunciations of each character in a run of Chinese characters."""
     return tuple(_usual(character, tuple(found)) for character, found in zip(run, _all_sounds(run), strict=True))
 
 
 def _han_units(run: list[Piece]) -> list[Unit]:
-    """Units of consecutive Chinese characters, each given as its ways to be written and its place."""
+    """Convert consecutive Chinese characters, given as pieces, to units."""
     text = "".join(written[0] for written, _, _ in run)
     sounds, found = _sounds(text), []
     for i, (written, start, end) in enumerate(run):
@@ -178,7 +182,7 @@ def _written_word(word: str) -> str:
 
 
 def _pieces(reading: str, start: int, end: int) -> list[Piece]:
-    """What one reading is made of: characters and words, as written, with the place of its span."""
+    """Split one reading into characters and words, each with the offsets of the reading's span."""
     found = []
     for slot, character, word in _PIECE.findall(reading):
         if written := tuple(slot) or (character or _written_word(word),):
@@ -187,7 +191,7 @@ def _pieces(reading: str, start: int, end: int) -> list[Piece]:
 
 
 def _to_units(pieces: list[Piece]) -> list[Unit]:
-    """Units of pieces; characters side by side are read as a text."""
+    """Convert pieces to units; adjacent Chinese characters are pronounced as one text."""
     found, run = [], []
     for piece in [*pieces, None]:
         if piece is not None and is_han(piece[0][0]):
@@ -203,7 +207,7 @@ def _to_units(pieces: list[Piece]) -> list[Unit]:
 
 @functools.lru_cache(maxsize=8192)
 def sentence(raw: str, language: str = "zh") -> Sentence:
-    """The units of a raw text, reference or transcript.
+    """Segment a raw text, reference or transcript, into units.
 
     Args:
         raw: any text; see :func:`tts_grpo.text.spoken.spoken_form`.
@@ -226,11 +230,11 @@ def sentence(raw: str, language: str = "zh") -> Sentence:
 
 
 def pinyin(text: str, tones: bool, language: str = "zh") -> list[str]:
-    """Usual pronunciation of ``text``: a syllable for each Chinese character, other words as they are.
+    """Return the usual pronunciation of ``text``: one syllable per Chinese character, other words unchanged.
 
     Args:
         text: any text.
-        tones: whether syllables carry their tone as a digit, 5 for the neutral one ("ni3"), or none ("ni").
+        tones: whether syllables have their tone as a digit ("ni3"; neutral tone 5) or no tone ("ni").
         language: as in :func:`sentence`.
     """
     units = sentence(text, language).units
@@ -238,5 +242,5 @@ def pinyin(text: str, tones: bool, language: str = "zh") -> list[str]:
 
 
 def toneless(sound: str) -> str:
-    """A syllable without its tone."""
+    """Return a syllable without its tone."""
     return sound.rstrip("12345")
