@@ -1,8 +1,9 @@
-"""The reward of a rollout.
+"""The reward of a rollout: scorer, reward curves, and the protocol between reward server and trainer.
 
-- ``scorer``: speech tokens -> waveform -> transcript -> score, in the reward server; ``curves``: error rate -> reward.
-- ``protocol``: requests and responses as tensors; ``client``: sends them from veRL's processes.
+- ``scorer`` runs in the reward server: speech tokens -> waveform -> transcript -> score. ``curves`` maps an error rate
+  to a reward. ``ports`` checks that a TCP port is free.
+- ``protocol`` defines requests and responses as tensors. ``client`` sends requests from veRL's processes.
 
-``scorer``: speech environment only. ``client`` and ``protocol``: both, since they are the two ends of the wire; the
-rest of the reward server does not enter the trainer. Imports ``speech`` and ``text``.
+``scorer`` is imported in the speech environment only. ``client`` and ``protocol`` are imported in both environments,
+because server and trainer communicate through them. This package imports ``speech`` and ``text``.
 """

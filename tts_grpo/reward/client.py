@@ -1,4 +1,7 @@
-"""Client of the reward servers: many requests in flight, several servers, bounded retries, never a made-up reward."""
+"""Client for the reward servers, with concurrent requests, round robin over servers, and bounded retries.
+
+A request that fails raises an error; it never gives a default reward.
+"""
 
 import asyncio
 import itertools
@@ -17,21 +20,22 @@ RETRIED_STATUS = (429, 500, 502, 503, 504)
 
 
 class RewardServerError(RuntimeError):
-    """No reward could be had. Training must stop: it is no property of the rollout."""
+    """No reward could be computed. Training must stop, because the cause is not the rollout."""
 
 
 class RewardClient:
-    """Scores rollouts on one or several reward servers, in turn.
+    """Scores rollouts on one or several reward servers, in round robin.
 
-    Use it from one event loop; it opens its connections at the first request.
+    A client belongs to one event loop and opens its connections with the first request.
 
     Args:
-        server_urls: such as "http://127.0.0.1:8000".
-        max_in_flight: requests sent and not yet answered; further ones wait here.
-        timeout_s: for one answer, waiting in the server's queue included.
-        patience_s: how long a failed request is repeated, each time at the next server, before giving up. Longer than
-            a server takes to start again; 0 tries once.
-        backoff_s: wait after the first failed try; doubles with each further one, up to ``max_backoff_s``.
+        server_urls: base URLs of the servers, such as "http://127.0.0.1:8000".
+        max_in_flight: largest number of unanswered requests; further requests wait in the client.
+        timeout_s: timeout of one request in seconds, including the time in the server's queue.
+        patience_s: time in seconds for which a failed request is retried, each time at the next server. It should be
+            longer than a server takes to restart; 0 means one attempt.
+        backoff_s: wait in seconds after the first failed attempt; it doubles with each further one.
+        max_backoff_s: longest wait in seconds between two attempts.
     """
 
     def __init__(self, server_urls: Sequence[str], max_in_flight: int = 256, timeout_s: float = 300.0,
@@ -49,7 +53,8 @@ class RewardClient:
         """Score one rollout.
 
         Raises:
-            RewardServerError: no server gave a reward in time, or one answered that it cannot.
+            RewardServerError: no server returned a reward in time, a server refused the request, or the sample could
+                not be scored.
         """
         body = json.dumps(encode_request(speech_tokens, ground_truth), ensure_ascii=False).encode()
         async with self._slots:

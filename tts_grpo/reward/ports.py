@@ -1,11 +1,11 @@
-"""Who listens on a port: asked before anything is loaded, as a port that is taken would be found out minutes later."""
+"""Check that a TCP port is free, before models are loaded; otherwise the server would fail minutes later."""
 
 import socket
 from pathlib import Path
 
 
 def port_fault(address: str, port: int) -> str:
-    """Why a TCP port cannot be listened on, with the process that has it where that can be seen; "" if it is free."""
+    """Return why a TCP port cannot be listened on, with the process that uses it if known; "" if it is free."""
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -18,7 +18,7 @@ def port_fault(address: str, port: int) -> str:
 
 
 def _holder(port: int) -> str:
-    """The process that listens on a port, as "NAME, process ID"; "" where /proc does not tell."""
+    """Return the process that listens on a port, as "NAME, process ID"; "" if /proc does not show it."""
     inodes = set()
     for table in ("tcp", "tcp6"):
         try:

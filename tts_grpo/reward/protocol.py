@@ -1,33 +1,36 @@
-"""What reward server and client say to each other: names, shapes and buckets of Triton's model ``token2wav_asr``.
+"""Protocol between reward server and client: tensor names, shapes and length buckets of the Triton models.
 
-Beside it the server has the model ``token2wav``, which only speaks, for those who want to listen (see below).
+The model ``token2wav_asr`` scores rollouts. The model ``token2wav`` only synthesises them, for listening (see below).
 
-A request is one rollout or several of one bucket, as Triton's HTTP/JSON inference protocol (KServe v2) has it:
+A request has one rollout, or several of one bucket, in Triton's HTTP/JSON inference protocol (KServe v2). The first
+three tensors are inputs of ``token2wav_asr``, the others are its outputs:
 
 ============== ======= ====== ============================================================
 TOKENS         int32   [B, T] speech tokens, padded with 0 to a bucket (Triton batches only
                               requests of equal shape)
 TOKEN_LENS     int32   [B, 1] number of speech tokens
-GT_TEXT        bytes   [B, 1] what was to be said, UTF-8
+GT_TEXT        bytes   [B, 1] reference text, UTF-8
 -------------- ------- ------ ------------------------------------------------------------
 REWARDS        float32 [B, 1] in [0, 1]; NaN where ERRORS is not empty
-ERROR_RATES    float32 [B, 1] pinyin error rate that the reward is made of; NaN likewise
-TRANSCRIPTS    bytes   [B, 1] what was heard
+ERROR_RATES    float32 [B, 1] pinyin error rate from which the reward is computed; NaN
+                              where ERRORS is not empty
+TRANSCRIPTS    bytes   [B, 1] transcript by the ASR model
 UNIT_ERRORS    int32   [B, N] errors at each unit (syllable, word) of GT_TEXT, padded with -1
-UNIT_STARTS    int32   [B, N] the speech token with which each begins, padded with -1
-ERRORS         bytes   [B, 1] empty, or why this sample could not be scored
+UNIT_STARTS    int32   [B, N] index of the first speech token of each unit, padded with -1
+ERRORS         bytes   [B, 1] empty, or the reason why this sample could not be scored
 ============== ======= ====== ============================================================
 
-``token2wav`` takes TOKENS and TOKEN_LENS as above, and gives
+The inputs of ``token2wav`` are TOKENS and TOKEN_LENS as above; its outputs are:
 
 ============== ======= ====== ============================================================
-WAVEFORM       int16   [B, S] speech in the voice of the reward, padded with 0
-WAVEFORM_LENS  int32   [B, 1] its length in samples
-SAMPLE_RATE    int32   [B, 1] in Hz
-ERRORS         bytes   [B, 1] empty, or why this sample could not be spoken
+WAVEFORM       int16   [B, S] speech with a voice prompt of the reward, padded with 0
+WAVEFORM_LENS  int32   [B, 1] length of the waveform in samples
+SAMPLE_RATE    int32   [B, 1] sample rate in Hz
+ERRORS         bytes   [B, 1] empty, or the reason why this sample has no speech
 ============== ======= ====== ============================================================
 
-A bad rollout (nothing said, ids out of range) never comes here: the client scores it. So an error is never a reward.
+A bad rollout (no speech tokens, or an id out of range) is never sent to the server; reward_tts.py gives it a reward of
+0. An error of the server therefore never appears as a reward.
 """
 
 from __future__ import annotations
@@ -36,25 +39,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # scripts/check.py reads the names here where there is no environment yet
+if TYPE_CHECKING:  # scripts/check.py imports the names before any environment exists
     import numpy as np
 
 MODEL_NAME = "token2wav_asr"
 SPEECH_MODEL_NAME = "token2wav"
 SPEECH_OUTPUT_NAMES = ("WAVEFORM", "WAVEFORM_LENS", "SAMPLE_RATE", "ERRORS")
 OUTPUT_NAMES = ("REWARDS", "ERROR_RATES", "TRANSCRIPTS", "UNIT_ERRORS", "UNIT_STARTS", "ERRORS")
-# Few, so that batches fill: zeros cost next to nothing on the way, and the server sorts what it gets by length.
+# Only two buckets, so that batches fill: padding costs little to transfer, and the server sorts batches by length.
 BUCKETS = (512, 2048)
 
 
 @dataclass(frozen=True)
 class RolloutScore:
-    """A rollout's score, in the server and in the client; ``error`` says why there is none, and is empty otherwise.
+    """The score of a rollout, in the server and in the client.
 
     Attributes:
-        unit_errors: errors at each unit (syllable or word) of the ground truth's usual reading; their sum over the
-            number of units is the error rate. Another right reading's errors are placed where the usual one's are.
-        unit_starts: the speech token with which each of them begins.
+        reward: reward in [0, 1]; NaN if ``error`` is not empty.
+        error_rate: error rate against the reference text; NaN if ``error`` is not empty.
+        transcript: transcript of the synthesised speech.
+        unit_errors: errors at each unit (syllable or word) of the reference's usual reading; their sum divided by the
+            number of units is the error rate. If another reading is aligned, its errors are mapped to these units.
+        unit_starts: index of the first speech token of each unit.
+        error: why there is no score; empty if there is one.
     """
 
     reward: float = float("nan")
@@ -66,10 +73,10 @@ class RolloutScore:
 
 
 def bucket(num_tokens: int) -> int:
-    """The length that ``num_tokens`` speech tokens are padded to.
+    """Return the length to which ``num_tokens`` speech tokens are padded.
 
     Raises:
-        ValueError: more tokens than the largest bucket.
+        ValueError: there are more tokens than the largest bucket holds.
     """
     for size in BUCKETS:
         if num_tokens <= size:
@@ -78,13 +85,13 @@ def bucket(num_tokens: int) -> int:
 
 
 def encode_request(speech_tokens: Sequence[int], ground_truth: str) -> dict:
-    """The JSON body of one rollout's request."""
+    """Return the JSON body of a request to score one rollout."""
     text = {"name": "GT_TEXT", "shape": [1, 1], "datatype": "BYTES", "data": [ground_truth]}
     return {"inputs": [*_token_inputs(speech_tokens), text], "outputs": [{"name": name} for name in OUTPUT_NAMES]}
 
 
 def encode_speech_request(speech_tokens: Sequence[int]) -> dict:
-    """The JSON body of a request to hear one rollout."""
+    """Return the JSON body of a request to synthesise one rollout."""
     return {"inputs": _token_inputs(speech_tokens), "outputs": [{"name": name} for name in SPEECH_OUTPUT_NAMES]}
 
 
@@ -98,11 +105,11 @@ def _token_inputs(speech_tokens: Sequence[int]) -> list[dict]:
 
 
 def decode_speech_response(body: dict) -> tuple[list[int], int]:
-    """One rollout's speech as 16-bit samples, and its sample rate in Hz.
+    """Return one rollout's waveform as 16-bit samples, and its sample rate in Hz.
 
     Raises:
-        KeyError: an output is missing: this is no server of this protocol.
-        ValueError: the server could not speak the sample.
+        KeyError: an output is missing, so the server does not implement this protocol.
+        ValueError: the server could not synthesise the sample.
     """
     outputs = {output["name"]: output["data"] for output in body["outputs"]}
     waveform, (length,), (rate,), (error,) = (outputs[name] for name in SPEECH_OUTPUT_NAMES)
@@ -112,14 +119,14 @@ def decode_speech_response(body: dict) -> tuple[list[int], int]:
 
 
 def text_tensor(values: Sequence[str]) -> np.ndarray:
-    """Texts as a tensor of bytes (B, 1)."""
+    """Convert B texts to a bytes tensor of shape (B, 1)."""
     import numpy as np
 
     return np.char.encode(np.array(values, dtype=np.str_), "utf-8")[:, None]
 
 
 def padded_tensor(rows: Sequence[Sequence[int]]) -> np.ndarray:
-    """Rows of numbers as a tensor int32 (B, longest row), padded with -1."""
+    """Convert B rows of numbers to an int32 tensor of shape (B, length of the longest row), padded with -1."""
     import numpy as np
 
     tensor = np.full((len(rows), max([1, *map(len, rows)])), -1, np.int32)
@@ -129,7 +136,7 @@ def padded_tensor(rows: Sequence[Sequence[int]]) -> np.ndarray:
 
 
 def encode_response(scores: Sequence[RolloutScore]) -> dict[str, np.ndarray]:
-    """The tensors of a batch's answer."""
+    """Return the tensors of the response for a batch."""
     import numpy as np
 
     return {
@@ -143,10 +150,10 @@ def encode_response(scores: Sequence[RolloutScore]) -> dict[str, np.ndarray]:
 
 
 def decode_response(body: dict) -> RolloutScore:
-    """One rollout's answer: the inverse of :func:`encode_response`.
+    """Return the score of one rollout from a response; the inverse of :func:`encode_response`.
 
     Raises:
-        KeyError: an output is missing: this is no server of this protocol.
+        KeyError: an output is missing, so the server does not implement this protocol.
         ValueError: the server could not score the sample, or its reward is not in [0, 1].
     """
     outputs = {output["name"]: output["data"] for output in body["outputs"]}

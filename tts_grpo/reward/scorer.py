@@ -1,4 +1,4 @@
-"""From speech tokens to reward: token2wav, 16 kHz, recogniser, error rate of spoken units, curve."""
+"""Compute rewards from speech tokens: token2wav, resampling to 16 kHz, ASR, error rate, reward curve."""
 
 import dataclasses
 import time
@@ -17,12 +17,12 @@ from tts_grpo.text.errors import align_sentences, locate_errors
 from tts_grpo.text.tokens import TOKEN_HZ, format_speech_tokens
 from tts_grpo.text.units import Sentence, sentence
 
-ONSET_DELAY_S = 0.04  # from a syllable's first speech token to the frame at which a CTC recogniser names it
+ONSET_DELAY_S = 0.04  # delay from a syllable's first speech token to the frame of its CTC label
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleSpeech:
-    """One sample's speech, int16 (T,); ``error`` says why there is none, and is empty otherwise."""
+    """One sample's waveform, int16 (T,); ``error`` is empty, or says why the sample has no speech."""
 
     waveform: np.ndarray
     sample_rate_hz: int
@@ -33,19 +33,18 @@ class RewardScorer:
     """Scores batches of rollouts.
 
     Args:
-        token2wav: speech tokens -> waveform.
-        asr: recogniser.
-        tones: whether tones count.
-        curve: see :func:`tts_grpo.reward.curves.reward`.
-        prompt_voices: what the rollouts are spoken in, one of them each.
-        seed: of the choice of one.
-        voice_per: "text" chooses by ground truth, so that the rollouts of a group, which are compared with each other,
-            have the same voice; "rollout" by ground truth and speech tokens, so that each has its own, the same
-            whenever it is scored.
-        language: of the texts, see :func:`tts_grpo.text.spoken.spoken_form`.
+        token2wav: decoder from speech tokens to waveforms.
+        asr: speech recogniser.
+        tones: whether a wrong tone is an error.
+        curve: name of a reward curve, see :func:`tts_grpo.reward.curves.reward`.
+        prompt_voices: voice prompts; each rollout is synthesised with one of them.
+        seed: random seed for the choice of the voice prompt.
+        voice_per: "text" chooses a voice prompt per reference text, so that all rollouts of a GRPO group have the same
+            voice. "rollout" chooses one per text and speech tokens; the same rollout always gets the same voice.
+        language: language of the texts, see :func:`tts_grpo.text.spoken.spoken_form`.
 
     Attributes:
-        seconds: time spent so far in ``token2wav``, ``asr`` and ``text``.
+        seconds: total time so far in ``token2wav``, ``asr`` and ``text``, in seconds.
     """
 
     def __init__(self, token2wav: Token2Wav, asr: SenseVoice, tones: bool = True, curve: str = "tanh",
@@ -57,11 +56,11 @@ class RewardScorer:
         self.seconds = {"token2wav": 0.0, "asr": 0.0, "text": 0.0}
 
     def score(self, speech_tokens: Sequence[Sequence[int]], ground_truths: Sequence[str]) -> list[RolloutScore]:
-        """Score samples together; if that fails, one by one, so that one bad sample is one error.
+        """Score samples as one batch; if that fails, one by one, so that a bad sample gives an error for itself only.
 
         Args:
-            speech_tokens: B sequences of ids.
-            ground_truths: B texts.
+            speech_tokens: B sequences of speech token ids.
+            ground_truths: B reference texts.
         """
         try:
             return self._score(speech_tokens, ground_truths)
@@ -98,7 +97,7 @@ class RewardScorer:
         return RolloutScore(reward(error_rate, self.curve), error_rate, heard.text, tuple(errors), starts)
 
     def speak(self, speech_tokens: Sequence[Sequence[int]]) -> list[SampleSpeech]:
-        """The speech that samples are scored by, one by one: for listening, where no speed is needed."""
+        """Synthesise samples one by one, for listening; the voice prompt depends on the seed only."""
         said, rate = [], self.token2wav.sample_rate_hz
         voice = choose_voice(self.prompt_voices, "", self.seed)
         for tokens in speech_tokens:
@@ -112,12 +111,12 @@ class RewardScorer:
         return said
 
     def hear(self, speech_tokens: Sequence[Sequence[int]], voices=None) -> list[Heard]:
-        """What the recogniser hears of speech tokens, each spoken in its voice."""
+        """Synthesise speech tokens, each with its voice prompt, and transcribe the waveforms."""
         start = time.perf_counter()
         waveforms, lens = self.token2wav(speech_tokens, voices)
         waveforms = resample_batch(waveforms, self.token2wav.sample_rate_hz, ASR_HZ)
         lens = (lens * ASR_HZ // self.token2wav.sample_rate_hz).tolist()
-        check_finite(waveforms)  # waits for the decoder too, so that its time is not counted as the other's
+        check_finite(waveforms)  # synchronises with the decoder, so that its time is not counted as ASR time
         decoded = time.perf_counter()
         heard = self.asr.hear([wave[:n] for wave, n in zip(waveforms, lens, strict=True)])
         self.seconds["token2wav"] += decoded - start
