@@ -1,13 +1,13 @@
-"""Credit by syllable: GRPO's comparison within a group, made for each syllable of the text instead of once a rollout.
+"""Credit by syllable: GRPO's group-relative advantage for each syllable of the text instead of once per rollout.
 
-All rollouts of a group say the same text, so syllable k of one can be compared with syllable k of the others. A rollout
-whose reward is R has lost 1 - R; the loss is shared out among the syllables at which the recogniser heard an error, in
-proportion to the errors. The tokens of a syllable get the group's mean loss there less the rollout's own, so that a
-slip at the end of a sentence says nothing against its beginning. Over the syllables of a rollout this adds up to GRPO's
-advantage R - mean(R).
+All rollouts of a group have the same text, so syllable k of one can be compared with syllable k of the others. If a
+rollout has the reward R, its loss 1 - R is divided among the syllables with errors, in proportion to their errors. The
+advantage of a syllable's tokens is the group's mean loss at that syllable minus the rollout's own, so an error at the
+end of a sentence does not penalise its beginning. The advantages of a rollout's syllables sum to GRPO's advantage
+R - mean(R).
 
-Compare process supervision in GRPO (arXiv 2402.03300, 4.1.3), which also rewards parts of an answer, but compares them
-with all parts of the group.
+Process supervision in GRPO (arXiv 2402.03300, 4.1.3) also rewards parts of an answer, but compares each part with all
+parts of the group.
 """
 
 import json
@@ -15,22 +15,22 @@ from collections.abc import Sequence
 
 import numpy as np
 
-KEY = "syllable_errors"  # of what the reward notes of a rollout, beside its score
+KEY = "syllable_errors"  # key in the reward function's result, beside the score
 
-TOLERANCE = 1e-3  # of rewards, which veRL keeps in float32 or less
+TOLERANCE = 1e-3  # tolerance of rewards, which veRL stores in float32 or less
 
 
 def encode(unit_errors: Sequence[int], unit_starts: Sequence[int]) -> str:
-    """Errors and starts of a rollout's syllables, as the reward notes them; both empty for a bad rollout."""
+    """Serialise the errors and first tokens of a rollout's syllables; both are empty for a bad rollout."""
     return json.dumps([list(unit_errors), list(unit_starts)])
 
 
 def _losses(errors: list[list[int]], scores: np.ndarray) -> np.ndarray:
-    """(n, N) reward that each rollout lost at each syllable; a bad one lost its part at every syllable alike.
+    """Return the loss of n rollouts at N syllables, shape (n, N); a bad rollout's loss is spread evenly.
 
     Raises:
-        ValueError: the rollouts have different numbers of syllables, or a reward lost something that is no syllable's
-            error.
+        ValueError: the rollouts have different numbers of syllables, a reward is not in [0, 1], or a rollout without
+            errors has a reward below 1.
     """
     sizes = {len(row) for row in errors if row}
     if len(sizes) != 1:
@@ -49,25 +49,25 @@ def _losses(errors: list[list[int]], scores: np.ndarray) -> np.ndarray:
 def syllable_advantages(
     notes: Sequence[str], scores: Sequence[float], num_tokens: Sequence[int], by_std: bool = False
 ) -> list[np.ndarray]:
-    """Advantages of a group's tokens.
+    """Compute the advantages of the tokens of one group.
 
     Args:
-        notes: of each of n rollouts, what :func:`encode` made.
-        scores: their rewards.
-        num_tokens: tokens of their responses, the end token included; it counts to the last syllable.
-        by_std: divide by the standard deviation of the scores, as GRPO's first form does.
+        notes: for each of n rollouts, the result of :func:`encode`.
+        scores: n rewards.
+        num_tokens: n response lengths in tokens, including the end token, which belongs to the last syllable.
+        by_std: divide by the standard deviation of the scores, as the original GRPO does.
 
     Returns:
-        n arrays float32 (T,).
+        n float32 arrays of shape (T,), where T is the length of the response.
 
     Raises:
-        ValueError: the rollouts have different numbers of syllables, or a reward lost something that is no syllable's
-            error.
+        ValueError: the rollouts have different numbers of syllables, a reward is not in [0, 1], or a rollout without
+            errors has a reward below 1.
     """
     errors, starts = zip(*map(json.loads, notes), strict=True)
     scores = np.asarray(scores, dtype=float)
     scale = 1 / (scores.std(ddof=1) + 1e-6) if by_std and len(scores) > 1 else 1.0
-    if not any(errors):  # all of them bad, and thus alike
+    if not any(errors):  # all rollouts are bad and have the same reward
         return [np.zeros(size, np.float32) for size in num_tokens]
     losses = _losses(errors, scores)
     advantages = []

@@ -1,18 +1,18 @@
-"""The trainer of this recipe: veRL's synchronous trainer with a few of its methods overridden.
+"""The trainer of this recipe: a subclass of veRL's synchronous trainer.
 
-veRL finds it in its own registry, by ``trainer.v1.trainer_mode=tts_grpo``; ``VERL_USE_EXTERNAL_MODULES`` imports this
-module in each of veRL's processes, before the registry is asked. What it adds:
+veRL selects it from its trainer registry by ``trainer.v1.trainer_mode=tts_grpo``. ``VERL_USE_EXTERNAL_MODULES`` makes
+each veRL process import this module before the registry lookup. The subclass adds:
 
-- Credit by syllable (``credit=syllable``): advantages are made of the errors of each syllable that the reward returned
-  (tts_grpo/training/credit.py). ``critic/advantages/nonzero`` is the share of tokens whose advantage is not 0. Settings
-  that this would silently override are refused at the start.
-- A rollout that failed stops the training. veRL logs the exception and trains on the rest of the group.
-- The wait for rewards as a metric. veRL scores a rollout as soon as it ends, while others are still being generated, so
-  the latency of a request to the reward server is misleading. ``timing_s/generation`` is the time from the start of a
-  step to the end of its last generation, ``timing_s/reward_wait`` the time from there to the last reward. Both are made
-  of the seconds that veRL's agent loop notes for each rollout, and rely on all rollouts of a step starting together.
-- A shorter wait between two looks at the rollouts of a step: veRL looks every 2 s, 1 s of latency per step on average.
-- Dumps of a validation appear in ``trainer.validation_data_dir`` only when they are complete.
+- Credit by syllable (``credit=syllable``): advantages are computed from the errors per syllable that the reward
+  function returns (tts_grpo/training/credit.py). ``critic/advantages/nonzero`` is the fraction of tokens with a nonzero
+  advantage. Settings that this would silently override are rejected at the start.
+- Failed rollouts stop the training. veRL itself logs the exception and trains on the rest of the group.
+- A metric for the time spent waiting for rewards. veRL scores a rollout as soon as it ends, while others are still
+  generating, so a request's latency is misleading. ``timing_s/generation`` is the time from the start of a step to the
+  end of its last generation; ``timing_s/reward_wait`` is the time from there to the last reward. Both are computed from
+  the seconds that veRL's agent loop records per rollout, and assume that all rollouts of a step start together.
+- A shorter polling interval for the rollouts of a step. veRL polls every 2 s, which adds 1 s per step on average.
+- Validation dumps in ``trainer.validation_data_dir`` are written atomically.
 """
 
 from collections import defaultdict
@@ -31,22 +31,22 @@ from tts_grpo.training.verl_version import require_verl
 
 require_verl(verl.__version__)
 
-from verl.trainer.ppo.v1 import PPOTrainerSync, register_trainer  # noqa: E402  # after the check of its version
+from verl.trainer.ppo.v1 import PPOTrainerSync, register_trainer  # noqa: E402  # imported after the version check
 
 NAME = "tts_grpo"
 POLL_S = 0.1
 
 
 def credits_syllables(config: DictConfig) -> bool:
-    """Whether ``credit=syllable``: run.sh passes it to the reward function, which returns the errors then."""
+    """Return whether ``credit=syllable``, which run.sh passes to the reward function as ``by_syllable``."""
     return bool((config.reward.custom_reward_function.get("reward_kwargs") or {}).get("by_syllable", False))
 
 
 def check_credit(config: DictConfig) -> None:
-    """Refuse settings that credit by syllable would silently override.
+    """Reject settings that credit by syllable would silently override.
 
     Raises:
-        ValueError: there is such a setting; the message names all of them.
+        ValueError: there is such a setting; the message lists all of them.
     """
     if not credits_syllables(config):
         return
@@ -67,11 +67,11 @@ def check_credit(config: DictConfig) -> None:
 
 
 def rollout_seconds(rollouts: Iterable[dict[str, float]]) -> dict[str, float]:
-    """Seconds from a step's start to the end of the last generation, and from there to the last reward.
+    """Return the seconds from a step's start to its last generation's end, and from there to the last reward.
 
     Args:
-        rollouts: for each, ``generate_sequences`` and ``compute_score``: the seconds that these took, one after the
-            other.
+        rollouts: for each rollout, its durations ``generate_sequences`` and ``compute_score`` in seconds; the second
+            starts when the first ends.
     """
     generated, scored = 0.0, 0.0
     for rollout in rollouts:
@@ -83,10 +83,12 @@ def rollout_seconds(rollouts: Iterable[dict[str, float]]) -> dict[str, float]:
 def group_advantages(
     uids: Iterable[str], notes: list[str | None], scores: list[float], num_tokens: list[int], by_std: bool
 ) -> list[np.ndarray]:
-    """Advantages of a step's rollouts by syllable, each compared with the rollouts of the same ``uid``.
+    """Compute advantages per syllable for the rollouts of a step; rollouts with the same ``uid`` form a group.
+
+    Args and return value are those of :func:`tts_grpo.training.credit.syllable_advantages`, over all groups of a step.
 
     Raises:
-        ValueError: the reward returned no syllables for a rollout.
+        ValueError: the reward function returned no syllable errors for a rollout.
     """
     lacking = notes.count(None)
     if lacking:
@@ -117,18 +119,18 @@ def _failed(failed: int, expected: int, what: str) -> RuntimeError:
 
 @register_trainer(NAME)
 class SpeechGRPOTrainer(PPOTrainerSync):
-    """veRL's synchronous trainer with what the module's docstring lists.
+    """veRL's synchronous trainer with the additions listed in the module's docstring.
 
     Args:
         config: veRL's configuration.
 
     Raises:
-        ValueError: ``credit=syllable`` would override one of its settings.
+        ValueError: ``credit=syllable`` would override a setting in ``config``.
     """
 
     def __init__(self, config: DictConfig):
         check_credit(config)
-        with open_dict(config):  # veRL compares this name to tell synchronous from asynchronous training
+        with open_dict(config):  # veRL checks this name for synchronous or asynchronous mode
             config.trainer.v1.trainer_mode = "sync"
         super().__init__(config)
 
