@@ -1,8 +1,9 @@
-"""Comparison of the models before and after training.
+"""Evaluation: comparison of the models before and after training.
 
-- ``protocols``: error rates as published evaluations compute them; ``bootstrap``: intervals.
-- ``aggregate``: figures of a model over utterances and seeds, and differences between two models.
-- ``report``: the HTML report of an experiment.
+- ``protocols`` computes error rates as published evaluations do. ``bootstrap`` computes confidence intervals.
+- ``aggregate`` computes the metrics of a model over utterances and seeds, and differences between two models.
+- ``report`` renders the HTML report of an experiment.
 
-Speech environment only. Imports ``speech`` and ``text``, no other room imports it.
+This package is imported in the speech environment only. It imports ``speech`` and ``text``, and no other package of
+tts_grpo imports it.
 """

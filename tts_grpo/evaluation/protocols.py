@@ -1,36 +1,40 @@
-"""Protocols of error rates: how two texts become units, and how utterances become one figure.
+"""Error rate protocols: how texts are split into units, and how utterances are averaged.
 
-One set of transcripts is scored by all protocols of its language, so that the figures stand side by side. Before any
-of them, the hypothesis of a Chinese set is converted to simplified characters (``zhconv``, zh-cn).
+All protocols of a language score the same transcripts, so that their error rates can be compared. Before scoring, the
+hypotheses of a Chinese set are converted to simplified characters (``zhconv``, zh-cn).
 
 ``seed-tts-eval``
-    github.com/BytedanceSpeech/seed-tts-eval, run_wer.py and average_wer.py at commit 95003fe. Removed from both texts
-    are the characters of ``zhon.hanzi.punctuation`` and ``string.punctuation``, except the apostrophe. Chinese: a unit
-    is a character, spaces are none, case and full-width letters count. English: a unit is a word, in lower case. The
-    rate is the MEAN OVER UTTERANCES of errors / units, each utterance counting alike (macro).
-    Recognisers: paraformer-zh through funasr; whisper-large-v3 for English.
+    Source: github.com/BytedanceSpeech/seed-tts-eval, run_wer.py and average_wer.py at commit 95003fe. The characters of
+    ``zhon.hanzi.punctuation`` and ``string.punctuation``, except the apostrophe, are removed from both texts. Chinese:
+    a unit is a character, spaces are ignored, and differences in case or width are errors. English: a unit is a word in
+    lower case. The rate is the MEAN OVER UTTERANCES of errors / units, all utterances weighted equally (macro).
+    ASR models: paraformer-zh through funasr; whisper-large-v3 for English.
 ``cv3-eval``
-    github.com/FunAudioLLM/CV3-Eval, utils/run_wer.py at commit f3b7ed5: made from the file above, with the same rules
-    for the text, hence the same figure from the same transcripts. What differs is how Whisper is run (openai-whisper,
-    told the language). Its averaging is not in that file: taken as seed-tts-eval's, whose output format it writes.
+    Source: github.com/FunAudioLLM/CV3-Eval, utils/run_wer.py at commit f3b7ed5. It is derived from the file above and
+    has the same text rules, hence the same error rate for the same transcripts. Only the use of Whisper differs
+    (openai-whisper with the language passed). The file does not average; we average as seed-tts-eval, whose output
+    format it writes.
 ``cer``, the protocol ``micro`` (``wer`` for English)
-    Total errors over total units. Chinese: after github.com/FunAudioLLM/CosyVoice,
-    examples/grpo/cosyvoice2/scripts/offline-decode-files.py at commit 62d0826, and the original recipe's. Spaces and
-    the punctuation above are removed, letters made upper case, full-width letters ASCII (there some of them by hand,
-    here by NFKC). There that is done to the reference only, so that English letters, which Paraformer writes in lower
-    case and after a space, are errors: here it is done to both texts. WeNet's compute-wer.py, which later versions of
-    the original recipe run as well, is a third way: a run of letters or digits is one unit. All three agree on Chinese
-    characters. Recogniser there: sherpa-onnx-paraformer-zh-2023-09-14. English: seed-tts-eval's words.
+    The rate is total errors over total units. Chinese follows github.com/FunAudioLLM/CosyVoice,
+    examples/grpo/cosyvoice2/scripts/offline-decode-files.py at commit 62d0826, and the original recipe's script. Spaces
+    and the punctuation above are removed, letters become upper case, and full-width letters become ASCII (those
+    scripts convert some of them by hand; here NFKC does). Those scripts normalise the reference only, so that English
+    letters, which Paraformer writes in lower case and after a space, are errors; here both texts are normalised.
+    WeNet's compute-wer.py, which later versions of the original recipe also run, differs again: a run of letters or
+    digits is one unit. All three agree on Chinese characters. ASR model of those scripts:
+    sherpa-onnx-paraformer-zh-2023-09-14. English: the units are the words of seed-tts-eval.
 ``spoken``
-    This recipe's: both texts are put into words (tts_grpo/text/spoken.py), of a number's right readings the one that
-    fits the transcript counts, Chinese is counted by character and English by word. Total errors over total units of
-    the usual reading. The protocols above compare what is written: a right reading of "50%" is all errors there.
+    This recipe's own protocol. Both texts are converted to words (tts_grpo/text/spoken.py). Of the accepted readings of
+    a number, the one with the fewest errors counts. A unit is a Chinese character or an English word. The rate is total
+    errors over total units of the usual reading. The protocols above compare written forms, so that a correct reading
+    of "50%" consists of errors only.
 ``pinyin_error_rate``, ``pinyin_error_rate_toneless``
-    As ``spoken``, but Chinese is compared by syllable, with and without tones, so that homophones are no errors. The
-    reward is made of one of them. Chinese only.
+    These are like ``spoken``, but Chinese is compared by syllable, with or without tones, so that homophones are not
+    errors. The reward is computed from one of them. Chinese only.
 
-One rule is ours in all of them: an utterance of the set without usable audio is there with an empty hypothesis, all
-deletions, an error of 100%. The published scripts leave it out, so that failing on what is hard improves the score.
+One rule of ours applies to all protocols: an utterance without usable audio has an empty hypothesis, so that all its
+units are deletions and its error rate is 100%. The published scripts omit such utterances, so that failing on difficult
+utterances improves the score.
 """
 
 import re
@@ -56,10 +60,10 @@ class Metric:
     """One error rate of one protocol.
 
     Attributes:
-        title: its name in tables.
-        macro: mean over utterances; otherwise total errors over total units.
-        units: of a published protocol, how a text is cut.
-        match: of ours, what counts as right, see :func:`tts_grpo.text.errors.align_sentences`.
+        title: name of the metric in tables.
+        macro: whether the rate is the mean over utterances; otherwise it is total errors over total units.
+        units: function that splits a text into units, for the published protocols.
+        match: how units are compared in our protocols, see :func:`tts_grpo.text.errors.align_sentences`.
     """
 
     title: str
@@ -73,18 +77,18 @@ class Metric:
 
 
 def seed_characters(text: str) -> list[str]:
-    """Characters without punctuation and spaces, otherwise as they are."""
+    """Split a text into characters, without punctuation and spaces."""
     return [c for c in text.translate(_PUNCTUATION) if not c.isspace()]
 
 
 def seed_words(text: str) -> list[str]:
-    """Words in lower case without punctuation; an apostrophe stays in its word."""
+    """Split a text into words in lower case, without punctuation except apostrophes."""
     text = re.sub(r"\s\s+", " ", text.translate(_PUNCTUATION).lower()).strip()
     return text.split(" ") if text else []
 
 
 def micro_characters(text: str) -> list[str]:
-    """Characters without punctuation and spaces, full-width ones as ASCII, letters in upper case."""
+    """Split a text into characters, without punctuation and spaces, in NFKC and upper case."""
     return seed_characters(unicodedata.normalize("NFKC", text).upper())
 
 
@@ -104,33 +108,33 @@ METRICS = {
         "spoken": Metric("spoken-form WER", False, match="written"),
     },
 }
-MAIN_METRIC = {"zh": "cer", "en": "wer"}  # whose units the alignments are of
+MAIN_METRIC = {"zh": "cer", "en": "wer"}  # the metric whose units the alignments use
 
 
 def prepare_hypothesis(text: str, language: str) -> str:
-    """A transcript as all metrics of the language take it.
+    """Prepare a transcript for all metrics of the language.
 
-    Chinese characters are made simplified, and spaces between them, which Paraformer writes, taken out: pinyin goes by
-    words.
+    Chinese characters are converted to simplified ones. Spaces between them, which Paraformer writes, are removed,
+    because pinyin depends on words.
     """
     return _BETWEEN_CHINESE.sub("", zhconv.convert(text, "zh-cn")) if language == "zh" else text
 
 
 def align_units(reference: Sequence[str], hypothesis: Sequence[str]) -> jiwer.WordOutput:
-    """jiwer's alignment of two sequences of units with the fewest edits, and its counts."""
+    """Align two sequences of units with jiwer, with the fewest edits."""
     return jiwer.process_words(" ".join(reference), " ".join(hypothesis))
 
 
 def count_all(target_text: str, hypothesis: str, language: str) -> dict[str, ErrorCounts]:
-    """Errors of one utterance by metric.
+    """Count the errors of one utterance for each metric.
 
     Args:
-        target_text: what should be said.
-        hypothesis: what was heard, as :func:`prepare_hypothesis` gives it; "" where there is no audio.
+        target_text: the reference text.
+        hypothesis: the transcript, as returned by :func:`prepare_hypothesis`; "" if there is no audio.
         language: one of :data:`tts_grpo.text.spoken.LANGUAGES`.
 
     Raises:
-        ValueError: nothing is left of the target text, so that it has no error rate.
+        ValueError: the target text has no unit for a metric, so that its error rate is undefined.
     """
     counts = {}
     for name, metric in METRICS[language].items():
@@ -146,7 +150,7 @@ def count_all(target_text: str, hypothesis: str, language: str) -> dict[str, Err
 
 
 def pool(counts: Iterable[ErrorCounts], macro: bool) -> tuple[float, ErrorCounts]:
-    """Rate of utterances together, and their summed counts."""
+    """Return the error rate of several utterances, and their summed counts."""
     counts = list(counts)
     total = sum(counts, ErrorCounts())
     return (float(np.mean([c.rate for c in counts])) if macro else total.rate), total

@@ -1,4 +1,4 @@
-"""Heard against said, unit by unit, with how far apart they sound."""
+"""Alignment of transcript and reference, unit by unit, with the kind of each difference in pronunciation."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ from tts_grpo.text.units import Unit, toneless
 
 @dataclasses.dataclass(frozen=True)
 class Sound:
-    """A Chinese character or a word, and how it sounds with and without tone."""
+    """A Chinese character or a word, and its pronunciation with and without tone."""
 
     written: str
     toned: str
@@ -17,12 +17,13 @@ class Sound:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One place of an alignment.
+    """One pair of aligned units.
 
     Attributes:
-        kind: "same"; "homophone" (other character, same sound); "tone" (differs in tone only); "other"; "missing"
-            (said, not heard); "extra" (heard, not said); "optional" (erhua or a filler that only one side has).
-        said, heard: the units, None where there is none.
+        kind: "same"; "homophone" (another character with the same pronunciation); "tone" (only the tone differs);
+            "other" (any other substitution); "missing" (deletion); "extra" (insertion); "optional" (erhua or a filler
+            that only one side has).
+        said, heard: the reference unit and the transcript unit; None for an insertion or a deletion.
     """
 
     kind: str
@@ -46,6 +47,6 @@ def _kind(pair: Pair) -> str:
 
 
 def cells(target_text: str, hypothesis: str, language: str = "zh") -> list[Cell]:
-    """The alignment of ``pinyin_error_rate_toneless``, with what stands at each place."""
+    """Return the alignment of ``pinyin_error_rate_toneless`` as pairs of units with their kind."""
     pairs = align_texts(target_text, hypothesis, "toneless", language).pairs
     return [Cell(_kind(pair), _sound(pair.said), _sound(pair.heard)) for pair in pairs]
