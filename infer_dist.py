@@ -1,21 +1,22 @@
 #!/usr/bin/env python3
-"""Synthesise an evaluation set, with one or several seeds, on one or several processes.
+"""Synthesise an evaluation set with one or several seeds, on one or several processes.
 
     torchrun --standalone --nproc-per-node 2 infer_dist.py --llm-path assets/tiny/llm \
         --token2wav-dir assets/tiny/token2wav --eval-set set.jsonl --output-dir out
 
-The set is a JSONL of ``id``, ``target_text`` and, for zero-shot prompting, ``prompt_text`` and ``prompt_audio`` (a
-path, relative to the set's folder). Written are, for each seed, ``seed_N/wavs/ID.wav`` and ``seed_N/manifest.jsonl``:
-one line per utterance of the set, in its order, with ``wav`` (null if there is none, with the reason in ``error``),
-``num_speech_tokens``, ``finish_reason`` ("eos", or "length" where it was cut), ``duration_s`` and ``seed``.
+The set is a JSONL file with ``id``, ``target_text`` and, for zero-shot prompting, ``prompt_text`` and ``prompt_audio``
+(a path relative to the set's folder). The outputs for each seed are ``seed_N/wavs/ID.wav`` and
+``seed_N/manifest.jsonl``. The manifest has one line per utterance, in the order of the set, with ``wav`` (null if there
+is no audio; ``error`` has the reason), ``num_speech_tokens``, ``finish_reason`` ("eos", or "length" if truncated),
+``duration_s`` and ``seed``.
 
-The batches are the same for any number of processes, and the random numbers of an utterance depend on the seed and its
-id only: so does the result, to the byte on a CPU; on a GPU, waveforms differ by rounding from run to run.
+The batches are the same for any number of processes, and an utterance's random numbers depend only on the seed and its
+id. The audio is therefore reproducible to the byte on a CPU; on a GPU, waveforms differ by rounding from run to run.
 
-Each utterance is recorded with the fingerprint of its text and prompt and the checksum of its audio, in
-``utterances.rankN.jsonl``. Another run with the same model and sampling makes only what is missing: after a crash,
-after lines of the set were changed, added or removed, or where a WAV file is gone or is no longer what was written.
-Utterances that are made in other batches than before may differ from an undisturbed run by rounding.
+``utterances.rankN.jsonl`` records each utterance with a fingerprint of its text and prompt, and the checksum of its
+audio. Another run with the same model and sampling synthesises only the missing utterances: after a crash, after lines
+of the set were changed, added or removed, or if a WAV file was deleted or modified. An utterance synthesised in another
+batch than before may differ by rounding from an uninterrupted run.
 """
 
 import argparse
@@ -55,10 +56,10 @@ class Batch:
 
 
 def load_eval_set(path: Path, max_new_tokens: int, rules: TextRules) -> list[dict]:
-    """The utterances of a set, checked whole: nothing is spoken of a set with a fault.
+    """Read and check a whole evaluation set; a set with a fault is not synthesised.
 
     Raises:
-        SystemExit: the set cannot be used, or a recording cannot be read; the faults are named.
+        SystemExit: the set cannot be used, or a recording cannot be read; the message lists the faults.
     """
     try:
         rows = usable_eval_set(path, rules)
@@ -72,14 +73,14 @@ def load_eval_set(path: Path, max_new_tokens: int, rules: TextRules) -> list[dic
 
 
 def make_batches(rows: list[dict], seeds: list[int], batch_size: int) -> list[Batch]:
-    """Batches of like text lengths, the longest first, of one seed each."""
+    """Return batches of utterances with similar text lengths, the longest first; a batch has one seed."""
     order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]["target_text"]), i))
     parts = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
     return [Batch(seed, [rows[i] for i in part]) for part in parts for seed in seeds]
 
 
 def synthesise_batch(synthesiser: synthesis.Synthesiser, batch: Batch, output_dir: Path) -> list[dict]:
-    """Write a batch's audio; its manifest lines."""
+    """Synthesise a batch, write its audio, and return its manifest lines."""
     rate, lines = synthesiser.token2wav.sample_rate_hz, []
     for row, speech in zip(batch.rows, synthesiser.synthesise(batch.rows, batch.seed), strict=True):
         line = row | {
@@ -95,7 +96,10 @@ def synthesise_batch(synthesiser: synthesis.Synthesiser, batch: Batch, output_di
 
 
 def record_of(lines: list[dict], wanted: dict[str, str], output_dir: Path) -> str:
-    """What is noted of a batch that was made, as one line that a crash cuts as a whole; for :func:`finished`."""
+    """Return the record of a finished batch for :func:`finished`.
+
+    It is one line, so that a crash while it is written loses the whole batch and never a part of it.
+    """
     utterances = [
         {"fingerprint": wanted[line["id"]], "wav_sha256": checksum(wav_path(line, output_dir)), "line": line}
         for line in lines
@@ -104,12 +108,12 @@ def record_of(lines: list[dict], wanted: dict[str, str], output_dir: Path) -> st
 
 
 def wav_path(line: dict, output_dir: Path) -> Path | None:
-    """Where the audio of a manifest line is."""
+    """Return the path of the audio of a manifest line, or None if it has none."""
     return output_dir / f"seed_{line['seed']}" / line["wav"] if line["wav"] else None
 
 
 def model_fingerprint(args) -> dict:
-    """What all utterances depend on: flags and weights."""
+    """Return the flags and checksums of weights on which all utterances depend."""
     per_utterance_or_free = ("output_dir", "device", "seeds", "eval_set")
     settings = {name: str(value) for name, value in vars(args).items() if name not in per_utterance_or_free}
     llm = sorted(args.llm_path.resolve().glob("*.safetensors"))
@@ -121,7 +125,7 @@ def model_fingerprint(args) -> dict:
 
 
 def checksum(path: Path | None) -> str | None:
-    """SHA-256 of a file, None if there is none."""
+    """Return the SHA-256 of a file, or None if there is no file."""
     if path is None or not path.is_file():
         return None
     with path.open("rb") as file:
@@ -129,10 +133,10 @@ def checksum(path: Path | None) -> str | None:
 
 
 def check_fingerprint(args) -> None:
-    """Refuse to go on in a folder with speech of another model or of other settings.
+    """Check that the output folder has no audio from another model or other settings.
 
     Raises:
-        SystemExit: the folder holds such speech.
+        SystemExit: the folder has such audio.
     """
     path, current = args.output_dir / "settings.json", model_fingerprint(args)
     if path.exists():
@@ -148,7 +152,7 @@ def check_fingerprint(args) -> None:
 
 
 def fingerprints(rows: list[dict], set_dir: Path) -> dict[str, str]:
-    """``id -> fingerprint`` of the utterances: text, prompt text and the content of the prompt's recording."""
+    """Return ``id -> fingerprint``: a hash of the text, the prompt text and the content of the prompt's recording."""
     recordings = {row["prompt_audio"] for row in rows if row["prompt_audio"]}
     checksums = {path: checksum(set_dir / path) for path in recordings}
     parts = {row["id"]: [row["target_text"], row["prompt_text"], checksums.get(row["prompt_audio"])] for row in rows}
@@ -156,17 +160,17 @@ def fingerprints(rows: list[dict], set_dir: Path) -> dict[str, str]:
 
 
 def finished(output_dir: Path, wanted: dict[str, str]) -> dict[tuple[int, str], dict]:
-    """Manifest lines of what earlier runs made, by seed and id.
+    """Return the manifest lines of the utterances that earlier runs finished, by seed and id.
 
-    A line cut short by a crash is none. Left out is also what was made of another text or prompt than ``wanted``
-    (``id -> fingerprint``), and what has no longer the audio that was written.
+    Skipped are lines that a crash truncated, utterances whose text or prompt differs from ``wanted`` (``id ->
+    fingerprint``), and utterances whose audio was deleted or modified.
     """
     done = {}
     for path in sorted(output_dir.glob("utterances.rank*.jsonl")):
         for record in path.read_bytes().split(b"\n"):
             try:
                 utterances = json.loads(record)["utterances"]
-            except ValueError:  # no JSON, or cut within a character
+            except ValueError:  # not JSON, or truncated within a character
                 continue
             for made in utterances:
                 line = made["line"]
@@ -177,7 +181,7 @@ def finished(output_dir: Path, wanted: dict[str, str]) -> dict[tuple[int, str], 
 
 
 def to_do(batches: list[Batch], done: dict[tuple[int, str], dict]) -> list[Batch]:
-    """What of the batches is not done; a batch of which nothing is done stays as it is."""
+    """Remove finished utterances and empty batches; a batch without finished utterances is unchanged."""
     left = [
         dataclasses.replace(batch, rows=[row for row in batch.rows if (batch.seed, row["id"]) not in done])
         for batch in batches
@@ -186,16 +190,16 @@ def to_do(batches: list[Batch], done: dict[tuple[int, str], dict]) -> list[Batch
 
 
 def write_manifests(rows: list[dict], seeds: list[int], done: dict[tuple[int, str], dict], output_dir: Path) -> None:
-    """One manifest per seed.
+    """Write one manifest per seed.
 
     Raises:
-        RuntimeError: an utterance is missing.
+        RuntimeError: an utterance was not synthesised.
     """
     for seed in seeds:
         missing = [row["id"] for row in rows if (seed, row["id"]) not in done]
         if missing:
             raise RuntimeError(f"seed {seed}: {len(missing)} utterances were not synthesised, the first: {missing[0]}")
-        lines = (done[seed, row["id"]] | row for row in rows)  # a prompt's file may have moved
+        lines = (done[seed, row["id"]] | row for row in rows)  # the path of a prompt's file may have changed
         write_jsonl(output_dir / f"seed_{seed}" / "manifest.jsonl", lines)
 
 
@@ -210,7 +214,7 @@ def main(argv=None):
     distributed.barrier()
     wanted = fingerprints(rows, args.eval_set.parent)
     todo = to_do(make_batches(rows, args.seeds, args.batch_size), finished(args.output_dir, wanted))
-    distributed.barrier()  # all have read what is done before anyone adds to it
+    distributed.barrier()  # all processes read the records before any process appends to them
     mine = todo[rank::world_size]
     if mine:
         synthesiser = synthesis.Synthesiser(args, device, args.eval_set.parent)
@@ -220,7 +224,7 @@ def main(argv=None):
             raise SystemExit(f"infer_dist.py: {args.eval_set}: {error}") from error
         progress = tqdm(mine, desc=f"{args.output_dir.name}, process {rank}", unit="batch", disable=rank > 0)
         with (args.output_dir / f"utterances.rank{rank}.jsonl").open("a", encoding="utf-8") as record:
-            record.write("\n")  # after a line that a crash cut short
+            record.write("\n")  # ends a line that a crash truncated
             for batch in progress:
                 lines = synthesise_batch(synthesiser, batch, args.output_dir)
                 record.write(record_of(lines, wanted, args.output_dir))

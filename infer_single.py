@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Synthesise one text, as infer_dist.py does, and print the path of the WAV file.
+"""Synthesise one text as infer_dist.py does, and print the path of the WAV file.
 
-With the same flags, an utterance of an evaluation set sounds as in the evaluation if --utt-id and --seed are its own.
+With the same flags, and its --utt-id and --seed, an utterance of an evaluation set sounds as in the evaluation.
 """
 
 import argparse
@@ -34,10 +34,10 @@ def get_args(argv=None):
 
 
 def checked_texts(args) -> tuple[str, str]:
-    """Text of the prompt and text to synthesise, without tags if they are removed.
+    """Return the prompt's transcript and the text to synthesise, without tags if --text-tags removes them.
 
     Raises:
-        SystemExit: one has no word, or tags that are not to be removed, or the recording is no audio.
+        SystemExit: a text has no word or has tags that are rejected, or the recording cannot be read as audio.
     """
     try:
         if args.prompt_audio:

@@ -1,18 +1,18 @@
 #!/usr/bin/env python3
 """Prepare GRPO data: JSONL, or a JSON array, of objects with a ``text`` -> train.parquet and test.parquet for veRL.
 
-JSONL is streamed: memory grows by a number per text. Lines that cannot be used (not JSON, no text, no word, marks such
-as <|im_end|>, another language, too long a prompt) are left out, counted and listed with their number and reason in
-rejects.jsonl (in an array, the number of the element); too many of them stop the run, and nothing is written. So do
-too few texts for a batch, too many test texts that are trained on, and an evaluation set with a fault. Other keys than
-``text`` are ignored.
+JSONL is streamed, and memory grows by one integer per text. Unusable lines (not JSON, no text, no word, tags such as
+<|im_end|>, another language, too long a prompt) are skipped, counted, and listed with line number and reason in
+rejects.jsonl (for an array, with the number of the element). The run stops without writing parquet files if too many
+lines are unusable, if there are fewer texts than a batch has, if too many test texts are also training texts, or if the
+evaluation set has a fault. Keys other than ``text`` are ignored.
 
 Columns: ``data_source``, ``prompt`` (chat messages; the checkpoint's template renders them), ``ability``,
 ``reward_model`` (``ground_truth`` is the text), ``extra_info`` (split, index, text).
 
     python prepare_data.py --preview 20 --train-file train.jsonl
 
-prints how texts are read, and writes nothing.
+prints the readings of the first 20 texts and writes nothing.
 """
 
 import argparse
@@ -102,7 +102,7 @@ def rows_with_progress(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def parse_row(row: Any, rules: TextRules) -> tuple[str, str]:
-    """``(text, "")`` of a row, or ``("", reason)``."""
+    """Return ``(text, "")`` for a usable row, or ``("", reason)``."""
     try:
         return usable_text(checked_text(as_object(row), "text"), rules), ""
     except ValueError as reason:
@@ -110,11 +110,11 @@ def parse_row(row: Any, rules: TextRules) -> tuple[str, str]:
 
 
 class Prompts:
-    """What prompts of texts hold, for one tokenizer."""
+    """Checks the prompts of texts for length and control tokens, with one tokenizer."""
 
     def __init__(self, tokenizer, max_length: int):
         self.tokenizer, self.max_length, self.control = tokenizer, max_length, frozenset(control_tokens(tokenizer))
-        # a template is slow and the same for each text
+        # the template is rendered once, because rendering is slow and only the text differs
         self.before, self.after = render_prompt(tokenizer, "TEXT").split("TEXT")
         self.own_control = self._num_control(self._ids([""])[0])
 
@@ -126,7 +126,7 @@ class Prompts:
         return sum(i in self.control for i in ids)
 
     def faults(self, texts: list[str]) -> list[str]:
-        """What is wrong with the prompt of each text, or ""."""
+        """Return the fault of each text's prompt, or "" if it has none."""
         return [self._fault(text, ids) for text, ids in zip(texts, self._ids(texts), strict=True)]
 
     def _fault(self, text: str, ids: list[int]) -> str:
@@ -137,7 +137,7 @@ class Prompts:
 
 
 class Tally:
-    """What the texts of a split hold, and which cannot be used."""
+    """Statistics of the texts of a split, and of its unusable lines."""
 
     def __init__(self, rules: TextRules):
         self.rules, self.kept, self.repeated = rules, 0, 0
@@ -145,7 +145,7 @@ class Tally:
         self.first_fault, self.examples = "", []
 
     def add(self, raw: Any, text: str) -> None:
-        """Count a text as it stands in the file and, if it can be used, as it is used."""
+        """Add a line to the statistics: its raw text, and the usable text or "" if it has none."""
         if not isinstance(raw, str) or is_plain(raw):
             return
         self.holding.update(name for name, pattern in HOLDING.items() if pattern.search(raw))
@@ -167,7 +167,7 @@ class Tally:
         self.kept += len(texts)
 
     def lines(self, name: str) -> Iterator[str]:
-        """What there is to tell."""
+        """Yield the lines of the summary."""
         yield f"{name}: {self.kept} samples, {self.bad.total()} lines left out" + (
             f": {dict(self.bad.most_common(5))}" if self.bad else ""
         )
@@ -185,7 +185,7 @@ def without_punctuation(text: str) -> str:
 
 
 def sample(tokenizer, text: str, prompt_text: str, split: str, index: int, data_source: str) -> dict:
-    """One row of the parquet file; ``prompt_text`` is the text as the language model reads it."""
+    """Return one row of the parquet file; ``prompt_text`` is the text that the language model reads."""
     return {
         "data_source": data_source,
         "prompt": chat_messages(tokenizer, prompt_text),
@@ -196,7 +196,7 @@ def sample(tokenizer, text: str, prompt_text: str, split: str, index: int, data_
 
 
 class Converter:
-    """Turns one split after the other into parquet, counting what is left out."""
+    """Converts one split after the other to parquet, and counts the unusable lines."""
 
     def __init__(self, args, tokenizer):
         self.args, self.tokenizer, self.rules = args, tokenizer, rules_of(args)
@@ -204,7 +204,7 @@ class Converter:
         self.tallies = {split: Tally(self.rules) for split in SPLITS}
 
     def convert(self, path: Path, split: str, output: Path, rejects) -> None:
-        """Stream one file into ``output``; rejected lines go to the file object ``rejects``."""
+        """Stream one file to ``output``; rejected lines are written to the file object ``rejects``."""
         tally = self.tallies[split]
         with pq.ParquetWriter(output, SCHEMA) as writer:
             for batch in batched(rows_with_progress(path), BATCH_LINES):
@@ -218,7 +218,7 @@ class Converter:
                     writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
 
     def _usable(self, batch, path: Path, tally: Tally, rejects) -> list[tuple[str, str]]:
-        """Texts of a batch that can be used, each with what the language model reads."""
+        """Return the usable texts of a batch, each with the text that the language model reads."""
         parsed = [(number, row, *parse_row(row, self.rules)) for number, row in batch]
         prompt_texts = [model_text(text, self.rules) for _, _, text, _ in parsed if text]
         pairs, checked = [], iter(zip(prompt_texts, self.prompts.faults(prompt_texts), strict=True))
@@ -233,7 +233,11 @@ class Converter:
         return pairs
 
     def check(self, split: str, path: Path, rejects_path: Path) -> None:
-        """Raises SystemExit if too many lines of a split were unusable, or none was left."""
+        """Check the number of usable lines of a split.
+
+        Raises:
+            SystemExit: too many lines are unusable, or none is usable.
+        """
         tally, most = self.tallies[split], self.args.max_bad_ratio
         bad, total = tally.bad.total(), tally.bad.total() + tally.kept
         if bad > most * total:
@@ -246,7 +250,11 @@ class Converter:
             raise SystemExit(f"prepare_data.py: {path} has no usable line")
 
     def check_size(self) -> None:
-        """Raises SystemExit if there are fewer training texts than a batch has."""
+        """Check the number of training texts.
+
+        Raises:
+            SystemExit: there are fewer texts than a batch has.
+        """
         if self.tallies["train"].kept < self.args.batch_size:
             raise SystemExit(
                 f"prepare_data.py: {self.args.train_file} has {self.tallies['train'].kept} usable texts, fewer than "
@@ -254,10 +262,10 @@ class Converter:
             )
 
     def check_overlap(self, path: Path, keys: set[int]) -> str:
-        """How many of a test file's texts are trained on, in words.
+        """Return a message with the number of a test file's texts that are also training texts.
 
         Raises:
-            SystemExit: they are too many.
+            SystemExit: there are too many of them.
         """
         both = len(keys & self.tallies["train"].keys)
         told = f"{both} of the {len(keys)} texts of {path} are training texts as well"
@@ -270,10 +278,10 @@ class Converter:
 
 
 def check_eval_set(args, prompts: Prompts) -> tuple[set[int], list[str]]:
-    """What its texts are compared by, and warnings.
+    """Return the hashes of an evaluation set's comparison keys, and warnings about the set.
 
     Raises:
-        SystemExit: an utterance cannot be spoken; the faults are named.
+        SystemExit: an utterance cannot be synthesised; the message lists the faults.
     """
     rules, path = rules_of(args), args.eval_set
     try:
@@ -290,7 +298,7 @@ def check_eval_set(args, prompts: Prompts) -> tuple[set[int], list[str]]:
 
 
 def preview(args) -> None:
-    """Print how the first texts are read."""
+    """Print the readings of the first texts."""
     from tts_grpo.text.units import sentence
 
     rules = rules_of(args)
@@ -303,14 +311,14 @@ def preview(args) -> None:
 
 
 def batched(items: Iterator, size: int) -> Iterator[tuple]:
-    """``items`` in tuples of ``size``, the last one shorter (itertools has it from Python 3.12 on)."""
+    """Yield ``items`` in tuples of ``size``; the last one may be shorter (itertools has this from Python 3.12 on)."""
     items = iter(items)
     while batch := tuple(itertools.islice(items, size)):
         yield batch
 
 
 def convert_all(args, converter: Converter) -> None:
-    """Write both parquet files, if all is as it should be."""
+    """Write both parquet files if all checks pass."""
     args.output_dir.mkdir(parents=True, exist_ok=True)
     rejects_path = args.output_dir / "rejects.jsonl"
     parts = {split: args.output_dir / f"{split}.parquet.part" for split in SPLITS}

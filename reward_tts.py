@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Reward of a rollout, for veRL: what a recogniser hears of its speech, against what was to be said.
+"""Reward function for veRL: the transcript of a rollout's speech is compared with the reference text.
 
-veRL calls :func:`compute_score` (``reward.custom_reward_function.path=reward_tts.py``). As a program it scores a
-JSONL of ``text`` and ``speech_tokens`` on a running server, and with ``--check`` asserts that the server tells right
-from wrong: tokens of the text itself must score high, tokens of another text low; a text that the file also has with
-digits (``written``) must score with them as in words.
+veRL calls :func:`compute_score` (``reward.custom_reward_function.path=reward_tts.py``). As a program, it scores a JSONL
+with ``text`` and ``speech_tokens`` on a running server. With ``--check`` it runs a known-answer check of the server:
+speech tokens must score high against their own text and low against another text, and a text that the file also has
+with digits (``written``) must score about as high as in words.
 """
 
 import argparse
@@ -23,8 +23,8 @@ from tts_grpo.training import credit
 logger = logging.getLogger(__name__)
 
 DEFAULT_URL = "http://127.0.0.1:8000"
-CHECK_BOUNDS = (0.6, 0.2)  # mean reward: at least, of the right texts; at most, of the wrong ones
-MAX_WRITTEN_LOSS = 0.05  # of the mean reward, where texts are written with digits instead of words
+CHECK_BOUNDS = (0.6, 0.2)  # bounds on the mean reward: at least, for right texts; at most, for wrong texts
+MAX_WRITTEN_LOSS = 0.05  # largest loss of mean reward if texts have digits instead of words
 
 _client: RewardClient | None = None
 _bad_rollouts = 0
@@ -37,24 +37,24 @@ async def compute_score(
     """Score one rollout.
 
     Args:
-        data_source: of the sample; not used.
-        solution_str: the response as text, ``<|s_N|>`` for each speech token.
-        ground_truth: what was to be said.
-        extra_info: of the sample; not used.
-        server_urls: reward servers, separated by commas or spaces.
-        failure_file: every exception is reported in this file, which scripts/train.py watches to stop the training at
-            once. veRL itself would log the exception and let the other rollouts end.
-        patience_s: how long requests that fail are repeated, in seconds, before the training is stopped.
-        by_syllable: return the errors of each syllable too, for tts_grpo/training/credit.py.
+        data_source: data source of the sample; not used.
+        solution_str: the response as text, with ``<|s_N|>`` for each speech token.
+        ground_truth: the reference text.
+        extra_info: further data of the sample; not used.
+        server_urls: URLs of the reward servers, separated by commas or spaces.
+        failure_file: file to which every exception is reported. scripts/train.py watches it and stops the training at
+            once; veRL itself would log the exception and let the other rollouts finish.
+        patience_s: time in seconds for which failed requests are retried before the training is stopped.
+        by_syllable: whether to return the errors of each syllable too, for tts_grpo/training/credit.py.
 
     Returns:
-        ``score`` in [0, 1]; ``pinyin_error_rate``, ``num_speech_tokens`` and ``bad_rollout`` for the metrics;
-        ``syllable_errors`` if asked for. A rollout without speech tokens, or with an id that the codebook lacks,
-        scores 0 on purpose and counts as bad.
+        ``score`` in [0, 1]; ``pinyin_error_rate``, ``num_speech_tokens`` and ``bad_rollout`` for the metrics; and
+        ``syllable_errors`` with ``by_syllable``. A rollout without speech tokens, or with an id outside the codebook,
+        is given a score of 0 and counts as bad.
 
     Raises:
-        Exception: whatever prevented a reward, if no ``failure_file`` is given; with one, it is reported there and the
-            call never returns.
+        Exception: any error that prevented a reward, if there is no ``failure_file``. With one, the error is reported
+            there and the call never returns.
     """
     try:
         return await _score(solution_str, ground_truth, server_urls, by_syllable, patience_s)
@@ -80,9 +80,9 @@ async def _score(
 
 
 async def _stop_training(error: Exception, ground_truth: str, failure_file: str) -> None:
-    """Report the failure and never return, so that nothing is learned from a step that lacks rewards."""
+    """Report the failure and never return, so that the model is not trained on a step with missing rewards."""
     reason = str(error)
-    if not isinstance(error, RewardServerError):  # an error of this program, whose message alone says little
+    if not isinstance(error, RewardServerError):  # an error in this program, whose message needs context
         reason = f"the reward of {ground_truth!r} failed with {type(error).__name__}: {error}"
     logger.error("stopping the training: %s", reason, exc_info=error)
     write_text(failure_file, f"{reason}\n")
@@ -99,7 +99,7 @@ def _bad_rollout(reason: str, ground_truth: str, by_syllable: bool) -> dict[str,
 def _result(
     score: RolloutScore, num_speech_tokens: int, by_syllable: bool, bad: bool = False
 ) -> dict[str, float | str]:
-    """What veRL takes: numbers, which become metrics, and a text for the trainer."""
+    """Return the result for veRL: numbers, which become metrics, and the syllable errors as text for the trainer."""
     result = {
         "score": score.reward,
         "pinyin_error_rate": score.error_rate,
@@ -121,7 +121,7 @@ def get_args(argv=None):
 
 
 async def score_rows(args, rows: list[dict], texts: list[str]) -> list:
-    """Scores of rows' speech tokens against ``texts``."""
+    """Score the speech tokens of rows against ``texts``."""
     client = RewardClient(args.server_urls.replace(",", " ").split(), patience_s=args.patience_s)
     try:
         pairs = zip(rows, texts, strict=True)
@@ -135,12 +135,12 @@ def mean_reward(scores) -> float:
 
 
 def known_answer_check(right: float, wrong: float, written_loss: float = 0.0) -> str | None:
-    """What is wrong with a server of these mean rewards, or None.
+    """Return why a reward server fails the known-answer check, or None if it passes.
 
     Args:
-        right: of the right texts.
-        wrong: of wrong texts.
-        written_loss: what texts lose that are written with digits instead of words.
+        right: mean reward for the right texts.
+        wrong: mean reward for wrong texts.
+        written_loss: loss of mean reward if texts have digits instead of words.
     """
     least, most = CHECK_BOUNDS
     if written_loss > MAX_WRITTEN_LOSS:
@@ -156,7 +156,7 @@ def known_answer_check(right: float, wrong: float, written_loss: float = 0.0) ->
 
 
 def lost_by_digits(args, rows: list[dict], scores: list) -> float:
-    """How much less the mean reward is with the texts as they are written; 0 where no line has one."""
+    """Return the loss of mean reward with the texts in ``written``; 0 if no line has that key."""
     pairs = [(row, scored) for row, scored in zip(rows, scores, strict=True) if row.get("written")]
     if not pairs:
         return 0.0
@@ -165,10 +165,10 @@ def lost_by_digits(args, rows: list[dict], scores: list) -> float:
 
 
 def load_rows(path: Path, limit: int | None) -> list[dict]:
-    """Lines to score.
+    """Read the lines to score.
 
     Raises:
-        SystemExit: there are fewer than two, or one has no text or no speech tokens.
+        SystemExit: there are fewer than two lines, or a line has no text or no speech tokens.
     """
     try:
         rows = read_known_answers(path, limit)

@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
 """Reward server: speech tokens -> 16 kHz waveform -> transcript -> reward, behind Triton (PyTriton).
 
-Tensors: see tts_grpo/reward/protocol.py. A second model of the server, token2wav, returns the waveform of a rollout, to
-listen to it. Each instance is a process of its own with its own token2wav and recogniser, on a device of --devices, so
-that instances do not wait for each other's Python. Triton collects concurrent requests of one length bucket into
-batches and hands each to a free instance.
+The tensors are described in tts_grpo/reward/protocol.py. A second Triton model, token2wav, returns the waveform of a
+rollout for listening. Each instance is a process with its own token2wav and ASR model on one of --devices, so that
+instances do not share a Python interpreter lock. Triton collects concurrent requests of one length bucket into batches
+and sends each batch to a free instance.
 
 The server is ready only when every instance has scored a batch. An instance that dies (out of memory, a CUDA error) is
-started again, and its clients repeat the batch that it had; they never see a reward that nobody measured. After
-MAX_DEATHS deaths the server stops with an error.
+restarted, and the clients retry the batch that it had; no reward is ever made up. After more than MAX_DEATHS deaths the
+server stops with an error.
 
-SIGTERM and SIGINT end it cleanly: requests in flight are answered first. While it loads, they end it at once.
+On SIGTERM or SIGINT the server answers requests in flight and then stops. While it loads, it stops at once.
 """
 
 import argparse
@@ -33,10 +33,11 @@ from tts_grpo.text.tokens import NUM_SPEECH_TOKENS
 
 logger = logging.getLogger(__name__)
 
-START_TIMEOUT_S = 600.0  # for an instance to load and warm up
-POISONED = ("AcceleratorError: CUDA error", "RuntimeError: CUDA error")  # torch's names; out of memory is another
-MAX_DEATHS = 5  # of all instances together: more are no accidents
-WARM_UP_TOKENS = (40, 75)  # tokens of the two kinds of batch that warm an instance up
+START_TIMEOUT_S = 600.0  # time limit for an instance to load and warm up
+# How torch names errors after which a CUDA context is unusable; out-of-memory errors have another name.
+POISONED = ("AcceleratorError: CUDA error", "RuntimeError: CUDA error")
+MAX_DEATHS = 5  # over all instances; more deaths indicate a systematic fault
+WARM_UP_TOKENS = (40, 75)  # numbers of speech tokens in the two warm-up batches
 
 
 def get_args(argv=None):
@@ -80,11 +81,11 @@ def get_args(argv=None):
 
 
 def serve_instance(pipe, args, device: str) -> None:
-    """An instance's process: load, warm up, then answer batches that come through the pipe until it closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
+    """Run an instance's process: load, warm up, then answer batches from the pipe until it closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process decides when to stop
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    logging.disable(logging.INFO)  # funasr's
-    # Batches differ in shape: with blocks of fixed size the memory that torch keeps would grow to three times its need.
+    logging.disable(logging.INFO)  # silences funasr
+    # Batches differ in shape: without expandable segments, torch would reserve three times the memory that it needs.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     import torch
 
@@ -103,14 +104,14 @@ def serve_instance(pipe, args, device: str) -> None:
             return
         result = getattr(scorer, method)(*arguments)
         if faults := [item.error for item in result if item.error.startswith(POISONED)]:
-            # a CUDA context does not recover: every later sample would be an error
+            # a CUDA context does not recover, so every later sample would fail
             logger.error("an instance on %s ends, to be started again: %s", device, faults[0])
             return
         pipe.send(result)
 
 
 def load_scorer(args, device: str):
-    """Scorer of an instance, as the flags say."""
+    """Load the scorer of an instance according to the flags."""
     import torch
 
     from tts_grpo.reward.scorer import RewardScorer
@@ -120,7 +121,7 @@ def load_scorer(args, device: str):
 
     if device.startswith("cuda"):
         torch.cuda.set_device(device)  # CUDA graphs are captured on the current device
-    torch.backends.cuda.matmul.allow_tf32 = args.precision != "fp32"  # the recogniser's
+    torch.backends.cuda.matmul.allow_tf32 = args.precision != "fp32"  # for the ASR model
     token2wav = load_token2wav(args.token2wav_dir, device, args.precision)
     voices = []
     if args.prompt_list:
@@ -134,7 +135,7 @@ def load_scorer(args, device: str):
 
 
 def warm_up(scorer, max_batch_size: int) -> None:
-    """Score batches of random tokens, so that no first request waits for allocations and caches.
+    """Score batches of random tokens, so that the first request does not wait for allocations and caches.
 
     Raises:
         RuntimeError: a batch could not be scored.
@@ -149,7 +150,7 @@ def warm_up(scorer, max_batch_size: int) -> None:
 
 
 class Instance:
-    """One process that scores, and the pipe to it."""
+    """A scorer process and the pipe to it."""
 
     def __init__(self, args, device: str):
         self.args, self.device, self.lock, self.deaths = args, device, threading.Lock(), 0
@@ -163,7 +164,11 @@ class Instance:
         theirs.close()
 
     def wait_ready(self, timeout_s: float) -> None:
-        """Raises RuntimeError if the process did not get ready."""
+        """Wait until the process is ready.
+
+        Raises:
+            RuntimeError: it failed to start, or was not ready in time.
+        """
         try:
             error = self.pipe.recv() if self.pipe.poll(timeout_s) else f"not ready after {timeout_s:.0f} s"
         except EOFError:
@@ -173,11 +178,11 @@ class Instance:
             raise RuntimeError(f"an instance of the reward server could not start: {error}")
 
     def call(self, method: str, *arguments):
-        """What a method of the process's ``RewardScorer`` returns for one batch.
+        """Call a method of the process's ``RewardScorer`` for one batch and return the result.
 
         Raises:
-            RuntimeError: the process died at it. It has been started again; Triton answers the batch with status 500,
-                and the client repeats it.
+            RuntimeError: the process died during the call and has been restarted. Triton answers the batch with status
+                500, and the client retries it.
         """
         with self.lock:
             try:
@@ -188,10 +193,10 @@ class Instance:
                 raise RuntimeError("an instance of the reward server died at this batch: send it again") from error
 
     def revive(self) -> None:
-        """Start the process again if it has died.
+        """Restart the process if it has died.
 
         Raises:
-            RuntimeError: it could not start.
+            RuntimeError: it could not be started.
         """
         if not self.process.is_alive():
             with self.lock:
@@ -209,12 +214,12 @@ class Instance:
             logger.info("the instance on %s is ready again", self.device)
 
     def kill(self) -> None:
-        """End the process at once."""
+        """Kill the process at once."""
         self.process.kill()
         self.process.join()
 
     def close(self) -> None:
-        """End the process after what it is at."""
+        """Let the process finish its current batch (at most 10 s), then end it."""
         self.pipe.close()
         self.process.join(timeout=10)
         if self.process.is_alive():
@@ -222,16 +227,16 @@ class Instance:
 
 
 def unpad(tokens: np.ndarray, token_lens: np.ndarray) -> list[list[int]]:
-    """Sequences of a batch: TOKENS int32 (B, T) and TOKEN_LENS int32 (B, 1) of a request.
+    """Return the token sequences of a batch from TOKENS, int32 (B, T), and TOKEN_LENS, int32 (B, 1).
 
-    A length that is none gives [-1], which is no speech token: that sample alone is answered with an error.
+    An invalid length gives [-1], which is not a speech token, so that only that sample is answered with an error.
     """
     lens = token_lens[:, 0].tolist()
     return [row[:n].tolist() if 0 < n <= len(row) else [-1] for row, n in zip(tokens, lens, strict=True)]
 
 
 def decoded(texts: np.ndarray) -> list[str]:
-    """GT_TEXT bytes (B,) of a request; what is not UTF-8 gives "", and its sample is answered with an error."""
+    """Decode GT_TEXT, bytes (B,); text that is not UTF-8 gives "", so that its sample is answered with an error."""
     found = []
     for text in texts:
         try:
@@ -242,7 +247,7 @@ def decoded(texts: np.ndarray) -> list[str]:
 
 
 def infer_function(instance: Instance):
-    """PyTriton's inference callable of one instance's scores."""
+    """Return the PyTriton inference callable for scoring on one instance."""
     from pytriton.decorators import batch
 
     @batch
@@ -253,7 +258,7 @@ def infer_function(instance: Instance):
 
 
 def speech_function(instance: Instance):
-    """PyTriton's inference callable of one instance's speech."""
+    """Return the PyTriton inference callable for synthesis on one instance."""
     from pytriton.decorators import batch
 
     @batch
@@ -274,10 +279,12 @@ def speech_function(instance: Instance):
 
 
 def check_libpython() -> None:
-    """PyTriton's backend links this Python's shared library; a wrong or missing one fails in ways hard to read.
+    """Check that this Python has a shared library, with which PyTriton's backend links.
+
+    A wrong or missing library would lead to obscure errors later.
 
     Raises:
-        SystemExit: this Python has none.
+        SystemExit: this Python has no shared library.
     """
     name = sysconfig.get_config_var("INSTSONAME") or ""
     folder = sysconfig.get_config_var("LIBDIR") or ""
@@ -293,7 +300,7 @@ def check_libpython() -> None:
 
 
 def use_own_libpython() -> None:
-    """Start again with this Python's library folder first, so that the backend cannot load another Python's."""
+    """Re-execute with this Python's library folder first in LD_LIBRARY_PATH, for the backend's libpython."""
     check_libpython()
     folder = sysconfig.get_config_var("LIBDIR") or ""
     paths = os.environ.get("LD_LIBRARY_PATH", "").split(":")
@@ -308,7 +315,7 @@ def start_instances(args) -> list[Instance]:
     try:
         for instance in instances:
             instance.wait_ready(START_TIMEOUT_S)
-    except BaseException:  # a signal too: the processes leave it to this one, and would be waited for
+    except BaseException:  # signals too, which the processes ignore; the exit would wait for them
         for instance in instances:
             instance.kill()
         raise
@@ -317,14 +324,14 @@ def start_instances(args) -> list[Instance]:
 
 
 def bind_models(triton, instances: list[Instance], config) -> None:
-    """Give Triton the two models of tts_grpo/reward/protocol.py."""
+    """Bind the two models of tts_grpo/reward/protocol.py to Triton."""
     from pytriton.model_config import Tensor
 
     tokens = [
         Tensor(name="TOKENS", dtype=np.int32, shape=(-1,)),
         Tensor(name="TOKEN_LENS", dtype=np.int32, shape=(1,)),
     ]
-    # Triton loads them in this order, so that the one whose readiness is waited for comes last.
+    # Triton loads models in this order; clients wait for the readiness of the scoring model, so it comes last.
     triton.bind(
         model_name=SPEECH_MODEL_NAME,
         infer_func=speech_function(instances[0]),
@@ -356,7 +363,7 @@ def bind_models(triton, instances: list[Instance], config) -> None:
 
 
 def serve(args, instances: list[Instance]) -> int:
-    """Serve until a signal (0), or until Triton ends or instances have died too often (1)."""
+    """Serve until a signal (returns 0), or until Triton ends or instances have died too often (returns 1)."""
     from pytriton.model_config import DynamicBatcher, ModelConfig, QueuePolicy
     from pytriton.triton import Triton, TritonConfig
 
@@ -387,13 +394,17 @@ def serve(args, instances: list[Instance]) -> int:
             return 1
         except KeyboardInterrupt:
             for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, signal.SIG_IGN)  # it is ending already
+                signal.signal(number, signal.SIG_IGN)  # the server is already stopping
             logger.info("stopping: requests in flight are answered first")
             return 0
 
 
 def check_ports(args) -> None:
-    """Raises SystemExit if a port cannot be listened on."""
+    """Check that the ports are free.
+
+    Raises:
+        SystemExit: a port cannot be listened on.
+    """
     for name in ("http_port", "grpc_port", "metrics_port"):
         port = getattr(args, name)
         if fault := port_fault(args.address, port):
@@ -405,7 +416,7 @@ def main(argv=None):
     use_own_libpython()
     check_ports(args)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s: %(message)s")
-    for number in (signal.SIGTERM, signal.SIGINT):  # SIGINT too: a shell's background processes start with it ignored
+    for number in (signal.SIGTERM, signal.SIGINT):  # a shell starts background processes with SIGINT ignored
         signal.signal(number, signal.default_int_handler)
     try:
         instances = start_instances(args)
