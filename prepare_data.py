@@ -41,7 +41,7 @@ from tts_grpo.text.rules import (
     usable_text,
     warnings_of,
 )
-from tts_grpo.text.tags import control_tokens, find_tags, holding_control_tokens
+from tts_grpo.text.tags import control_tokens, find_control_tokens, find_tags
 
 SPLITS = ("train", "test")
 BATCH_LINES = 4096
@@ -56,7 +56,7 @@ SCHEMA = pa.schema(
         ("extra_info", pa.struct([("split", pa.string()), ("index", pa.int64()), ("text", pa.string())])),
     ]
 )
-HOLDING = {"digits": re.compile(r"\d"), "Latin letters": re.compile("[A-Za-zＡ-Ｚａ-ｚ]")}
+CONTENT_PATTERNS = {"digits": re.compile(r"\d"), "Latin letters": re.compile("[A-Za-zＡ-Ｚａ-ｚ]")}
 
 
 def get_args(argv=None):
@@ -116,7 +116,7 @@ class Prompts:
         self.tokenizer, self.max_length, self.control = tokenizer, max_length, frozenset(control_tokens(tokenizer))
         # the template is rendered once, because rendering is slow and only the text differs
         self.before, self.after = render_prompt(tokenizer, "TEXT").split("TEXT")
-        self.own_control = self._num_control(self._ids([""])[0])
+        self.num_template_control = self._num_control(self._ids([""])[0])
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         prompts = [self.before + text + self.after for text in texts]
@@ -130,8 +130,8 @@ class Prompts:
         return [self._fault(text, ids) for text, ids in zip(texts, self._ids(texts), strict=True)]
 
     def _fault(self, text: str, ids: list[int]) -> str:
-        if self._num_control(ids) > self.own_control:
-            (token,) = holding_control_tokens(self.tokenizer, [text])
+        if self._num_control(ids) > self.num_template_control:
+            (token,) = find_control_tokens(self.tokenizer, [text])
             return f"the prompt would hold the control token {token}"
         return f"the prompt has more than {self.max_length} tokens" if len(ids) > self.max_length else ""
 
@@ -141,19 +141,19 @@ class Tally:
 
     def __init__(self, rules: TextRules):
         self.rules, self.kept, self.repeated = rules, 0, 0
-        self.bad, self.holding, self.keys = collections.Counter(), collections.Counter(), set()
+        self.bad, self.content_counts, self.keys = collections.Counter(), collections.Counter(), set()
         self.first_fault, self.examples = "", []
 
     def add(self, raw: Any, text: str) -> None:
         """Add a line to the statistics: its raw text, and the usable text or "" if it has none."""
         if not isinstance(raw, str) or is_plain(raw):
             return
-        self.holding.update(name for name, pattern in HOLDING.items() if pattern.search(raw))
-        self.holding["tags"] += bool(find_tags(raw))
-        if text and (said := spoken_text(text, self.rules)).replace(" ", "").lower() != without_punctuation(raw):
-            self.holding[CHANGED] += 1
+        self.content_counts.update(name for name, pattern in CONTENT_PATTERNS.items() if pattern.search(raw))
+        self.content_counts["tags"] += bool(find_tags(raw))
+        if text and (reading := spoken_text(text, self.rules)).replace(" ", "").lower() != without_punctuation(raw):
+            self.content_counts[CHANGED] += 1
             if len(self.examples) < NUM_EXAMPLES:
-                self.examples.append(f"{raw} -> {said}")
+                self.examples.append(f"{raw} -> {reading}")
 
     def reject(self, number: int, reason: str) -> None:
         self.bad[re.split(r": | \(|, ", reason)[0]] += 1
@@ -171,12 +171,12 @@ class Tally:
         yield f"{name}: {self.kept} samples, {self.bad.total()} lines left out" + (
             f": {dict(self.bad.most_common(5))}" if self.bad else ""
         )
-        counts = [f"{count} {what}" for what, count in self.holding.items() if count and what != CHANGED]
+        counts = [f"{count} {what}" for what, count in self.content_counts.items() if count and what != CHANGED]
         yield f"  texts that hold {', '.join(counts) if counts else 'digits, Latin letters or tags: none'}"
         if self.repeated:
             yield f"  {self.repeated} texts are read as one before them"
-        if self.holding[CHANGED]:
-            yield f"  {self.holding[CHANGED]} texts are not read as they are written, such as"
+        if self.content_counts[CHANGED]:
+            yield f"  {self.content_counts[CHANGED]} texts are not read as they are written, such as"
             yield from (f"    {example}" for example in self.examples)
 
 
@@ -268,13 +268,13 @@ class Converter:
             SystemExit: there are too many of them.
         """
         both = len(keys & self.tallies["train"].keys)
-        told = f"{both} of the {len(keys)} texts of {path} are training texts as well"
+        message = f"{both} of the {len(keys)} texts of {path} are training texts as well"
         if both > self.args.max_test_overlap * len(keys):
             raise SystemExit(
-                f"prepare_data.py: {told}, more than max_test_overlap={self.args.max_test_overlap} allows: take them "
-                f"out of {self.args.train_file}, or set max_test_overlap"
+                f"prepare_data.py: {message}, more than max_test_overlap={self.args.max_test_overlap} allows: take "
+                f"them out of {self.args.train_file}, or set max_test_overlap"
             )
-        return told
+        return message
 
 
 def check_eval_set(args, prompts: Prompts) -> tuple[set[int], list[str]]:
@@ -289,7 +289,7 @@ def check_eval_set(args, prompts: Prompts) -> tuple[set[int], list[str]]:
     except (ValueError, OSError) as error:
         raise SystemExit(f"prepare_data.py: {error}") from error
     texts = [model_text(row["prompt_text"] + row["target_text"], rules) for row in rows]
-    token = holding_control_tokens(prompts.tokenizer, texts)
+    token = find_control_tokens(prompts.tokenizer, texts)
     if wrong := next((row["id"] for row, token in zip(rows, token, strict=True) if token), None):
         raise SystemExit(f"prepare_data.py: {path}: the prompt of {wrong} would hold a control token")
     return {hash(comparison_key(row["target_text"], rules)) for row in rows}, warnings_of(
@@ -329,10 +329,10 @@ def convert_all(args, converter: Converter) -> None:
                 rejects.flush()
                 converter.check(split, path, rejects_path)
         converter.check_size()
-        told = [converter.check_overlap(args.test_file, converter.tallies["test"].keys)]
+        messages = [converter.check_overlap(args.test_file, converter.tallies["test"].keys)]
         if args.eval_set:
             keys, warnings = check_eval_set(args, converter.prompts)
-            told += [converter.check_overlap(args.eval_set, keys), *warnings]
+            messages += [converter.check_overlap(args.eval_set, keys), *warnings]
         for split, part in parts.items():
             part.replace(args.output_dir / f"{split}.parquet")
     finally:
@@ -340,7 +340,7 @@ def convert_all(args, converter: Converter) -> None:
             part.unlink(missing_ok=True)
     for split in SPLITS:
         print("\n".join(converter.tallies[split].lines(split)))
-    print("\n".join(told))
+    print("\n".join(messages))
 
 
 def main(argv=None):

@@ -31,7 +31,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$root/scripts/lib.sh"
 
 dry_run=0 mode=run
-server_pid='' memory_pid='' beside_pids=()
+server_pid='' memory_pid='' background_pids=()
 running='' began=0 # current stage, and its start time in seconds
 verl_overrides=()
 
@@ -59,8 +59,8 @@ stage_-1() {
 
 make_environments() {
   export base_python venv_root
-  beside bash "$root/scripts/make_env.sh" speech "$root/requirements-cosyvoice.txt"
-  beside bash "$root/scripts/make_env.sh" trainer "$trainer_requirements"
+  in_background bash "$root/scripts/make_env.sh" speech "$root/requirements-cosyvoice.txt"
+  in_background bash "$root/scripts/make_env.sh" trainer "$trainer_requirements"
   wait_for_all "an environment could not be made: see above"
 }
 
@@ -168,7 +168,7 @@ infer() {
 
 # score NAME: compute error rates and quality metrics of eval/NAME, on one core, in parallel with the other model's.
 score() {
-  beside env OMP_NUM_THREADS=1 python="$speech_bin/python" eval_asr_dir="$eval_asr_dir" device="$infer_device" language="$language" text_tags="$text_tags" \
+  in_background env OMP_NUM_THREADS=1 python="$speech_bin/python" eval_asr_dir="$eval_asr_dir" device="$infer_device" language="$language" text_tags="$text_tags" \
     seeds="$seeds" quality_utterances="$quality_utterances" reference_audio="$reference_audio" speaker_model_dir="$speaker_model_dir" \
     bash "$root/scripts/compute_wer.sh" "$exp_dir/eval/$1" "$eval_jsonl"
 }

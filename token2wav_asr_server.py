@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 600.0  # time limit for an instance to load and warm up
 # How torch names errors after which a CUDA context is unusable; out-of-memory errors have another name.
-POISONED = ("AcceleratorError: CUDA error", "RuntimeError: CUDA error")
+FATAL_CUDA_ERRORS = ("AcceleratorError: CUDA error", "RuntimeError: CUDA error")
 MAX_DEATHS = 5  # over all instances; more deaths indicate a systematic fault
 WARM_UP_TOKENS = (40, 75)  # numbers of speech tokens in the two warm-up batches
 
@@ -103,7 +103,7 @@ def serve_instance(pipe, args, device: str) -> None:
         except (EOFError, OSError):
             return
         result = getattr(scorer, method)(*arguments)
-        if faults := [item.error for item in result if item.error.startswith(POISONED)]:
+        if faults := [item.error for item in result if item.error.startswith(FATAL_CUDA_ERRORS)]:
             # a CUDA context does not recover, so every later sample would fail
             logger.error("an instance on %s ends, to be started again: %s", device, faults[0])
             return
@@ -189,10 +189,10 @@ class Instance:
                 self.pipe.send((method, *arguments))
                 return self.pipe.recv()
             except (EOFError, OSError) as error:
-                self._revive()
+                self._restart()
                 raise RuntimeError("an instance of the reward server died at this batch: send it again") from error
 
-    def revive(self) -> None:
+    def restart_if_dead(self) -> None:
         """Restart the process if it has died.
 
         Raises:
@@ -201,9 +201,9 @@ class Instance:
         if not self.process.is_alive():
             with self.lock:
                 if not self.process.is_alive():
-                    self._revive()
+                    self._restart()
 
-    def _revive(self) -> None:
+    def _restart(self) -> None:
         self.process.join(timeout=5)
         self.deaths += 1
         logger.error("an instance on %s has died with code %s (out of memory?)", self.device, self.process.exitcode)
@@ -263,16 +263,16 @@ def speech_function(instance: Instance):
 
     @batch
     def infer(TOKENS, TOKEN_LENS):
-        said = instance.call("speak", unpad(TOKENS, TOKEN_LENS))
-        lens = [len(speech.waveform) for speech in said]
-        waveforms = np.zeros((len(said), max([1, *lens])), np.int16)
-        for row, speech in zip(waveforms, said, strict=True):
+        results = instance.call("synthesise", unpad(TOKENS, TOKEN_LENS))
+        lens = [len(speech.waveform) for speech in results]
+        waveforms = np.zeros((len(results), max([1, *lens])), np.int16)
+        for row, speech in zip(waveforms, results, strict=True):
             row[: len(speech.waveform)] = speech.waveform
         return {
             "WAVEFORM": waveforms,
             "WAVEFORM_LENS": np.array(lens, np.int32)[:, None],
-            "SAMPLE_RATE": np.array([[speech.sample_rate_hz] for speech in said], np.int32),
-            "ERRORS": text_tensor([speech.error for speech in said]),
+            "SAMPLE_RATE": np.array([[speech.sample_rate_hz] for speech in results], np.int32),
+            "ERRORS": text_tensor([speech.error for speech in results]),
         }
 
     return infer
@@ -385,7 +385,7 @@ def serve(args, instances: list[Instance]) -> int:
                     logger.error("Triton has ended: see its messages above")
                     return 1
                 for instance in instances:
-                    instance.revive()
+                    instance.restart_if_dead()
                 time.sleep(0.5)
             logger.error("instances have died %d times; stopping, so that no reward is made up", MAX_DEATHS + 1)
             return 1

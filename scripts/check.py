@@ -202,7 +202,7 @@ def language_model_findings(folder: Path) -> Iterator[Finding]:
 
 def head_bias_findings(folder: Path, tokenizer, vocab_size: int) -> Iterator[Finding]:
     """Check the head's bias. CosyVoice2's own model needs one, because its head has no outputs for text tokens."""
-    from tts_grpo.speech.head_bias import load_head_bias, said_ids
+    from tts_grpo.speech.head_bias import load_head_bias, sampleable_ids
 
     try:
         bias = load_head_bias(folder, tokenizer)
@@ -210,7 +210,7 @@ def head_bias_findings(folder: Path, tokenizer, vocab_size: int) -> Iterator[Fin
         yield False, str(error)
         return
     if bias is not None:
-        what = f"bias of the head: {len(said_ids(bias))} of {len(bias)} ids can be sampled"
+        what = f"bias of the head: {len(sampleable_ids(bias))} of {len(bias)} ids can be sampled"
         yield finding(len(bias) == vocab_size, what, f", but there are {vocab_size}: download or convert it again")
 
 

@@ -227,21 +227,21 @@ run_long() {
   fi
 }
 
-# beside COMMAND...: as run, but in the background. wait_for_all MESSAGE: wait for all of these, and die with MESSAGE if
-# one fails.
-beside() {
+# in_background COMMAND...: as run, but in the background. wait_for_all MESSAGE: wait for all of these, and die with
+# MESSAGE if one fails.
+in_background() {
   if ((dry_run)); then
     run "$@"
   else
     "$@" &
-    beside_pids+=($!)
+    background_pids+=($!)
   fi
 }
 
 wait_for_all() {
   local pid
-  for pid in "${beside_pids[@]}"; do wait "$pid" || die "$1"; done
-  beside_pids=()
+  for pid in "${background_pids[@]}"; do wait "$pid" || die "$1"; done
+  background_pids=()
 }
 
 # need FILE STAGE: stop if FILE, which STAGE makes, is missing.

@@ -20,8 +20,8 @@ from tts_grpo.evaluation.aggregate import quality, rates
 from tts_grpo.evaluation.protocols import MAIN_METRIC, METRICS, align_units, count_all, prepare_hypothesis
 from tts_grpo.speech.asr.loading import load_asr
 from tts_grpo.speech.audio import ASR_HZ, load_audio
-from tts_grpo.speech.nets.costly import CostlyFigures
-from tts_grpo.speech.quality import FIGURES, cheap_figures, failed_figures, spread
+from tts_grpo.speech.nets.metrics import NetworkMetrics
+from tts_grpo.speech.quality import QUALITY_METRICS, basic_metrics, evenly_spaced, worst_values
 from tts_grpo.text.jsonl import read_jsonl, write_json, write_jsonl, write_text
 from tts_grpo.text.rules import TextRules, usable_eval_set
 from tts_grpo.text.spoken import LANGUAGES
@@ -100,7 +100,7 @@ def units_of(text: str, language: str) -> list[str]:
     return pinyin(text, tones=False, language=language)
 
 
-def measure(utterance: dict, speech: np.ndarray | None, language: str, costly: CostlyFigures | None) -> None:
+def measure(utterance: dict, speech: np.ndarray | None, language: str, networks: NetworkMetrics | None) -> None:
     """Add ``errors`` and ``quality`` to an utterance that has its ``hypothesis``."""
     try:
         counts = count_all(utterance["target_text"], utterance["hypothesis"], language)
@@ -108,24 +108,26 @@ def measure(utterance: dict, speech: np.ndarray | None, language: str, costly: C
         raise ValueError(f"{utterance['id']}: {error}") from error
     utterance["errors"] = {metric: vars(count) for metric, count in counts.items()}
     if speech is None:
-        utterance["quality"] = failed_figures(costly)
+        utterance["quality"] = worst_values(networks)
         return
     units = [units_of(text, language) for text in (utterance["target_text"], utterance["hypothesis"])]
-    utterance["quality"] = cheap_figures(speech, *units, utterance["finish_reason"])
-    if costly:
-        utterance["quality"] |= costly.measure(speech, utterance["prompt_audio"])
+    utterance["quality"] = basic_metrics(speech, *units, utterance["finish_reason"])
+    if networks:
+        utterance["quality"] |= networks.measure(speech, utterance["prompt_audio"])
 
 
-def score(utterances: list[dict], asr, language: str, costly: CostlyFigures | None, costly_at: set[int]) -> None:
-    """Add ``hypothesis``, ``errors`` and ``quality`` to the utterances; costly metrics only at the given positions."""
+def score(
+    utterances: list[dict], asr, language: str, networks: NetworkMetrics | None, network_positions: set[int]
+) -> None:
+    """Add ``hypothesis``, ``errors`` and ``quality`` to the utterances; network metrics at ``network_positions``."""
     for first in range(0, len(utterances), CHUNK):
         part = utterances[first : first + CHUNK]
         recordings = [read_recording(utterance) for utterance in part]
-        heard = iter(asr.transcribe([speech for speech in recordings if speech is not None]))
+        transcripts = iter(asr.transcribe([speech for speech in recordings if speech is not None]))
         for position, (utterance, speech) in enumerate(zip(part, recordings, strict=True), first):
-            text = "" if speech is None else next(heard)
+            text = "" if speech is None else next(transcripts)
             utterance["hypothesis"] = prepare_hypothesis(text, language)
-            measure(utterance, speech, language, costly if position in costly_at else None)
+            measure(utterance, speech, language, networks if position in network_positions else None)
 
 
 def alignment_text(utterances: list[dict], language: str) -> str:
@@ -160,19 +162,20 @@ def describe(utterances: list[dict], language: str) -> dict:
     }
 
 
-def system_scores(by_seed: dict[str, list[dict]], args, costly: CostlyFigures | None) -> dict:
+def system_scores(by_seed: dict[str, list[dict]], args, networks: NetworkMetrics | None) -> dict:
     """The contents of scores.json, except for the ASR model."""
     pooled = [utterance for utterances in by_seed.values() for utterance in utterances]
-    figures = quality(pooled)
-    for name, figure in figures.items():
-        figure |= {"title": FIGURES[name].title, "unit": FIGURES[name].unit, "better": FIGURES[name].better,
-                   "model": costly.model(name) if costly else None}  # fmt: skip
+    measured = quality(pooled)
+    for name, entry in measured.items():
+        metric = QUALITY_METRICS[name]
+        entry |= {"title": metric.title, "unit": metric.unit, "better": metric.better,
+                  "model": networks.model(name) if networks else None}  # fmt: skip
     size = len(pooled) // len(by_seed)
-    sample = {"seed": next(iter(by_seed)), "utterances": len(spread(args.quality_utterances, size))}
+    sample = {"seed": next(iter(by_seed)), "utterances": len(evenly_spaced(args.quality_utterances, size))}
     return {
         "language": args.language,
         "metrics": {n: {"title": m.title, "mean": m.mean} for n, m in METRICS[args.language].items()},
-        "pooled": rates(pooled, args.language), "quality": figures, "quality_sample": sample if costly else None,
+        "pooled": rates(pooled, args.language), "quality": measured, "quality_sample": sample if networks else None,
         "seeds": {seed: describe(utterances, args.language) for seed, utterances in by_seed.items()},
         "eval_set_sha256": hashlib.sha256(args.eval_set.read_bytes()).hexdigest(),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
@@ -238,18 +241,18 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         raise SystemExit(f"score.py: {error}") from error
     asr = load_asr(args.asr_dir, args.device, args.language)
-    reference, costly = references(args.reference_audio), None
+    reference, networks = references(args.reference_audio), None
     if args.quality_utterances:
-        costly = CostlyFigures(args.device, args.speaker_model_dir, reference)
+        networks = NetworkMetrics(args.device, args.speaker_model_dir, reference)
     by_seed = {}
     for manifest in manifests:
         utterances = utterances_of(manifest, eval_set, args.eval_set.parent)
-        costly_at = set() if by_seed else set(spread(args.quality_utterances, len(utterances)))
-        score(utterances, asr.recogniser, args.language, costly, costly_at)
+        network_positions = set() if by_seed else set(evenly_spaced(args.quality_utterances, len(utterances)))
+        score(utterances, asr.recogniser, args.language, networks, network_positions)
         write_jsonl(manifest.parent / "utterances.jsonl", utterances)
         write_text(manifest.parent / "alignment.txt", alignment_text(utterances, args.language))
         by_seed[manifest.parent.name[5:]] = utterances
-    scores = system_scores(by_seed, args, costly)
+    scores = system_scores(by_seed, args, networks)
     about = asr.describe()
     scores |= {"asr": about, "asr_dir": str(args.asr_dir), "asr_sha256": about["sha256"]}
     write_json(args.output_dir / "scores.json", scores)

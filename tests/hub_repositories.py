@@ -187,19 +187,19 @@ def make_cosyvoice2_llm(folder: Path, cosyvoice_dir: Path) -> Path:
     tokenizer.add_tokens([*(f"<|s_{i}|>" for i in range(6561)), *ends, "<|sos|>", "<|task_id|>"])  # not special
     model.model.load_state_dict({k[16:]: v for k, v in state.items() if k.startswith("llm.model.model.")})
     model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=128)
-    embedding, said = model.model.embed_tokens.weight, slice(first, first + NUM_OUTPUTS)
+    embedding, outputs = model.model.embed_tokens.weight, slice(first, first + NUM_OUTPUTS)
     head = torch.nn.Linear(embedding.shape[1], len(embedding))
     with torch.no_grad():
         head.weight.zero_()
         head.bias.fill_(-torch.inf)
-        head.weight[said], head.bias[said] = state["llm_decoder.weight"], state["llm_decoder.bias"]
-        embedding[said] = state["speech_embedding.weight"]
-        embedding[said.stop : said.stop + 2] = state["llm_embedding.weight"]
+        head.weight[outputs], head.bias[outputs] = state["llm_decoder.weight"], state["llm_decoder.bias"]
+        embedding[outputs] = state["speech_embedding.weight"]
+        embedding[outputs.stop : outputs.stop + 2] = state["llm_embedding.weight"]
     model.lm_head = head
     model.generation_config.update(
-        eos_token_id=[said.stop - 3, said.stop - 2, said.stop - 1], temperature=1.0, top_p=0.8, top_k=25
+        eos_token_id=[outputs.stop - 3, outputs.stop - 2, outputs.stop - 1], temperature=1.0, top_p=0.8, top_k=25
     )
-    model.config.update({"eos_token_id": said.stop - 3, "vocab_size": len(embedding), "tie_word_embeddings": False})
+    model.config.update({"eos_token_id": outputs.stop - 3, "vocab_size": len(embedding), "tie_word_embeddings": False})
     model.config.use_bias = True
     tokenizer.chat_template = UPSTREAM_TEMPLATE
     model.to(torch.bfloat16).save_pretrained(folder)

@@ -30,7 +30,7 @@ def test_transcripts_match_their_own_references_only(asr, assets, test_rows):
 def test_onsets_are_the_times_of_the_syllables(asr, assets, test_rows):
     _, (first, second) = recordings(assets, test_rows, 2)
     gap = np.zeros(8000, np.float32)
-    alone, other, joined = asr.hear([first, second, np.concatenate([first, gap, second])])
+    alone, other, joined = asr.transcribe_with_onsets([first, second, np.concatenate([first, gap, second])])
     count = len(alone.onsets_s)
     assert len(joined.text) == len(joined.onsets_s) >= count + len(other.onsets_s) - 2
     assert list(joined.onsets_s) == sorted(joined.onsets_s)
@@ -83,13 +83,13 @@ def published(assets, tmp_path_factory):
 def test_a_recording_has_one_transcript(published, asr, assets, test_rows):
     """Tested with quiet speech, because funasr's default dither of 1.0 changes its transcripts most."""
     quiet = [0.003 * s for s in recordings(assets, test_rows, 16)[1]]
-    first = published.hear(quiet)
-    assert any(heard.text for heard in first)
+    first = published.transcribe_with_onsets(quiet)
+    assert any(transcript.text for transcript in first)
     for _ in range(4):
-        assert published.hear(quiet) == first
-    assert published.hear(quiet[::-1]) == first[::-1]
-    assert [heard for s in quiet for heard in published.hear([s])] == first
-    assert asr.hear(quiet) == first  # the tiny stack's config sets dither to 0
+        assert published.transcribe_with_onsets(quiet) == first
+    assert published.transcribe_with_onsets(quiet[::-1]) == first[::-1]
+    assert [transcript for s in quiet for transcript in published.transcribe_with_onsets([s])] == first
+    assert asr.transcribe_with_onsets(quiet) == first  # the tiny stack's config sets dither to 0
 
 
 def test_transcript_of_too_short_audio_is_empty(asr, assets, test_rows):

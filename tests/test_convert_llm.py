@@ -28,7 +28,7 @@ from scripts.check import language_model_findings
 from scripts.convert_llm import NUM_OUTPUTS, check_ids, main
 from tests.hub_repositories import draw_biases, make_cosyvoice2_llm
 from tts_grpo.speech.generation import OFFICIAL, Sampling, generate, load_lm
-from tts_grpo.speech.head_bias import UNREACHABLE, load_head_bias, over_said_ids, said_ids
+from tts_grpo.speech.head_bias import UNREACHABLE, load_head_bias, restrict_to_sampleable_ids, sampleable_ids
 from tts_grpo.text.prompts import render_prompt
 from tts_grpo.training.verl_cpu.log_probs import fused_linear
 
@@ -200,8 +200,8 @@ def test_only_speech_and_ends_are_sampled(converted, dtype, sampling):
     first = check_ids(tokenizer, converted)
     sampling = dataclasses.replace(sampling, max_new_tokens=100)
     responses = generate(model, [ids] * 8, range(8), sampling, text_lens=[9] * 8)
-    said = [token for response in responses for token in response.token_ids]
-    assert len(said) > 300 and all(first <= token < first + NUM_OUTPUTS for token in said)
+    generated = [token for response in responses for token in response.token_ids]
+    assert len(generated) > 300 and all(first <= token < first + NUM_OUTPUTS for token in generated)
     with torch.no_grad():
         probs = model(torch.tensor([ids])).logits[0, -1].float().softmax(-1)
     assert probs[:first].sum() == probs[first + NUM_OUTPUTS :].sum() == 0
@@ -240,13 +240,13 @@ def test_training_sees_the_probabilities_that_rollouts_are_drawn_from(converted,
     ids = tokenizer(render_prompt(tokenizer, TEXT), add_special_tokens=False)["input_ids"]
     (response,) = generate(model, [ids], [3], Sampling(max_new_tokens=60))
     labels = torch.tensor([[*ids, *response.token_ids]])
-    log_probs_of = over_said_ids(fused_linear, load_head_bias(converted))
+    log_probs_of = restrict_to_sampleable_ids(fused_linear, load_head_bias(converted))
     with torch.no_grad():
         hidden = model.model(labels).last_hidden_state[:, :-1]
         log_probs, entropy = log_probs_of(None, hidden, model.lm_head.weight, labels[:, 1:])
         every = model(labels).logits[0, :-1].float().log_softmax(-1)
-    said = slice(len(ids) - 1, None)
-    torch.testing.assert_close(log_probs[0, said].tolist(), response.log_probs, atol=tolerance, rtol=0)
+    response_slice = slice(len(ids) - 1, None)
+    torch.testing.assert_close(log_probs[0, response_slice].tolist(), response.log_probs, atol=tolerance, rtol=0)
     expected_entropy = -(every.exp() * every)[:, first : first + NUM_OUTPUTS].sum(-1)
     torch.testing.assert_close(entropy[0].float(), expected_entropy, atol=tolerance, rtol=0.01)
     assert (log_probs[0, : len(ids) - 2] == UNREACHABLE).all()  # positions of the prompt
@@ -258,8 +258,8 @@ def test_gradients_are_those_of_a_head_with_a_bias():
     weight = torch.randn(40, 8, dtype=torch.float64, requires_grad=True)
     bias = torch.full((40,), UNREACHABLE)
     bias[[3, 11, 12, 13, 39]] = torch.randn(5)
-    labels, scale = said_ids(bias)[torch.randint(0, 5, (2, 9))], torch.randn(2, 9, dtype=torch.float64)
-    log_probs, _ = over_said_ids(fused_linear, bias)(None, hidden, weight, labels, 0.7)
+    labels, scale = sampleable_ids(bias)[torch.randint(0, 5, (2, 9))], torch.randn(2, 9, dtype=torch.float64)
+    log_probs, _ = restrict_to_sampleable_ids(fused_linear, bias)(None, hidden, weight, labels, 0.7)
     ours = torch.autograd.grad((scale * log_probs).sum(), (hidden, weight))
     # the bias is added to the logits before they are divided by the temperature
     dense = ((hidden @ weight.T + bias.double()) / 0.7).log_softmax(-1).gather(-1, labels[..., None])[..., 0]

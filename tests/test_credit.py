@@ -35,8 +35,8 @@ def test_a_bad_rollout_loses_everywhere():
 
 
 def test_division_by_the_groups_deviation():
-    notes = [encode((0, 0, 0), STARTS), encode((0, 1, 0), STARTS)]
-    plain, divided = (syllable_advantages(notes, [1.0, 0.4], [12, 12], by_std) for by_std in (False, True))
+    encoded = [encode((0, 0, 0), STARTS), encode((0, 1, 0), STARTS)]
+    plain, divided = (syllable_advantages(encoded, [1.0, 0.4], [12, 12], by_std) for by_std in (False, True))
     np.testing.assert_allclose(divided[0], plain[0] / np.std([1.0, 0.4], ddof=1), rtol=1e-4)
 
 
@@ -64,22 +64,22 @@ def test_errors_have_a_place(hypothesis, onsets_s, errors, times_s):
 
 
 def test_units_without_times_are_an_error():
-    with pytest.raises(ValueError, match="character 1 was heard, 1 times"):
+    with pytest.raises(ValueError, match="character 1, but only 1 onsets"):
         locate_errors(align_texts("天山", "天山", "toneless"), (0.1,), 1.0)
 
 
 def test_another_right_reading_has_the_places_of_the_usual_one():
     """All rollouts of a group then have the same number of syllables, whichever reading they used."""
-    for heard in ("二零二四年", "两千零二十四年", "二零二三年", "两千零二十三年"):
-        times = [0.1 * (i + 1) for i in range(len(heard))]
-        found, starts = locate_errors(align_texts("2024年", heard, "toneless"), times, 1.0)
-        assert len(found) == len(starts) == 5 and sum(found) == ("三" in heard)
-        assert found[3] == ("三" in heard) and starts == sorted(starts)
+    for transcript in ("二零二四年", "两千零二十四年", "二零二三年", "两千零二十三年"):
+        times = [0.1 * (i + 1) for i in range(len(transcript))]
+        found, starts = locate_errors(align_texts("2024年", transcript, "toneless"), times, 1.0)
+        assert len(found) == len(starts) == 5 and sum(found) == ("三" in transcript)
+        assert found[3] == ("三" in transcript) and starts == sorted(starts)
 
 
-@pytest.mark.parametrize("heard", ["二〇〇八年", "𠮷a 二〇〇八 年", "2008年", "gpt 二零零八年！"])
-def test_times_of_characters_fit_any_transcript(heard):
-    found, _ = locate_errors(align_texts("二零零八年", heard, "toneless"), [0.1] * len(heard), 1.0)
+@pytest.mark.parametrize("transcript", ["二〇〇八年", "𠮷a 二〇〇八 年", "2008年", "gpt 二零零八年！"])
+def test_times_of_characters_fit_any_transcript(transcript):
+    found, _ = locate_errors(align_texts("二零零八年", transcript, "toneless"), [0.1] * len(transcript), 1.0)
     assert len(found) == 5
 
 

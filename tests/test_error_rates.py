@@ -27,35 +27,35 @@ def without_punctuation(text):
 def seed_reference(truths, hypotheses, language):
     """seed-tts-eval: the mean over utterances of jiwer's rate."""
     rates = []
-    for truth, heard in zip(truths, hypotheses, strict=True):
+    for truth, hypothesis in zip(truths, hypotheses, strict=True):
         if language == "zh":
-            heard = zhconv.convert(heard, "zh-cn")
-        truth, heard = without_punctuation(truth), without_punctuation(heard)
+            hypothesis = zhconv.convert(hypothesis, "zh-cn")
+        truth, hypothesis = without_punctuation(truth), without_punctuation(hypothesis)
         if language == "zh":
-            truth, heard = " ".join(truth), " ".join(heard)
+            truth, hypothesis = " ".join(truth), " ".join(hypothesis)
         else:
-            truth, heard = truth.lower(), heard.lower()
-        rates.append(jiwer.process_words(truth, heard).wer)
+            truth, hypothesis = truth.lower(), hypothesis.lower()
+        rates.append(jiwer.process_words(truth, hypothesis).wer)
     return np.mean(rates)
 
 
 def micro_reference(truths, hypotheses):
     """Total errors over total characters: no spaces, no punctuation, upper case."""
     plain = lambda text: without_punctuation(text).replace(" ", "").upper()  # noqa: E731
-    heard = [plain(zhconv.convert(text, "zh-cn")) for text in hypotheses]
-    return jiwer.cer([plain(text) for text in truths], heard)
+    hypothesis = [plain(zhconv.convert(text, "zh-cn")) for text in hypotheses]
+    return jiwer.cer([plain(text) for text in truths], hypothesis)
 
 
 def damaged(text, rng):
     """A transcript with typical ASR differences: characters lost, changed, doubled or traditional, and punctuation."""
-    heard = []
+    hypothesis = []
     for character in text:
         draw = rng.random()
         if draw < 0.08:
             continue
-        heard.append(rng.choice("我你他是不在有，。 abC3") if draw < 0.2 else character)
-        heard += [rng.choice("的了嗎體 ")] if draw > 0.95 else []
-    return zhconv.convert("".join(heard), "zh-hant") if rng.random() < 0.3 else "".join(heard)
+        hypothesis.append(rng.choice("我你他是不在有，。 abC3") if draw < 0.2 else character)
+        hypothesis += [rng.choice("的了嗎體 ")] if draw > 0.95 else []
+    return zhconv.convert("".join(hypothesis), "zh-hant") if rng.random() < 0.3 else "".join(hypothesis)
 
 
 def rate_of(truths, hypotheses, metric, language):
@@ -98,7 +98,7 @@ def test_english_equals_the_reference_to_the_last_digit():
 
 
 @pytest.mark.parametrize(
-    ("truth", "heard", "metric", "errors", "length"),
+    ("truth", "hypothesis", "metric", "errors", "length"),
     [
         ("你好吗？", "你 好嗎", "seed-tts-eval", 0, 3),
         ("说OK", "说ok", "seed-tts-eval", 2, 3),  # case counts in the published rules
@@ -112,15 +112,15 @@ def test_english_equals_the_reference_to_the_last_digit():
         ("他买", "她卖", "cer", 2, 2),
     ],
 )
-def test_known_answers(truth, heard, metric, errors, length):
-    counts = count_all(truth, prepare_hypothesis(heard, "zh"), "zh")[metric]
+def test_known_answers(truth, hypothesis, metric, errors, length):
+    counts = count_all(truth, prepare_hypothesis(hypothesis, "zh"), "zh")[metric]
     assert (counts.errors, counts.length) == (errors, length)
 
 
 def test_macro_and_micro_weigh_utterances_differently():
-    truths, heard = ["一", "一二三四五六七八九"], ["", "一二三四五六七八九"]
-    assert rate_of(truths, heard, "seed-tts-eval", "zh") == 0.5
-    assert rate_of(truths, heard, "cer", "zh") == 0.1
+    truths, hypothesis = ["一", "一二三四五六七八九"], ["", "一二三四五六七八九"]
+    assert rate_of(truths, hypothesis, "seed-tts-eval", "zh") == 0.5
+    assert rate_of(truths, hypothesis, "cer", "zh") == 0.1
 
 
 def test_a_text_without_units_is_an_error():

@@ -197,8 +197,8 @@ def test_batches_do_not_depend_on_order_of_work():
     rows = [{"id": str(i), "target_text": "好" * (i % 5 + 1)} for i in range(23)]
     batches = infer_dist.make_batches(rows, [1, 2], 4)
     for seed in (1, 2):
-        said = [row["id"] for batch in batches if batch.seed == seed for row in batch.rows]
-        assert sorted(said, key=int) == [row["id"] for row in rows]
+        batched_ids = [row["id"] for batch in batches if batch.seed == seed for row in batch.rows]
+        assert sorted(batched_ids, key=int) == [row["id"] for row in rows]
 
 
 def test_audio_of_another_text_is_not_scored(assets, one_process, changed_set):

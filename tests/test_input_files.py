@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tts_grpo.text.input_files import read_eval_set, read_known_answers, read_voices, too_long_to_speak
+from tts_grpo.text.input_files import over_token_limit, read_eval_set, read_known_answers, read_voices
 from tts_grpo.text.jsonl import numbered_rows, read_jsonl
 
 ROWS = [{"text": "今天天气很好。"}, {"text": "我们明天早上出发。"}, {"text": "这本书在国学热中火起来了，你看过吗？"}]
@@ -152,9 +152,9 @@ def test_voices_need_text_and_recording(tmp_path):
         read_voices(write(tmp_path / "x", {"text": "好"}))
 
 
-def test_texts_too_long_to_speak():
+def test_texts_over_the_token_limit():
     rows = [{"target_text": text} for text in ("我" * 40, "我" * 41, "hello, " * 40, "hello " * 41, "，" * 99 + "我")]
-    assert too_long_to_speak(rows, 160) == [rows[1], rows[3]]
+    assert over_token_limit(rows, 160) == [rows[1], rows[3]]
 
 
 JSON = st.recursive(

@@ -30,34 +30,34 @@ speech_tokens = st.lists(st.integers(0, NUM_SPEECH_TOKENS - 1), min_size=1, max_
 def groups(draw):
     """Rollouts of one text: errors and starts of its syllables, rewards, numbers of tokens."""
     syllables, rollouts = draw(st.integers(1, 12)), draw(st.integers(2, 6))
-    notes, scores, sizes = [], [], []
+    encoded, scores, sizes = [], [], []
     for _ in range(rollouts):
         if draw(st.integers(0, 5)) == 0:  # a bad rollout has no syllables, and its reward is 0
-            notes.append(encode((), ()))
+            encoded.append(encode((), ()))
             scores.append(0.0)
             sizes.append(draw(st.integers(1, 40)))
             continue
         errors = draw(st.lists(st.integers(0, 2), min_size=syllables, max_size=syllables))
         starts = sorted(draw(st.lists(st.integers(0, 30), min_size=syllables, max_size=syllables, unique=True)))
-        notes.append(encode(errors, starts))
+        encoded.append(encode(errors, starts))
         scores.append(1.0 if not any(errors) else draw(st.floats(0, 1)))
         sizes.append(max(starts) + draw(st.integers(1, 10)))
-    return notes, scores, sizes
+    return encoded, scores, sizes
 
 
 @given(groups())
 def test_credit_adds_up_to_grpos_advantage(group):
     """Summed over its syllables, a rollout's advantage is its reward minus the group's mean."""
-    notes, scores, sizes = group
+    encoded, scores, sizes = group
     advantages = syllable_advantages(*group)
     assert [len(row) for row in advantages] == sizes and all(np.isfinite(row).all() for row in advantages)
     bad = encode((), ())
-    if all(note == bad for note in notes):
+    if all(one == bad for one in encoded):
         assert not np.concatenate(advantages).any()
         return
-    for note, score, advantage in zip(notes, scores, advantages, strict=True):
-        starts = json.loads(note)[1]
-        total = advantage[0] if note == bad else sum(advantage[max(0, start) :][0] for start in [0, *starts[1:]])
+    for one, score, advantage in zip(encoded, scores, advantages, strict=True):
+        starts = json.loads(one)[1]
+        total = advantage[0] if one == bad else sum(advantage[max(0, start) :][0] for start in [0, *starts[1:]])
         assert total == pytest.approx(score - np.mean(scores), abs=1e-5)
 
 

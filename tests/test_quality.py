@@ -8,8 +8,8 @@ import pytest
 from tts_grpo.speech import quality
 from tts_grpo.speech.audio import ASR_HZ, load_audio
 from tts_grpo.speech.nets.dnsmos import DnsMos
-from tts_grpo.speech.nets.melody import Melody
-from tts_grpo.speech.nets.speaker import Resemblyzer, Similarity, WavLm
+from tts_grpo.speech.nets.f0 import F0Metrics
+from tts_grpo.speech.nets.speaker import Resemblyzer, SpeakerSimilarity, WavLm
 
 pytestmark = pytest.mark.slow
 
@@ -46,27 +46,27 @@ def test_repetition():
     assert share([]) == 0.0
 
 
-def test_cheap_metrics():
+def test_basic_metrics():
     speech = np.concatenate([quiet(0.5), tone(2.0), quiet(0.5)])
     speech[10_000:10_300] = 1.0
-    metrics = quality.cheap_figures(speech, list("一二三四五六"), list("一二一二三四五六"), "length")
+    metrics = quality.basic_metrics(speech, list("一二三四五六"), list("一二一二三四五六"), "length")
     assert metrics["duration_s"] == 3.0 and metrics["speech_rate"] == pytest.approx(3.0)
     assert metrics["eos_share"] == 0.0 and metrics["repetition"] == pytest.approx(2 / 8)
     assert metrics["clipped_share"] == pytest.approx(300 / 48_000)
     repetitive = list("一二一二三")  # repetitions of the text itself do not count
-    assert quality.cheap_figures(speech, repetitive, repetitive, "eos")["repetition"] == 0.0
+    assert quality.basic_metrics(speech, repetitive, repetitive, "eos")["repetition"] == 0.0
 
 
-def test_melody():
-    melody = Melody()
-    flat = melody.measure(tone(2.0, 220.0))
+def test_f0_metrics():
+    f0 = F0Metrics()
+    flat = f0.measure(tone(2.0, 220.0))
     assert flat["f0_median_hz"] == pytest.approx(220, rel=0.01)
     assert flat["f0_range_semitones"] < 0.3 and flat["f0_std_semitones"] < 0.1
     seconds = np.arange(2 * ASR_HZ) / ASR_HZ
-    wave = melody.measure(tone(2.0, 220 * 2 ** (3 / 12 * np.sin(2 * np.pi * seconds))))  # 3 semitones up and down
+    wave = f0.measure(tone(2.0, 220 * 2 ** (3 / 12 * np.sin(2 * np.pi * seconds))))  # 3 semitones up and down
     assert wave["f0_range_semitones"] == pytest.approx(6.0, abs=0.5)
     assert wave["f0_std_semitones"] == pytest.approx(3 / math.sqrt(2), abs=0.2)
-    assert set(melody.measure(quiet(1.0)).values()) == {None}
+    assert set(f0.measure(quiet(1.0)).values()) == {None}
 
 
 def test_dnsmos_equals_the_package_and_decreases_with_noise(recordings):
@@ -87,7 +87,7 @@ def test_dnsmos_equals_the_package_and_decreases_with_noise(recordings):
 
 def test_similarity_is_lower_for_another_voice(recordings, assets, tmp_path):
     prompts = sorted((assets / "prompts").glob("*.ogg"))
-    similarity = Similarity(Resemblyzer(), prompts)
+    similarity = SpeakerSimilarity(Resemblyzer(), prompts)
     itself = similarity.measure(load_audio(prompts[0]), str(prompts[0]))["speaker_similarity"]
     assert itself == pytest.approx(1.0, abs=1e-5)
     same = [similarity.measure(speech, None)["speaker_similarity"] for speech in recordings]
@@ -95,7 +95,7 @@ def test_similarity_is_lower_for_another_voice(recordings, assets, tmp_path):
     other = similarity.measure(slowed.astype(np.float32), None)["speaker_similarity"]  # 7 semitones deeper
     assert min(same) > 0.75 and other < min(same) - 0.1
     assert similarity.measure(quiet(1.0), None) == {"speaker_similarity": -1.0}
-    assert Similarity(Resemblyzer()).measure(recordings[0], None) == {}
+    assert SpeakerSimilarity(Resemblyzer()).measure(recordings[0], None) == {}
 
 
 def test_wavlm(recordings, tmp_path):
@@ -125,12 +125,13 @@ def test_wavlm(recordings, tmp_path):
 
 
 def test_failures_get_the_worst_value_or_none():
-    failed = quality.failed_figures(costly=True)
-    for name, metric in quality.FIGURES.items():
+    failed = quality.worst_values(networks=True)
+    for name, metric in quality.QUALITY_METRICS.items():
         assert failed[name] == metric.worst and (metric.worst is None) == (metric.better is None)
-    assert set(quality.failed_figures(costly=None)) == set(quality.CHEAP)
+    assert set(quality.worst_values(networks=None)) == set(quality.BASIC_METRICS)
 
 
-def test_spread_returns_evenly_spaced_indices():
-    assert quality.spread(3, 9) == [0, 4, 8] and quality.spread(50, 4) == [0, 1, 2, 3] and quality.spread(0, 9) == []
-    assert len(quality.spread(50, 400)) == 50
+def test_evenly_spaced_indices():
+    assert quality.evenly_spaced(3, 9) == [0, 4, 8] and quality.evenly_spaced(0, 9) == []
+    assert quality.evenly_spaced(50, 4) == [0, 1, 2, 3]
+    assert len(quality.evenly_spaced(50, 400)) == 50

@@ -53,9 +53,9 @@ def test_it_says_speech_tokens_and_ends_as_often_as_asked(sft_checkpoint):
     assert 1 / 260 < probabilities[end] < 1 / 150
     assert probabilities[first : first + NUM_SPEECH_TOKENS].sum() + probabilities[end] > 0.9999
     responses = generate(model, [prompt] * 20, range(20), Sampling(max_new_tokens=20))
-    said = [token for response in responses for token in response.token_ids if token != end]
-    assert all(first <= token < first + NUM_SPEECH_TOKENS for token in said)
-    assert len(set(said)) > 200  # not the same token repeated
+    generated = [token for response in responses for token in response.token_ids if token != end]
+    assert all(first <= token < first + NUM_SPEECH_TOKENS for token in generated)
+    assert len(set(generated)) > 200  # not the same token repeated
 
 
 def test_many_wide_layers_do_not_change_how_often_it_ends():

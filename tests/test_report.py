@@ -22,7 +22,7 @@ from tts_grpo.evaluation.report import figures
 from tts_grpo.evaluation.report.alignment import cells
 from tts_grpo.evaluation.report.clips import band_levels
 from tts_grpo.evaluation.report.disagreements import find_disagreements
-from tts_grpo.evaluation.report.experiment import Take, Utterance, load_scalars
+from tts_grpo.evaluation.report.experiment import Sample, Utterance, load_scalars
 from tts_grpo.evaluation.report.selection import select
 from tts_grpo.speech.audio import save_audio
 from tts_grpo.speech.token2wav import decode
@@ -136,7 +136,7 @@ def test_audio_matches_the_texts(page, exp_dir, asr):
     recordings, texts = [], []
     for article in re.findall(r"<article .*?</article>", page, re.DOTALL):
         utt_id = re.search(r'id="utt-([^"]+)"', article)[1]
-        for kind, uri in re.findall(r'class="take (\w+)".*?src="data:audio/mpeg;base64,([^"]+)"', article, re.DOTALL):
+        for kind, uri in re.findall(r'class="sample (\w+)".*?src="data:audio/mpeg;base64,([^"]+)"', article, re.DOTALL):
             speech, rate = sf.read(io.BytesIO(base64.b64decode(html.unescape(uri))), dtype="float32")
             assert rate == 16000
             if kind == "grpo":
@@ -145,7 +145,7 @@ def test_audio_matches_the_texts(page, exp_dir, asr):
     assert len(texts) >= 10
     assert pinyin_error_rate(texts, asr.transcribe(recordings), tones=False) < 0.35
     assert pinyin_error_rate(texts[1:] + texts[:1], asr.transcribe(recordings), tones=False) > 0.7
-    assert page.count('class="take prompt"') == 1 and "No audio: no speech tokens" in page
+    assert page.count('class="sample prompt"') == 1 and "No audio: no speech tokens" in page
 
 
 def test_missing_files(exp_dir, tmp_path):
@@ -200,7 +200,7 @@ def test_quality_metrics_and_verdicts_are_shown(exp_dir, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("said", "heard", "kinds"),
+    ("target", "transcript", "kinds"),
     [
         ("今天好", "今天好", ["same"] * 3),
         ("他买花", "她卖画", ["homophone", "tone", "tone"]),
@@ -211,8 +211,8 @@ def test_quality_metrics_and_verdicts_are_shown(exp_dir, tmp_path):
         ("一会儿", "一会", ["same", "same", "optional"]),
     ],
 )
-def test_alignment(said, heard, kinds):
-    assert [cell.kind for cell in cells(said, heard)] == kinds
+def test_alignment(target, transcript, kinds):
+    assert [cell.kind for cell in cells(target, transcript)] == kinds
 
 
 def test_alignments_agree_with_the_error_counts(exp_dir):
@@ -225,10 +225,10 @@ def test_alignments_agree_with_the_error_counts(exp_dir):
 def test_disagreements_of_the_protocols_are_shown_with_their_reason():
     texts = {"a": ("約50%", "约百分之五十"), "b": ("今天好", "今天好"), "c": ("说OK", "说o k"), "d": ("二百", "200")}
     utterances = []
-    for utt_id, (said, heard) in texts.items():
-        counts = count_all(said, heard, "zh")
-        take = Take(None, None, heard, 0, 1.0, counts["cer"].errors, counts["spoken"].errors)
-        utterances.append(Utterance(utt_id, said, 3, {model: {"0": take} for model in ("sft", "grpo")}))
+    for utt_id, (target, transcript) in texts.items():
+        counts = count_all(target, transcript, "zh")
+        sample = Sample(None, None, transcript, 0, 1.0, counts["cer"].errors, counts["spoken"].errors)
+        utterances.append(Utterance(utt_id, target, 3, {model: {"0": sample} for model in ("sft", "grpo")}))
     shown, reasons = find_disagreements(utterances, "zh")
     assert {d.utt_id: (d.spoken_text, d.why, d.spoken) for d in shown} == {
         "a": ("约百分之五十", "percent, traditional characters", 0), "d": ("二百", "digits in the transcript", 0),
@@ -237,11 +237,11 @@ def test_disagreements_of_the_protocols_are_shown_with_their_reason():
 
 
 def utterance(number: int, sft: list[int], grpo: list[int]) -> Utterance:
-    takes = {
-        model: {str(seed): Take(None, None, "", n, 1.0) for seed, n in enumerate(errors)}
+    samples = {
+        model: {str(seed): Sample(None, None, "", n, 1.0) for seed, n in enumerate(errors)}
         for model, errors in (("sft", sft), ("grpo", grpo))
     }
-    return Utterance(f"u{number}", "好" * 10, 10, takes)
+    return Utterance(f"u{number}", "好" * 10, 10, samples)
 
 
 def test_selection():

@@ -8,7 +8,7 @@ from tts_grpo.text.clean import find_tags as tags_of_the_front_end
 from tts_grpo.text.jsonl import write_jsonl
 from tts_grpo.text.rules import TextRules, comparison_key, is_plain, model_text, usable_eval_set, usable_text
 from tts_grpo.text.spoken import spoken_form
-from tts_grpo.text.tags import find_tags, holding_control_tokens, remove_tags
+from tts_grpo.text.tags import find_control_tokens, find_tags, remove_tags
 
 SPOKEN = TextRules(llm_text="spoken")
 
@@ -66,7 +66,7 @@ def test_no_text_without_tags_changes_a_prompt(tokenizer, text):
     left = remove_tags(text)
     assert not find_tags(left) and remove_tags(left) == left
     assert not tags_of_the_front_end(left), "the front end would leave out what stays in the prompt"
-    assert holding_control_tokens(tokenizer, [left, model_text(left, SPOKEN)]) == ["", ""]
+    assert find_control_tokens(tokenizer, [left, model_text(left, SPOKEN)]) == ["", ""]
 
 
 @pytest.mark.parametrize(

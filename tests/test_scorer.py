@@ -7,7 +7,7 @@ import torch
 from tests.hub_repositories import make_sensevoice
 from token2wav_asr_server import decoded, unpad
 from tts_grpo.reward.scorer import RewardScorer
-from tts_grpo.speech.asr.recogniser import Heard
+from tts_grpo.speech.asr.recogniser import Transcript
 from tts_grpo.speech.asr.sensevoice import SenseVoice
 from tts_grpo.speech.audio import resample, resample_batch
 from tts_grpo.speech.decoder import PromptVoice
@@ -16,7 +16,7 @@ from tts_grpo.text.jsonl import read_jsonl
 pytestmark = pytest.mark.slow
 
 
-class Spoken:
+class RecordingDecoder:
     """A decoder that records the voices passed to it; token 0 makes a waveform with non-finite values."""
 
     sample_rate_hz = 16_000
@@ -44,30 +44,32 @@ class Quiet:
         return 0.003 * waveforms, lens
 
 
-class Hearing:
-    def __init__(self, text="你好", onsets_s=(0.04, 0.24)):
-        self.heard = Heard(text, onsets_s)
+class FixedAsr:
+    """A recogniser with the same transcript for every recording."""
 
-    def hear(self, recordings):
-        return [self.heard] * len(recordings)
+    def __init__(self, text="你好", onsets_s=(0.04, 0.24)):
+        self.transcript = Transcript(text, onsets_s)
+
+    def transcribe_with_onsets(self, recordings):
+        return [self.transcript] * len(recordings)
 
 
 def test_rollouts_of_a_text_have_one_voice_and_texts_differ():
     voices = [PromptVoice(name, np.zeros(1, np.float32), ()) for name in "abc"]
-    token2wav = Spoken()
+    token2wav = RecordingDecoder()
     texts = [f"第{i}句" for i in range(20)]
-    RewardScorer(token2wav, Hearing(), True, "tanh", voices, seed=1).score([[1]] * 40, texts * 2)
+    RewardScorer(token2wav, FixedAsr(), True, "tanh", voices, seed=1).score([[1]] * 40, texts * 2)
     (given,) = token2wav.voices
     assert given[:20] == given[20:] and {voice.prompt_text for voice in given} == set("abc")
 
 
 def test_each_rollout_of_a_text_may_have_its_own_voice():
     voices = [PromptVoice(name, np.zeros(1, np.float32), ()) for name in "abc"]
-    token2wav, rollouts = Spoken(), [[1 + i, 2] for i in range(20)]
-    scorer = RewardScorer(token2wav, Hearing(), True, "tanh", voices, 1, "rollout")
+    token2wav, rollouts = RecordingDecoder(), [[1 + i, 2] for i in range(20)]
+    scorer = RewardScorer(token2wav, FixedAsr(), True, "tanh", voices, 1, "rollout")
     scorer.score(rollouts, ["你好"] * 20)
     scorer.score(rollouts[::-1], ["你好"] * 20)
-    RewardScorer(token2wav, Hearing(), True, "tanh", voices, 2, "rollout").score(rollouts, ["你好"] * 20)
+    RewardScorer(token2wav, FixedAsr(), True, "tanh", voices, 2, "rollout").score(rollouts, ["你好"] * 20)
     first, again, other_seed = token2wav.voices
     assert {voice.prompt_text for voice in first} == set("abc")
     assert again[::-1] == first, "a rollout has another voice in another batch"
@@ -75,16 +77,16 @@ def test_each_rollout_of_a_text_may_have_its_own_voice():
 
 
 def test_speech_that_is_not_finite_is_an_error_of_its_rollout_alone():
-    scores = RewardScorer(Spoken(), Hearing()).score([[1], [0], [2]], ["你好"] * 3)
+    scores = RewardScorer(RecordingDecoder(), FixedAsr()).score([[1], [0], [2]], ["你好"] * 3)
     assert [score.reward for score in scores[::2]] == [1.0, 1.0]
     assert "not finite" in scores[1].error and np.isnan(scores[1].reward)
-    said = RewardScorer(Spoken(), Hearing()).speak([[1], [0]])
-    assert (said[0].error, len(said[0].waveform)) == ("", 640)
-    assert "not finite" in said[1].error and not len(said[1].waveform)
+    results = RewardScorer(RecordingDecoder(), FixedAsr()).synthesise([[1], [0]])
+    assert (results[0].error, len(results[0].waveform)) == ("", 640)
+    assert "not finite" in results[1].error and not len(results[1].waveform)
 
 
 def test_errors_are_placed_at_the_speech_tokens_of_their_syllable():
-    (score,) = RewardScorer(Spoken(), Hearing("你早", (0.08, 0.24))).score([[1] * 20], ["你好吗"])
+    (score,) = RewardScorer(RecordingDecoder(), FixedAsr("你早", (0.08, 0.24))).score([[1] * 20], ["你好吗"])
     assert score.unit_errors == (0, 1, 1) and score.error_rate == 2 / 3
     assert score.unit_starts == (1, 5, 12)  # 25 per second, minus the ASR's delay of 1; the third is between 5 and 20
 

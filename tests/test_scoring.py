@@ -19,7 +19,7 @@ PER = "pinyin_error_rate_toneless"
 
 
 @pytest.fixture(scope="module")
-def judge(assets):
+def evaluation_asr(assets):
     return SenseVoice(assets / "asr_eval")
 
 
@@ -31,7 +31,7 @@ def spoken(assets, test_rows):
 
 
 @pytest.fixture
-def evaluate(judge, spoken, tmp_path):
+def evaluate(evaluation_asr, spoken, tmp_path):
     """Score recordings as one seed: ``evaluate(name, recordings, write=..., texts=...) -> (rates, rows)``."""
 
     def run(name, recordings, write=save_audio, texts=None):
@@ -47,7 +47,7 @@ def evaluate(judge, spoken, tmp_path):
             manifest.append(line)
         write_jsonl(folder / "manifest.jsonl", manifest)
         utterances = score.utterances_of(folder / "manifest.jsonl", eval_set, tmp_path)
-        score.score(utterances, judge, "zh", None, set())
+        score.score(utterances, evaluation_asr, "zh", None, set())
         write_jsonl(folder / "utterances.jsonl", utterances)
         return score.describe(utterances, "zh"), utterances
 
@@ -156,7 +156,7 @@ def test_the_program_writes_all_figures(evaluate, spoken, truth, assets, tmp_pat
     assert "seed-tts-eval CER" in shown and "by Resemblyzer 0.1.4" in shown
 
 
-class OneAnswer:
+class FixedTranscript:
     """An ASR model that returns the same transcript for every recording."""
 
     def transcribe(self, recordings):
@@ -170,7 +170,7 @@ def test_english_is_scored_by_words(tmp_path):
     write_jsonl(tmp_path / "seed_0/manifest.jsonl", [line | {"id": i, "wav": f"{i}.wav"} for i in ("a", "b")])
     eval_set = [{"id": "a", "target_text": "the fox doesn't jump"}, {"id": "b", "target_text": "A dog."}]
     utterances = score.utterances_of(tmp_path / "seed_0/manifest.jsonl", eval_set, tmp_path)
-    score.score(utterances, OneAnswer(), "en", None, set())
+    score.score(utterances, FixedTranscript(), "en", None, set())
     scores = score.describe(utterances, "en")
     assert scores["wer"]["rate"] == 4 / 6 and scores["seed-tts-eval"]["rate"] == (0 + 4 / 2) / 2
     assert "pinyin_error_rate" not in scores and utterances[0]["quality"]["speech_rate"] == 4.0

@@ -58,7 +58,7 @@ def test_limits_can_be_changed(system):
     folders = [system("sft", 5), system("noisy", 1, dnsmos_ovrl=2.7)]
     assert choose(folders)[0].name == "sft"
     assert choose(folders, "dnsmos_ovrl=0.5")[0].name == choose(folders, "dnsmos_ovrl=off")[0].name == "noisy"
-    with pytest.raises(ValueError, match="expected FIGURE=VALUE"):
+    with pytest.raises(ValueError, match="expected METRIC=VALUE"):
         select_checkpoint.read_limits(["dnsmos=1"])
 
 

@@ -23,8 +23,8 @@ POOLS = [range(32, 127), [ord(c) for c in "0123456789.,:/-%~年月日点分第"]
 OTHERS = "山水火风鸟虫红绿"  # replacements for a unit; none sounds like a number or a unit of measure
 
 
-def errors(raw: str, heard: str, match: str = "toneless", language: str = "zh") -> int:
-    return align_texts(raw, heard, match, language).errors
+def errors(raw: str, transcript: str, match: str = "toneless", language: str = "zh") -> int:
+    return align_texts(raw, transcript, match, language).errors
 
 
 def test_the_corpus_is_large_and_of_all_kinds():
@@ -36,9 +36,9 @@ def test_the_corpus_is_large_and_of_all_kinds():
 def test_right_readings_have_no_error_and_wrong_ones_have_some(kind):
     for row in (row for row in CORPUS if row["kind"] == kind):
         for match in ("toned", "toneless"):
-            found = {heard: errors(row["raw"], heard, match, row["language"]) for heard in row["right"]}
+            found = {transcript: errors(row["raw"], transcript, match, row["language"]) for transcript in row["right"]}
             assert not any(found.values()), f"{row['raw']}: {found}"
-        found = {heard: errors(row["raw"], heard, "toneless", row["language"]) for heard in row["wrong"]}
+        found = {transcript: errors(row["raw"], transcript, "toneless", row["language"]) for transcript in row["wrong"]}
         assert all(found.values()), f"{row['raw']}: {found}"
 
 
@@ -47,11 +47,11 @@ def test_texts_of_users_get_the_whole_reward_for_a_right_reading_and_less_for_a_
     rng, right, wrong = random.Random(0), [], []
     for raw, readings in lines(1000):
         target = sentence(raw)
-        right += [align_sentences(target, sentence(heard), "toneless") for heard in readings]
-        heard = rng.choice(readings)
-        at = rng.choice([i for i, c in enumerate(heard) if c not in "儿" and "\u4e00" <= c <= "\u9fff"])
-        other = rng.choice([c for c in OTHERS if c not in heard and errors(heard[at], c)])
-        wrong.append(align_sentences(target, sentence(heard[:at] + other + heard[at + 1 :]), "toneless"))
+        right += [align_sentences(target, sentence(transcript), "toneless") for transcript in readings]
+        transcript = rng.choice(readings)
+        at = rng.choice([i for i, c in enumerate(transcript) if c not in "儿" and "\u4e00" <= c <= "\u9fff"])
+        other = rng.choice([c for c in OTHERS if c not in transcript and errors(transcript[at], c)])
+        wrong.append(align_sentences(target, sentence(transcript[:at] + other + transcript[at + 1 :]), "toneless"))
     for curve in REWARD_CURVES:
         scores = [[reward(a.errors / a.length, curve) for a in some] for some in (right, wrong)]
         assert sum(score == 1.0 for score in scores[0]) >= 0.995 * len(scores[0])
@@ -62,10 +62,10 @@ def test_any_string_has_units_or_none_and_its_spoken_form_is_right():
     rng = random.Random(0)
     for _ in range(100_000):
         raw = "".join(chr(rng.choice(rng.choice(POOLS))) for _ in range(rng.randint(0, 5)))
-        said, spoken = sentence(raw), spoken_form(raw)
-        assert bool(said.units) == bool(spoken.text) and (said.units or text_fault(raw)), ascii(raw)
-        assert align_sentences(said, sentence(spoken.text), "toned").errors == 0, ascii(raw)
-        places = [unit for group in said.groups for units in group for unit in units]
+        segmented, spoken = sentence(raw), spoken_form(raw)
+        assert bool(segmented.units) == bool(spoken.text) and (segmented.units or text_fault(raw)), ascii(raw)
+        assert align_sentences(segmented, sentence(spoken.text), "toned").errors == 0, ascii(raw)
+        places = [unit for group in segmented.groups for alternative in group for unit in alternative]
         assert all(0 <= unit.start < unit.end <= len(raw) for unit in places), ascii(raw)
 
 

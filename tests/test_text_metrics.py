@@ -50,8 +50,10 @@ def test_no_rate_without_reference():
 
 def test_alignment_and_counts():
     pairs = align_texts("天山水火", "天人水火风", "toneless").pairs
-    told = [(pair.said and pair.said.text, pair.heard and pair.heard.text, pair.error) for pair in pairs]
-    assert told == [("天", "天", 0), ("山", "人", 1), ("水", "水", 0), ("火", "火", 0), (None, "风", 1)]
+    aligned = [
+        (pair.reference and pair.reference.text, pair.hypothesis and pair.hypothesis.text, pair.error) for pair in pairs
+    ]
+    assert aligned == [("天", "天", 0), ("山", "人", 1), ("水", "水", 0), ("火", "火", 0), (None, "风", 1)]
     assert align_texts("天山水火", "人水火风", "toneless").counts == ErrorCounts(1, 1, 1, 4)
     assert align_texts("天山水", "", "toneless").counts == ErrorCounts(0, 3, 0, 3)
 

@@ -69,12 +69,12 @@ def test_trains_survives_a_kill_and_merges(recipe):
     assert re.search(r"[Rr]esum\w* from .*global_step_1|Setting global step to 1", log)
     assert "step 2/2: reward" in done.stdout and "validation after step 2" in done.stdout
     assert {"0.jsonl", "2.jsonl"} <= {path.name for path in (exp_dir / "validation").iterdir()}
-    heard = read_audio(exp_dir / "tensorboard/validation")
+    audio = read_audio(exp_dir / "tensorboard/validation")
     metrics = dict(filter(None, map(parse_step, log.splitlines())))[2]
     share, *bounds = (metrics[f"critic/advantages/{name}"] for name in ("nonzero", "min", "max"))
     assert (share > 0) == any(bounds)  # veRL logs the advantages after credit by syllable, the profile's setting
     assert 0 < metrics["timing_s/generation"] < metrics["timing_s/step"]
-    assert len(heard) == 4 and all(events[-1][0] == 2 for events in heard.values()), done.stdout[-3000:]
+    assert len(audio) == 4 and all(events[-1][0] == 2 for events in audio.values()), done.stdout[-3000:]
     merged = exp_dir / "merged_hf_model"
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

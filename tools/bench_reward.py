@@ -257,15 +257,15 @@ def precision_effect(fp32: RewardScorer, half: RewardScorer, pairs, voice: Promp
     used = torch.arange(mels[0].shape[2]) < 2 * torch.tensor(list(map(len, tokens)))[:, None]
     mels = [mel.transpose(1, 2)[used.to(mel.device)] for mel in mels]
     relative = lambda a, b: ((a - b).norm() / a.norm()).item()  # noqa: E731
-    heard = []
+    transcripts = []
     for scorer in (fp32, half):
         torch.manual_seed(0)  # the same random numbers for both
-        heard.append([one.text for one in scorer.hear(tokens, voices)])
-    differences = [align_texts(*pair, "toned") for pair in zip(*heard, strict=True)]
+        transcripts.append([one.text for one in scorer.synthesise_and_transcribe(tokens, voices)])
+    differences = [align_texts(*pair, "toned") for pair in zip(*transcripts, strict=True)]
     return {
         "mel_relative_error": relative(*mels), "waveform_relative_error": relative(*waveforms),
         "transcript_difference": float(np.mean([found.counts.rate for found in differences])),
-        "distinct_syllables": len({syllable for text in heard[0] for syllable in pinyin(text, True)}),
+        "distinct_syllables": len({syllable for text in transcripts[0] for syllable in pinyin(text, True)}),
     }  # fmt: skip
 
 

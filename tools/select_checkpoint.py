@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 
 from tts_grpo.evaluation.aggregate import compare_quality, read_utterances
-from tts_grpo.speech.quality import FIGURES
+from tts_grpo.speech.quality import QUALITY_METRICS
 
 # Largest tolerated change in the unit of the metric, or relative to the baseline ("%"): a decrease if higher is better,
 # an increase if lower is better, and a change in either direction for other metrics.
@@ -36,7 +36,7 @@ def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output_dirs", type=Path, nargs="+", help="scored folders; the first is the baseline")
     parser.add_argument("--metric", help="error rate to minimise (default: the last one for the language)")
-    parser.add_argument("--limit", action="append", default=[], metavar="FIGURE=VALUE", help="change a limit, such as "
+    parser.add_argument("--limit", action="append", default=[], metavar="METRIC=VALUE", help="change a limit, such as "
                         "dnsmos_ovrl=0.2, speech_rate=5%% or f0_std_semitones=off")  # fmt: skip
     return parser.parse_args(argv)
 
@@ -45,13 +45,15 @@ def read_limits(changes: list[str]) -> dict[str, str]:
     """``LIMITS`` with the user's changes.
 
     Raises:
-        ValueError: a change is not of the form FIGURE=VALUE.
+        ValueError: a change is not of the form METRIC=VALUE.
     """
     limits = dict(LIMITS)
     for change in changes:
         name, _, value = change.partition("=")
-        if name not in FIGURES or not (value == "off" or value.removesuffix("%").replace(".", "", 1).isdigit()):
-            raise ValueError(f"--limit {change}: expected FIGURE=VALUE, where FIGURE is one of {', '.join(FIGURES)}")
+        if name not in QUALITY_METRICS or not (value == "off" or value.removesuffix("%").replace(".", "", 1).isdigit()):
+            raise ValueError(
+                f"--limit {change}: expected METRIC=VALUE, where METRIC is one of {', '.join(QUALITY_METRICS)}"
+            )
         limits[name] = value
     return {name: value for name, value in limits.items() if value != "off"}
 
@@ -59,7 +61,7 @@ def read_limits(changes: list[str]) -> dict[str, str]:
 def excess(name: str, change: dict, baseline: float, limit: str) -> str | None:
     """The reason to refuse a system for this change, or None."""
     allowed = float(limit.removesuffix("%")) * (abs(baseline) / 100 if limit.endswith("%") else 1)
-    better, difference = FIGURES[name].better, change["difference"]
+    better, difference = QUALITY_METRICS[name].better, change["difference"]
     loss = -difference if better == "higher" else difference if better == "lower" else abs(difference)
     if loss <= allowed or change["verdict"] not in ("worse", "higher", "lower"):
         return None

@@ -11,7 +11,7 @@ import numpy as np
 
 from tts_grpo.evaluation import bootstrap
 from tts_grpo.evaluation.protocols import METRICS, pool
-from tts_grpo.speech.quality import FIGURES
+from tts_grpo.speech.quality import QUALITY_METRICS
 from tts_grpo.text.errors import ErrorCounts
 from tts_grpo.text.jsonl import read_jsonl
 
@@ -71,7 +71,7 @@ def rates(rows: Sequence[dict], language: str) -> dict[str, dict]:
 def quality(rows: Sequence[dict]) -> dict[str, dict]:
     """Mean ``value``, its 95% interval ``ci``, and number of values ``n``, by quality metric that was measured."""
     result = {}
-    for name in FIGURES:
+    for name in QUALITY_METRICS:
         fractions = np.array(list(quality_fractions(rows, name).values()))
         if count := int(fractions[:, 1].sum()):
             value, ci = bootstrap.ratio(fractions), bootstrap.interval(fractions)
@@ -106,7 +106,7 @@ def compare_quality(before: Sequence[dict], after: Sequence[dict]) -> dict[str, 
         ValueError: the two were scored on different utterances.
     """
     changes = {}
-    for name, metric in FIGURES.items():
+    for name, metric in QUALITY_METRICS.items():
         systems = [quality_fractions(rows, name) for rows in (before, after)]
         if all(sum(count for _, count in system.values()) for system in systems):
             change = _compare(*systems)

@@ -45,7 +45,7 @@ class RewardClient:
         self.server_urls = [url.rstrip("/") for url in server_urls]
         self.timeout_s, self.patience_s = timeout_s, patience_s
         self.backoff_s, self.max_backoff_s = backoff_s, max_backoff_s
-        self._turn = itertools.count()
+        self._request_numbers = itertools.count()
         self._slots = asyncio.Semaphore(max_in_flight)
         self._session: aiohttp.ClientSession | None = None
 
@@ -58,7 +58,7 @@ class RewardClient:
         """
         body = json.dumps(encode_request(speech_tokens, ground_truth), ensure_ascii=False).encode()
         async with self._slots:
-            first, begin = next(self._turn), time.monotonic()
+            first, begin = next(self._request_numbers), time.monotonic()
             for attempt in itertools.count():
                 url = self.server_urls[(first + attempt) % len(self.server_urls)]
                 try:

@@ -8,7 +8,7 @@ import numpy as np
 
 from tts_grpo.reward.curves import reward
 from tts_grpo.reward.protocol import RolloutScore
-from tts_grpo.speech.asr.recogniser import Heard
+from tts_grpo.speech.asr.recogniser import Transcript
 from tts_grpo.speech.asr.sensevoice import SenseVoice
 from tts_grpo.speech.audio import ASR_HZ, resample_batch
 from tts_grpo.speech.decoder import PromptVoice, Token2Wav, check_finite
@@ -76,11 +76,11 @@ class RewardScorer:
             if not reference.units:
                 raise ValueError(f"the ground truth {reference.raw!r} has no word")
         voices = [self._voice(*pair) for pair in zip(ground_truths, speech_tokens, strict=True)]
-        heard = self.hear(speech_tokens, voices)
+        transcripts = self.synthesise_and_transcribe(speech_tokens, voices)
         start = time.perf_counter()
         scores = [
-            self._compare(reference, one, len(tokens) / TOKEN_HZ)
-            for reference, one, tokens in zip(references, heard, speech_tokens, strict=True)
+            self._compare(reference, transcript, len(tokens) / TOKEN_HZ)
+            for reference, transcript, tokens in zip(references, transcripts, speech_tokens, strict=True)
         ]
         self.seconds["text"] += time.perf_counter() - start
         return scores
@@ -89,28 +89,28 @@ class RewardScorer:
         key = ground_truth if self.voice_per == "text" else f"{ground_truth}/{format_speech_tokens(speech_tokens)}"
         return choose_voice(self.prompt_voices, key, self.seed)
 
-    def _compare(self, reference: Sentence, heard: Heard, duration_s: float) -> RolloutScore:
-        alignment = align_sentences(reference, sentence(heard.text, self.language), self.match)
-        errors, onsets_s = locate_errors(alignment, heard.onsets_s, duration_s)
+    def _compare(self, reference: Sentence, transcript: Transcript, duration_s: float) -> RolloutScore:
+        alignment = align_sentences(reference, sentence(transcript.text, self.language), self.match)
+        errors, onsets_s = locate_errors(alignment, transcript.onsets_s, duration_s)
         starts = tuple(max(0, round((onset_s - ONSET_DELAY_S) * TOKEN_HZ)) for onset_s in onsets_s)
         error_rate = sum(errors) / len(errors)
-        return RolloutScore(reward(error_rate, self.curve), error_rate, heard.text, tuple(errors), starts)
+        return RolloutScore(reward(error_rate, self.curve), error_rate, transcript.text, tuple(errors), starts)
 
-    def speak(self, speech_tokens: Sequence[Sequence[int]]) -> list[SampleSpeech]:
+    def synthesise(self, speech_tokens: Sequence[Sequence[int]]) -> list[SampleSpeech]:
         """Synthesise samples one by one, for listening; the voice prompt depends on the seed only."""
-        said, rate = [], self.token2wav.sample_rate_hz
+        results, rate = [], self.token2wav.sample_rate_hz
         voice = choose_voice(self.prompt_voices, "", self.seed)
         for tokens in speech_tokens:
             try:
                 waveforms, lens = self.token2wav([tokens], [voice])
                 check_finite(waveforms)
                 samples = np.round(np.clip(waveforms[0, : lens[0]].cpu().numpy(), -1, 1) * 32767).astype(np.int16)
-                said.append(SampleSpeech(samples, rate))
+                results.append(SampleSpeech(samples, rate))
             except Exception as error:
-                said.append(SampleSpeech(np.zeros(0, np.int16), rate, f"{type(error).__name__}: {error}"))
-        return said
+                results.append(SampleSpeech(np.zeros(0, np.int16), rate, f"{type(error).__name__}: {error}"))
+        return results
 
-    def hear(self, speech_tokens: Sequence[Sequence[int]], voices=None) -> list[Heard]:
+    def synthesise_and_transcribe(self, speech_tokens: Sequence[Sequence[int]], voices=None) -> list[Transcript]:
         """Synthesise speech tokens, each with its voice prompt, and transcribe the waveforms."""
         start = time.perf_counter()
         waveforms, lens = self.token2wav(speech_tokens, voices)
@@ -118,7 +118,7 @@ class RewardScorer:
         lens = (lens * ASR_HZ // self.token2wav.sample_rate_hz).tolist()
         check_finite(waveforms)  # synchronises with the decoder, so that its time is not counted as ASR time
         decoded = time.perf_counter()
-        heard = self.asr.hear([wave[:n] for wave, n in zip(waveforms, lens, strict=True)])
+        transcripts = self.asr.transcribe_with_onsets([wave[:n] for wave, n in zip(waveforms, lens, strict=True)])
         self.seconds["token2wav"] += decoded - start
         self.seconds["asr"] += time.perf_counter() - decoded
-        return heard
+        return transcripts

@@ -13,7 +13,8 @@ Therefore the bias is added wherever logits are computed, so that generation, tr
 
 - inference, and rollouts on a CPU: :func:`add_head_bias` (``tts_grpo.speech.generation.load_lm``);
 - rollouts in vLLM: :func:`add_to_logits` (tts_grpo/training/verl_vllm.py);
-- training: :func:`over_said_ids` (tts_grpo/training/engine.py), which removes the rows of ids that cannot be sampled.
+- training: :func:`restrict_to_sampleable_ids` (tts_grpo/training/engine.py), which removes the rows of ids that cannot
+  be sampled.
 
 The bias is not trained. scripts/merge.py copies it to the merged folder.
 """
@@ -67,7 +68,7 @@ def save_head_bias(bias: torch.Tensor, folder: Path) -> None:
     save_file({NAME: bias}, folder / FILE)
 
 
-def said_ids(bias: torch.Tensor) -> torch.Tensor:
+def sampleable_ids(bias: torch.Tensor) -> torch.Tensor:
     """The ids that can be sampled, int64, in ascending order."""
     return (bias > UNREACHABLE).nonzero()[:, 0]
 
@@ -105,7 +106,7 @@ def gathered(weights: torch.Tensor) -> torch.Tensor:
     return weights.full_tensor(grad_placements=[Partial("avg")] * weights.device_mesh.ndim)
 
 
-def over_said_ids(forward: Callable, bias: torch.Tensor) -> Callable:
+def restrict_to_sampleable_ids(forward: Callable, bias: torch.Tensor) -> Callable:
     """Adapt veRL's fused log-probabilities and entropies (``FusedLinearForPPO.forward``, 0.9.1) to a head with a bias.
 
     Only rows of ids that can be sampled are used. The bias is added through extra inputs that are always 1. It takes
@@ -116,7 +117,7 @@ def over_said_ids(forward: Callable, bias: torch.Tensor) -> Callable:
         forward: function of hidden states (..., D), weights (V, D), ids (...) and a temperature.
         bias: (V,).
     """
-    ids, row_of_id = said_ids(bias), torch.full(bias.shape, -1)
+    ids, row_of_id = sampleable_ids(bias), torch.full(bias.shape, -1)
     row_of_id[ids] = torch.arange(len(ids))
 
     @functools.wraps(forward)

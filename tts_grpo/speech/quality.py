@@ -1,6 +1,6 @@
 """Speech-quality metrics that error rates miss: voice, sound, pauses, speech rate, intonation.
 
-The cheap metrics are measured on every utterance. Speaker similarity, DNSMOS and F0 need networks (``nets``) and are
+The basic metrics are measured on every utterance. Speaker similarity, DNSMOS and F0 need networks (``nets``) and are
 measured on a subset of the utterances. A metric with a direction (higher or lower is better) has a worst value, which
 is used for utterances without usable audio, so that failures cannot improve it. Metrics without a direction are
 descriptive, and are None for utterances without audio.
@@ -30,7 +30,7 @@ class QualityMetric:
     worst: float | None = None
 
 
-CHEAP = {
+BASIC_METRICS = {
     "duration_s": QualityMetric("duration", "s"),
     "speech_rate": QualityMetric("speech rate without pauses at the ends", "units/s"),
     "leading_silence_s": QualityMetric("silence before the speech", "s"),
@@ -40,7 +40,7 @@ CHEAP = {
     "repetition": QualityMetric("immediately repeated units in the transcript", "share", "lower", 1.0),
     "clipped_share": QualityMetric("clipped samples", "share", "lower", 1.0),
 }
-COSTLY = {
+NETWORK_METRICS = {
     "speaker_similarity": QualityMetric("speaker similarity to the prompt", "cosine", "higher", -1.0),
     "dnsmos_ovrl": QualityMetric("DNSMOS overall", "MOS", "higher", 1.0),
     "dnsmos_sig": QualityMetric("DNSMOS signal", "MOS", "higher", 1.0),
@@ -49,7 +49,7 @@ COSTLY = {
     "f0_range_semitones": QualityMetric("F0 range (5th to 95th percentile)", "semitones"),
     "f0_std_semitones": QualityMetric("F0 standard deviation (low: monotonous)", "semitones"),
 }
-FIGURES = CHEAP | COSTLY
+QUALITY_METRICS = BASIC_METRICS | NETWORK_METRICS
 
 
 def silences(speech: np.ndarray) -> tuple[float, float, float]:
@@ -80,10 +80,10 @@ def repeated_share(units: Sequence[str]) -> float:
     return float(repeated.mean()) if len(units) else 0.0
 
 
-def cheap_figures(
+def basic_metrics(
     speech: np.ndarray, target_units: list[str], hypothesis_units: list[str], finish_reason: str | None
 ) -> dict[str, float | None]:
-    """The metrics of ``CHEAP`` for one utterance.
+    """The metrics of ``BASIC_METRICS`` for one utterance.
 
     Args:
         speech: float32 (T,) at 16 kHz.
@@ -106,11 +106,11 @@ def cheap_figures(
     }
 
 
-def failed_figures(costly: object | None) -> dict[str, float | None]:
-    """Worst values for an utterance without usable audio; includes ``COSTLY`` if ``costly`` is not None."""
-    return {name: metric.worst for name, metric in (FIGURES if costly else CHEAP).items()}
+def worst_values(networks: object | None) -> dict[str, float | None]:
+    """Worst values for an utterance without usable audio; includes ``NETWORK_METRICS`` if ``networks`` is not None."""
+    return {name: metric.worst for name, metric in (QUALITY_METRICS if networks else BASIC_METRICS).items()}
 
 
-def spread(count: int, size: int) -> list[int]:
-    """Indices of ``count`` evenly spread utterances of ``size``; all indices if ``size`` is not larger."""
+def evenly_spaced(count: int, size: int) -> list[int]:
+    """Indices of ``count`` evenly spaced utterances of ``size``; all indices if ``size`` is not larger."""
     return sorted({int(i) for i in np.linspace(0, size - 1, min(count, size)).round()}) if count else []

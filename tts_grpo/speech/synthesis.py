@@ -20,7 +20,7 @@ from tts_grpo.speech.voices import load_prompt_voice
 from tts_grpo.text.prompts import render_prompt
 from tts_grpo.text.rules import TextRules, model_text
 from tts_grpo.text.spoken import LANGUAGES
-from tts_grpo.text.tags import holding_control_tokens
+from tts_grpo.text.tags import find_control_tokens
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -104,7 +104,7 @@ class Synthesiser:
         Raises:
             ValueError: there are some; the first is named.
         """
-        found = holding_control_tokens(self.tokenizer, ["".join(self.texts(row)) for row in utterances])
+        found = find_control_tokens(self.tokenizer, ["".join(self.texts(row)) for row in utterances])
         for row, token in zip(utterances, found, strict=True):
             if token:
                 raise ValueError(f"the text of {row['id']} holds the control token {token}: take it out")
@@ -132,10 +132,10 @@ class Synthesiser:
             for (prompt, target), v in zip(map(self.texts, utterances), voices, strict=True)
         ]
         seeds = [utterance_seed(seed, row["id"]) for row in utterances]
-        said = generate_speech_tokens(self.model, self.tokenizer, prompts, seeds, self.sampling, len(prompts))
-        tokens = [utterance.speech_tokens for utterance in said]
+        generated = generate_speech_tokens(self.model, self.tokenizer, prompts, seeds, self.sampling, len(prompts))
+        tokens = [utterance.speech_tokens for utterance in generated]
         waveforms = decode(self.token2wav, tokens, voices, seed, len(prompts))
         return [
             Synthesised(waveform, len(utterance.speech_tokens), utterance.finish_reason)
-            for utterance, waveform in zip(said, waveforms, strict=True)
+            for utterance, waveform in zip(generated, waveforms, strict=True)
         ]

@@ -49,14 +49,14 @@ class Pair:
     """One pair of aligned units.
 
     Attributes:
-        said, heard: the reference unit and the transcript unit; None for an insertion or a deletion. If the transcript
-            splits a word, ``heard`` is its first part; if it joins letters into one word, ``heard`` is the letter.
+        reference, hypothesis: the two units; None for an insertion or a deletion. If the transcript splits a word,
+            ``hypothesis`` is its first part; if it joins letters into one word, ``hypothesis`` is the letter.
         error: 1, or 0 if the units match or the unpaired unit is optional.
         place: index of the unit in the reference's usual reading to which the pair belongs.
     """
 
-    said: Unit | None
-    heard: Unit | None
+    reference: Unit | None
+    hypothesis: Unit | None
     error: int
     place: int
 
@@ -75,7 +75,7 @@ class Alignment:
     @property
     def counts(self) -> ErrorCounts:
         wrong = [pair for pair in self.pairs if pair.error]
-        deletions, insertions = sum(p.heard is None for p in wrong), sum(p.said is None for p in wrong)
+        deletions, insertions = sum(p.hypothesis is None for p in wrong), sum(p.reference is None for p in wrong)
         return ErrorCounts(len(wrong) - deletions - insertions, deletions, insertions, self.length)
 
 
@@ -84,7 +84,7 @@ def _keys(unit: Unit, match: str) -> frozenset[str]:
     return frozenset(unit.written) | frozenset(sounds)
 
 
-class _Heard:
+class _HypothesisUnits:
     """The units of a transcript on an axis of character positions, so that words can match across spaces.
 
     A Chinese character takes one position, a word one per letter. The unit at position p ends at ``ends[p]``.
@@ -148,18 +148,18 @@ class _Heard:
 class _Table:
     """The edit cost table (dynamic programming) of a reference and a transcript, and the backtrace through it."""
 
-    def __init__(self, reference: Sentence, heard: _Heard, match: str):
-        self.reference, self.heard, self.match = reference, heard, match
-        row = np.full(heard.size + 1, 1 << 30, np.int64)
+    def __init__(self, reference: Sentence, hypothesis: _HypothesisUnits, match: str):
+        self.reference, self.hypothesis, self.match = reference, hypothesis, match
+        row = np.full(hypothesis.size + 1, 1 << 30, np.int64)
         row[0] = 0
-        heard.insert(row)
+        hypothesis.insert(row)
         self.first, self.groups = row, []  # per group: rows of each alternative, best one per position
         for alternatives in reference.groups:
             chains = []
             for units in alternatives:
                 rows = [row]
                 for unit in units:
-                    rows.append(heard.step(rows[-1], unit, match))
+                    rows.append(hypothesis.step(rows[-1], unit, match))
                 chains.append(rows)
             ends = np.stack([rows[-1] for rows in chains])
             row, taken = ends.min(0), ends.argmin(0)
@@ -167,7 +167,7 @@ class _Table:
 
     def pairs(self) -> list[Pair]:
         """Return an alignment with the least cost."""
-        backwards, at, base = [], self.heard.size, len(self.reference.units)
+        backwards, at, base = [], self.hypothesis.size, len(self.reference.units)
         groups = zip(reversed(self.reference.groups), reversed(self.groups), strict=True)
         for alternatives, (chains, taken) in groups:
             units, rows = alternatives[taken[at]], chains[taken[at]]
@@ -181,10 +181,10 @@ class _Table:
 
     def _unit(self, before: np.ndarray, after: np.ndarray, unit: Unit, at: int, place: int, pairs: list[Pair]) -> int:
         """Backtrace over one reference unit and the insertions after it; return the position before the unit."""
-        places, size = self.heard.matches(unit, self.match)
+        places, size = self.hypothesis.matches(unit, self.match)
         while True:
             if at - size in places and before[at - size] == after[at]:
-                pairs.append(Pair(unit, self.heard.part(at - size, at), 0, place))
+                pairs.append(Pair(unit, self.hypothesis.part(at - size, at), 0, place))
                 return at - size
             drop = int(not unit.optional)
             if before[at] + drop == after[at]:
@@ -192,31 +192,31 @@ class _Table:
                 return at
             for begin in self._begins(at):
                 if before[begin] + 1 == after[at]:
-                    pairs.append(Pair(unit, self.heard.part(begin, at), 1, place))
+                    pairs.append(Pair(unit, self.hypothesis.part(begin, at), 1, place))
                     return begin
             at = self._insertion(after, at, place, pairs)
 
     def _begins(self, at: int) -> range:
         """Return the positions at which a unit that ends at ``at``, or its remainder, can begin; empty if none ends."""
-        if not at or self.heard.ends[at - 1] != at:
+        if not at or self.hypothesis.ends[at - 1] != at:
             return range(0)
-        return range(int(self.heard.bounds[self.heard.unit_at[at - 1]]), at)
+        return range(int(self.hypothesis.bounds[self.hypothesis.unit_at[at - 1]]), at)
 
     def _insertion(self, row: np.ndarray, at: int, place: int, pairs: list[Pair]) -> int:
         for begin in self._begins(at):
-            whole = begin == self.heard.bounds[self.heard.unit_at[begin]]
-            cost = 0 if whole and self.heard.units[self.heard.unit_at[begin]].optional else 1
+            whole = begin == self.hypothesis.bounds[self.hypothesis.unit_at[begin]]
+            cost = 0 if whole and self.hypothesis.units[self.hypothesis.unit_at[begin]].optional else 1
             if row[begin] + cost == row[at]:
-                pairs.append(Pair(None, self.heard.part(begin, at), cost, place))
+                pairs.append(Pair(None, self.hypothesis.part(begin, at), cost, place))
                 return begin
         raise AssertionError(f"no alignment of {self.reference.raw!r}: please report this text")
 
 
-def _same(reference: Sequence[Unit], heard: Sequence[Unit], match: str) -> bool:
-    return len(reference) == len(heard) and all(
-        said.written[0] == other.written[0]
-        or bool(said.toned and other.toned and not _keys(said, match).isdisjoint(_keys(other, match)))
-        for said, other in zip(reference, heard, strict=True)
+def _same(reference: Sequence[Unit], hypothesis: Sequence[Unit], match: str) -> bool:
+    return len(reference) == len(hypothesis) and all(
+        unit.written[0] == other.written[0]
+        or bool(unit.toned and other.toned and not _keys(unit, match).isdisjoint(_keys(other, match)))
+        for unit, other in zip(reference, hypothesis, strict=True)
     )
 
 
@@ -227,7 +227,7 @@ def _align_units(reference: Sentence, units: Sequence[Unit], match: str) -> Alig
     if not units:  # all units of the usual reading are deletions, even if another reading is shorter
         pairs = tuple(Pair(unit, None, 1, i) for i, unit in enumerate(reference.units))
         return Alignment(pairs, len(reference.units))
-    return Alignment(tuple(_Table(reference, _Heard(units, match), match).pairs()), len(reference.units))
+    return Alignment(tuple(_Table(reference, _HypothesisUnits(units, match), match).pairs()), len(reference.units))
 
 
 def align_sentences(reference: Sentence, hypothesis: Sentence, match: str) -> Alignment:
@@ -278,17 +278,19 @@ def locate_errors(alignment: Alignment, onsets_s: Sequence[float], duration_s: f
     Raises:
         ValueError: ``onsets_s`` is too short for the transcript.
     """
-    errors, heard_at = [0] * alignment.length, {-1: 0.0, alignment.length: duration_s}
+    errors, onset_at = [0] * alignment.length, {-1: 0.0, alignment.length: duration_s}
     for pair in alignment.pairs:
         errors[pair.place] += pair.error
-        if pair.heard is None:
+        if pair.hypothesis is None:
             continue
-        if pair.heard.start >= len(onsets_s):
-            raise ValueError(f"a unit at character {pair.heard.start} was heard, {len(onsets_s)} times are given")
-        if pair.said is not None:
-            heard_at.setdefault(pair.place, onsets_s[pair.heard.start])
-    places = sorted(heard_at)
-    times = np.maximum.accumulate([heard_at[place] for place in places])
+        if pair.hypothesis.start >= len(onsets_s):
+            raise ValueError(
+                f"the transcript has a unit at character {pair.hypothesis.start}, but only {len(onsets_s)} onsets"
+            )
+        if pair.reference is not None:
+            onset_at.setdefault(pair.place, onsets_s[pair.hypothesis.start])
+    places = sorted(onset_at)
+    times = np.maximum.accumulate([onset_at[place] for place in places])
     return errors, np.interp(range(alignment.length), places, times).tolist()
 
 

@@ -194,6 +194,6 @@ def num_units(text: str) -> int:
     return len(_UNIT.findall(unicodedata.normalize("NFKC", text)))
 
 
-def too_long_to_speak(rows: list[dict], max_new_tokens: int) -> list[dict]:
+def over_token_limit(rows: list[dict], max_new_tokens: int) -> list[dict]:
     """Return the utterances whose speech is unlikely to fit into ``max_new_tokens`` speech tokens."""
     return [row for row in rows if TOKENS_PER_UNIT * num_units(row["target_text"]) > max_new_tokens]

@@ -69,8 +69,8 @@ def library_template(unit: str, language: str) -> str | None:
     """Return wetext's reading of a quantity in a unit, with ``{}`` for the number, or None if it lacks the unit."""
     from wetext import normalize
 
-    number, said = {"zh": "五", "en": "five"}[language], normalize(f"5{unit}", lang=language, operator="tn")
-    letters = any(c.isascii() and c.isalpha() for c in said)
-    if said.count(number) != 1 or (letters if language == "zh" else not said.replace(" ", "").isalpha()):
+    number, reading = {"zh": "五", "en": "five"}[language], normalize(f"5{unit}", lang=language, operator="tn")
+    letters = any(c.isascii() and c.isalpha() for c in reading)
+    if reading.count(number) != 1 or (letters if language == "zh" else not reading.replace(" ", "").isalpha()):
         return None
-    return said.replace(number, "{}")
+    return reading.replace(number, "{}")

@@ -27,30 +27,30 @@ _ORDINALS = {
 
 def _section(number: int) -> str:
     """Return 1 to 9,999 in Chinese, independent of the digits before."""
-    said, gap = "", False
+    reading, gap = "", False
     for power in (3, 2, 1, 0):
         digit = number // 10**power % 10
         if digit == 0:
-            gap = bool(said)
+            gap = bool(reading)
             continue
         two = digit == 2 and power >= 2
-        said += ("零" if gap else "") + (_TWO if two else ZH_DIGITS[digit]) + _SECTION[power]
+        reading += ("零" if gap else "") + (_TWO if two else ZH_DIGITS[digit]) + _SECTION[power]
         gap = False
-    return said
+    return reading
 
 
 def _chinese(number: int) -> str:
     if number == 0:
         return "零"
-    said, power = "", 3
+    reading, power = "", 3
     for power in (3, 2, 1, 0):
         section = number // 10_000**power % 10_000
         if section == 0:
             continue
         lacks_thousands = section < 1_000 or (number // 10_000 ** (power + 1) % 10 == 0)
         words = _TWO if section == 2 and (power or number == 2) else _section(section)
-        said += ("零" if said and lacks_thousands and not said.endswith("零") else "") + words + _LARGE[power]
-    return said
+        reading += ("零" if reading and lacks_thousands and not reading.endswith("零") else "") + words + _LARGE[power]
+    return reading
 
 
 @lru_cache(maxsize=4096)
@@ -63,8 +63,8 @@ def zh_cardinals(digits: str) -> tuple[str, ...]:
     plain = digits.lstrip("0") or "0"
     if len(plain) > 16:
         return (zh_digits(digits),)
-    said = _chinese(int(plain))
-    found = [said[1:], said] if said.startswith("一十") else [said]
+    reading = _chinese(int(plain))
+    found = [reading[1:], reading] if reading.startswith("一十") else [reading]
     found += [one.replace("零一十", "零十") for one in found if "零一十" in one]
     if digits[0] == "0" and len(digits) > 1:
         found += [zh_digits(digits)] if plain == "0" else ["零" + found[0]]
@@ -74,14 +74,14 @@ def zh_cardinals(digits: str) -> tuple[str, ...]:
 @lru_cache(maxsize=4096)
 def zh_digits(digits: str) -> str:
     """Read digits one by one in Chinese; 1 may be read yao in numbers of three or more digits: 119 is 幺幺九."""
-    said = "".join(ZH_DIGITS[int(digit)] for digit in digits)
-    return said.replace("一", "[一幺]") if len(digits) > 2 else said
+    reading = "".join(ZH_DIGITS[int(digit)] for digit in digits)
+    return reading.replace("一", "[一幺]") if len(digits) > 2 else reading
 
 
 def zh_short(digits: str) -> tuple[str, ...]:
     """Read a number without its last unit, as at the end of a phrase: 150 is 一百五; empty if there is no such form."""
-    said = zh_cardinals(digits)[0]
-    return (said[:-1],) if len(said) > 3 and _SHORTER.get(said[-1]) == said[-3] else ()
+    reading = zh_cardinals(digits)[0]
+    return (reading[:-1],) if len(reading) > 3 and _SHORTER.get(reading[-1]) == reading[-3] else ()
 
 
 def zh_decimals(number: str) -> tuple[str, ...]:
@@ -105,12 +105,12 @@ def zh_serials(digits: str, digits_first: bool = False) -> tuple[str, ...]:
 
 
 def _english_hundreds(number: int, conjunction: str) -> str:
-    said = f"{_ONES[number // 100]} hundred" if number >= 100 else ""
+    reading = f"{_ONES[number // 100]} hundred" if number >= 100 else ""
     rest = number % 100
     if rest:
         tens = _ONES[rest] if rest < 20 else " ".join([_TENS[rest // 10], *([_ONES[rest % 10]] if rest % 10 else [])])
-        said += f"{conjunction if said else ''} {tens}"
-    return said.strip()
+        reading += f"{conjunction if reading else ''} {tens}"
+    return reading.strip()
 
 
 def _english(number: int, conjunction: str) -> str:
@@ -140,8 +140,8 @@ def en_cardinals(digits: str) -> tuple[str, ...]:
 @lru_cache(maxsize=4096)
 def en_digits(digits: str) -> tuple[str, ...]:
     """Read digits one by one in English; 0 is "zero", "oh" or "o"."""
-    said = [" ".join(_ONES[int(digit)] for digit in digits)]
-    return (said[0], *(said[0].replace("zero", zero) for zero in ("oh", "o") if "0" in digits))
+    reading = [" ".join(_ONES[int(digit)] for digit in digits)]
+    return (reading[0], *(reading[0].replace("zero", zero) for zero in ("oh", "o") if "0" in digits))
 
 
 def en_pairs(digits: str) -> tuple[str, ...]:

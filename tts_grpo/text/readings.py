@@ -55,7 +55,8 @@ _PATTERNS = {
     r"\s?(?P<percent>[%‰])",
     "decade": r"(?<![0-9.])'?(?P<decade>(?:1[0-9]|20)?[0-9]0)'?s(?![A-Za-z])",
     "anniversary": r"(?<![0-9])(?P<nth>1[0-2]|[1-9])·(?P<of>[0-9]{1,2})(?![0-9])",
-    "fraction": r"(?<![0-9./])(?:(?P<ones>[0-9]+) )?(?P<over>[0-9]+)/(?P<under>[0-9]+)(?![0-9./]|\s?[A-Za-z]+/)",
+    "fraction": r"(?<![0-9./])(?:(?P<ones>[0-9]+) )?(?P<numerator>[0-9]+)/(?P<denominator>[0-9]+)"
+    r"(?![0-9./]|\s?[A-Za-z]+/)",
     "power": rf"{_BEGIN}(?P<base>{_NUMBER})\^(?P<power>-?[0-9]+)",
     "height": rf"{_BEGIN}(?<![A-Za-z])(?P<metres>[0-9])\.(?P<rest>[0-9]{{1,2}})(?:米|\s?m(?![A-Za-z0-9^/]))(?![/^])",
     "measure": rf"(?P<msign>{_SIGN}){_BEGIN}(?<![A-Za-z])(?P<size>{_NUMBER})"
@@ -175,8 +176,8 @@ def _zh_number(number: str, before: str, after: str) -> tuple[str, ...]:
     """Read a number in Chinese as a quantity, a year or an identifier, depending on the text before and after it."""
     ranged = re.match(r"\s?[-~—]\s?[0-9.,]+", after)
     follows = after[ranged.end() :][:1] if ranged else after[:1]
-    beside = before.rstrip(" -")[-1:]
-    name = (beside.isascii() and beside.isalpha()) or follows in _NAMES or beside in ("米", "块")
+    neighbour = before.rstrip(" -")[-1:]
+    name = (neighbour.isascii() and neighbour.isalpha()) or follows in _NAMES or neighbour in ("米", "块")
     pair = len(number) == 2 and number[0] != "0" and not _NAMED.search(before)  # rarely read digit by digit
     if "." in number or "," in number or ((follows in _QUANTITIES or pair) and not name):
         words = zh_decimals(number.replace(",", ""))
@@ -327,10 +328,10 @@ def _money(found: re.Match, language: str) -> Groups:
     }
     large = ("",) if not scale else scales.get(scale[0], (scale,))
     names = measures.ZH_CURRENCIES[currency].split()
-    said = _options(zh_decimals(amount), large, tuple(names))
+    readings = _options(zh_decimals(amount), large, tuple(names))
     if not scale and "元" in names[0] and 0 < len(cents) < 3:
-        said += _coins(whole, cents, "元块")
-    return [said]
+        readings += _coins(whole, cents, "元块")
+    return [readings]
 
 
 def _coins(whole: str, cents: str, names: str) -> tuple[str, ...]:
@@ -365,10 +366,12 @@ def _english_money(whole: str, cents: str, currency: str, scale: str) -> tuple[s
     large = {"k": "thousand", "K": "thousand", "M": "million", "m": "million", "B": "billion", "b": "billion"}
     scales = ("",) if not scale else (large.get(scale[0], scale),)
     amount = f"{whole}.{cents}" if cents else whole
-    said = _spaced(en_decimals(amount), scales, majors)
+    readings = _spaced(en_decimals(amount), scales, majors)
     if len(cents) == 2 and not scale:
-        said = _spaced(en_cardinals(whole), majors, ("and", ""), en_cardinals(cents), (f"{minor}s", minor, "")) + said
-    return said
+        readings = (
+            _spaced(en_cardinals(whole), majors, ("and", ""), en_cardinals(cents), (f"{minor}s", minor, "")) + readings
+        )
+    return readings
 
 
 def _date(found: re.Match, language: str) -> Groups:
@@ -403,29 +406,31 @@ def _time(found: re.Match, language: str) -> Groups:
     noon = (found["noon"] or found["noon2"] or "").lower()
     if language == "en":
         return [_english_time(hour, minute, second, noon)]
-    said = _clock(hour, minute, second)
+    readings = _clock(hour, minute, second)
     if 12 < int(hour) < 24:
         short = _clock(str(int(hour) - 12), minute, second)
-        said += short + _options(("下午", "晚上", "傍晚") if int(hour) > 16 else "下午", short)
+        readings += short + _options(("下午", "晚上", "傍晚") if int(hour) > 16 else "下午", short)
     if noon:
         half = ("上午", "早上", "凌晨") if noon == "a" else ("下午", "晚上", "中午")
-        return [_options(half, said) + _options(said, f" {noon} m")]
+        return [_options(half, readings) + _options(readings, f" {noon} m")]
     if second is None:
-        said += _options(zh_cardinals(hour), "比", zh_cardinals(minute))
-    return [said]
+        readings += _options(zh_cardinals(hour), "比", zh_cardinals(minute))
+    return [readings]
 
 
 def _english_time(hour: str, minute: str, second: str | None, noon: str) -> tuple[str, ...]:
     tail = f"{noon} m" if noon else ""
     hours = en_cardinals(str(int(hour)))
     if minute == "00":
-        said = _spaced(hours, (tail,)) + _spaced(hours, "o'clock", (tail,)) + _spaced(hours, "o clock", (tail,))
-        return said if second is None else _spaced(hours, "o'clock", "and", en_cardinals(second), "seconds", (tail,))
+        readings = _spaced(hours, (tail,)) + _spaced(hours, "o'clock", (tail,)) + _spaced(hours, "o clock", (tail,))
+        return (
+            readings if second is None else _spaced(hours, "o'clock", "and", en_cardinals(second), "seconds", (tail,))
+        )
     zero = ("oh", "o", "zero") if int(minute) < 10 else ""
-    said = _spaced(hours, zero, en_cardinals(str(int(minute))))
+    readings = _spaced(hours, zero, en_cardinals(str(int(minute))))
     if second is not None:
-        said = _spaced(said, ("and", ""), en_cardinals(str(int(second))), ("seconds", ""))
-    return _spaced(said, (tail,))
+        readings = _spaced(readings, ("and", ""), en_cardinals(str(int(second))), ("seconds", ""))
+    return _spaced(readings, (tail,))
 
 
 def _phone(found: re.Match, language: str) -> Groups:
@@ -452,29 +457,29 @@ def _version(found: re.Match, language: str) -> Groups:
 
 
 def _fraction(found: re.Match, language: str) -> Groups:
-    ones, over, under = found["ones"], found["over"], found["under"]
+    ones, numerator, denominator = found["ones"], found["numerator"], found["denominator"]
     if language == "en":
-        return [_english_fraction(ones, over, under)]
-    said = _options(zh_cardinals(under), "分之", zh_cardinals(over))
+        return [_english_fraction(ones, numerator, denominator)]
+    readings = _options(zh_cardinals(denominator), "分之", zh_cardinals(numerator))
     if ones:
-        return [_options(zh_cardinals(ones), ("又", ""), said)]
-    month, day = int(over[:3]), int(under[:3])
+        return [_options(zh_cardinals(ones), ("又", ""), readings)]
+    month, day = int(numerator[:3]), int(denominator[:3])
     if 1 <= month <= 12 and 1 <= day <= 31:
         date = _options(zh_cardinals(str(month)), "月", zh_cardinals(str(day)), ("日", "号"))
-        said = date + said if over[0] == "0" else said + date
-    said += _options(zh_serials(over), ("杠", "斜杠", "比", ""), zh_serials(under))
-    return [said + (("一半", "half") if (over, under) == ("1", "2") else ())]
+        readings = date + readings if numerator[0] == "0" else readings + date
+    readings += _options(zh_serials(numerator), ("杠", "斜杠", "比", ""), zh_serials(denominator))
+    return [readings + (("一半", "half") if (numerator, denominator) == ("1", "2") else ())]
 
 
-def _english_fraction(ones: str | None, over: str, under: str) -> tuple[str, ...]:
-    names = {"2": ("half", "halves"), "4": ("quarter", "fourth")}.get(under, en_ordinals(under))
-    plural = names if over == "1" else tuple(n if n == "halves" else f"{n}s" for n in names)
-    said = _spaced(en_cardinals(over) + (("a", "") if over == "1" else ()), plural)
-    said += _spaced(en_cardinals(over), ("slash", "over", "out of", ""), en_cardinals(under))
-    month, day = int(over[:3]), int(under[:3])
+def _english_fraction(ones: str | None, numerator: str, denominator: str) -> tuple[str, ...]:
+    names = {"2": ("half", "halves"), "4": ("quarter", "fourth")}.get(denominator, en_ordinals(denominator))
+    plural = names if numerator == "1" else tuple(n if n == "halves" else f"{n}s" for n in names)
+    readings = _spaced(en_cardinals(numerator) + (("a", "") if numerator == "1" else ()), plural)
+    readings += _spaced(en_cardinals(numerator), ("slash", "over", "out of", ""), en_cardinals(denominator))
+    month, day = int(numerator[:3]), int(denominator[:3])
     if 1 <= month <= 12 and 1 <= day <= 31:
-        said += _spaced(measures.EN_MONTHS[month - 1], en_ordinals(str(day)) + en_cardinals(str(day)))
-    return _spaced(en_cardinals(ones), "and", said) if ones else said
+        readings += _spaced(measures.EN_MONTHS[month - 1], en_ordinals(str(day)) + en_cardinals(str(day)))
+    return _spaced(en_cardinals(ones), "and", readings) if ones else readings
 
 
 def _power(found: re.Match, language: str) -> Groups:
@@ -520,9 +525,9 @@ def _height(found: re.Match, language: str) -> Groups:
     if language == "en":
         return [en_decimals(f"{metres}.{rest}"), ("meters", "meter", "metres", "m")]
     tens = zh_cardinals(rest) if len(rest) == 2 and rest[0] != "0" else ()
-    said = _options(zh_decimals(f"{metres}.{rest}"), ("米", " m")) if "m" in found[0] else ()
-    said = said or _options(zh_decimals(f"{metres}.{rest}"), "米")
-    return [said + _options(zh_cardinals(metres), "米", (zh_digits(rest), *tens))]
+    readings = _options(zh_decimals(f"{metres}.{rest}"), ("米", " m")) if "m" in found[0] else ()
+    readings = readings or _options(zh_decimals(f"{metres}.{rest}"), "米")
+    return [readings + _options(zh_cardinals(metres), "米", (zh_digits(rest), *tens))]
 
 
 def _ordinal(found: re.Match, language: str) -> Groups:
@@ -570,11 +575,11 @@ def _han(found: re.Match, language: str) -> Groups:
     return [(character,)]
 
 
-def _itself(found: re.Match, language: str) -> Groups:
+def _unchanged(found: re.Match, language: str) -> Groups:
     return [(found[0],)]
 
 
-def _silent(found: re.Match, language: str) -> Groups:
+def _unread(found: re.Match, language: str) -> Groups:
     return [("",)]
 
 
@@ -582,6 +587,6 @@ _READERS: dict[str, Callable[[re.Match, str], Groups]] = {
     "address": _address, "date": _date, "time": _time, "phone": _phone, "version": _version, "money": _money,
     "minutes": _minutes, "percent": _percent, "decade": _decade, "anniversary": _anniversary, "fraction": _fraction,
     "power": _power, "measure": _measure, "height": _height, "price": _price, "ordinal": _ordinal, "numero": _numero,
-    "cross": _cross, "unknown": _unknown, "number": _number, "word": _word, "han": _han, "other": _itself,
-    "exponent": _exponent, "degree": _degree, "sign": _sign, "mark": _silent,
+    "cross": _cross, "unknown": _unknown, "number": _number, "word": _word, "han": _han, "other": _unchanged,
+    "exponent": _exponent, "degree": _degree, "sign": _sign, "mark": _unread,
 }  # fmt: skip

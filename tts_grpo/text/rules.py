@@ -13,14 +13,14 @@ from pathlib import Path
 
 import zhconv
 
-from tts_grpo.text.input_files import read_eval_set, too_long_to_speak
-from tts_grpo.text.spoken import Spoken, has_language, spoken_form, text_fault
+from tts_grpo.text.input_files import over_token_limit, read_eval_set
+from tts_grpo.text.spoken import SpokenForm, has_language, spoken_form, text_fault
 from tts_grpo.text.tags import apply_tags
 
 PUNCTUATION = "，。！？、；：“”…"
 _NO_SOUND = re.compile(r"[\W_]+")
 _LATIN = re.compile("[A-Za-z0-9]")
-_ITSELF = ("word", "mark", "other")  # kinds of spans that are copied to a prompt unchanged
+_COPIED_KINDS = ("word", "mark", "other")  # kinds of spans that are copied to a prompt unchanged
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ def model_text(text: str, rules: TextRules) -> str:
     spans = spoken_form(text, rules.language).spans
     for (begin, stop, kind), group in itertools.groupby(spans, lambda span: (span.start, span.end, span.kind)):
         pieces.append(text[end:begin])
-        said = Spoken(text, rules.language, tuple(group)).text
-        pieces.append(said if said and kind not in _ITSELF else text[begin:stop])
+        words = SpokenForm(text, rules.language, tuple(group)).text
+        pieces.append(words if words and kind not in _COPIED_KINDS else text[begin:stop])
         end = stop
     return "".join(_spaced([*pieces, text[end:]]))
 
@@ -120,7 +120,7 @@ def usable_eval_set(path: str | Path, rules: TextRules) -> list[dict[str, str | 
 def warnings_of(rows: list[dict], path: str | Path, max_new_tokens: int, rules: TextRules) -> list[str]:
     """Return warnings about an evaluation set: texts that are too long or not in the language."""
     found = []
-    if long := too_long_to_speak(rows, max_new_tokens):
+    if long := over_token_limit(rows, max_new_tokens):
         found.append(
             f"{path}: {len(long)} texts are too long for max_new_tokens={max_new_tokens} and will be cut, "
             f"{long[0]['id']} ({len(long[0]['target_text'])} characters) first: raise it, or take them out"

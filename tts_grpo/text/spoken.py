@@ -35,7 +35,7 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Spoken:
+class SpokenForm:
     """A raw text and its spans in order; text between the spans is not read."""
 
     raw: str
@@ -45,12 +45,12 @@ class Spoken:
     @property
     def text(self) -> str:
         """Return the usual reading, without punctuation."""
-        said = ""
+        words = ""
         for span in self.spans:
             usual = _SLOT.sub(r"\1", span.readings[0])
-            close = said and usual and is_han(said[-1]) and is_han(usual[0])
-            said += usual if close or not said else f" {usual}"
-        return " ".join(said.split())
+            close = words and usual and is_han(words[-1]) and is_han(usual[0])
+            words += usual if close or not words else f" {usual}"
+        return " ".join(words.split())
 
     @property
     def read(self) -> tuple[Span, ...]:
@@ -64,7 +64,7 @@ class Spoken:
 
 
 @functools.lru_cache(maxsize=8192)
-def spoken_form(raw: str, language: str = "zh") -> Spoken:
+def spoken_form(raw: str, language: str = "zh") -> SpokenForm:
     """Convert a raw text to its spoken form.
 
     Args:
@@ -81,7 +81,7 @@ def spoken_form(raw: str, language: str = "zh") -> Spoken:
     for token in tokens(plain.text, language):
         start, end = plain.starts[token.start], plain.ends[token.end - 1]
         spans += [Span(start, end, token.kind, readings) for readings in token.groups]
-    return Spoken(raw, language, tuple(spans))
+    return SpokenForm(raw, language, tuple(spans))
 
 
 def foreign_scripts(raw: str, language: str = "zh") -> list[str]:
@@ -105,7 +105,7 @@ def text_fault(raw: str, language: str = "zh") -> str:
     if scripts := foreign_scripts(raw, language):
         return f"letters of another script than {language}'s: {', '.join(scripts).lower()}"
     if not any(c.isalnum() for c in spoken.text):
-        return "nothing to be said: no letter, digit or Chinese character"
+        return "nothing to synthesise: no letter, digit or Chinese character"
     return ""
 
 

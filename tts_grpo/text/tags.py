@@ -70,7 +70,7 @@ def control_tokens(tokenizer) -> dict[int, str]:
     return {i: str(token) for i, token in added.items() if token.special or _TAG.fullmatch(str(token))}
 
 
-def holding_control_tokens(tokenizer, texts: Iterable[str]) -> list[str]:
+def find_control_tokens(tokenizer, texts: Iterable[str]) -> list[str]:
     """Return for each text, as inserted into a prompt, the first control token among its tokens, or ""."""
     texts, control = list(texts), control_tokens(tokenizer)
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []

@@ -47,12 +47,12 @@ def _losses(errors: list[list[int]], scores: np.ndarray) -> np.ndarray:
 
 
 def syllable_advantages(
-    notes: Sequence[str], scores: Sequence[float], num_tokens: Sequence[int], by_std: bool = False
+    encoded_errors: Sequence[str], scores: Sequence[float], num_tokens: Sequence[int], by_std: bool = False
 ) -> list[np.ndarray]:
     """Compute the advantages of the tokens of one group.
 
     Args:
-        notes: for each of n rollouts, the result of :func:`encode`.
+        encoded_errors: for each of n rollouts, the result of :func:`encode`.
         scores: n rewards.
         num_tokens: n response lengths in tokens, including the end token, which belongs to the last syllable.
         by_std: divide by the standard deviation of the scores, as the original GRPO does.
@@ -64,7 +64,7 @@ def syllable_advantages(
         ValueError: the rollouts have different numbers of syllables, a reward is not in [0, 1], or a rollout without
             errors has a reward below 1.
     """
-    errors, starts = zip(*map(json.loads, notes), strict=True)
+    errors, starts = zip(*map(json.loads, encoded_errors), strict=True)
     scores = np.asarray(scores, dtype=float)
     scale = 1 / (scores.std(ddof=1) + 1e-6) if by_std and len(scores) > 1 else 1.0
     if not any(errors):  # all rollouts are bad and have the same reward

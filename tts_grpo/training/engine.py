@@ -16,7 +16,7 @@ from verl.utils.experimental.torch_functional import FusedLinearForPPO
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-from tts_grpo.speech.head_bias import load_head_bias, over_said_ids
+from tts_grpo.speech.head_bias import load_head_bias, restrict_to_sampleable_ids
 
 FUSED_LINEAR_BACKENDS = ("torch", "liger")  # backends that use FusedLinearForPPO
 
@@ -43,7 +43,7 @@ def use_head_bias(folder: str, use_fused_kernels: bool, backend: str | None) -> 
             f"the head of {folder} has a bias, which training would ignore with use_fused_kernels={use_fused_kernels} "
             f"and fused_kernel_options.impl_backend={backend}: set use_fused_kernels=True and impl_backend=torch"
         )
-    FusedLinearForPPO.forward = over_said_ids(inspect.unwrap(FusedLinearForPPO.forward), bias)
+    FusedLinearForPPO.forward = restrict_to_sampleable_ids(inspect.unwrap(FusedLinearForPPO.forward), bias)
     return True
 
 

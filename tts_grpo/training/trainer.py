@@ -81,7 +81,7 @@ def rollout_seconds(rollouts: Iterable[dict[str, float]]) -> dict[str, float]:
 
 
 def group_advantages(
-    uids: Iterable[str], notes: list[str | None], scores: list[float], num_tokens: list[int], by_std: bool
+    uids: Iterable[str], encoded_errors: list[str | None], scores: list[float], num_tokens: list[int], by_std: bool
 ) -> list[np.ndarray]:
     """Compute advantages per syllable for the rollouts of a step; rollouts with the same ``uid`` form a group.
 
@@ -90,19 +90,19 @@ def group_advantages(
     Raises:
         ValueError: the reward function returned no syllable errors for a rollout.
     """
-    lacking = notes.count(None)
+    lacking = encoded_errors.count(None)
     if lacking:
         raise ValueError(
-            f"the reward of {lacking} of {len(notes)} rollouts has no {KEY}, which credit=syllable needs: return it as "
-            "reward_tts.py does, or set credit=utterance"
+            f"the reward of {lacking} of {len(encoded_errors)} rollouts has no {KEY}, which credit=syllable needs: "
+            "return it as reward_tts.py does, or set credit=utterance"
         )
     groups = defaultdict(list)
     for row, uid in enumerate(uids):
         groups[uid].append(row)
-    advantages = [None] * len(notes)
+    advantages = [None] * len(encoded_errors)
     for rows in groups.values():
         of_group = syllable_advantages(
-            *([values[row] for row in rows] for values in (notes, scores, num_tokens)), by_std
+            *([values[row] for row in rows] for values in (encoded_errors, scores, num_tokens)), by_std
         )
         for row, values in zip(rows, of_group, strict=True):
             advantages[row] = values
@@ -158,10 +158,10 @@ class SpeechGRPOTrainer(PPOTrainerSync):
             return batch
         fields = ["uid", "rm_scores", "extra_fields"]
         rows = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
-        notes = [(extra or {}).get("reward_extra_info", {}).get(KEY) for extra in rows["extra_fields"]]
+        encoded_errors = [(extra or {}).get("reward_extra_info", {}).get(KEY) for extra in rows["extra_fields"]]
         scores = rows["rm_scores"].unbind()  # one value per token
         advantages = group_advantages(
-            list(rows["uid"]), notes, [row.sum().item() for row in scores], [len(row) for row in scores],
+            list(rows["uid"]), encoded_errors, [row.sum().item() for row in scores], [len(row) for row in scores],
             self.config.algorithm.get("norm_adv_by_std_in_grpo", True),
         )  # fmt: skip
         metrics["critic/advantages/nonzero"] = float(np.mean(np.concatenate(advantages) != 0))

@@ -23,12 +23,12 @@ class Cell:
         kind: "same"; "homophone" (another character with the same pronunciation); "tone" (only the tone differs);
             "other" (any other substitution); "missing" (deletion); "extra" (insertion); "optional" (erhua or a filler
             that only one side has).
-        said, heard: the reference unit and the transcript unit; None for an insertion or a deletion.
+        reference, hypothesis: the two units; None for an insertion or a deletion.
     """
 
     kind: str
-    said: Sound | None
-    heard: Sound | None
+    reference: Sound | None
+    hypothesis: Sound | None
 
 
 def _sound(unit: Unit | None) -> Sound | None:
@@ -36,17 +36,17 @@ def _sound(unit: Unit | None) -> Sound | None:
 
 
 def _kind(pair: Pair) -> str:
-    said, heard = pair.said, pair.heard
-    if said is None or heard is None:
-        return "optional" if not pair.error else "missing" if heard is None else "extra"
+    reference, hypothesis = pair.reference, pair.hypothesis
+    if reference is None or hypothesis is None:
+        return "optional" if not pair.error else "missing" if hypothesis is None else "extra"
     if pair.error:
         return "other"
-    if not said.toned or set(said.written) & set(heard.written):
+    if not reference.toned or set(reference.written) & set(hypothesis.written):
         return "same"
-    return "homophone" if said.toned & heard.toned else "tone"
+    return "homophone" if reference.toned & hypothesis.toned else "tone"
 
 
 def cells(target_text: str, hypothesis: str, language: str = "zh") -> list[Cell]:
     """Return the alignment of ``pinyin_error_rate_toneless`` as pairs of units with their kind."""
     pairs = align_texts(target_text, hypothesis, "toneless", language).pairs
-    return [Cell(_kind(pair), _sound(pair.said), _sound(pair.heard)) for pair in pairs]
+    return [Cell(_kind(pair), _sound(pair.reference), _sound(pair.hypothesis)) for pair in pairs]

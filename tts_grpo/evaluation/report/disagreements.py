@@ -14,10 +14,10 @@ SHOWN = 12  # utterances of the largest difference
 
 @dataclasses.dataclass(frozen=True)
 class Disagreement:
-    """One utterance, with its errors over all takes of both models.
+    """One utterance, with its errors over all samples of both models.
 
     Attributes:
-        spoken_text: how the text is said.
+        spoken_text: the usual reading of the text, in words.
         why: what the published protocol compares as it is written.
         published, spoken: errors by the published protocol and by the spoken one.
     """
@@ -32,9 +32,9 @@ class Disagreement:
 
 def reason(target_text: str, hypotheses: Sequence[str], language: str) -> str:
     """What in a text or its transcripts the two protocols read differently."""
-    said, causes = spoken_form(target_text, language), []
-    causes += sorted({span.kind for span in said.read if span.kind != "sign"})
-    if said.tags:
+    spoken, causes = spoken_form(target_text, language), []
+    causes += sorted({span.kind for span in spoken.read if span.kind != "sign"})
+    if spoken.tags:
         causes.append("tags")
     if language == "zh" and clean(target_text) != clean(target_text, simplify=False):
         causes.append("traditional characters")
@@ -47,11 +47,11 @@ def find_disagreements(utterances: Sequence[Utterance], language: str) -> tuple[
     """Utterances that the protocols count differently, the largest difference first; how many there are by reason."""
     found = []
     for utterance in utterances:
-        takes = [take for model in MODELS for take in utterance.takes[model].values()]
-        published, spoken = sum(t.published for t in takes), sum(t.spoken for t in takes)
+        samples = [sample for model in MODELS for sample in utterance.samples[model].values()]
+        published, spoken = sum(s.published for s in samples), sum(s.spoken for s in samples)
         if published != spoken:
-            why = reason(utterance.target_text, [take.hypothesis for take in takes], language)
-            said = spoken_form(utterance.target_text, language).text
-            found.append(Disagreement(utterance.utt_id, utterance.target_text, said, why, published, spoken))
+            why = reason(utterance.target_text, [sample.hypothesis for sample in samples], language)
+            reading = spoken_form(utterance.target_text, language).text
+            found.append(Disagreement(utterance.utt_id, utterance.target_text, reading, why, published, spoken))
     found.sort(key=lambda one: (-abs(one.published - one.spoken), one.utt_id))
     return found[:SHOWN], dict(Counter(one.why for one in found).most_common())

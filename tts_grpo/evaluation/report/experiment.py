@@ -19,13 +19,13 @@ METRIC_TITLES = {  # used if summary.json has no titles
 
 
 @dataclasses.dataclass(frozen=True)
-class Take:
-    """One model saying one utterance with one seed.
+class Sample:
+    """Speech of one model for one utterance, sampled with one seed.
 
     Attributes:
         audio: path, or None.
         fault: why there is no usable audio, or None.
-        hypothesis: what the evaluation recogniser heard.
+        hypothesis: transcript by the evaluation recogniser.
         errors: by the main metric.
         published, spoken: by micro CER (English: WER), and by the spoken protocol.
     """
@@ -45,19 +45,19 @@ class Utterance:
 
     Attributes:
         length: number of units by the main metric.
-        takes: samples by model and seed.
+        samples: samples by model and seed.
         prompt_audio: path of the prompt recording, or None.
     """
 
     utt_id: str
     target_text: str
     length: int
-    takes: dict[str, dict[str, Take]]
+    samples: dict[str, dict[str, Sample]]
     prompt_audio: Path | None = None
 
     def errors(self, model: str) -> int:
         """Errors of a model over all seeds."""
-        return sum(take.errors for take in self.takes[model].values())
+        return sum(sample.errors for sample in self.samples[model].values())
 
     @property
     def change(self) -> int:
@@ -135,17 +135,17 @@ def _utterances(rows: dict[str, dict[str, dict[str, dict]]], metric: str) -> lis
         raise ValueError("SFT and GRPO were not scored on the same utterances and seeds: run force=1 bash run.sh 4 4")
     utterances = []
     for utt_id, row in next(iter(rows["sft"].values())).items():
-        takes = {m: {seed: _take(by_id[utt_id], metric) for seed, by_id in rows[m].items()} for m in MODELS}
+        samples = {m: {seed: _sample(by_id[utt_id], metric) for seed, by_id in rows[m].items()} for m in MODELS}
         prompt = row.get("prompt_audio")
         length = row["errors"][metric]["length"]
-        utterances.append(Utterance(utt_id, row["target_text"], length, takes, Path(prompt) if prompt else None))
+        utterances.append(Utterance(utt_id, row["target_text"], length, samples, Path(prompt) if prompt else None))
     return utterances
 
 
-def _take(row: dict, metric: str) -> Take:
+def _sample(row: dict, metric: str) -> Sample:
     errors = {name: ErrorCounts(**counts).errors for name, counts in row["errors"].items()}
     published = errors.get("cer", errors.get("wer", 0))
-    return Take(
+    return Sample(
         row["audio"], row["error"], row["hypothesis"], errors[metric], row["duration_s"], published,
         errors.get("spoken", published),
     )  # fmt: skip

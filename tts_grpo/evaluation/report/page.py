@@ -11,7 +11,7 @@ from tts_grpo.evaluation.report import figures
 from tts_grpo.evaluation.report.alignment import cells
 from tts_grpo.evaluation.report.clips import Clip, load_clip
 from tts_grpo.evaluation.report.disagreements import find_disagreements
-from tts_grpo.evaluation.report.experiment import MODEL_TITLES, MODELS, Experiment, Take, Utterance
+from tts_grpo.evaluation.report.experiment import MODEL_TITLES, MODELS, Experiment, Sample, Utterance
 from tts_grpo.evaluation.report.selection import select
 
 # Colours of the spectrograms, legible on light and dark backgrounds.
@@ -149,14 +149,14 @@ def _title(metric: str, verdict: str, size: str) -> str:
 
 def make_example(utterance: Utterance, seed: str, prompts: dict[Path, Clip | str]) -> Example:
     """Players for one utterance; their widths are proportional to the durations."""
-    takes = {model: utterance.takes[model][seed] for model in MODELS}
-    clips = {model: _clip(take.audio, take.fault, model) for model, take in takes.items()}
+    samples = {model: utterance.samples[model][seed] for model in MODELS}
+    clips = {model: _clip(sample.audio, sample.fault, model) for model, sample in samples.items()}
     if utterance.prompt_audio:
         if utterance.prompt_audio not in prompts:
             prompts[utterance.prompt_audio] = _clip(utterance.prompt_audio, None, "prompt")
         clips = {"prompt": prompts[utterance.prompt_audio]} | clips
     longest = max((clip.duration_s for clip in clips.values() if isinstance(clip, Clip)), default=1.0)
-    players = [_player(kind, clip, longest, utterance, seed, takes.get(kind)) for kind, clip in clips.items()]
+    players = [_player(kind, clip, longest, utterance, seed, samples.get(kind)) for kind, clip in clips.items()]
     return Example(utterance.utt_id, utterance.target_text, utterance.length, players)
 
 
@@ -170,14 +170,16 @@ def _clip(audio: Path | None, fault: str | None, kind: str) -> Clip | str:
         return str(error)
 
 
-def _player(kind: str, clip: Clip | str, longest: float, utterance: Utterance, seed: str, take: Take | None) -> Player:
+def _player(
+    kind: str, clip: Clip | str, longest: float, utterance: Utterance, seed: str, sample: Sample | None
+) -> Player:
     audio = clip if isinstance(clip, Clip) else None
-    errors = [(s, t.errors, s == seed) for s, t in utterance.takes[kind].items()] if take else []
-    hypothesis = take.hypothesis if take else ""
+    errors = [(s, t.errors, s == seed) for s, t in utterance.samples[kind].items()] if sample else []
+    hypothesis = sample.hypothesis if sample else ""
     return Player(
         kind, TITLES[kind], audio, clip if isinstance(clip, str) else "",
         100 * audio.duration_s / longest if audio else 0, errors,
-        cells(utterance.target_text, hypothesis) if take else [], hypothesis,
+        cells(utterance.target_text, hypothesis) if sample else [], hypothesis,
     )  # fmt: skip
 
 

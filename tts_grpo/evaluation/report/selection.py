@@ -17,7 +17,7 @@ class Group:
 
 def _seed_with_most(utterance: Utterance, key) -> str:
     """The seed whose pair of samples (SFT, GRPO) has the highest ``key``; the first of equal ones."""
-    sft, grpo = utterance.takes["sft"], utterance.takes["grpo"]
+    sft, grpo = utterance.samples["sft"], utterance.samples["grpo"]
     return max(sft, key=lambda seed: key(sft[seed], grpo[seed]))
 
 
@@ -40,6 +40,6 @@ def select(utterances: list[Utterance], count: int = 5) -> list[Group]:
         Group("Worst after GRPO", "Highest error rate of GRPO over all seeds. Audio: the seed with the most errors.",
               [(u, _seed_with_most(u, lambda a, b: b.errors)) for u in worst]),
         Group("Drawn at random", "From all other utterances, as typical examples. Audio: the first seed.",
-              [(u, next(iter(u.takes["sft"]))) for u in drawn]),
+              [(u, next(iter(u.samples["sft"]))) for u in drawn]),
     ]  # fmt: skip
     return [group for group in groups if group.chosen]

@@ -10,7 +10,7 @@ MIN_SAMPLES = 400  # one analysis frame: funasr fails on shorter recordings
 
 
 @dataclass(frozen=True)
-class Heard:
+class Transcript:
     """The transcript of a recording, with times.
 
     Attributes:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from tts_grpo.speech.asr.funasr_model import load_funasr
-from tts_grpo.speech.asr.recogniser import Heard, recognise_in_batches
+from tts_grpo.speech.asr.recogniser import Transcript, recognise_in_batches
 from tts_grpo.speech.model_folders import SENSEVOICE_FILES
 
 
@@ -46,14 +46,14 @@ class SenseVoice:
 
         One shorter than an analysis frame has the transcript "".
         """
-        return [heard.text for heard in self.hear(recordings)]
+        return [transcript.text for transcript in self.transcribe_with_onsets(recordings)]
 
-    def hear(self, recordings: Sequence[np.ndarray | torch.Tensor]) -> list[Heard]:
+    def transcribe_with_onsets(self, recordings: Sequence[np.ndarray | torch.Tensor]) -> list[Transcript]:
         """:meth:`transcribe`, with the time of each character."""
-        return recognise_in_batches(recordings, self._recognise, self.batch_size, Heard())
+        return recognise_in_batches(recordings, self._recognise, self.batch_size, Transcript())
 
     @torch.inference_mode()
-    def _recognise(self, recordings) -> list[Heard]:
+    def _recognise(self, recordings) -> list[Transcript]:
         """``AutoModel.generate``, with features and decoding of a batch computed together on the network's device."""
         from funasr.utils.postprocess_utils import rich_transcription_postprocess
 
@@ -64,19 +64,19 @@ class SenseVoice:
         queries = model.embed(torch.tensor([ids], device=self.device)).expand(len(features), -1, -1)
         ends = lens + len(ids)
         encoded, _ = model.encoder(torch.cat([queries, features], dim=1), ends.to(self.device))
-        heard = []
+        transcripts = []
         for pieces, end in zip(model.ctc.ctc_lo(encoded).argmax(-1).tolist(), ends.tolist(), strict=True):
             runs = (next(run) for _, run in itertools.groupby(enumerate(pieces[:end]), key=lambda frame: frame[1]))
-            said = [(begin, piece) for begin, piece in runs if piece != model.blank_id]
-            text = rich_transcription_postprocess(tokenizer.decode([piece for _, piece in said]))
-            spoken = [(begin - len(ids), piece) for begin, piece in said if begin >= len(ids)]
-            heard.append(Heard(text, self._onsets(text, spoken)))
-        return heard
+            emitted = [(begin, piece) for begin, piece in runs if piece != model.blank_id]
+            text = rich_transcription_postprocess(tokenizer.decode([piece for _, piece in emitted]))
+            speech_pieces = [(begin - len(ids), piece) for begin, piece in emitted if begin >= len(ids)]
+            transcripts.append(Transcript(text, self._onsets(text, speech_pieces)))
+        return transcripts
 
-    def _onsets(self, text: str, spoken: Sequence[tuple[int, int]]) -> tuple[float, ...]:
+    def _onsets(self, text: str, speech_pieces: Sequence[tuple[int, int]]) -> tuple[float, ...]:
         """When each character of a transcript came up, by its pieces and the frames with which they begin."""
         onsets = []  # one for each letter of the pieces
-        for begin, piece in spoken:
+        for begin, piece in speech_pieces:
             letters = sum(map(str.isalnum, self._model.kwargs["tokenizer"].decode([piece])))
             onsets += [begin * self._frame_s] * letters
         size = sum(map(str.isalnum, text))

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from tts_grpo.speech.audio import ASR_HZ
-from tts_grpo.speech.quality import COSTLY
+from tts_grpo.speech.quality import NETWORK_METRICS
 
 
 class DnsMos:
@@ -43,4 +43,4 @@ class DnsMos:
         scores = [self._package.DNSMOS.get_polyfit_val(None, *window, False) for window in raw]
         signal, background, overall = np.mean(scores, axis=0)
         means = {"dnsmos_ovrl": overall, "dnsmos_sig": signal, "dnsmos_bak": background}
-        return {name: max(COSTLY[name].worst, float(value)) for name, value in means.items()}
+        return {name: max(NETWORK_METRICS[name].worst, float(value)) for name, value in means.items()}

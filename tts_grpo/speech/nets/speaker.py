@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from tts_grpo.speech.audio import ASR_HZ, load_audio
-from tts_grpo.speech.quality import COSTLY
+from tts_grpo.speech.quality import NETWORK_METRICS
 
 
 class Resemblyzer:
@@ -61,7 +61,7 @@ class WavLm:
         return torch.nn.functional.normalize(self._model(**inputs).embeddings, dim=-1)[0].cpu().numpy()
 
 
-class Similarity:
+class SpeakerSimilarity:
     """Cosine similarity of the speaker embeddings of an utterance and of its prompt.
 
     Args:
@@ -90,5 +90,5 @@ class Similarity:
         if not paths:
             return {}
         embedding = self._embed(speech)
-        worst = COSTLY["speaker_similarity"].worst
+        worst = NETWORK_METRICS["speaker_similarity"].worst
         return {"speaker_similarity": worst if embedding is None else float(embedding @ self._voice(paths))}

@@ -9,7 +9,7 @@ from tts_grpo.speech.audio import ASR_HZ
 MIN_VOICED_FRAMES = 10  # frames of 16 ms; F0 statistics of fewer frames are meaningless
 
 
-class Melody:
+class F0Metrics:
     """F0 by SwiftF0 (Nieradzik, arXiv:2508.18440), whose network is part of the package swift-f0."""
 
     def __init__(self):
