@@ -291,6 +291,8 @@ contradictions() {
     echo "train_batch_size=$train_batch_size is no multiple of mini_batch_size=$mini_batch_size: change one of them"
   ((rollouts % passes == 0)) ||
     echo "mini_batch_size * rollout_n = $rollouts rollouts are no multiple of micro_batch_size * GPUs = $passes: change one of them"
+  ((pack_tokens == 0 || pack_tokens >= max_prompt_length + max_response_length)) ||
+    echo "pack_tokens=$pack_tokens holds no rollout of max_prompt_length + max_response_length = $((max_prompt_length + max_response_length)) tokens: enlarge it, or set pack_tokens=0"
   ((num_nodes == 1)) || [[ -n $ray_address ]] ||
     echo "num_nodes=$num_nodes needs ray_address: start Ray on each machine (ray start), see docs/full_size.md"
 }

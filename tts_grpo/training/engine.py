@@ -17,6 +17,7 @@ from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from tts_grpo.speech.head_bias import load_head_bias, restrict_to_sampleable_ids
+from tts_grpo.training import varlen  # noqa: F401  # registers its attention
 
 FUSED_LINEAR_BACKENDS = ("torch", "liger")  # backends that use FusedLinearForPPO
 
