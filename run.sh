@@ -4,21 +4,21 @@
 #   bash run.sh [--dry-run] [START [STOP]] [-- VERL_OVERRIDE...]
 #   bash run.sh --check | --settings
 #
-#   no stages: all, -1 to 5; START alone: that one. --dry-run prints the commands and runs none.
-#   --check: says in a minute all that would stop a run, and runs no stage
-#   --settings: prints all settings, their values, and where these come from
+#   no stage: all, from -1 to 5; START alone: this stage. --dry-run prints the commands and runs none.
+#   --check: reports in a minute everything that would stop a run; runs no stage
+#   --settings: prints all settings with their values, the origins of the values, and their meanings
 #   VERL_OVERRIDE: veRL settings of stage 2, such as algorithm.norm_adv_by_std_in_grpo=False
 #
 #   -1  install: the speech and the trainer environment, and what the profile downloads
-#    0  data: JSONL with one text per line -> parquet for veRL; the language model as veRL can train it
-#    1  reward server; alone it stays in the foreground, in a range it serves stage 2 and ends
-#    2  GRPO on veRL; goes on from its last checkpoint
+#    0  data: JSONL with one text per line -> parquet for veRL; the language model's folder, prepared for veRL
+#    1  reward server: alone it stays in the foreground; before stage 2 it runs until training ends
+#    2  GRPO on veRL; resumes from its last checkpoint
 #    3  merge the last checkpoint into $llm_path/merged_hf_model, a Hugging Face folder
 #    4  evaluation before and after: inference on the test set, error rates, summary.json, report.html
-#    5  one tongue-twister through the merged checkpoint
+#    5  synthesis of a tongue-twister with the merged checkpoint
 #
-# A stage that is done with the same settings is skipped. Everything that is made is in exp/$exp_name.
-# Settings: conf/settings.sh explains them all; set them in conf/$profile.sh or in the environment.
+# A stage that is done with the same settings is skipped. All results are in exp/$exp_name.
+# Settings: conf/settings.sh explains all of them; set them in conf/$profile.sh or in the environment.
 # shellcheck disable=SC2329,SC2154  # stages are called by name; conf/settings.sh declares the settings
 ((BASH_VERSINFO[0] > 4 || (BASH_VERSINFO[0] == 4 && BASH_VERSINFO[1] >= 4))) || {
   echo "run.sh: bash $BASH_VERSION is too old: version 4.4 or later is needed" >&2
