@@ -42,7 +42,9 @@ def get_args(argv=None):
     synthesis.add_arguments(parser)
     parser.add_argument("--eval-set", type=Path, required=True, help="JSONL of the test set")
     parser.add_argument("--output-dir", type=Path, required=True, help="folder for audio and manifests")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="random seeds, one pass over the set each")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0], help="random seeds; the set is synthesised once per seed"
+    )
     parser.add_argument("--batch-size", type=int, default=32, help="utterances per batch")
     return parser.parse_args(argv)
 
@@ -144,7 +146,7 @@ def check_fingerprint(args) -> None:
         changed = sorted(key for key in current if saved.get(key) != current[key])
         if changed:
             raise SystemExit(
-                f"infer_dist.py: {args.output_dir} holds results of other settings (differing: {', '.join(changed)}): "
+                f"infer_dist.py: {args.output_dir} has results of other settings (different: {', '.join(changed)}): "
                 "remove it or choose another --output-dir"
             )
     else:

@@ -23,10 +23,12 @@ def get_args(argv=None):
     synthesis.add_arguments(parser)
     parser.add_argument("--text", default=TONGUE_TWISTER, help="text to synthesise")
     parser.add_argument("--output", type=Path, default=Path("speech.wav"), help="WAV file to write")
-    parser.add_argument("--prompt-audio", type=Path, help="recording whose voice is continued")
-    parser.add_argument("--prompt-text", default="", help="its transcript")
+    parser.add_argument("--prompt-audio", type=Path, help="recording of the voice to synthesise with")
+    parser.add_argument("--prompt-text", default="", help="transcript of --prompt-audio")
     parser.add_argument("--seed", type=int, default=0, help="random seed of the sampling")
-    parser.add_argument("--utt-id", default="tongue_twister", help="id of the utterance; counts to its random numbers")
+    parser.add_argument(
+        "--utt-id", default="tongue_twister", help="utterance id; with --seed, it determines the random numbers"
+    )
     args = parser.parse_args(argv)
     if bool(args.prompt_audio) != bool(args.prompt_text):
         parser.error("a voice prompt needs both --prompt-audio and --prompt-text")
@@ -65,7 +67,7 @@ def main(argv=None):
     if not len(speech.waveform):
         raise SystemExit("infer_single.py: the model generated no speech tokens: try another --seed")
     if speech.finish_reason != "eos":
-        logger.warning("the speech was cut at %d tokens: raise --max-new-tokens", args.max_new_tokens)
+        logger.warning("the speech was truncated at %d tokens: raise --max-new-tokens", args.max_new_tokens)
     save_audio(args.output, speech.waveform, synthesiser.token2wav.sample_rate_hz)
     print(args.output)
 

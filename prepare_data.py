@@ -65,21 +65,23 @@ def get_args(argv=None):
     parser.add_argument("--test-file", type=Path, help="JSONL or JSON array to validate on")
     parser.add_argument("--output-dir", type=Path, help="folder for the parquet and rejects files")
     parser.add_argument("--llm-path", type=Path, help="checkpoint whose template and tokenizer are used")
-    parser.add_argument("--eval-set", type=Path, help="evaluation set to check, too")
+    parser.add_argument("--eval-set", type=Path, help="evaluation set to check as well")
     parser.add_argument("--data-source", default="text-to-speech", help="name of the data in veRL's metrics")
-    parser.add_argument("--language", choices=("zh", "en"), default="zh", help="of the texts")
-    parser.add_argument("--text-tags", choices=("reject", "remove"), default="reject", help="marks such as [laughter]")
+    parser.add_argument("--language", choices=("zh", "en"), default="zh", help="language of the texts")
+    parser.add_argument("--text-tags", choices=("reject", "remove"), default="reject", help="texts with tags such "
+                        "as [laughter]: leave them out, or remove the tags")  # fmt: skip
     parser.add_argument("--llm-text", choices=("raw", "spoken"), default="raw", help="what the language model reads: "
                         "the text as it is, or its numbers in words")  # fmt: skip
-    parser.add_argument("--max-prompt-length", type=int, default=512, help="longest prompt, in tokens")
+    parser.add_argument("--max-prompt-length", type=int, default=512, help="maximum prompt length in tokens")
     parser.add_argument(
-        "--max-new-tokens", type=int, default=2048, help="longest utterance of the evaluation, in tokens"
+        "--max-new-tokens", type=int, default=2048, help="maximum number of tokens per utterance in the evaluation"
     )
-    parser.add_argument("--max-bad-ratio", type=float, default=0.01, help="largest share of unusable lines")
-    parser.add_argument("--max-test-overlap", type=float, default=0.1, help="largest share of test texts in training")
-    parser.add_argument("--batch-size", type=int, default=1, help="least number of training texts")
-    parser.add_argument("--check", action="store_true", help="read everything, write nothing")
-    parser.add_argument("--preview", type=int, default=0, help="only print how the first texts are read, so many")
+    parser.add_argument("--max-bad-ratio", type=float, default=0.01, help="largest tolerated share of unusable lines")
+    parser.add_argument("--max-test-overlap", type=float, default=0.1, help="largest tolerated share of test "
+                        "texts that are also training texts")  # fmt: skip
+    parser.add_argument("--batch-size", type=int, default=1, help="minimum number of training texts")
+    parser.add_argument("--check", action="store_true", help="check all files, and write none")
+    parser.add_argument("--preview", type=int, default=0, help="print the readings of this many texts, and exit")
     args = parser.parse_args(argv)
     needed = ("test_file", "llm_path", *(() if args.check else ("output_dir",)))
     missing = [f"--{name.replace('_', '-')}" for name in needed if getattr(args, name) is None]
@@ -132,7 +134,7 @@ class Prompts:
     def _fault(self, text: str, ids: list[int]) -> str:
         if self._num_control(ids) > self.num_template_control:
             (token,) = find_control_tokens(self.tokenizer, [text])
-            return f"the prompt would hold the control token {token}"
+            return f"the prompt would contain the control token {token}"
         return f"the prompt has more than {self.max_length} tokens" if len(ids) > self.max_length else ""
 
 
@@ -171,12 +173,12 @@ class Tally:
         yield f"{name}: {self.kept} samples, {self.bad.total()} lines left out" + (
             f": {dict(self.bad.most_common(5))}" if self.bad else ""
         )
-        counts = [f"{count} {what}" for what, count in self.content_counts.items() if count and what != CHANGED]
-        yield f"  texts that hold {', '.join(counts) if counts else 'digits, Latin letters or tags: none'}"
+        counts = [f"{what} {count}" for what, count in self.content_counts.items() if count and what != CHANGED]
+        yield f"  number of texts with: {', '.join(counts) or 'digits, Latin letters or tags 0'}"
         if self.repeated:
-            yield f"  {self.repeated} texts are read as one before them"
+            yield f"  {self.repeated} texts have the same reading as an earlier one"
         if self.content_counts[CHANGED]:
-            yield f"  {self.content_counts[CHANGED]} texts are not read as they are written, such as"
+            yield f"  {self.content_counts[CHANGED]} texts have a reading that differs from the text, such as"
             yield from (f"    {example}" for example in self.examples)
 
 
@@ -291,7 +293,7 @@ def check_eval_set(args, prompts: Prompts) -> tuple[set[int], list[str]]:
     texts = [model_text(row["prompt_text"] + row["target_text"], rules) for row in rows]
     token = find_control_tokens(prompts.tokenizer, texts)
     if wrong := next((row["id"] for row, token in zip(rows, token, strict=True) if token), None):
-        raise SystemExit(f"prepare_data.py: {path}: the prompt of {wrong} would hold a control token")
+        raise SystemExit(f"prepare_data.py: {path}: the prompt of {wrong} would contain a control token")
     return {hash(comparison_key(row["target_text"], rules)) for row in rows}, warnings_of(
         rows, path, args.max_new_tokens, rules
     )

@@ -113,9 +113,11 @@ def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jsonl", type=Path, required=True, help="lines with text and speech_tokens")
     parser.add_argument("--server-urls", default=DEFAULT_URL, help="reward servers, separated by commas or spaces")
-    parser.add_argument("--limit", type=int, default=None, help="score only so many lines")
-    parser.add_argument("--patience-s", type=float, default=10.0, help="seconds for which failed requests are repeated")
-    parser.add_argument("--check", action="store_true", help="known-answer check: right texts high, wrong ones low")
+    parser.add_argument("--limit", type=int, default=None, help="maximum number of lines to score")
+    parser.add_argument("--patience-s", type=float, default=10.0, help="seconds for which failed requests are retried")
+    parser.add_argument(
+        "--check", action="store_true", help="known-answer check: right texts must score high, wrong ones low"
+    )
     parser.add_argument("--output", type=Path, default=None, help="also write a JSONL with each line's score here")
     return parser.parse_args(argv)
 

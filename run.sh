@@ -4,21 +4,21 @@
 #   bash run.sh [--dry-run] [START [STOP]] [-- VERL_OVERRIDE...]
 #   bash run.sh --check | --settings
 #
-#   no stages: all, -1 to 5; START alone: that one. --dry-run prints the commands and runs none.
-#   --check: says in a minute all that would stop a run, and runs no stage
-#   --settings: prints all settings, their values, and where these come from
+#   no stage: all, from -1 to 5; START alone: this stage. --dry-run prints the commands and runs none.
+#   --check: reports in a minute everything that would stop a run; runs no stage
+#   --settings: prints all settings with their values, the origins of the values, and their meanings
 #   VERL_OVERRIDE: veRL settings of stage 2, such as algorithm.norm_adv_by_std_in_grpo=False
 #
 #   -1  install: the speech and the trainer environment, and what the profile downloads
-#    0  data: JSONL with one text per line -> parquet for veRL; the language model as veRL can train it
-#    1  reward server; alone it stays in the foreground, in a range it serves stage 2 and ends
-#    2  GRPO on veRL; goes on from its last checkpoint
+#    0  data: JSONL with one text per line -> parquet for veRL; the language model's folder, prepared for veRL
+#    1  reward server: alone it stays in the foreground; before stage 2 it runs until training ends
+#    2  GRPO on veRL; resumes from its last checkpoint
 #    3  merge the last checkpoint into $llm_path/merged_hf_model, a Hugging Face folder
 #    4  evaluation before and after: inference on the test set, error rates, summary.json, report.html
-#    5  one tongue-twister through the merged checkpoint
+#    5  synthesis of a tongue-twister with the merged checkpoint
 #
-# A stage that is done with the same settings is skipped. Everything that is made is in exp/$exp_name.
-# Settings: conf/settings.sh explains them all; set them in conf/$profile.sh or in the environment.
+# A stage that is done with the same settings is skipped. All results are in exp/$exp_name.
+# Settings: conf/settings.sh explains all of them; set them in conf/$profile.sh or in the environment.
 # shellcheck disable=SC2329,SC2154  # stages are called by name; conf/settings.sh declares the settings
 ((BASH_VERSINFO[0] > 4 || (BASH_VERSINFO[0] == 4 && BASH_VERSINFO[1] >= 4))) || {
   echo "run.sh: bash $BASH_VERSION is too old: version 4.4 or later is needed" >&2
@@ -180,7 +180,7 @@ stage_5() {
     --seed "${seed_list[0]}" ${single_text:+--text "$single_text"} "${prompt_flags[@]}" --output "$exp_dir/tongue_twister.wav"
 }
 
-skip() { echo "done already (force=1 redoes it)"; }
+skip() { echo "already done (force=1 repeats it)"; }
 
 last_checkpoint() {
   local step=N
@@ -199,11 +199,11 @@ check_checkpoints() {
     [[ $learning_rate_schedule != constant ]] || ignore+=(total_steps)
     [[ -f $exp_dir/.done/2 ]] || ignore+=(code)
     changed=$(differences "$trained" "$1" "${ignore[@]}")
-    [[ -z $changed ]] || die "$exp_dir/checkpoints were trained with other settings ($changed): set exp_name to train anew beside them, or force=1 to train anew in their place"
+    [[ -z $changed ]] || die "$exp_dir/checkpoints were trained with other settings ($changed): set another exp_name, or set force=1 to delete them and train again"
   fi
   step=$(basename "$(last_checkpoint)")
   step=${step#global_step_}
-  [[ $step == N ]] || ((step <= total_steps)) || die "$exp_dir/checkpoints has trained $step steps, more than total_steps=$total_steps: set exp_name to train anew beside them, or force=1 to train anew in their place"
+  [[ $step == N ]] || ((step <= total_steps)) || die "$exp_dir/checkpoints has trained $step steps, more than total_steps=$total_steps: set another exp_name, or set force=1 to delete them and train again"
   mkdir -p "$exp_dir/checkpoints"
   rm -f "$exp_dir/.done/2"
   echo "$1" >"$trained"
@@ -253,7 +253,7 @@ need_made_from() {
   ((dry_run)) && return
   local changed
   changed=$(differences "$exp_dir/.done/$1" "$(state_of "$1")")
-  [[ -z $changed ]] || die "$2 was made from something else ($changed): run bash run.sh $1 $1 first"
+  [[ -z $changed ]] || die "$2 was made from other inputs ($changed): run bash run.sh $1 $1 first"
 }
 
 # watch_memory: record the peak memory of the run's processes for the summary.
@@ -288,9 +288,9 @@ refused_overrides() {
 contradictions() {
   local rollouts=$((mini_batch_size * rollout_n)) passes=$((micro_batch_size * num_gpus * num_nodes))
   ((train_batch_size % mini_batch_size == 0)) ||
-    echo "train_batch_size=$train_batch_size is no multiple of mini_batch_size=$mini_batch_size: change one of them"
+    echo "train_batch_size=$train_batch_size is not a multiple of mini_batch_size=$mini_batch_size: change one of them"
   ((rollouts % passes == 0)) ||
-    echo "mini_batch_size * rollout_n = $rollouts rollouts are no multiple of micro_batch_size * GPUs = $passes: change one of them"
+    echo "mini_batch_size * rollout_n = $rollouts rollouts are not a multiple of micro_batch_size * GPUs = $passes: change one of them"
   ((pack_tokens == 0 || pack_tokens >= max_prompt_length + max_response_length)) ||
     echo "pack_tokens=$pack_tokens holds no rollout of max_prompt_length + max_response_length = $((max_prompt_length + max_response_length)) tokens: enlarge it, or set pack_tokens=0"
   ((num_nodes == 1)) || [[ -n $ray_address ]] ||

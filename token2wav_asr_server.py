@@ -44,31 +44,29 @@ def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--token2wav-dir", type=Path, required=True, help="folder of the token2wav weights")
     parser.add_argument("--asr-dir", type=Path, required=True, help="SenseVoice folder of the reward recogniser")
-    parser.add_argument("--prompt-audio", type=Path, default=None, help="recording whose voice speaks the rollouts")
-    parser.add_argument("--prompt-text", default="", help="its transcript")
-    parser.add_argument(
-        "--prompt-list", type=Path, default=None, help="JSONL of prompt_audio, prompt_text: many voices"
-    )
+    parser.add_argument("--prompt-audio", type=Path, default=None, help="recording of the voice of all rollouts")
+    parser.add_argument("--prompt-text", default="", help="transcript of --prompt-audio")
+    parser.add_argument("--prompt-list", type=Path, default=None, help="JSONL of voices: prompt_audio and prompt_text")
     parser.add_argument(
         "--prompt-voice-per",
         choices=("text", "rollout"),
         default="text",
-        help="what has one of them: all rollouts of a text the same, or each rollout its own",
+        help="draw a voice of --prompt-list per text (one per GRPO group) or per rollout",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of that choice")
+    parser.add_argument("--seed", type=int, default=0, help="random seed for drawing voices")
     parser.add_argument(
-        "--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help="of CosyVoice2's token2wav"
+        "--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help="precision of CosyVoice2's token2wav"
     )
-    parser.add_argument("--devices", nargs="+", default=["cpu"], help="torch devices, each gets --instances processes")
-    parser.add_argument("--instances", type=int, default=1, help="processes on each device")
-    parser.add_argument("--threads", type=int, default=1, help="torch threads of each process")
-    parser.add_argument("--max-batch-size", type=int, default=32, help="rollouts scored at once")
-    parser.add_argument("--max-queue-delay-ms", type=float, default=10.0, help="how long a request waits for others")
+    parser.add_argument("--devices", nargs="+", default=["cpu"], help="torch devices; each runs --instances processes")
+    parser.add_argument("--instances", type=int, default=1, help="processes per device")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads per process")
+    parser.add_argument("--max-batch-size", type=int, default=32, help="maximum number of rollouts per batch")
+    parser.add_argument("--max-queue-delay-ms", type=float, default=10.0, help="longest wait for a batch to fill")
     parser.add_argument("--max-queue-size", type=int, default=16384, help="waiting requests beyond this are refused")
     parser.add_argument("--reward-curve", choices=("tanh", "exp"), default="tanh", help="see tts_grpo/reward/curves.py")
     parser.add_argument("--no-tones", dest="tones", action="store_false", help="compare pinyin without tones")
-    parser.add_argument("--language", choices=("zh", "en"), default="zh", help="of the texts and of the recogniser")
-    parser.add_argument("--address", default="127.0.0.1", help="where to listen; 0.0.0.0 serves other machines")
+    parser.add_argument("--language", choices=("zh", "en"), default="zh", help="language of texts and recogniser")
+    parser.add_argument("--address", default="127.0.0.1", help="address to listen on; 0.0.0.0 serves other machines")
     parser.add_argument("--http-port", type=int, default=8000, help="HTTP port")
     parser.add_argument("--grpc-port", type=int, default=8001, help="gRPC port")
     parser.add_argument("--metrics-port", type=int, default=8002, help="port of Prometheus metrics")
@@ -105,7 +103,7 @@ def serve_instance(pipe, args, device: str) -> None:
         result = getattr(scorer, method)(*arguments)
         if faults := [item.error for item in result if item.error.startswith(FATAL_CUDA_ERRORS)]:
             # a CUDA context does not recover, so every later sample would fail
-            logger.error("an instance on %s ends, to be started again: %s", device, faults[0])
+            logger.error("an instance on %s exits and will be restarted: %s", device, faults[0])
             return
         pipe.send(result)
 
@@ -387,7 +385,7 @@ def serve(args, instances: list[Instance]) -> int:
                 for instance in instances:
                     instance.restart_if_dead()
                 time.sleep(0.5)
-            logger.error("instances have died %d times; stopping, so that no reward is made up", MAX_DEATHS + 1)
+            logger.error("instances have died %d times; stopping, so that no reward is invented", MAX_DEATHS + 1)
             return 1
         except RuntimeError as error:
             logger.error("%s; stopping", error)
@@ -408,7 +406,7 @@ def check_ports(args) -> None:
     for name in ("http_port", "grpc_port", "metrics_port"):
         port = getattr(args, name)
         if fault := port_fault(args.address, port):
-            raise SystemExit(f"{name} {port}: {fault}: stop what is there, or set {name}")
+            raise SystemExit(f"{name} {port}: {fault}: stop the process that uses it, or set {name}")
 
 
 def main(argv=None):

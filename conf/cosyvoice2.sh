@@ -25,7 +25,7 @@ smallest_gpu_gib() {
   mib=$(printf '%s\n' "${lines[@]}" | grep -xE ' *[0-9]+' | sort -n | head -n 1) || true
   if [[ -z $mib || ${lines[*]} == *'['* || $visible == *MIG-* ]]; then
     [[ ${#lines[@]} -eq 0 || ${lines[*]} =~ ^\ *$ ]] ||
-      echo "run.sh: nvidia-smi does not tell the memory of each GPU (${lines[*]}): set gpu_memory_gib, it is taken to be $1" >&2
+      echo "run.sh: nvidia-smi does not report the memory of each GPU (${lines[*]}): assuming $1 GiB; set gpu_memory_gib" >&2
     echo "$1"
   else
     echo $((mib / 1024))
@@ -131,7 +131,7 @@ install_profile() {
 
 install_llm() {
   if [[ $sft_path != "$default_sft_path" ]]; then
-    ((dry_run)) || [[ -e $sft_path/config.json ]] || die "sft_path $sft_path has no config.json: it is no folder of a language model"
+    ((dry_run)) || [[ -e $sft_path/config.json ]] || die "sft_path $sft_path has no config.json: it is not the folder of a language model"
   elif [[ $llm == official ]]; then
     [[ -e $sft_path/config.json ]] || run "$speech_bin/python" "$root/scripts/convert_llm.py" to-hf \
       --cosyvoice-dir "$token2wav_dir" --output "$sft_path"

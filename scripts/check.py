@@ -54,10 +54,8 @@ def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--settings", type=json.loads, help="run.sh's variables, as JSON")
-    parser.add_argument(
-        "--contradictions", nargs="*", default=[], help="settings that do not fit, as run.sh found them"
-    )
-    parser.add_argument("--data-flags", nargs=argparse.REMAINDER, default=[], help="of prepare_data.py; they come last")
+    parser.add_argument("--contradictions", nargs="*", default=[], help="inconsistent settings that run.sh has found")
+    parser.add_argument("--data-flags", nargs=argparse.REMAINDER, default=[], help="flags of prepare_data.py; last")
     what.add_argument("--pins", type=Path, help="only compare this Python's packages with a requirements file")
     what.add_argument("--language-model", type=Path, help="only check this Hugging Face folder")
     return parser.parse_args(argv)
@@ -92,7 +90,7 @@ def check_environments(s: dict) -> Iterator[Finding]:
     for name, requirements in pins:
         python = Path(s["venv_root"]) / name / "bin" / "python"
         if not python.exists():
-            yield False, f"environment {name}: {python} is missing: bash run.sh -1 -1 makes it"
+            yield False, f"environment {name}: {python} is missing: run bash run.sh -1 -1"
         elif s["make_envs"] == "1":
             yield from findings_of([python, __file__, "--pins", requirements])
         else:
@@ -126,9 +124,11 @@ def check_files(s: dict) -> Iterator[Finding]:
     # the evaluation supports several ASR backends (tts_grpo/speech/asr/loading.py)
     others = (Path(s[name]) for name in ("eval_asr_dir", "eval_jsonl", "prompt_audio", "prompt_list") if s[name])
     missing += [path for path in others if not path.exists()]
-    yield from ((False, f"{path} is missing: bash run.sh -1 -1 brings it, or set its variable") for path in missing)
+    yield from (
+        (False, f"{path} is missing: run bash run.sh -1 -1 to download it, or set its variable") for path in missing
+    )
     if Path(s["reward_asr_dir"]).resolve() == Path(s["eval_asr_dir"]).resolve():
-        yield False, "reward_asr_dir is eval_asr_dir: a model must not be graded by what trained it"
+        yield False, "reward_asr_dir is eval_asr_dir: the evaluation needs a recogniser that the reward does not use"
     if bool(s["prompt_audio"]) != bool(s["prompt_text"]):
         yield False, "a voice needs both prompt_audio and prompt_text"
     if kind == "cosyvoice2":
@@ -165,7 +165,7 @@ def check_data(s: dict, data_flags: Sequence[str] = ()) -> Iterator[Finding]:
 def check_language_model(s: dict) -> Iterator[Finding]:
     python = Path(s["venv_root"]) / "trainer/bin/python"
     if not Path(s["sft_path"]).exists():
-        yield False, f"language model {s['sft_path']} is missing: bash run.sh -1 -1 brings it, or set sft_path"
+        yield False, f"language model {s['sft_path']} is missing: run bash run.sh -1 -1 to download it, or set sft_path"
     elif python.exists():
         yield from findings_of([python, __file__, "--language-model", s["sft_path"]])
 
@@ -180,7 +180,7 @@ def language_model_findings(folder: Path) -> Iterator[Finding]:
         generation, left_out = generation_config(folder, tokenizer)
     except (OSError, ValueError, KeyError) as error:
         message = str(error).strip().splitlines()[0]
-        yield False, f"language model {folder}: {message} (the official one as veRL loads it: llm=official)"
+        yield False, f"language model {folder}: {message} (for CosyVoice2's own model, set llm=official)"
         return
     yield len(tokenizer) <= config.vocab_size, f"{len(tokenizer)} tokens, {config.vocab_size} rows of weights"
     yield from speech_token_findings(tokenizer)
@@ -219,11 +219,11 @@ def speech_token_findings(tokenizer) -> Iterator[Finding]:
     first = ids[0]
     in_order = first not in (None, tokenizer.unk_token_id) and ids == list(range(first, first + NUM_SPEECH_TOKENS))
     names = f"<|s_0|> to <|s_{NUM_SPEECH_TOKENS - 1}|>"
-    yield finding(in_order, f"{names}: ids from {first} on", " are not in a row, or not in the vocabulary")
+    yield finding(in_order, f"{names}: ids from {first} on", " are not consecutive, or not in the vocabulary")
     if in_order:
         kept = tokenizer.decode([ids[0], ids[-1]], skip_special_tokens=True).replace(" ", "")
         good = kept == format_speech_tokens([0, NUM_SPEECH_TOKENS - 1])
-        yield finding(good, f"{names} decode to {kept!r}", ": special tokens, which veRL leaves out")
+        yield finding(good, f"{names} decode to {kept!r}", ": they are special tokens, which veRL removes")
     break_ids = tokenizer("\n", add_special_tokens=False)["input_ids"]
     if len(break_ids) != 1 or tokenizer.convert_tokens_to_ids(IM_END) in (None, tokenizer.unk_token_id):
         yield False, f"the tokenizer must know {IM_END} and write a line break as one token, for veRL"
@@ -237,7 +237,7 @@ def prompt_findings(tokenizer) -> Iterator[Finding]:
         return
     start = TASK_ID if SOS in prompt else GENERATION_START
     good = "你好" in prompt and (SOS in prompt or INSTRUCTION in prompt)
-    yield finding(good, f"prompt {prompt!r}", " does not hold instruction and text: see tts_grpo/text/prompts.py")
+    yield finding(good, f"prompt {prompt!r}", " does not contain instruction and text: see tts_grpo/text/prompts.py")
     last = tokenizer.decode(tokenizer(prompt, add_special_tokens=False)["input_ids"][-1:])
     yield finding(last == start, f"its last token is {last!r}", f": {start} is not in the vocabulary")
 
@@ -261,7 +261,9 @@ def check_server(s: dict) -> Iterator[Finding]:
         fault = port_fault(s["server_address"], int(s[name]))
         yield (
             not fault,
-            f"{name} {s[name]}: {fault}: stop what is there, or set {name}" if fault else f"{name} {s[name]} is free",
+            f"{name} {s[name]}: {fault}: stop the process that uses it, or set {name}"
+            if fault
+            else f"{name} {s[name]} is free",
         )
     if running and s["check_reward"] == "1":
         python = Path(s["venv_root"]) / "trainer/bin/python"
@@ -312,7 +314,7 @@ def check_gpus(s: dict) -> Iterator[Finding]:
     yield finding(
         len(lines) >= wanted,
         f"{len(lines)} GPUs: {lines[0][2] if lines else 'none'}",
-        f": num_gpus and server_devices ask for {wanted}",
+        f": num_gpus and server_devices need {wanted}",
     )
     if server_ready(f"http://127.0.0.1:{s['http_port']}"):
         servers = []  # a running server has already allocated its memory
@@ -320,16 +322,19 @@ def check_gpus(s: dict) -> Iterator[Finding]:
         try:
             total_gib, used_gib = (float(part) / 1024 for part in line[3:])
         except ValueError:  # nvidia-smi prints [N/A] for MIG, or for memory shared by GPU and CPU
-            yield True, f"GPU {index}: nvidia-smi does not tell its memory, so it is not checked: set gpu_memory_gib"
+            yield True, f"GPU {index}: nvidia-smi does not report its memory, so it is not checked: set gpu_memory_gib"
             continue
         need_gib = servers.count(index) * int(s["server_instances"]) * float(s["server_gib"])
         if index < int(s["num_gpus"]):
             vllm_gib = float(s["vllm_memory_share"]) * total_gib
             need_gib += TRAINER_GIB + vllm_gib
             if vllm_gib < VLLM_GIB:
-                yield False, f"GPU {index} leaves vLLM {vllm_gib:.0f} GiB, it needs {VLLM_GIB}: set server_devices"
-        what = f"GPU {index}: {total_gib - used_gib:.0f} GiB free, {need_gib:.0f} wanted"
-        remedy = ": end what uses it (nvidia-smi), or set vllm_memory_share, server_gib or server_devices"
+                yield (
+                    False,
+                    f"GPU {index} leaves {vllm_gib:.0f} GiB for vLLM, which needs {VLLM_GIB}: set server_devices",
+                )
+        what = f"GPU {index}: {total_gib - used_gib:.0f} GiB free, {need_gib:.0f} needed"
+        remedy = ": stop the processes that use it (nvidia-smi), or set vllm_memory_share, server_gib or server_devices"
         yield finding(total_gib - used_gib >= need_gib, what, remedy)
 
 

@@ -133,7 +133,7 @@ def hint(error: BaseException) -> str:
 def main(argv=None):
     args = get_args(argv)
     if is_done(args):
-        print(f"{args.repo}: there already, in {args.output_dir}")
+        print(f"{args.repo}: already downloaded to {args.output_dir}")
         return
     check_space(args)
     remove_changed(args.output_dir)

@@ -122,7 +122,7 @@ load_recipe() {
   [[ -n $1 ]] || return 0
   local names=("$root"/conf/recipes/*.sh)
   names=("${names[@]##*/}")
-  [[ -f $root/conf/recipes/$1.sh ]] || die "recipe=$1 is unknown: it is one of ${names[*]%.sh}"
+  [[ -f $root/conf/recipes/$1.sh ]] || die "recipe=$1 is unknown: choose one of ${names[*]%.sh}"
   [[ $profile == cosyvoice2 ]] || die "recipe=$1 is for profile=cosyvoice2, not for profile=$profile"
   # shellcheck source=conf/recipes/mair-hub.sh
   source "$root/conf/recipes/$1.sh"
@@ -156,8 +156,8 @@ choose_home() {
   local probe # a test with [[ -w ]] is not enough: root passes it even for /proc
   [[ -z ${HOME-} ]] || { probe=$(mktemp -d "$HOME/.tts-grpo-XXXXXX" 2>/dev/null) && rmdir "$probe" && return; }
   local home=${TMPDIR:-/tmp}/tts-grpo-home-$UID
-  log "HOME (${HOME-unset}) is no folder that can be written to: using $home"
-  own_folder "$home" || die "$home cannot be used: set HOME to a folder of yours that can be written to"
+  log "HOME (${HOME-unset}) is not a writable folder: using $home"
+  own_folder "$home" || die "$home cannot be used: set HOME to a writable folder of yours"
   export HOME=$home
 }
 
@@ -186,7 +186,7 @@ plain_path() {
     return
   fi
   link=$links/$(sha256sum <<<"$1" | cut -c 1-16)
-  own_folder "$links" || die "$links cannot be used: set venv_root to a folder without spaces and signs"
+  own_folder "$links" || die "$links cannot be used: set venv_root to a path without spaces and special characters"
   ln -sfnT "$1" "$link"
   echo "$link"
 }
@@ -303,14 +303,14 @@ start_server() {
     return
   fi
   mkdir -p "$exp_dir/log"
-  ! server_ready "http://127.0.0.1:$http_port" || die "port $http_port already has a reward server: stop it, set http_port, or leave stage 1 out"
+  ! server_ready "http://127.0.0.1:$http_port" || die "port $http_port already has a reward server: stop it, set http_port, or skip stage 1"
   "${server_command[@]}" >"$server_log" 2>&1 &
   server_pid=$!
   while ((SECONDS - began < server_timeout_s)); do
     if ! kill -0 "$server_pid" 2>/dev/null; then
       tail -n 20 "$server_log" >&2
       server_pid=
-      die "the reward server ended before it was ready: its last lines are above, the rest is in $server_log"
+      die "the reward server ended before it was ready: see its last lines above, and the whole log in $server_log"
     fi
     if server_ready "http://127.0.0.1:$http_port"; then
       echo "reward server ready at http://$server_address:$http_port (log: $server_log)"
@@ -319,5 +319,5 @@ start_server() {
     sleep 1
   done
   tail -n 20 "$server_log" >&2
-  die "the reward server was not ready within $server_timeout_s s: its last lines are above, the rest is in $server_log"
+  die "the reward server was not ready within $server_timeout_s s: see its last lines above, and the whole log in $server_log"
 }

@@ -39,11 +39,11 @@ Row = tuple[str, dict, bytes | None]  # position in the source; id and texts; en
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, required=True, help="folder of parquet files, or a meta.lst")
-    parser.add_argument("--split", default="", help="read only the parquet files of this split; all otherwise")
-    parser.add_argument("--voices", type=int, default=0, help="make a list of so many voices instead of a set")
+    parser.add_argument("--split", default="", help="split whose parquet files are read (default: all files)")
+    parser.add_argument("--voices", type=int, default=0, help="write a list of this many voices instead of a set")
     parser.add_argument("--output", type=Path, required=True, help="JSONL to write")
     parser.add_argument(
-        "--strip-quotes", action="store_true", help="take quotes and brackets out of the texts, as mair-hub does"
+        "--strip-quotes", action="store_true", help="remove quotes and brackets from the texts, as mair-hub does"
     )
     return parser.parse_args(argv)
 
@@ -61,7 +61,7 @@ def suffix(audio: bytes, where: str) -> str:
     if len(audio) > 1 and audio[0] == 0xFF and audio[1] & 0xE6 == 0xE2:
         return ".mp3"
     raise ValueError(
-        f"{where}: the prompt's audio is no wav, flac, ogg or mp3 file (it begins with {audio[:4].hex(' ')})"
+        f"{where}: the prompt's audio is not a wav, flac, ogg or mp3 file (it begins with {audio[:4].hex(' ')})"
     )
 
 
@@ -150,7 +150,7 @@ def from_meta(path: Path) -> Iterator[Row]:
             raise ValueError(f"{where}: {line}")
         parts = [part.strip() for part in line.split("|")]
         if len(parts) < 4:
-            raise ValueError(f"{where}: wants id|prompt text|prompt wav|target text")
+            raise ValueError(f"{where}: expected id|prompt text|prompt wav|target text")
         wav = path.parent / parts[2]
         if not wav.is_file():
             raise ValueError(f"{where}: the recording {wav} is missing")
@@ -200,7 +200,7 @@ def voices_from_parquet(folder: Path, split: str, count: int) -> Iterator[tuple[
     files = open_parquet(folder, split, VOICE_COLUMNS)
     total = sum(file.metadata.num_rows for file in files)
     if total < count:
-        raise ValueError(f"{folder}: {total} recordings in its parquet files, {count} voices are asked for")
+        raise ValueError(f"{folder}: {total} recordings in its parquet files, but {count} voices are requested")
     wanted, first = {i * total // count for i in range(count)}, 0
     for batch in itertools.chain.from_iterable(f.iter_batches(64, columns=list(VOICE_COLUMNS)) for f in files):
         chosen = [i for i in range(batch.num_rows) if first + i in wanted]
@@ -236,7 +236,7 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         raise SystemExit(f"prepare_eval_set.py: {error}") from error
     if without:
-        print(f"{without} utterances have no prompt: CosyVoice2 cannot speak those", file=sys.stderr)
+        print(f"{without} utterances have no prompt: CosyVoice2 cannot synthesise them", file=sys.stderr)
     print(f"{count} utterances: {args.output}")
 
 

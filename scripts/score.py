@@ -37,17 +37,17 @@ def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, required=True, help="folder with seed_*/manifest.jsonl")
     parser.add_argument("--eval-set", type=Path, required=True, help="JSONL of the test set")
-    parser.add_argument("--seeds", type=int, nargs="+", help="of the manifests to score; all there are, if not given")
-    parser.add_argument("--language", choices=LANGUAGES, default="zh", help="of the test set")
-    parser.add_argument("--text-tags", choices=("reject", "remove"), default="reject", help="tags in its texts, such "
-                        "as [laughter]: the set is refused, or they are taken out")  # fmt: skip
+    parser.add_argument("--seeds", type=int, nargs="+", help="seeds to score (default: all in the folder)")
+    parser.add_argument("--language", choices=LANGUAGES, default="zh", help="language of the test set")
+    parser.add_argument("--text-tags", choices=("reject", "remove"), default="reject", help="texts with tags such "
+                        "as [laughter]: reject the set, or remove the tags")  # fmt: skip
     parser.add_argument("--asr-dir", type=Path, required=True, help="folder of the evaluation recogniser")
     parser.add_argument("--device", default="cpu", help="torch device")
-    parser.add_argument("--quality-utterances", type=int, default=80, help="of the first seed, evenly spread, for "
-                        "speaker similarity, DNSMOS and F0; 0 leaves these out")  # fmt: skip
-    parser.add_argument("--speaker-model-dir", type=Path, help="WavLMForXVector folder; Resemblyzer without")
-    parser.add_argument("--reference-audio", type=Path, help="a recording of the voice, or a folder of some, for "
-                        "utterances without a prompt")  # fmt: skip
+    parser.add_argument("--quality-utterances", type=int, default=80, help="number of utterances, evenly "
+                        "spaced in the first seed, for speaker similarity, DNSMOS and F0; 0: none")  # fmt: skip
+    parser.add_argument("--speaker-model-dir", type=Path, help="WavLMForXVector folder (default: use Resemblyzer)")
+    parser.add_argument("--reference-audio", type=Path, help="recording of the voice, or a folder of recordings, "
+                        "for utterances without a prompt")  # fmt: skip
     return parser.parse_args(argv)
 
 
@@ -65,7 +65,7 @@ def utterances_of(manifest: Path, eval_set: list[dict], set_dir: Path) -> list[d
         if line.get("target_text", text) != text:
             raise SystemExit(
                 f"score.py: {manifest}: {row['id']} was synthesised from {line['target_text']!r}, but the set's "
-                f"text is {text!r}: run the inference again, which makes only what has changed"
+                f"text is {text!r}: run the inference again; it synthesises only what has changed"
             )
         prompt = row.get("prompt_audio")
         found.append({

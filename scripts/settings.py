@@ -62,17 +62,17 @@ def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "action", choices=("validate", "table", "json", "state", "differences"),
-        help="what to print; validate: what is wrong, differences: between the states --old and --new",
+        help="what to print; validate: invalid settings; differences: between the states --old and --new",
     )  # fmt: skip
-    parser.add_argument("--recorded", type=Path, nargs="*", default=[], help="json: states whose settings hold instead")
-    parser.add_argument("--stages", nargs="+", help="state: of these stages")
-    parser.add_argument("--read", nargs="*", default=[], metavar="NAME=PATH", help="state: what else is read")
+    parser.add_argument("--recorded", type=Path, nargs="*", default=[], help="json: states whose settings override")
+    parser.add_argument("--stages", nargs="+", help="state: stages to include")
+    parser.add_argument("--read", nargs="*", default=[], metavar="NAME=PATH", help="state: further files and folders")
     parser.add_argument("--commands", default="", help="state: checksum of the stage's commands")
-    parser.add_argument("--made-from", nargs="*", default=[], metavar="NAME=TEXT", help="state: what else counts")
+    parser.add_argument("--made-from", nargs="*", default=[], metavar="NAME=TEXT", help="state: further values")
     parser.add_argument("--cache", type=Path, help="state: file that keeps the checksums of large files")
     parser.add_argument("--old", type=Path, help="differences: file with a state in its first line")
-    parser.add_argument("--new", type=json.loads, help="differences: a state")
-    parser.add_argument("--ignore", nargs="*", default=[], help="differences: names that do not count")
+    parser.add_argument("--new", type=json.loads, help="differences: the current state, as JSON")
+    parser.add_argument("--ignore", nargs="*", default=[], help="differences: names to ignore")
     return parser.parse_args(argv)
 
 
@@ -133,7 +133,7 @@ def allowed(kind: str, value: str) -> bool:
 def faults(settings: list[Setting]) -> list[str]:
     """One error message per value that is not allowed."""
     return [
-        f"{s.name}={s.value}: it is {expectation(s.kind)} ({s.meaning})"
+        f"{s.name}={s.value}: expected {expectation(s.kind)} ({s.meaning})"
         for s in settings
         if not allowed(s.kind, s.value)
     ]
@@ -282,7 +282,7 @@ def read_state(path: Path) -> dict:
 def differences(old: dict, new: dict, ignore: list[str]) -> list[str]:
     """Describe the differences: one entry per name whose value or content differs."""
     if not old:
-        return ["nothing is noted of what it was made from"]
+        return ["there is no record of what it was made from"]
     found = []
     for part in ("settings", "read", "code", "made_from"):
         before, after = old.get(part, {}), new.get(part, {})

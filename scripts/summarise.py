@@ -24,7 +24,7 @@ def get_args(argv=None):
         "--exp-dir", type=Path, required=True, help="folder of the experiment, with eval/sft, eval/grpo"
     )
     parser.add_argument("--settings", default="{}", help="JSON of the settings, to be recorded")
-    parser.add_argument("--costs-only", action="store_true", help="only renew the times and the memory in summary.json")
+    parser.add_argument("--costs-only", action="store_true", help="only update times and memory in summary.json")
     return parser.parse_args(argv)
 
 

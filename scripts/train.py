@@ -53,13 +53,13 @@ VALIDATION = {
 
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--log-file", type=Path, required=True, help="everything the command prints is appended here")
-    parser.add_argument("--total-steps", type=int, required=True, help="steps of the whole training")
-    parser.add_argument("--failure-file", type=Path, required=True, help="where the reward reports that it failed")
+    parser.add_argument("--log-file", type=Path, required=True, help="file to append the command's output to")
+    parser.add_argument("--total-steps", type=int, required=True, help="total number of training steps")
+    parser.add_argument("--failure-file", type=Path, required=True, help="file in which the reward reports a failure")
     parser.add_argument("--server-url", help="reward server that synthesises utterances of a validation")
-    parser.add_argument("--tensorboard-dir", type=Path, help="folder of event files, for that audio")
-    parser.add_argument("--validation-dir", type=Path, help="folder in which veRL dumps validations, for that audio")
-    parser.add_argument("command", nargs=argparse.REMAINDER, help="-- and the command")
+    parser.add_argument("--tensorboard-dir", type=Path, help="folder of event files, for validation audio")
+    parser.add_argument("--validation-dir", type=Path, help="folder of veRL's validation dumps")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="the training command, after --")
     args = parser.parse_args(argv)
     args.command = args.command[1:] if args.command[:1] == ["--"] else args.command
     if not args.command:
@@ -247,7 +247,7 @@ def main(argv=None):
         return 0
     reason = training.failure or f"status {status}"
     print(*tail, f"training failed: {reason}", sep="\n", file=sys.stderr)
-    print(f"Its last lines are above, all in {args.log_file}", file=sys.stderr)
+    print(f"See its last lines above, and the whole log in {args.log_file}", file=sys.stderr)
     return 128 - status if status < 0 else status or 1
 
 

@@ -55,7 +55,7 @@ def test_everything_wrong_is_named_at_once(tmp_path, assets):
     assert done.returncode == 1
     for text in (
         "environment speech: ", "environment trainer: ", "/nowhere/set.jsonl is missing", "train_jsonl ",
-        "reward_asr_dir is eval_asr_dir", "prompt_audio and prompt_text", "9 rollouts are no multiple of",
+        "reward_asr_dir is eval_asr_dir", "prompt_audio and prompt_text", "9 rollouts are not a multiple of",
         "http_port ", "no reward server is ready at http://127.0.0.1:9", "llm is missing",
         "-- trainer.v1.trainer_mode=sync is refused",
     ):  # fmt: skip
@@ -73,7 +73,7 @@ def test_both_hubs_cosyvoice2_is_known_as_such(tmp_path, assets, venv_root, hub)
     assert isinstance(load_token2wav(folder), CosyVoice2Token2Wav)
     (folder / "hift.pt").unlink()
     assert [text for good, text in check.check_files(s) if not good] == [
-        f"{folder / 'hift.pt'} is missing: bash run.sh -1 -1 brings it, or set its variable"
+        f"{folder / 'hift.pt'} is missing: run bash run.sh -1 -1 to download it, or set its variable"
     ]
 
 
@@ -155,8 +155,8 @@ def test_faults_of_the_published_form_are_named(sft_checkpoint, tmp_path):
     ("change", "message"),
     [
         (without_template, "chat template renders"),
-        (without_a_speech_token, "not in a row"),
-        (with_special_speech_tokens, "veRL leaves out"),
+        (without_a_speech_token, "not consecutive"),
+        (with_special_speech_tokens, "veRL removes"),
         (without_its_end, "lack <|SPEECH_GENERATION_END|>"),
         (without_weights, "has no weights"),
     ],
@@ -183,16 +183,16 @@ TWO = (81920, 81920)  # MiB of each GPU
     ("gpus", "settings", "message"),
     [
         (TWO, {}, None),
-        (TWO, {"num_gpus": "4"}, "ask for 4"),
-        (TWO, {"server_devices": "cuda:2"}, "ask for 3"),
-        (TWO, {"server_gib": "60"}, "GPU 0: 79 GiB free, 104 wanted"),
+        (TWO, {"num_gpus": "4"}, "need 4"),
+        (TWO, {"server_devices": "cuda:2"}, "need 3"),
+        (TWO, {"server_gib": "60"}, "GPU 0: 79 GiB free, 104 needed"),
         (TWO, {"server_gib": "60", "server_devices": "cuda:1"}, None),
-        (TWO, {"vllm_memory_share": "0.04"}, "leaves vLLM 3 GiB"),
+        (TWO, {"vllm_memory_share": "0.04"}, "leaves 3 GiB for vLLM"),
         ((), {}, "nvidia-smi does not run"),
         ((24576, 81920), {}, "GPU 0: 23 GiB free"),
         ((24576, 81920), {"visible": "1"}, None),
         ((24576, 81920), {"visible": "GPU-1a"}, None),
-        ((24576, 81920), {"visible": "1", "num_gpus": "2"}, "1 GPUs: .*ask for 2"),
+        ((24576, 81920), {"visible": "1", "num_gpus": "2"}, "1 GPUs: .*need 2"),
         (TWO, {"visible": "0,5"}, "names 5, which nvidia-smi does not list"),
         (("[N/A]",), {}, None),
     ],

@@ -47,7 +47,7 @@ def test_downloads_once_and_restores_changed_files(hub, name, tmp_path):
     source = hub.folder / REPO / "sub/flow.pt"
     assert (tmp_path / "out/sub/flow.pt").read_bytes() == source.read_bytes()
     hub.requests.clear()
-    assert "there already" in download(hub.url, name, tmp_path).stdout and not hub.requests
+    assert "already downloaded" in download(hub.url, name, tmp_path).stdout and not hub.requests
     (tmp_path / "out/sub/flow.pt").write_bytes(b"cut off")
     done = download(hub.url, name, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -96,8 +96,8 @@ def test_all_stages(shared, tmp_path, llm, seeds):
     preflight = run("--check")
     assert preflight.returncode == 0 and "WRONG" not in preflight.stdout, preflight.stdout
     again = run("-1", "5")
-    assert again.returncode == 0 and again.stdout.count("done already") == 4, again.stdout[-2000:]
-    assert again.stdout.count("there already") == 3 + (llm == "llasa")
+    assert again.returncode == 0 and again.stdout.count("already done") == 4, again.stdout[-2000:]
+    assert again.stdout.count("already downloaded") == 3 + (llm == "llasa")
 
 
 def check_evaluation(exp_dir: Path, seeds: list[str]) -> None:

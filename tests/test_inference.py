@@ -261,7 +261,11 @@ def test_the_single_text_may_be_the_tongue_twister(assets, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("text", "fault"),
-    [("今天<|im_end|>好", "holds <|im_end|>, which is no word"), ("……", "text has no word"), ("", "text has no word")],
+    [
+        ("今天<|im_end|>好", "contains <|im_end|>, which is a tag, not a word"),
+        ("……", "text has no word"),
+        ("", "text has no word"),
+    ],
 )
 def test_what_cannot_be_said_is_refused(assets, text, fault):
     command = ["--llm-path", str(assets / "llm"), "--token2wav-dir", str(assets / "token2wav"), "--text", text]

@@ -55,9 +55,9 @@ def test_a_line_in_another_encoding_than_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("line", "fault"),
     [
-        ('{"text": "\\ud83d"}', r"\\ud83d is half of a surrogate pair and no character"),
+        ('{"text": "\\ud83d"}', r"\\ud83d is half of a surrogate pair, not a character"),
         ('{"\\udc00": 1}', r"\\udc00 is half of a surrogate pair"),
-        ("今天天气很好。", "not JSON .*: one JSON object per line is wanted"),
+        ("今天天气很好。", "not JSON .*: expected one JSON object per line"),
         ('{"text": "a"}{"text": "b"}', "not JSON .*Extra data"),
         ('"今天"', "not a JSON object"),
         ("[" * 100_000, "begins with"),
@@ -65,7 +65,7 @@ def test_a_line_in_another_encoding_than_the_file(tmp_path):
         ('{"a": ' + "1" * 5000 + "}", "not JSON that can be read"),
     ],
 )
-def test_what_is_wanted_is_said(tmp_path, line, fault):
+def test_errors_name_the_expected_value(tmp_path, line, fault):
     (tmp_path / "x").write_text(line + "\n", encoding="utf-8")
     with pytest.raises(ValueError, match=f"x(, line 1:)? {fault}"):
         read_jsonl(tmp_path / "x")
@@ -98,13 +98,16 @@ def test_an_evaluation_set(tmp_path):
         ({"target_text": "好"}, "no id"),
         ({"id": 1.5, "target_text": "好"}, "the id is the number 1.5, not a text or an integer"),
         ({"id": True, "target_text": "好"}, "the id is true, not"),
-        ({"id": "a/b", "target_text": "好"}, "'a/b' is no file name"),
-        ({"id": "..", "target_text": "好"}, "'..' is no file name"),
-        ({"id": "a\\b", "target_text": "好"}, "is no file name"),
-        ({"id": "a\nb", "target_text": "好"}, "is no file name"),
+        ({"id": "a/b", "target_text": "好"}, "'a/b' cannot be a file name"),
+        ({"id": "..", "target_text": "好"}, "'..' cannot be a file name"),
+        ({"id": "a\\b", "target_text": "好"}, "cannot be a file name"),
+        ({"id": "a\nb", "target_text": "好"}, "cannot be a file name"),
         ({"id": "好" * 70, "target_text": "好"}, "more than 200 bytes"),
-        ({"id": "first", "target_text": "好"}, "the id 'first' comes twice, first in entry 1"),
-        ({"id": "First", "target_text": "好"}, "'First' is but for upper and lower case the id 'first' in entry 1"),
+        ({"id": "first", "target_text": "好"}, "the id 'first' occurs twice, first in entry 1"),
+        (
+            {"id": "First", "target_text": "好"},
+            "'First' differs only in upper and lower case from the id 'first' in entry 1",
+        ),
         ({"id": "a"}, "no target_text"),
         ({"id": "a", "target_text": 5}, "target_text is the number 5, not a text in quotation marks"),
         ({"id": "a", "target_text": ["好"]}, "target_text is an array"),

@@ -77,7 +77,7 @@ def test_schema(worker, trainer_python, tmp_path):
     assert rows_of(trainer_python, tmp_path / "out/test.parquet")[0]["extra_info"]["split"] == "test"
 
 
-def test_what_stage_0_tells(worker, trainer_python, tmp_path):
+def test_what_stage_0_prints(worker, trainer_python, tmp_path):
     texts = ["2024年有50%的人。", "今天meeting取消了。", "没有变化，对吧？", "《书》里[laughter]有", "３月", "三月"]
     flags = ("--max-bad-ratio", "0.5", "--llm-text", "spoken")
     done = prepare(worker, tmp_path, list(map(line, texts)), [line("明天"), line("3月。")], *flags)
@@ -86,10 +86,10 @@ def test_what_stage_0_tells(worker, trainer_python, tmp_path):
     flags += ("--max-test-overlap", "0.5")
     done = prepare(worker, tmp_path, list(map(line, texts)), [line("明天"), line("3月。")], *flags)
     assert done.returncode == 0 and "are training texts as well" in done.stdout, done.stderr
-    assert "train: 5 samples, 1 lines left out: {'holds [laughter]': 1}" in done.stdout
-    assert "1 texts are read as one before them" in done.stdout
-    assert "2 digits" in done.stdout and "2 Latin letters" in done.stdout and "1 tags" in done.stdout
-    assert "2 texts are not read as they are written" in done.stdout
+    assert "train: 5 samples, 1 lines left out: {'contains [laughter]': 1}" in done.stdout
+    assert "1 texts have the same reading as an earlier one" in done.stdout
+    assert "number of texts with: digits 2, tags 1, Latin letters 2" in done.stdout
+    assert "2 texts have a reading that differs from the text" in done.stdout
     assert "2024年有50%的人。 -> 二零二四年有百分之五十的人" in done.stdout and "３月 -> 三月" in done.stdout
     row = rows_of(trainer_python, tmp_path / "out/train.parquet")[0]
     assert row["prompt"][0]["content"] == "Convert the text to speech: 二零二四年有百分之五十的人。"
@@ -127,11 +127,11 @@ def test_the_evaluation_set_is_checked_whole(worker, tmp_path):
     good = {"id": 1, "target_text": "今天天气很好。"}
     done = with_set(good, {"id": "b", "target_text": "……"}, {"id": "c", "target_text": "好<|im_end|>"})
     assert done.returncode == 1 and "set.jsonl, line 2: target_text has no word" in done.stderr
-    assert "set.jsonl, line 3: holds <|im_end|>" in done.stderr and not list((tmp_path / "out").glob("*.parquet*"))
+    assert "set.jsonl, line 3: contains <|im_end|>" in done.stderr and not list((tmp_path / "out").glob("*.parquet*"))
     done = with_set(good, {"id": "l", "target_text": "我们明天早上出发。" * 200}, {"id": "e", "target_text": "Hello"})
     assert done.returncode == 0, done.stderr
-    assert "1 texts are too long for max_new_tokens=160 and will be cut, l (1800 characters) first" in done.stdout
-    assert "1 texts are not of this recipe, e first: no Chinese character" in done.stdout
+    assert "1 texts are too long for max_new_tokens=160 and will be truncated, first l (1800 characters)" in done.stdout
+    assert "1 texts could not be trained on, first e: no Chinese character" in done.stdout
     done = with_set(good, {"id": "b", "target_text": "你好！"})
     assert done.returncode == 1 and "1 of the 2 texts of " in done.stderr and "set.jsonl are training" in done.stderr
 
@@ -194,7 +194,7 @@ def test_a_json_array_is_read_as_jsonl_is(worker, trainer_python, tmp_path, inde
 def test_an_array_that_is_cut_off_stops_with_a_sentence(worker, tmp_path):
     (tmp_path / "array.json").write_text('[{"text": "你好"},\n {"text": "再', encoding="utf-8")
     done = prepare(worker, tmp_path, [], [line("你好")], "--train-file", str(tmp_path / "array.json"))
-    assert done.returncode == 1 and "array.json begins with '[' but is no JSON array" in done.stderr
+    assert done.returncode == 1 and "array.json begins with '[' but is not a JSON array" in done.stderr
     assert "Traceback" not in done.stderr
 
 

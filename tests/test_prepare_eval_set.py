@@ -39,7 +39,7 @@ def test_seed_tts_list(assets, tmp_path):
     assert all(50 < len(r["speech_tokens"]) < 120 for r in read_jsonl(known))
 
 
-def test_quotes_and_brackets_are_taken_out_if_asked_for(assets, tmp_path):
+def test_quotes_and_brackets_are_removed_on_request(assets, tmp_path):
     audio = sorted((assets / "prompts").glob("*.ogg"))[0]
     (tmp_path / "meta.lst").write_text(f'u|他说：“好”(真的)|{audio}|‘一’（二）"三"\'四’，《五》\n', encoding="utf-8")
     texts = []
@@ -54,7 +54,7 @@ def test_quotes_and_brackets_are_taken_out_if_asked_for(assets, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [("a|b|c", "line 1"), ("a|b|none.wav|c", "none.wav is missing"), ("\n", "empty"), ("a/b|x|meta.lst|y", "a/b"),
-     ("a|x|meta.lst|y", "no wav, flac")],
+     ("a|x|meta.lst|y", "not a wav, flac")],
 )  # fmt: skip
 def test_bad_lists_are_named(text, message, tmp_path):
     (tmp_path / "meta.lst").write_text(text)
@@ -88,7 +88,7 @@ def test_first_bytes(begin, expected):
     if expected:
         assert prepare_eval_set.suffix(begin, "x") == expected
     else:
-        with pytest.raises(ValueError, match="x: the prompt's audio is no wav"):
+        with pytest.raises(ValueError, match="x: the prompt's audio is not a wav"):
             prepare_eval_set.suffix(begin, "x")
 
 
@@ -189,7 +189,7 @@ def test_voices_are_taken_evenly_and_can_be_read(trainer_python, assets, token2w
         return subprocess.run(command, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
 
     done = prepare(13)
-    assert done.returncode == 1 and "12 recordings in its parquet files, 13 voices are asked for" in done.stderr
+    assert done.returncode == 1 and "12 recordings in its parquet files, but 13 voices are requested" in done.stderr
     assert not output.exists()
     done = prepare(4)
     assert done.returncode == 0, done.stderr

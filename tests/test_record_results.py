@@ -34,7 +34,7 @@ def summary(sft: float, grpo: float, commit: str = "c" * 40) -> dict:
 
 @pytest.fixture
 def runs(tmp_path):
-    for name, grpo in (("a", 0.04), ("b", 0.05)):
+    for name, grpo in (("a", 0.03), ("b", 0.05), ("c", 0.04)):
         (tmp_path / name / "log").mkdir(parents=True)
         (tmp_path / name / "summary.json").write_text(json.dumps(summary(0.0625, grpo, name * 40)))
         steps = "".join(f"step:{n} - timing_s/step:10.0 - timing_s/generation:{n}.0\n" for n in range(1, 6))
@@ -46,12 +46,13 @@ def runs(tmp_path):
 
 
 def test_figures_and_tables_are_made_from_the_runs(runs):
-    main([str(runs / "a"), str(runs / "b"), "--root", str(runs)])
+    """Changes of -52%, -20% and -36%: the third run is the median."""
+    main([*(str(runs / name) for name in "abc"), "--root", str(runs)])
     recorded = json.loads((runs / RESULTS).read_text("utf-8"))
     rate = next(figure for figure in recorded["figures"] if figure["key"] == MAIN_RATE)
     assert (rate["sft"], rate["grpo"], rate["relative_change_percent"]) == (6.25, 4.0, -36.0)
     assert rate["ci95"] == [-41.0, -26.0]
-    assert recorded["stage_seconds"] == {"2": 300, "4": 100, "all": 400} and recorded["commit"] == "a" * 40
+    assert recorded["stage_seconds"] == {"2": 300, "4": 100, "all": 400} and recorded["commit"] == "c" * 40
     assert recorded["step_seconds"]["generation"] == 4.0  # the median of steps 3 to 5
     readme = (runs / "README.md").read_text()
     assert readme.startswith("Before\n\n<!-- table: short -->\n| | SFT |") and readme.endswith(
@@ -68,7 +69,7 @@ def test_figures_and_tables_are_made_from_the_runs(runs):
 
 def test_only_finished_runs_of_a_commit_are_recorded(runs):
     with pytest.raises(SystemExit, match="run stages 2 to 4"):
-        read_summary(runs / "c")
+        read_summary(runs / "d")
     for commit in (None, "abc-dirty"):
         (runs / "a/summary.json").write_text(json.dumps(summary(0.1, 0.1, commit)))
         with pytest.raises(SystemExit, match="committed state"):

@@ -21,8 +21,8 @@ SPOKEN = TextRules(llm_text="spoken")
         ("Hello world, how are you?", "zh", "no Chinese"), ("今天 meeting 取消了", "zh", None), ("119", "zh", None),
         ("重慶", "zh", None), ("α波", "zh", None), ("他在café里", "zh", None), ("Hello world", "en", None),
         ("today 今天", "en", "chinese"), ("今天", "en", "chinese"), ("Привет, мир", "en", "another script"),
-        ("今天[laughter]", "zh", r"holds \[laughter\], which is no word"),
-        ("用四川话说<|endofprompt|>好", "zh", "holds"),
+        ("今天[laughter]", "zh", r"contains \[laughter\], which is a tag, not a word"),
+        ("用四川话说<|endofprompt|>好", "zh", "contains"),
     ],
 )  # fmt: skip
 def test_what_is_taken(text, language, reason):
@@ -96,7 +96,7 @@ def test_tags_of_an_evaluation_set(tmp_path):
     (tmp_path / "a.wav").touch()
     prompt = {"prompt_text": "[breath]在", "prompt_audio": "a.wav"}
     write_jsonl(tmp_path / "x", [{"id": 1, "text": "好[laughter]"} | prompt, {"id": 2, "text": "Hello"}])
-    with pytest.raises(ValueError, match=r"line 1: holds \[laughter\]"):
+    with pytest.raises(ValueError, match=r"line 1: contains \[laughter\]"):
         usable_eval_set(tmp_path / "x", TextRules())
     first, second = usable_eval_set(tmp_path / "x", TextRules(text_tags="remove"))
     assert (first["target_text"], first["prompt_text"]) == ("好", "在")

@@ -293,7 +293,7 @@ def test_every_preset_is_tested_and_an_unknown_one_is_refused(recipe):
     names = sorted(path.stem for path in (ROOT / "conf/recipes").glob("*.sh"))
     assert names == sorted(filter(None, PRESETS))
     done = recipe.run("0", "0", profile="cosyvoice2", recipe="mairhub")
-    assert done.returncode == 1 and "recipe=mairhub is unknown: it is one of " in done.stderr
+    assert done.returncode == 1 and "recipe=mairhub is unknown: choose one of " in done.stderr
     assert sorted(done.stderr.split("one of ")[1].split()) == names
     done = recipe.run("0", "0", profile="tiny", recipe="seed")
     assert done.returncode == 1 and "recipe=seed is for profile=cosyvoice2" in done.stderr
@@ -370,11 +370,11 @@ def test_several_machines_need_a_ray_cluster(recipe):
 
 def test_rollouts_must_fill_the_micro_batches(recipe):
     done = recipe.run("0", "0", rollout_n="3", train_batch_size="3", micro_batch_size="8")
-    assert done.returncode == 1 and "9 rollouts are no multiple of" in done.stderr
+    assert done.returncode == 1 and "9 rollouts are not a multiple of" in done.stderr
     done = recipe.run("0", "0", mini_batch_size="5")
-    assert done.returncode == 1 and "train_batch_size=16 is no multiple of mini_batch_size=5" in done.stderr
+    assert done.returncode == 1 and "train_batch_size=16 is not a multiple of mini_batch_size=5" in done.stderr
     done = recipe.run("0", "0", prompt_voice_per="group")
-    assert done.returncode == 1 and "prompt_voice_per=group: it is text or rollout" in done.stderr
+    assert done.returncode == 1 and "prompt_voice_per=group: expected text or rollout" in done.stderr
     assert recipe.calls() == []
 
 
@@ -406,7 +406,7 @@ def test_credit_reaches_the_reward(recipe):
         done = recipe.run("--dry-run", "2", "2", credit=credit)
         assert f"by_syllable: {by_syllable}, " in done.stdout.replace("\\", ""), done.stdout
     done = recipe.run("0", "0", credit="word")
-    assert done.returncode == 1 and "credit=word: it is syllable or utterance" in done.stderr
+    assert done.returncode == 1 and "credit=word: expected syllable or utterance" in done.stderr
 
 
 @pytest.mark.parametrize("profile", ["tiny", "cosyvoice2"])
@@ -476,16 +476,16 @@ def test_a_signal_ends_training_and_server_at_once(recipe, sent, status):
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"seed": "x", "top_p": "2"}, ["seed=x: it is a whole number", "top_p=2: it is a number > 0 and <= 1"]),
-        ({"rollout_n": "08"}, ["rollout_n=08: it is a whole number >= 1"]),
-        ({"total_steps": "1_000"}, ["total_steps=1_000: it is a whole number >= 1"]),
-        ({"learning_rate": "1e-6x"}, ["learning_rate=1e-6x: it is a number > 0"]),
-        ({"http_port": "70000"}, ["http_port=70000: it is a whole number >= 1 and <= 65535"]),
-        ({"seeds": "1 2 1"}, ["seeds=1 2 1: it is whole numbers, separated by spaces, each once"]),
-        ({"server_devices": "gpu"}, ["server_devices=gpu: it is cpu, cuda or cuda:N"]),
-        ({"make_envs": "yes"}, ["make_envs=yes: it is 0 or 1"]),
-        ({"exp_name": "a${b}"}, ["exp_name=a${b}: it is a name without ${"]),
-        ({"exp_dir": "/x/a[1]"}, ["exp_dir=/x/a[1]: it is a path without ${, [ or ]"]),
+        ({"seed": "x", "top_p": "2"}, ["seed=x: expected a whole number", "top_p=2: expected a number > 0 and <= 1"]),
+        ({"rollout_n": "08"}, ["rollout_n=08: expected a whole number >= 1"]),
+        ({"total_steps": "1_000"}, ["total_steps=1_000: expected a whole number >= 1"]),
+        ({"learning_rate": "1e-6x"}, ["learning_rate=1e-6x: expected a number > 0"]),
+        ({"http_port": "70000"}, ["http_port=70000: expected a whole number >= 1 and <= 65535"]),
+        ({"seeds": "1 2 1"}, ["seeds=1 2 1: expected whole numbers, separated by spaces, each once"]),
+        ({"server_devices": "gpu"}, ["server_devices=gpu: expected cpu, cuda or cuda:N"]),
+        ({"make_envs": "yes"}, ["make_envs=yes: expected 0 or 1"]),
+        ({"exp_name": "a${b}"}, ["exp_name=a${b}: expected a name without ${"]),
+        ({"exp_dir": "/x/a[1]"}, ["exp_dir=/x/a[1]: expected a path without ${, [ or ]"]),
         ({"num_gpus": "x[$(touch hacked)]", "profile": "cosyvoice2"}, ["num_gpus=x[$(touch hacked)]: "]),
     ],
 )
@@ -608,7 +608,7 @@ def test_training_is_refused_on_data_that_was_made_from_something_else(recipe, t
     for force in ("0", "1"):
         done = recipe.run("2", "2", train_jsonl=str(tmp_path / "new.jsonl"), force=force, server_urls="http://a:1")
         assert done.returncode == 1 and recipe.calls() == []
-        assert "data was made from something else (train_jsonl was " in done.stderr
+        assert "data was made from other inputs (train_jsonl was " in done.stderr
         assert "run bash run.sh 0 0 first" in done.stderr
 
 
@@ -760,7 +760,7 @@ def test_the_evaluation_is_refused_on_another_merged_model(recipe):
     assert recipe.run("0", "3", total_steps="7").returncode == 0
     assert recipe.run("1", "2", total_steps="12").returncode == 0
     done = recipe.run("4", "4", total_steps="12")
-    assert done.returncode == 1 and "merged_hf_model was made from something else (training has changed)" in done.stderr
+    assert done.returncode == 1 and "merged_hf_model was made from other inputs (training has changed)" in done.stderr
     assert "run bash run.sh 3 3 first" in done.stderr
 
 

@@ -23,7 +23,7 @@ def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--assets-dir", type=Path, default=Path("assets/tiny"), help="folder of the tiny stack")
     parser.add_argument("--llm", type=Path, default=None, help="language model to use instead, such as a trained one")
-    parser.add_argument("--split", default="train", help="take sentences from data/SPLIT.jsonl")
+    parser.add_argument("--split", default="train", help="read sentences from data/SPLIT.jsonl")
     parser.add_argument("--num-prompts", type=int, default=100, help="number of sentences, drawn at random")
     parser.add_argument("--num-samples", type=int, default=8, help="samples per prompt")
     parser.add_argument("--temperature", type=float, default=1.0, help="sampling temperature")

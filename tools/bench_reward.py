@@ -51,9 +51,13 @@ def get_args(argv=None):
     parser.add_argument(
         "--jsonl", type=Path, default=Path("assets/tiny/data/test.jsonl"), help="JSONL with text and speech_tokens"
     )
-    parser.add_argument("--token2wav-dir", type=Path, default=Path("assets/tiny/token2wav"), help="as for the server")
-    parser.add_argument("--asr-dir", type=Path, default=Path("assets/tiny/asr_reward"), help="as for the server")
-    parser.add_argument("--prompt-audio", type=Path, default=None, help="as for the server")
+    parser.add_argument(
+        "--token2wav-dir", type=Path, default=Path("assets/tiny/token2wav"), help="as in token2wav_asr_server.py"
+    )
+    parser.add_argument(
+        "--asr-dir", type=Path, default=Path("assets/tiny/asr_reward"), help="as in token2wav_asr_server.py"
+    )
+    parser.add_argument("--prompt-audio", type=Path, default=None, help="as in token2wav_asr_server.py")
     parser.add_argument("--random", type=Path, default=None, help="folder for models with random weights")
     parser.add_argument("--small", action="store_true", help="make small models, to test this program")
     parser.add_argument("--make-only", action="store_true", help="make the models of --random and exit")

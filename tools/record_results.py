@@ -2,8 +2,9 @@
 
     python tools/record_results.py [EXP_DIR ...]
 
-The first experiment (default: exp/tiny) gives the tables of README.md and docs/results.md; each further one is a
-repeated run, of which only the toneless pinyin error rate and the speech rate are recorded. Stages 2 to 4 must be
+The experiments (default: exp/tiny) are runs of the same settings. The tables of README.md and docs/results.md show the
+run whose change of the toneless pinyin error rate is the median; of the others only this rate and the speech rate are
+recorded. The times are those of the first one, which should have begun with a fresh clone. Stages 2 to 4 must be
 finished. Only the tables after the comments ``<!-- table: NAME -->`` are written; check the sentences around them.
 """
 
@@ -82,10 +83,14 @@ def run_figures(summary: dict) -> dict:
 def results(exp_dirs: list[Path]) -> dict:
     """Return the contents of docs/results/tiny_grpo.json."""
     summaries = [read_summary(exp_dir) for exp_dir in exp_dirs]
-    summary, settings = summaries[0], summaries[0]["settings"]
-    seconds = {stage: round(value) for stage, value in summary["stage_seconds"].items()}
+    runs = [run_figures(summary) for summary in summaries]
+    ranked = sorted(range(len(runs)), key=lambda run: runs[run]["relative_change_percent"])
+    shown = ranked[len(ranked) // 2]
+    summary, settings = summaries[shown], summaries[shown]["settings"]
+    seconds = {stage: round(value) for stage, value in summaries[0]["stage_seconds"].items()}
     steps = read_steps(exp_dirs[0] / "log/train.log", skip=2)
-    finished = datetime.datetime.fromtimestamp((exp_dirs[0] / "summary.json").stat().st_mtime)
+    finished = datetime.datetime.fromtimestamp((exp_dirs[shown] / "summary.json").stat().st_mtime)
+    changes = [run["relative_change_percent"] for run in runs]
     return {
         **provenance("Tiny profile: SFT model and GRPO", []),
         "date": finished.date().isoformat(),
@@ -95,12 +100,14 @@ def results(exp_dirs: list[Path]) -> dict:
         f"{settings['eval_jsonl'].split('/')[-1]}, seeds {settings['seeds']}, temperature {settings['temperature']}; "
         "95% intervals by paired bootstrap over utterances; speaker similarity, DNSMOS and F0 of "
         f"{settings['quality_utterances']} utterances",
+        "shown_run": shown + 1,
+        "runs": runs,
+        "mean_relative_change_percent": round(sum(changes) / len(changes), 1),
         "figures": rate_figures(summary) + quality_figures(summary),
         "stage_seconds": seconds | {"all": sum(seconds.values())},
-        "peak_memory_gib": round(summary["peak_rss_gib"], 1),
+        "peak_memory_gib": round(max(other["peak_rss_gib"] for other in summaries), 1),
         "step_seconds": {name: round(value, 1) for name, value, _ in step_seconds([steps[n] for n in sorted(steps)])},
-        "runs": [run_figures(other) for other in summaries],
-    }  # fmt: skip
+    }
 
 
 def change_cell(figure: dict) -> str:
@@ -148,6 +155,7 @@ def tables(recorded: dict) -> dict[str, list[str]]:
                 f"{run['speech_rate_difference']:+.3f} |"
                 for number, run in enumerate(recorded["runs"], 1)
             ),
+            f"| mean | | | | {recorded['mean_relative_change_percent']:+.1f}% | |",
         ],
     }
 

@@ -140,7 +140,7 @@ def count_all(target_text: str, hypothesis: str, language: str) -> dict[str, Err
     for name, metric in METRICS[language].items():
         reference = metric.units(target_text) if metric.units else sentence(target_text, language).units
         if not reference:
-            raise ValueError(f"{target_text!r} has no unit for {metric.title}: take the utterance out of the set")
+            raise ValueError(f"{target_text!r} has no unit for {metric.title}: remove the utterance from the set")
         if metric.units:
             found = align_units(reference, metric.units(hypothesis))
             counts[name] = ErrorCounts(found.substitutions, found.deletions, found.insertions, len(reference))

@@ -68,12 +68,12 @@ class RewardClient:
                 wait_s, waited_s = min(self.max_backoff_s, self.backoff_s * 2**attempt), time.monotonic() - begin
                 if waited_s + wait_s > self.patience_s:
                     break
-                logger.warning("reward request failed (%s), again in %.1f s", failure, wait_s)
+                logger.warning("reward request failed (%s), retrying in %.1f s", failure, wait_s)
                 await asyncio.sleep(wait_s)
             raise RewardServerError(
-                f"no reward after {attempt + 1} tries in {waited_s:.0f} s, the last: {failure}. Is the reward server "
-                "running? Start it with: bash run.sh 1 1; then start the training again: it goes on from its last "
-                "checkpoint"
+                f"no reward after {attempt + 1} attempts in {waited_s:.0f} s; the last failed with {failure}. Is the "
+                "reward server running? Start it with: bash run.sh 1 1; then start the training again: it resumes from "
+                "its last checkpoint"
             )
 
     async def _request(self, url: str, body: bytes) -> RolloutScore:

@@ -114,7 +114,7 @@ def decode_speech_response(body: dict) -> tuple[list[int], int]:
     outputs = {output["name"]: output["data"] for output in body["outputs"]}
     waveform, (length,), (rate,), (error,) = (outputs[name] for name in SPEECH_OUTPUT_NAMES)
     if error:
-        raise ValueError(f"the reward server could not speak a sample: {error}")
+        raise ValueError(f"the reward server could not synthesise a sample: {error}")
     return waveform[:length], rate
 
 

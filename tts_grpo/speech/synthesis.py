@@ -36,17 +36,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=LM_PRECISIONS,
         help="precision of the language model; by default fp32 on a CPU and bf16 on a GPU",
     )
-    parser.add_argument("--temperature", type=float, default=1.0, help="sampling temperature; 0: the likeliest token")
-    parser.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling; 1.0: no cut")
-    parser.add_argument("--top-k", type=int, default=-1, help="sample from so many of the likeliest tokens; -1: no cut")
-    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="penalty of earlier ids; 1.0: none")
-    parser.add_argument("--max-new-tokens", type=int, default=512, help="longest utterance, in tokens")
+    parser.add_argument("--temperature", type=float, default=1.0, help="sampling temperature; 0: greedy decoding")
+    parser.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling threshold; 1.0: off")
+    parser.add_argument("--top-k", type=int, default=-1, help="sample from the K most likely tokens only; -1: off")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="penalty on earlier token ids; 1.0: off")
+    parser.add_argument("--max-new-tokens", type=int, default=512, help="maximum number of tokens per utterance")
     parser.add_argument("--language", choices=LANGUAGES, default="zh", help="language of the texts")
     parser.add_argument(
         "--text-tags",
         choices=("reject", "remove"),
         default="reject",
-        help="what to do with texts that have tags, such as [laughter]: refuse them, or take the tags out",
+        help="texts with tags such as [laughter]: reject them, or remove the tags",
     )
     parser.add_argument(
         "--llm-text",
@@ -107,12 +107,12 @@ class Synthesiser:
         found = find_control_tokens(self.tokenizer, ["".join(self.texts(row)) for row in utterances])
         for row, token in zip(utterances, found, strict=True):
             if token:
-                raise ValueError(f"the text of {row['id']} holds the control token {token}: take it out")
+                raise ValueError(f"the text of {row['id']} contains the control token {token}: remove it")
         without = [row["id"] for row in utterances if not row["prompt_audio"]]
         if self.token2wav.needs_voice and without:
             raise ValueError(
-                f"{len(without)} utterances have no prompt, {without[0]} first, and this token2wav needs one: give "
-                "them a prompt's recording and its text, or leave them out"
+                f"{len(without)} utterances have no prompt, {without[0]} first, and this token2wav needs one: add "
+                "prompt_audio and prompt_text to them, or remove them"
             )
 
     def voice(self, row: dict) -> PromptVoice | None:

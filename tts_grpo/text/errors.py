@@ -209,7 +209,7 @@ class _Table:
             if row[begin] + cost == row[at]:
                 pairs.append(Pair(None, self.hypothesis.part(begin, at), cost, place))
                 return begin
-        raise AssertionError(f"no alignment of {self.reference.raw!r}: please report this text")
+        raise AssertionError(f"no alignment found for {self.reference.raw!r}: please report this text")
 
 
 def _same(reference: Sequence[Unit], hypothesis: Sequence[Unit], match: str) -> bool:

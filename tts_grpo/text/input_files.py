@@ -36,7 +36,7 @@ def checked_text(row: dict, *keys: str) -> str:
     if not isinstance(text, str):
         raise ValueError(f"{key} is {_kind(text)}, not a text in quotation marks")
     if LOST_CHARACTER in text:
-        raise ValueError(f"{key} holds U+FFFD, in the place of a character that a conversion lost: {text[:40]!r}")
+        raise ValueError(f"{key} contains U+FFFD, which replaces a character that a conversion has lost: {text[:40]!r}")
     if not _WORD.search(unicodedata.normalize("NFKC", text)):
         raise ValueError(f"{key} has no word: {text[:40]!r}")
     return text.strip()
@@ -107,14 +107,20 @@ def new_id(utt_id: Any, number: int, ids: dict[str, tuple[int, str]]) -> str:
     if not utt_id or not isinstance(utt_id, str):
         raise ValueError("no id" if utt_id in (None, "") else f"the id is {_kind(utt_id)}, not a text or an integer")
     if "/" in utt_id or "\\" in utt_id or not utt_id.isprintable() or utt_id[0] in ". " or utt_id[-1] == " ":
-        raise ValueError(f"the id {utt_id[:80]!r} is no file name: no slashes, no line breaks, no dot at its start")
+        raise ValueError(
+            f"the id {utt_id[:80]!r} cannot be a file name: no slashes or line breaks, and no dot at the start"
+        )
     if len(utt_id.encode()) > MAX_ID_BYTES:
-        raise ValueError(f"the id {utt_id[:40]!r}... is no file name: it has more than {MAX_ID_BYTES} bytes")
+        raise ValueError(f"the id {utt_id[:40]!r}... cannot be a file name: it has more than {MAX_ID_BYTES} bytes")
     key = unicodedata.normalize("NFC", utt_id).casefold()  # some file systems treat such names as the same
     before, other = ids.setdefault(key, (number, utt_id))
     if before != number:
-        how = "comes twice, first" if other == utt_id else f"is but for upper and lower case the id {other!r}"
-        raise ValueError(f"the id {utt_id!r} {how} in entry {before}: each names a file, so change one of them")
+        how = (
+            "occurs twice, first" if other == utt_id else f"differs only in upper and lower case from the id {other!r}"
+        )
+        raise ValueError(
+            f"the id {utt_id!r} {how} in entry {before}: both would name the same file, so change one of them"
+        )
     return utt_id
 
 
@@ -164,10 +170,10 @@ def read_known_answers(path: str | Path, limit: int | None = None) -> list[dict]
 def _known_answer(number: int, row: dict) -> dict:
     tokens = row.get("speech_tokens")
     if not isinstance(tokens, list) or not tokens or not all(type(token) is int for token in tokens):
-        raise ValueError("speech_tokens is no list of integers")
+        raise ValueError("speech_tokens is not a list of integers")
     wrong = [token for token in tokens if not 0 <= token < NUM_SPEECH_TOKENS]
     if wrong:
-        raise ValueError(f"{wrong[0]} is no speech token: they are from 0 to {NUM_SPEECH_TOKENS - 1}")
+        raise ValueError(f"{wrong[0]} is not a speech token: the ids are 0 to {NUM_SPEECH_TOKENS - 1}")
     return row | {"text": checked_text(row, "text")}
 
 

@@ -110,7 +110,7 @@ def _parsed(line: str) -> Any:
     try:
         return _checked(json.loads(line)) if "\\u" in line else json.loads(line)
     except json.JSONDecodeError as error:
-        return ValueError(f"not JSON ({error}): one JSON object per line is wanted")
+        return ValueError(f"not JSON ({error}): expected one JSON object per line")
     except (ValueError, RecursionError) as error:  # numbers with thousands of digits, brackets nested thousands deep
         return ValueError(f"not JSON that can be read ({error})")
 
@@ -121,7 +121,7 @@ def _checked(value: Any) -> Any:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
         half = f"\\u{ord(error.object[error.start]):04x}"
-        return ValueError(f"{half} is half of a surrogate pair and no character: write the character itself")
+        return ValueError(f"{half} is half of a surrogate pair, not a character: write the character itself")
     return value
 
 
@@ -143,7 +143,7 @@ def _array(path: str | Path, progress: Callable[[int], Any]) -> list:
         rows = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"{path} begins with '[' but is no JSON array ({error}): mend it, or write one object per line"
+            f"{path} begins with '[' but is not a JSON array ({error}): correct it, or write one object per line"
         ) from error
     return [_checked(row) for row in rows] if "\\u" in text else rows
 

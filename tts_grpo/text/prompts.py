@@ -75,8 +75,8 @@ def speech_template(tokenizer) -> str:
             return tokenizer.chat_template
     if GENERATION_START not in tokenizer.get_vocab():
         raise ValueError(
-            f"the tokenizer has neither {GENERATION_START} nor a template of the form {SOS}TEXT{TASK_ID}: this is no "
-            "language model with CosyVoice2's speech tokens"
+            f"the tokenizer has neither {GENERATION_START} nor a template of the form {SOS}TEXT{TASK_ID}: it is not "
+            "a language model with CosyVoice2's speech tokens"
         )
     if tokenizer.chat_template is None or _CHATML.fullmatch(own):
         return LLASA_CHAT_TEMPLATE

@@ -122,15 +122,15 @@ def warnings_of(rows: list[dict], path: str | Path, max_new_tokens: int, rules: 
     found = []
     if long := over_token_limit(rows, max_new_tokens):
         found.append(
-            f"{path}: {len(long)} texts are too long for max_new_tokens={max_new_tokens} and will be cut, "
-            f"{long[0]['id']} ({len(long[0]['target_text'])} characters) first: raise it, or take them out"
+            f"{path}: {len(long)} texts are too long for max_new_tokens={max_new_tokens} and will be truncated, "
+            f"first {long[0]['id']} ({len(long[0]['target_text'])} characters): raise it, or remove them"
         )
-    odd = []
+    unusual = []
     for row in rows:
         try:
             usable_text(row["target_text"], rules)
         except ValueError as fault:
-            odd.append((row["id"], fault))
-    if odd:
-        found.append(f"{path}: {len(odd)} texts are not of this recipe, {odd[0][0]} first: {odd[0][1]}")
+            unusual.append((row["id"], fault))
+    if unusual:
+        found.append(f"{path}: {len(unusual)} texts could not be trained on, first {unusual[0][0]}: {unusual[0][1]}")
     return found

@@ -60,7 +60,7 @@ def apply_tags(text: str, what: str) -> str:
         return text
     if what == "reject":
         shown = ", ".join(dict.fromkeys(tags))
-        raise ValueError(f"holds {shown[:80]}, which is no word: take it out (text_tags=remove does so)")
+        raise ValueError(f"contains {shown[:80]}, which is a tag, not a word: remove it (or set text_tags=remove)")
     return remove_tags(text)
 
 

@@ -34,7 +34,9 @@ def _losses(errors: list[list[int]], scores: np.ndarray) -> np.ndarray:
     """
     sizes = {len(row) for row in errors if row}
     if len(sizes) != 1:
-        raise ValueError(f"rollouts of one group have {sorted(sizes)} syllables: they were not asked to say the same")
+        raise ValueError(
+            f"rollouts of one group have {sorted(sizes)} syllables: all rollouts of a group must have the same text"
+        )
     for row, score in zip(errors, scores, strict=True):
         if not -TOLERANCE <= score <= 1 + TOLERANCE or (row and not any(row) and score < 1 - TOLERANCE):
             raise ValueError(

@@ -112,8 +112,8 @@ def group_advantages(
 def _failed(failed: int, expected: int, what: str) -> RuntimeError:
     return RuntimeError(
         f"{failed} of {expected} {what}: their exceptions are in the log above, where veRL logged them. Training "
-        "without them would look like a good step, so it stops here; once the cause is mended, the same command goes "
-        "on from the last checkpoint"
+        "without them would look like a good step, so it stops here; once the cause is fixed, the same command "
+        "continues from the last checkpoint"
     )
 
 

@@ -1,4 +1,4 @@
-"""Where the published protocol and the spoken one count differently, and why."""
+"""Utterances that the published and the spoken-form protocol score differently, with the reasons."""
 
 import dataclasses
 import re
