@@ -13,7 +13,7 @@
 #    0  data: JSONL with one text per line -> parquet for veRL; the language model's folder, prepared for veRL
 #    1  reward server: alone it stays in the foreground; before stage 2 it runs until training ends
 #    2  GRPO on veRL; resumes from its last checkpoint
-#    3  merge the last checkpoint into $llm_path/merged_hf_model, a Hugging Face folder
+#    3  merge the last checkpoint (or $llm_path) to a Hugging Face folder, merged_hf_model
 #    4  evaluation before and after: inference on the test set, error rates, summary.json, report.html
 #    5  synthesis of a tongue-twister with the merged checkpoint
 #

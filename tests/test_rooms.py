@@ -60,7 +60,7 @@ def test_imports_go_one_way():
     graphlib.TopologicalSorter({name: imports(path) for name, path in MODULES.items()}).prepare()  # else CycleError
 
 
-def test_the_wall_between_the_environments(trainer_python):
+def test_modules_import_only_packages_of_their_environment(trainer_python):
     training = {name for name in MODULES if name.startswith("tts_grpo.training.")}
     assert not_installed(trainer_python, training | TRAINER_PROGRAMS) == set()
     assert not_installed(sys.executable, MODULES.keys() - training) == set()
