@@ -7,12 +7,12 @@ such as "not significant (95%)".
 import argparse
 import json
 import platform
-import subprocess
 from pathlib import Path
 
 import numpy as np
 
 from tts_grpo.evaluation.aggregate import compare_quality, compare_rates, read_utterances
+from tts_grpo.evaluation.provenance import git_commit
 from tts_grpo.text.jsonl import read_jsonl, write_json
 
 MODELS = ("sft", "grpo")
@@ -49,15 +49,6 @@ def costs(exp_dir: Path) -> dict:
     }  # fmt: skip
 
 
-def git_commit(root: Path) -> str | None:
-    """The commit of the recipe, "-dirty" if tracked files differ; None outside a git checkout."""
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 def summarise(exp_dir: Path, settings: dict) -> dict:
     """The contents of summary.json."""
     scores = {m: json.loads((exp_dir / "eval" / m / "scores.json").read_text(encoding="utf-8")) for m in MODELS}
@@ -73,7 +64,7 @@ def summarise(exp_dir: Path, settings: dict) -> dict:
         "asr": scores["grpo"]["asr"],
         **costs(exp_dir),
         "versions": scores["grpo"]["versions"] | {"python": platform.python_version()},
-        "git_commit": git_commit(Path(__file__).resolve().parent.parent),
+        "git_commit": git_commit(),
         "settings": settings,
     }
 

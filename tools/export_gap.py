@@ -1,27 +1,29 @@
 """Measure which differences between GRPO's rollouts and CosyVoice's own inference change the error rate.
 
-    python tools/export_gap.py [--assets-dir assets/tiny] [--num-texts 150] [--seeds 0 1 2]
+    python tools/export_gap.py [--llms assets/tiny/llm exp/tiny/merged_hf_model] [--output docs/results/export_gap.json]
 
 The baseline synthesises sentences with the sampling of the rollouts (temperature 1, all tokens). Each variant changes
 one thing: the sampling (CosyVoice's repetition aware sampling with its length limits, top_p and top_k, or a lower
 temperature) or the data type of the weights (veRL's merger writes bfloat16, CosyVoice uses float32 or float16). A row
-of the table has the toneless pinyin error rate by the evaluation recogniser, its difference to the baseline with a 95%
-interval (paired bootstrap over sentences), and the EOS rate.
+of the table has the toneless pinyin error rate of each model by the evaluation recogniser, and its difference to the
+baseline with a 95% interval (paired bootstrap over sentences).
 """
 
 import argparse
 import logging
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from tts_grpo.evaluation import bootstrap
+from tts_grpo.evaluation.provenance import provenance
 from tts_grpo.speech.asr.sensevoice import SenseVoice
 from tts_grpo.speech.generation import OFFICIAL, Sampling, generate_speech_tokens, load_lm
 from tts_grpo.speech.token2wav import decode, load_token2wav
 from tts_grpo.text.errors import pinyin_errors
-from tts_grpo.text.jsonl import read_jsonl
+from tts_grpo.text.jsonl import read_jsonl, write_json
 from tts_grpo.text.prompts import render_prompt
 
 ROLLOUTS = Sampling(max_new_tokens=300)
@@ -39,26 +41,31 @@ def get_args(argv=None):
     parser.add_argument(
         "--assets-dir", type=Path, default=Path("assets/tiny"), help="folder with all models and the test set"
     )
-    parser.add_argument("--llm", type=Path, default=None, help="language model to use instead, such as a trained one")
+    parser.add_argument(
+        "--llms", type=Path, nargs="+", default=[], help="language models, such as the SFT and a trained one"
+    )
     parser.add_argument("--num-texts", type=int, default=150, help="number of test sentences")
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[0, 1, 2], help="synthesise each sentence once per seed"
     )
-    return parser.parse_args(argv)
+    parser.add_argument("--output", type=Path, default=None, help="JSON file for the figures")
+    args = parser.parse_args(argv)
+    args.llms = args.llms or [args.assets_dir / "llm"]
+    return args
 
 
 class ErrorMeter:
     """Synthesises and transcribes test sentences, and counts errors."""
 
     def __init__(self, args):
-        self.llm, self.args = args.llm or args.assets_dir / "llm", args
+        self.args = args
         self.token2wav = load_token2wav(args.assets_dir / "token2wav")
         self.asr = SenseVoice(args.assets_dir / "asr_eval")
         rows = read_jsonl(args.assets_dir / "data" / "test.jsonl")
         self.texts = [row["text"] for row in rows[:: max(1, len(rows) // args.num_texts)]][: args.num_texts]
 
     def errors(self, model, tokenizer, sampling: Sampling) -> tuple[np.ndarray, float]:
-        """Errors and syllables of each sentence (N, 2), summed over the seeds, and the EOS rate."""
+        """Return errors and syllables of each sentence (N, 2), summed over the seeds, and the EOS rate."""
         counts, ended = np.zeros((len(self.texts), 2)), []
         prompts = [render_prompt(tokenizer, text) for text in self.texts]
         for seed in self.args.seeds:
@@ -83,19 +90,50 @@ def variants(llm: Path):
     yield "weights rounded to bfloat16", half.float(), tokenizer, ROLLOUTS
 
 
+def measure(meter: ErrorMeter, llm: Path) -> list[dict]:
+    """Return the figures of each variant of a model: rates in percent, differences in percentage points."""
+    figures, baseline = [], None
+    for name, model, tokenizer, sampling in variants(llm):
+        counts, ended = meter.errors(model, tokenizer, sampling)
+        figure = {
+            "name": name,
+            "error_rate": round(100 * bootstrap.ratio(counts), 1),
+            "eos_rate": round(100 * ended, 1),
+        }
+        if baseline is None:
+            baseline = counts
+        else:
+            change = bootstrap.compare(baseline, counts)
+            figure["difference"] = round(100 * change["difference"], 1)
+            figure["ci95"] = [round(100 * bound, 1) for bound in change["ci"]]
+        figures.append(figure)
+    return figures
+
+
+def cell(figure: dict) -> str:
+    """Format a rate as "4.4%; -1.0 (-2.1 to +0.1)"."""
+    rate = f"{figure['error_rate']:.1f}%"
+    if "difference" not in figure:
+        return rate
+    return f"{rate}; {figure['difference']:+.1f} ({figure['ci95'][0]:+.1f} to {figure['ci95'][1]:+.1f})"
+
+
 def main(argv=None):
     args = get_args(argv)
     logging.disable(logging.INFO)  # funasr logs at this level
-    meter, baseline = ErrorMeter(args), None
-    print(f"{len(meter.texts)} sentences, {len(args.seeds)} seeds, {meter.llm}")
-    print("| variant | error rate | difference to the rollouts | EOS rate |\n| --- | --- | --- | --- |")
-    for name, model, tokenizer, sampling in variants(meter.llm):
-        counts, ended = meter.errors(model, tokenizer, sampling)
-        baseline = counts if baseline is None else baseline
-        change = bootstrap.compare(baseline, counts)
-        against = "{:+.1%} ({:+.1%} to {:+.1%})".format(change["difference"], *change["ci"])
-        shown = "" if counts is baseline else against
-        print(f"| {name} | {bootstrap.ratio(counts):.1%} | {shown} | {ended:.0%} |", flush=True)
+    meter = ErrorMeter(args)
+    found = {str(llm): measure(meter, llm) for llm in args.llms}
+    print(f"| | {' | '.join(found)} |\n|{' --- |' * (len(found) + 1)}")
+    for figures in zip(*found.values(), strict=True):
+        print(f"| {figures[0]['name']} | {' | '.join(map(cell, figures))} |")
+    if args.output:
+        recorded = provenance("What changes the error from rollouts to CosyVoice's inference", sys.argv)
+        recorded["conditions"] = (
+            f"tiny stack, {len(meter.texts)} sentences, {len(args.seeds)} seeds; toneless pinyin error rate by the "
+            "evaluation ASR model in percent; differences to the first row in percentage points, with 95% intervals by "
+            "paired bootstrap over sentences"
+        )
+        write_json(args.output, recorded | {"figures": found})
 
 
 if __name__ == "__main__":

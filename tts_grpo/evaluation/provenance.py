@@ -1,0 +1,49 @@
+"""Where a recorded figure comes from: date, commit, machine and command."""
+
+import datetime
+import os
+import platform
+import shlex
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def git_commit(root: Path = ROOT) -> str | None:
+    """Return the commit of a checkout, with "-dirty" if tracked files differ; None outside a git checkout."""
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def machine() -> dict:
+    """Return the number of CPU cores, and the models of the CPU and the GPU of this machine (None if unknown)."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    try:
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        gpus = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")
+    except (OSError, subprocess.CalledProcessError):
+        gpus = []
+    return {
+        "cpu_cores": len(os.sched_getaffinity(0)), "cpu_model": models[0] if models else platform.machine(),
+        "gpu": ", ".join(filter(None, gpus)) or None,
+    }  # fmt: skip
+
+
+def provenance(title: str, command: Sequence[str]) -> dict:
+    """Return the first keys of a file in docs/results: title, date, commit, machine and command.
+
+    Args:
+        title: what was measured.
+        command: program and arguments.
+    """
+    return {
+        "title": title, "date": datetime.date.today().isoformat(), "commit": git_commit(), "machine": machine(),
+        "command": f"python {shlex.join(command)}",
+    }  # fmt: skip
