@@ -393,6 +393,7 @@ main() {
     usage
   fi
   cd "$root"
+  require_tools
   load_settings
   if [[ $mode == settings ]]; then
     all_settings table

@@ -8,6 +8,21 @@ die() {
   exit 1
 }
 
+# require_tools: stop if a program is missing that run.sh, conf/ or scripts/*.sh call, or if it is not the GNU version and
+# lacks an option that they use.
+require_tools() {
+  local tool missing=()
+  local tools=(basename cat curl cut date dirname env git grep head mkdir mktemp paste rm rmdir seq sha256sum sleep sort tail tr wc)
+  for tool in "${tools[@]}"; do [[ -n $(type -P "$tool") ]] || missing+=("$tool"); done
+  [[ $(printf 'a\nb\n' | sed -E '/^a$/!Q' 2>/dev/null) == a ]] || missing+=("sed (GNU)")
+  for tool in mv ln; do [[ $("$tool" --help 2>&1) == *-T* ]] || missing+=("$tool (GNU, with -T)"); done
+  [[ $(df --help 2>&1) == *--output* ]] || missing+=("df (GNU, with --output)")
+  ((${#missing[@]} == 0)) || {
+    printf -v missing '%s, ' "${missing[@]}"
+    die "tools are missing: ${missing%, }: install them, or set PATH (Debian: apt-get install coreutils curl git grep sed)"
+  }
+}
+
 setting_names=()
 declare -A setting_default setting_stages setting_kind setting_meaning setting_origin setting_marked
 
@@ -110,6 +125,7 @@ load_settings() {
     mark "command line"
   fi
   give_defaults profile recipe base_python exp_name exp_dir venv_root
+  [[ $("$base_python" -ISc 'print(1)' 2>&1) == 1 ]] || die "base_python=$base_python does not run: set base_python to Python 3.11 or 3.12"
   [[ $exp_dir == /* ]] || exp_dir=$root/$exp_dir
   setting_marked[exp_dir]=$exp_dir
   # shellcheck source=conf/tiny.sh

@@ -846,3 +846,42 @@ def test_ray_gets_a_python_whose_path_needs_no_quotes(recipe):
     python = line.split(" -m verl.trainer.main_ppo")[0].split(" -- ")[-1]
     assert re.fullmatch(r"[\w./+-]+", python), python
     assert Path(python).parent.parent.resolve() == (recipe.root / "venv/trainer").resolve()
+
+
+TOOLS = (
+    "basename", "bash", "cat", "curl", "cut", "date", "df", "dirname", "env", "git", "grep", "head", "ln", "mkdir",
+    "mktemp", "mv", "paste", "python3", "rm", "rmdir", "sed", "seq", "sha256sum", "sleep", "sort", "tail", "tr", "wc",
+)  # fmt: skip
+BSD = '#!/bin/sh\necho "$0: illegal option" >&2\nexit 1\n'
+
+
+@pytest.mark.parametrize(
+    ("tool", "message"),
+    [
+        ("curl", "tools are missing: curl: install them"),
+        ("git", "tools are missing: git: install them"),
+        ("sha256sum", "tools are missing: sha256sum: install them"),
+        ("sed", "tools are missing: sed (GNU): install them"),
+        ("mv", "tools are missing: mv (GNU, with -T): install them"),
+        ("ln", "tools are missing: ln (GNU, with -T): install them"),
+        ("df", "tools are missing: df (GNU, with --output): install them"),
+        ("python3", "base_python=python3 does not run: set base_python"),
+    ],
+)
+@pytest.mark.parametrize("fault", ["missing", "BSD"])
+def test_missing_tools_are_named_before_any_work(recipe, tmp_path, tool, message, fault):
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in TOOLS:
+        (tools / name).symlink_to(sys.executable if name == "python3" else shutil.which(name))
+    if fault == "BSD" and tool in ("curl", "git", "sha256sum"):
+        pytest.skip("every version of it will do")
+    assert recipe.run("--dry-run", "-1", "5", PATH=str(tools)).returncode == 0
+    (tools / tool).unlink()
+    if fault == "BSD":
+        (tools / tool).write_text(BSD)
+        (tools / tool).chmod(0o755)
+    for arguments in (("-1", "5"), ("--check",)):
+        done = recipe.run(*arguments, PATH=str(tools))
+        assert done.returncode == 1 and message in done.stderr, done.stderr
+    assert recipe.calls() == [] and not recipe.exp_dir.exists()
