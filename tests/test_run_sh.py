@@ -68,6 +68,8 @@ class Recipe:
         shutil.copy(ROOT / "run.sh", self.root)
         for name in ("lib.sh", "verl_cpu.sh", "settings.py"):
             shutil.copy(ROOT / "scripts" / name, self.root / "scripts")
+        (self.root / "tts_grpo/reward").mkdir(parents=True)
+        shutil.copy(ROOT / "tts_grpo/reward/libpython.py", self.root / "tts_grpo/reward")
         (self.root / "scripts/make_env.sh").write_text('echo "make_env $1" >>"$CALLS"\n')
         (self.root / "scripts/compute_wer.sh").write_text('echo "compute_wer $1 seeds=$seeds" >>"$CALLS"\n')
         for name, text in (("venv/speech/bin/python", STUB), ("venv/trainer/bin/python", STUB),
@@ -723,6 +725,7 @@ CODE_CHANGES = [  # (file, old text, new text) of edits that change the training
 def test_changed_commands_modules_and_pins_of_a_training_count(recipe, change):
     for name in ("reward_tts.py", "token2wav_asr_server.py", "requirements-verl.txt"):
         shutil.copy(ROOT / name, recipe.root)
+    shutil.rmtree(recipe.root / "tts_grpo")
     shutil.copytree(ROOT / "tts_grpo", recipe.root / "tts_grpo", ignore=shutil.ignore_patterns("__pycache__"))
     assert recipe.run("0", "4").returncode == 0
     edit(recipe.root / change[0], *change[1:])
@@ -885,3 +888,15 @@ def test_missing_tools_are_named_before_any_work(recipe, tmp_path, tool, message
         done = recipe.run(*arguments, PATH=str(tools))
         assert done.returncode == 1 and message in done.stderr, done.stderr
     assert recipe.calls() == [] and not recipe.exp_dir.exists()
+
+
+def test_a_python_without_shared_library_is_named_before_anything_is_installed(recipe, tmp_path):
+    python = tmp_path / "python"
+    fault = "has no shared library: set base_python"
+    python.write_text(
+        f'#!/bin/bash\n[[ $* != *libpython.py ]] || {{ echo "{fault}" >&2; exit 1; }}\nexec python3 "$@"\n'
+    )
+    python.chmod(0o755)
+    done = recipe.run("-1", "-1", base_python=str(python))
+    assert done.returncode == 1 and fault in done.stderr and recipe.calls() == []
+    assert recipe.run("-1", "-1", base_python=str(python), make_envs="0").returncode == 0
