@@ -822,15 +822,44 @@ def test_a_home_that_cannot_be_written_to_is_replaced(recipe, tmp_path, home):
     assert exported(recipe, "HOME", HOME=str(tmp_path))[0] == str(tmp_path)
 
 
+SHORT = {"TMPDIR": "/tmp", "RAY_TMPDIR": "", "XDG_CACHE_HOME": "", "PYTRITON_HOME": ""}
+
+
 def test_folders_that_are_too_long_for_sockets_are_replaced(recipe, tmp_path):
     long = str(tmp_path / ("t" * 60))
     Path(long).mkdir()
-    used, log = exported(recipe, "TMPDIR", TMPDIR=long)
+    used, log = exported(recipe, "TMPDIR", **SHORT | {"TMPDIR": long})
     assert used == "/tmp" and "too long for the sockets of Ray" in log
+    used, log = exported(recipe, "RAY_TMPDIR", **SHORT | {"RAY_TMPDIR": long})
+    assert used == "" and f"RAY_TMPDIR={long} is too long for the sockets of Ray: using /tmp" in log
     for variables in ({"XDG_CACHE_HOME": long}, {"PYTRITON_HOME": long}, {"HOME": long}):
-        assert len(exported(recipe, "PYTRITON_HOME", **{"TMPDIR": "/tmp"} | variables)[0]) < 46
+        assert len(exported(recipe, "PYTRITON_HOME", **SHORT | variables)[0]) < 46
+    (tmp_path / "link").symlink_to(long)
+    assert (
+        exported(recipe, "PYTRITON_HOME", **SHORT | {"PYTRITON_HOME": "/tmp/../" + str(tmp_path / "link")})[0] != long
+    )
     kept = "/tmp/short"
-    assert exported(recipe, "PYTRITON_HOME", TMPDIR="/tmp", PYTRITON_HOME=kept)[0] == kept
+    assert exported(recipe, "PYTRITON_HOME", **SHORT | {"PYTRITON_HOME": kept})[0] == kept
+
+
+def test_the_longest_socket_paths_have_107_bytes(recipe):
+    """The folders keep their values if a path below them has 107 bytes, and are replaced if it has 108."""
+    longest = {
+        "TMPDIR": "/ray/session_2026-01-31_12-00-00_123456_4194304/sockets/plasma_store",
+        "RAY_TMPDIR": "/ray/session_2026-01-31_12-00-00_123456_4194304/sockets/plasma_store",
+        "PYTRITON_HOME": "/workspace_12345678/token2wav_asr_0_999-server.sock",
+    }
+    for name, path in longest.items():
+        for extra, kept in ((0, True), (1, False)):
+            folder = "/tmp/" + "x" * (107 - len("/tmp/") - len(path) + extra)
+            assert len(folder + path) == 107 + extra
+            used, _ = exported(recipe, name, **SHORT | {name: folder})
+            assert (used == folder) == kept, (name, used)
+
+
+def test_rays_workers_run_at_the_niceness_of_the_run(recipe):
+    assert exported(recipe, "RAY_worker_niceness")[0] == "0"
+    assert exported(recipe, "RAY_worker_niceness", RAY_worker_niceness="5")[0] == "5"
 
 
 def test_gpus_are_those_that_the_shell_may_use(recipe):
@@ -853,7 +882,8 @@ def test_ray_gets_a_python_whose_path_needs_no_quotes(recipe):
 
 TOOLS = (
     "basename", "bash", "cat", "curl", "cut", "date", "df", "dirname", "env", "git", "grep", "head", "ln", "mkdir",
-    "mktemp", "mv", "paste", "python3", "rm", "rmdir", "sed", "seq", "sha256sum", "sleep", "sort", "tail", "tr", "wc",
+    "mktemp", "mv", "paste", "python3", "realpath", "rm", "rmdir", "sed", "seq", "sha256sum", "sleep", "sort",
+    "tail", "tr", "wc",
 )  # fmt: skip
 BSD = '#!/bin/sh\necho "$0: illegal option" >&2\nexit 1\n'
 
