@@ -51,8 +51,12 @@ cleanup() {
 
 stage_-1() {
   work_on environments
-  ((make_envs)) && make_environments
-  run "$speech_bin/python" -c 'import token2wav_asr_server; token2wav_asr_server.check_libpython()'
+  local check_libpython=$root/tts_grpo/reward/libpython.py
+  if ((make_envs)); then
+    run "$base_python" -I "$check_libpython"
+    make_environments
+  fi
+  run "$speech_bin/python" -I "$check_libpython"
   [[ -z $(type -t install_profile) ]] || install_profile
   echo "environments: $venv_root/speech, $venv_root/trainer"
 }
@@ -393,6 +397,7 @@ main() {
     usage
   fi
   cd "$root"
+  require_tools
   load_settings
   if [[ $mode == settings ]]; then
     all_settings table
