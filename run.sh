@@ -13,7 +13,7 @@
 #    0  data: JSONL with one text per line -> parquet for veRL; the language model's folder, prepared for veRL
 #    1  reward server: alone it stays in the foreground; before stage 2 it runs until training ends
 #    2  GRPO on veRL; resumes from its last checkpoint
-#    3  merge the last checkpoint into $llm_path/merged_hf_model, a Hugging Face folder
+#    3  merge the last checkpoint (or $llm_path) to a Hugging Face folder, merged_hf_model
 #    4  evaluation before and after: inference on the test set, error rates, summary.json, report.html
 #    5  synthesis of a tongue-twister with the merged checkpoint
 #
@@ -51,8 +51,12 @@ cleanup() {
 
 stage_-1() {
   work_on environments
-  ((make_envs)) && make_environments
-  run "$speech_bin/python" -c 'import token2wav_asr_server; token2wav_asr_server.check_libpython()'
+  local check_libpython=$root/tts_grpo/reward/libpython.py
+  if ((make_envs)); then
+    run "$base_python" -I "$check_libpython"
+    make_environments
+  fi
+  run "$speech_bin/python" -I "$check_libpython"
   [[ -z $(type -t install_profile) ]] || install_profile
   echo "environments: $venv_root/speech, $venv_root/trainer"
 }
@@ -395,6 +399,7 @@ main() {
     usage
   fi
   cd "$root"
+  require_tools
   load_settings
   if [[ $mode == settings ]]; then
     all_settings table

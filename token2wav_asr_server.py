@@ -14,19 +14,18 @@ On SIGTERM or SIGINT the server answers requests in flight and then stops. While
 """
 
 import argparse
-import ctypes.util
 import logging
 import multiprocessing
 import os
 import signal
 import sys
-import sysconfig
 import threading
 import time
 from pathlib import Path
 
 import numpy as np
 
+from tts_grpo.reward.libpython import libpython_fault, libpython_folder
 from tts_grpo.reward.ports import port_fault
 from tts_grpo.reward.protocol import MODEL_NAME, SPEECH_MODEL_NAME, encode_response, text_tensor
 from tts_grpo.text.tokens import NUM_SPEECH_TOKENS
@@ -276,34 +275,18 @@ def speech_function(instance: Instance):
     return infer
 
 
-def check_libpython() -> None:
-    """Check that this Python has a shared library, with which PyTriton's backend links.
-
-    A wrong or missing library would lead to obscure errors later.
+def use_own_libpython() -> None:
+    """Re-execute with the folder of this Python's shared library first in LD_LIBRARY_PATH, for PyTriton's backend.
 
     Raises:
-        SystemExit: this Python has no shared library.
+        SystemExit: this Python has no shared library. (Another Python's would lead to obscure errors later.)
     """
-    name = sysconfig.get_config_var("INSTSONAME") or ""
-    folder = sysconfig.get_config_var("LIBDIR") or ""
-    if not name.endswith(".a") and (
-        (Path(folder) / name).exists() or ctypes.util.find_library(name[3:].split(".so")[0])
-    ):
-        return
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    raise SystemExit(
-        f"this Python has no libpython{version}.so, which the reward server needs: install it (Debian: apt-get install "
-        f"libpython{version}), or build Python with --enable-shared"
-    )
-
-
-def use_own_libpython() -> None:
-    """Re-execute with this Python's library folder first in LD_LIBRARY_PATH, for the backend's libpython."""
-    check_libpython()
-    folder = sysconfig.get_config_var("LIBDIR") or ""
+    if fault := libpython_fault():
+        raise SystemExit(fault)
+    folder = libpython_folder()
     paths = os.environ.get("LD_LIBRARY_PATH", "").split(":")
-    if folder and paths[0] != folder:
-        os.environ["LD_LIBRARY_PATH"] = ":".join([folder, *filter(None, paths)])
+    if folder and paths[0] != str(folder):
+        os.environ["LD_LIBRARY_PATH"] = ":".join([str(folder), *filter(None, paths)])
         os.execv(sys.executable, [sys.executable, *sys.argv])
 
 

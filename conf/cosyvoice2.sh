@@ -36,7 +36,7 @@ smallest_gpu_gib() {
 # not count.
 first_gpus() { local ids && mapfile -t ids < <(tr -d ' ' <<<"${CUDA_VISIBLE_DEVICES-$(seq -s , 0 $(($1 - 1)))}" | tr , '\n' | sed -E '/^([0-9]+|(GPU|MIG)-.+)$/!Q') && if ((${#ids[@]} < $1)); then echo "run.sh: CUDA_VISIBLE_DEVICES='${CUDA_VISIBLE_DEVICES-}' allows ${#ids[@]} GPUs, but num_gpus=$1: unset it, name more, or lower num_gpus" >&2 && return 1; else printf '%s\n' "${ids[@]:0:$1}" | paste -sd ,; fi; }
 
-# micro_batch GIB: print how many rollouts of full length fit into a GPU's memory with their activations, beside 12 GiB
+# micro_batch GIB: print how many rollouts of full length fit into a GPU's memory with their activations, besides 12 GiB
 # of weights and optimizer states and the reward server.
 micro_batch() { echo $(($1 >= 70 ? 16 : $1 >= 38 ? 8 : 4)); }
 

@@ -43,6 +43,7 @@ from tts_grpo.text.prompts import (
 from tts_grpo.text.tokens import NUM_SPEECH_TOKENS, format_speech_tokens, speech_token_str
 
 ROOT = Path(__file__).resolve().parent.parent
+LIBPYTHON = ROOT / "tts_grpo/reward/libpython.py"
 GIB = 2**30
 TRAINER_GIB = 12  # a 0.5B model's weights, optimizer states and activations; vLLM and the reward server come on top
 VLLM_GIB = 5  # weights, workspace, and a KV cache for some dozens of rollouts
@@ -96,9 +97,9 @@ def check_environments(s: dict) -> Iterator[Finding]:
         else:
             yield True, f"environment {name}: {python}, as it is (make_envs=0)"
     speech = Path(s["venv_root"]) / "speech/bin/python"
-    if speech.exists():
-        status, line = run([speech, "-c", "import token2wav_asr_server as t; t.check_libpython()"])
-        yield status == 0, line or "libpython for the reward server"
+    pythons = [s["base_python"]] * (s["make_envs"] == "1") + [str(speech)] * speech.exists()
+    faults = [line for python in pythons for status, line in [run([python, "-I", LIBPYTHON])] if status]
+    yield not faults, faults[0] if faults else "shared library of Python for the reward server"
 
 
 def check_pins(requirements: Path) -> Iterator[Finding]:

@@ -8,6 +8,21 @@ die() {
   exit 1
 }
 
+# require_tools: stop if a program is missing that run.sh, conf/ or scripts/*.sh call, or if it is not the GNU version and
+# lacks an option that they use.
+require_tools() {
+  local tool missing=()
+  local tools=(basename cat curl cut date dirname env git grep head mkdir mktemp paste realpath rm rmdir seq sha256sum sleep sort tail tr wc)
+  for tool in "${tools[@]}"; do [[ -n $(type -P "$tool") ]] || missing+=("$tool"); done
+  [[ $(printf 'a\nb\n' | sed -E '/^a$/!Q' 2>/dev/null) == a ]] || missing+=("sed (GNU)")
+  for tool in mv ln; do [[ $("$tool" --help 2>&1) == *-T* ]] || missing+=("$tool (GNU, with -T)"); done
+  [[ $(df --help 2>&1) == *--output* ]] || missing+=("df (GNU, with --output)")
+  ((${#missing[@]} == 0)) || {
+    printf -v missing '%s, ' "${missing[@]}"
+    die "tools are missing: ${missing%, }: install them, or set PATH (Debian: apt-get install coreutils curl git grep sed)"
+  }
+}
+
 setting_names=()
 declare -A setting_default setting_stages setting_kind setting_meaning setting_origin setting_marked
 
@@ -110,6 +125,7 @@ load_settings() {
     mark "command line"
   fi
   give_defaults profile recipe base_python exp_name exp_dir venv_root
+  [[ $("$base_python" -IS -c 'print(1)' 2>&1) == 1 ]] || die "base_python=$base_python does not run: set base_python to Python 3.11 or 3.12"
   [[ $exp_dir == /* ]] || exp_dir=$root/$exp_dir
   setting_marked[exp_dir]=$exp_dir
   # shellcheck source=conf/tiny.sh
@@ -128,11 +144,14 @@ load_recipe() {
   source "$root/conf/recipes/$1.sh"
 }
 
-# adapt_to_machine: work around properties of some machines (proxies, no home folder, long paths) that would stop a run.
+# adapt_to_machine: work around properties of some machines (proxies, no home folder, long paths, other load) that would
+# stop a run or slow it down.
 adapt_to_machine() {
   bypass_proxies
   choose_home
   choose_socket_folders
+  # Ray starts its workers with niceness 15 by default. Any other load on the machine would then starve the training.
+  export RAY_worker_niceness=${RAY_worker_niceness:-0}
 }
 
 # bypass_proxies: exclude this machine and the reward servers from HTTP proxies. Downloads still use the proxy.
@@ -161,20 +180,33 @@ choose_home() {
   export HOME=$home
 }
 
-# choose_socket_folders: replace folders whose paths are too long for Unix sockets (at most 107 bytes in all). Ray
-# appends 60 bytes to the temporary folder, and PyTriton 60 to its own folder.
+# too_long FOLDER BYTES: succeed if a Unix socket cannot have a path of that many bytes below FOLDER: 107 are allowed.
+too_long() { (($(printf %s "$1" | wc -c) + $2 > 107)); }
+
+# choose_socket_folders: replace folders whose paths are too long for the Unix sockets that programs make below them:
+#   RAY_TMPDIR, else TMPDIR      /ray/session_2026-01-31_12-00-00_123456_<pid>/sockets/plasma_store (ray 2.60)
+#   TMPDIR                       /torch-shm-dir-123456/manager.sock, /pymp-12345678/listener-12345678, vLLM's /<UUID>
+#   PYTRITON_HOME, see PyTriton  /workspace_12345678/token2wav_asr_0_999-server.sock (pytriton 0.7); links are resolved
 choose_socket_folders() {
-  local longest=45 triton=${PYTRITON_HOME:-${XDG_CACHE_HOME:-$HOME/.cache}/pytriton}
-  if (($(printf %s "${TMPDIR-}" | wc -c) > longest)); then
-    [[ -w /tmp ]] || die "TMPDIR=$TMPDIR is too long for the sockets of Ray, whose paths have at most 107 bytes: set one of at most $longest"
+  local ray=68 other=40 triton=51 home
+  [[ -n ${TMPDIR-} ]] || unset TMPDIR # Ray would take an empty value for the working folder
+  [[ -n ${RAY_TMPDIR-} ]] || unset RAY_TMPDIR
+  if too_long "${TMPDIR-}" "$other" || { [[ -z ${RAY_TMPDIR-} ]] && too_long "${TMPDIR-}" "$ray"; }; then
+    [[ -w /tmp ]] || die "TMPDIR=$TMPDIR is too long for the sockets of Ray: set TMPDIR to a folder whose path has at most $((107 - ray)) bytes"
     log "TMPDIR=$TMPDIR is too long for the sockets of Ray: using /tmp"
     export TMPDIR=/tmp
   fi
-  if (($(printf %s "$triton" | wc -c) > longest)); then
-    [[ -z ${PYTRITON_HOME-} ]] || log "PYTRITON_HOME=$PYTRITON_HOME is too long for the sockets of PyTriton: using ${TMPDIR:-/tmp}"
-    export PYTRITON_HOME=${TMPDIR:-/tmp}/pytriton-$UID
-    own_folder "$PYTRITON_HOME" || die "$PYTRITON_HOME cannot be used: set PYTRITON_HOME to a folder whose path has at most $longest bytes"
+  if too_long "${RAY_TMPDIR-}" "$ray"; then
+    log "RAY_TMPDIR=$RAY_TMPDIR is too long for the sockets of Ray: using ${TMPDIR:-/tmp}"
+    ! too_long "${TMPDIR-}" "$ray" || die "TMPDIR=$TMPDIR is too long for the sockets of Ray: set RAY_TMPDIR to a folder whose path has at most $((107 - ray)) bytes"
+    unset RAY_TMPDIR
   fi
+  home=$(realpath -m "${PYTRITON_HOME:-${XDG_CACHE_HOME:-$HOME/.cache}/pytriton}")
+  too_long "$home" "$triton" || return 0
+  [[ -z ${PYTRITON_HOME-} ]] || log "PYTRITON_HOME=$PYTRITON_HOME is too long for the sockets of PyTriton: using ${TMPDIR:-/tmp}"
+  export PYTRITON_HOME=${TMPDIR:-/tmp}/pytriton-$UID
+  ! too_long "$(realpath -m "$PYTRITON_HOME")" "$triton" || PYTRITON_HOME=/tmp/pytriton-$UID
+  own_folder "$PYTRITON_HOME" || die "$PYTRITON_HOME cannot be used: set PYTRITON_HOME to a folder whose path has at most $((107 - triton)) bytes"
 }
 
 # plain_path FOLDER: print FOLDER, or a link to it if its path needs quoting in a shell. Ray starts its workers by a

@@ -13,6 +13,7 @@ from transformers import AddedToken, AutoTokenizer, GenerationConfig
 from scripts import check
 from tests.conftest import ROOT, free_ports
 from tests.hub_repositories import make_cosyvoice2
+from tts_grpo.reward import libpython
 from tts_grpo.speech.cosyvoice2.token2wav import CosyVoice2Token2Wav
 from tts_grpo.speech.token2wav import load_token2wav
 from tts_grpo.text.tokens import speech_token_str
@@ -41,7 +42,7 @@ def test_a_running_server_is_asked_for_known_answers(reward_server, venv_root, t
     assert "known answers of" in done.stdout and '"mean_reward_of_wrong_texts"' in done.stdout
 
 
-def test_everything_wrong_is_named_at_once(tmp_path, assets):
+def test_all_faults_are_reported_at_once(tmp_path, assets):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -63,7 +64,7 @@ def test_everything_wrong_is_named_at_once(tmp_path, assets):
 
 
 @pytest.mark.parametrize("hub", ["modelscope", "huggingface"])
-def test_both_hubs_cosyvoice2_is_known_as_such(tmp_path, assets, venv_root, hub):
+def test_cosyvoice2_of_both_hubs_is_recognised(tmp_path, assets, venv_root, hub):
     """Hugging Face's repository has a config.json, as the tiny token2wav does."""
     folder = make_cosyvoice2(tmp_path, hub)
     s = {"token2wav_dir": str(folder), "reward_asr_dir": str(assets / "asr_reward"), "prompt_text": "",
@@ -222,3 +223,43 @@ def test_compiler(tmp_path, monkeypatch):
     (tmp_path / "gcc").touch(0o755)
     assert all(good for good, _ in check.check_compiler({"train_device": "cuda"}))
     assert list(check.check_compiler({"train_device": "cpu"})) == []
+
+
+@pytest.mark.parametrize(
+    ("maker", "shared", "library", "remedy"),
+    [
+        ("conda", 0, "lib", None),
+        ("uv", 1, "lib", None),  # its LIBDIR is that of the machine that built it
+        ("debian", 1, "lib/x86_64-linux-gnu", None),
+        ("debian", 1, None, "apt-get install libpython9.9"),
+        (".pyenv/versions", 0, None, "PYTHON_CONFIGURE_OPTS=--enable-shared pyenv install --force"),
+        (".pyenv/versions", 1, "lib", None),
+        ("source", 0, None, "build Python with --enable-shared"),
+    ],
+)
+def test_libpython_of_each_maker(tmp_path, monkeypatch, maker, shared, library, remedy):
+    prefix = tmp_path / maker
+    variables = {
+        "LIBDIR": "/install/lib" if maker == "uv" else str(prefix / "lib"), "Py_ENABLE_SHARED": shared,
+        "MULTIARCH": "x86_64-linux-gnu",
+    }  # fmt: skip
+    monkeypatch.setattr(libpython, "VERSION", "9.9")
+    monkeypatch.setattr(libpython, "NAME", "libpython9.9.so.1.0")
+    monkeypatch.setattr(libpython.sysconfig, "get_config_var", variables.get)
+    monkeypatch.setattr(libpython.sys, "base_prefix", str(prefix))
+    if library:
+        (prefix / library).mkdir(parents=True)
+        (prefix / library / "libpython9.9.so.1.0").touch()
+        assert libpython.libpython_fault() == "" and libpython.libpython_folder() == prefix / library
+    else:
+        assert libpython.libpython_folder() is None and remedy in libpython.libpython_fault()
+
+
+def test_a_missing_libpython_is_named(tmp_path, venv_root):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "no libpython: set base_python" >&2\nexit 1\n')
+    python.chmod(0o755)
+    s = {"venv_root": str(tmp_path), "base_python": str(python), "make_envs": "1", "trainer_requirements": "x"}
+    assert (False, "no libpython: set base_python") in check.check_environments(s)
+    working = list(check.check_environments(s | {"base_python": str(venv_root / "speech/bin/python")}))
+    assert (True, "shared library of Python for the reward server") in working

@@ -60,7 +60,7 @@ def test_imports_go_one_way():
     graphlib.TopologicalSorter({name: imports(path) for name, path in MODULES.items()}).prepare()  # else CycleError
 
 
-def test_the_wall_between_the_environments(trainer_python):
+def test_modules_import_only_packages_of_their_environment(trainer_python):
     training = {name for name in MODULES if name.startswith("tts_grpo.training.")}
     missing = not_installed(trainer_python, training | TRAINER_PROGRAMS)
     assert missing <= {"triton"}  # gpu_log_probs needs it, which comes with torch for CUDA, and not for CPUs

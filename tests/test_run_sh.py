@@ -68,6 +68,8 @@ class Recipe:
         shutil.copy(ROOT / "run.sh", self.root)
         for name in ("lib.sh", "verl_cpu.sh", "settings.py"):
             shutil.copy(ROOT / "scripts" / name, self.root / "scripts")
+        (self.root / "tts_grpo/reward").mkdir(parents=True)
+        shutil.copy(ROOT / "tts_grpo/reward/libpython.py", self.root / "tts_grpo/reward")
         (self.root / "scripts/make_env.sh").write_text('echo "make_env $1" >>"$CALLS"\n')
         (self.root / "scripts/compute_wer.sh").write_text('echo "compute_wer $1 seeds=$seeds" >>"$CALLS"\n')
         for name, text in (("venv/speech/bin/python", STUB), ("venv/trainer/bin/python", STUB),
@@ -194,7 +196,7 @@ def test_one_checkpoint_of_the_sft_model_is_fetched(recipe, tmp_path):
     assert f"--sft-path {llasa} " in dry and " model.safetensors " in dry and "checkpoint-" not in dry
 
 
-def test_a_language_model_of_ones_own_is_left_as_it_is(recipe, tmp_path):
+def test_a_users_language_model_is_not_changed(recipe, tmp_path):
     (tmp_path / "workspace/CosyVoice/cosyvoice").mkdir(parents=True)
     settings = {"profile": "cosyvoice2", "workspace": str(tmp_path / "workspace"), "sft_path": str(tmp_path / "own")}
     missing = recipe.run("-1", "-1", **settings)
@@ -309,7 +311,7 @@ def test_every_preset_is_tested_and_an_unknown_one_is_refused(recipe):
         ({"rollout_top_k": "25"}, False),
     ],
 )
-def test_log_probabilities_of_cut_distributions_are_not_the_old_policys(recipe, settings, reused):
+def test_log_probabilities_of_truncated_distributions_are_not_reused(recipe, settings, reused):
     shown = recipe.run("--dry-run", "2", "2", **settings).stdout
     assert f"bypass_mode={reused} " in shown
 
@@ -395,7 +397,7 @@ def test_rollouts_must_fill_the_micro_batches(recipe):
         ("--cfg=job", "only settings of veRL (name=value) may follow --"),
     ],
 )
-def test_overrides_that_go_round_the_recipe_are_refused_by_name(recipe, override, instead):
+def test_overrides_that_bypass_the_recipe_are_refused_by_name(recipe, override, instead):
     done = recipe.run("0", "2", "--", "trainer.foo=1", override)
     assert done.returncode == 1 and recipe.calls() == []
     assert f"-- {override} is refused: " in done.stderr and instead in done.stderr and "foo=1 is" not in done.stderr
@@ -602,7 +604,7 @@ def test_one_value_written_in_two_ways_is_one(recipe):
     assert recipe.calls() == []
 
 
-def test_training_is_refused_on_data_that_was_made_from_something_else(recipe, tmp_path):
+def test_training_is_refused_on_data_made_from_other_inputs(recipe, tmp_path):
     assert recipe.run("0", "2").returncode == 0
     (tmp_path / "new.jsonl").write_text('{"text": "新"}\n')
     for force in ("0", "1"):
@@ -645,13 +647,13 @@ def test_the_times_of_all_runs_of_a_stage_are_noted_with_what_they_made(recipe):
     assert seconds(recipe, 2)[-1][1] != first and seconds(recipe, 2)[-1][2] == 1
 
 
-def test_only_the_seeds_asked_for_are_scored(recipe):
+def test_only_the_requested_seeds_are_scored(recipe):
     assert recipe.run("0", "4").returncode == 0
     assert recipe.run("0", "4", seeds="0 1").returncode == 0
     assert recipe.calls_path.read_text().count(" seeds=0 1\n") == 2
 
 
-def test_speech_of_other_settings_is_made_beside_the_first_and_kept(recipe):
+def test_speech_of_other_settings_is_kept(recipe):
     folders = []
     for settings in ({}, {"temperature": "0.6"}, {}):
         stages = ("4", "4") if folders else ("0", "4")
@@ -723,6 +725,7 @@ CODE_CHANGES = [  # (file, old text, new text) of edits that change the training
 def test_changed_commands_modules_and_pins_of_a_training_count(recipe, change):
     for name in ("reward_tts.py", "token2wav_asr_server.py", "requirements-verl.txt"):
         shutil.copy(ROOT / name, recipe.root)
+    shutil.rmtree(recipe.root / "tts_grpo")
     shutil.copytree(ROOT / "tts_grpo", recipe.root / "tts_grpo", ignore=shutil.ignore_patterns("__pycache__"))
     assert recipe.run("0", "4").returncode == 0
     edit(recipe.root / change[0], *change[1:])
@@ -801,7 +804,7 @@ def exported(recipe, name: str, **variables) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("given", ["", "example.org,10.0.0.9"])
-def test_local_addresses_go_round_a_proxy(recipe, given):
+def test_local_addresses_bypass_a_proxy(recipe, given):
     servers = "http://10.1.2.3:8000,http://reward.lan:8000"
     variables = {"http_proxy": "http://127.0.0.1:9", "no_proxy": given, "server_urls": servers}
     hosts, _ = exported(recipe, "no_proxy", **variables)
@@ -813,21 +816,50 @@ def test_local_addresses_go_round_a_proxy(recipe, given):
 
 
 @pytest.mark.parametrize("home", ["", "/proc", "/nowhere"])
-def test_a_home_that_cannot_be_written_to_is_replaced(recipe, tmp_path, home):
+def test_a_home_that_is_not_writable_is_replaced(recipe, tmp_path, home):
     used, log = exported(recipe, "HOME", HOME=home, TMPDIR=str(tmp_path))
     assert Path(used).is_dir() and Path(used).parent == tmp_path and f"using {used}" in log
     assert exported(recipe, "HOME", HOME=str(tmp_path))[0] == str(tmp_path)
 
 
+SHORT = {"TMPDIR": "/tmp", "RAY_TMPDIR": "", "XDG_CACHE_HOME": "", "PYTRITON_HOME": ""}
+
+
 def test_folders_that_are_too_long_for_sockets_are_replaced(recipe, tmp_path):
     long = str(tmp_path / ("t" * 60))
     Path(long).mkdir()
-    used, log = exported(recipe, "TMPDIR", TMPDIR=long)
+    used, log = exported(recipe, "TMPDIR", **SHORT | {"TMPDIR": long})
     assert used == "/tmp" and "too long for the sockets of Ray" in log
+    used, log = exported(recipe, "RAY_TMPDIR", **SHORT | {"RAY_TMPDIR": long})
+    assert used == "" and f"RAY_TMPDIR={long} is too long for the sockets of Ray: using /tmp" in log
     for variables in ({"XDG_CACHE_HOME": long}, {"PYTRITON_HOME": long}, {"HOME": long}):
-        assert len(exported(recipe, "PYTRITON_HOME", **{"TMPDIR": "/tmp"} | variables)[0]) < 46
+        assert len(exported(recipe, "PYTRITON_HOME", **SHORT | variables)[0]) < 46
+    (tmp_path / "link").symlink_to(long)
+    assert (
+        exported(recipe, "PYTRITON_HOME", **SHORT | {"PYTRITON_HOME": "/tmp/../" + str(tmp_path / "link")})[0] != long
+    )
     kept = "/tmp/short"
-    assert exported(recipe, "PYTRITON_HOME", TMPDIR="/tmp", PYTRITON_HOME=kept)[0] == kept
+    assert exported(recipe, "PYTRITON_HOME", **SHORT | {"PYTRITON_HOME": kept})[0] == kept
+
+
+def test_the_longest_socket_paths_have_107_bytes(recipe):
+    """The folders keep their values if a path below them has 107 bytes, and are replaced if it has 108."""
+    longest = {
+        "TMPDIR": "/ray/session_2026-01-31_12-00-00_123456_4194304/sockets/plasma_store",
+        "RAY_TMPDIR": "/ray/session_2026-01-31_12-00-00_123456_4194304/sockets/plasma_store",
+        "PYTRITON_HOME": "/workspace_12345678/token2wav_asr_0_999-server.sock",
+    }
+    for name, path in longest.items():
+        for extra, kept in ((0, True), (1, False)):
+            folder = "/tmp/" + "x" * (107 - len("/tmp/") - len(path) + extra)
+            assert len(folder + path) == 107 + extra
+            used, _ = exported(recipe, name, **SHORT | {name: folder})
+            assert (used == folder) == kept, (name, used)
+
+
+def test_rays_workers_run_at_the_niceness_of_the_run(recipe):
+    assert exported(recipe, "RAY_worker_niceness")[0] == "0"
+    assert exported(recipe, "RAY_worker_niceness", RAY_worker_niceness="5")[0] == "5"
 
 
 def test_gpus_are_those_that_the_shell_may_use(recipe):
@@ -846,3 +878,55 @@ def test_ray_gets_a_python_whose_path_needs_no_quotes(recipe):
     python = line.split(" -m verl.trainer.main_ppo")[0].split(" -- ")[-1]
     assert re.fullmatch(r"[\w./+-]+", python), python
     assert Path(python).parent.parent.resolve() == (recipe.root / "venv/trainer").resolve()
+
+
+TOOLS = (
+    "basename", "bash", "cat", "curl", "cut", "date", "df", "dirname", "env", "git", "grep", "head", "ln", "mkdir",
+    "mktemp", "mv", "paste", "python3", "realpath", "rm", "rmdir", "sed", "seq", "sha256sum", "sleep", "sort",
+    "tail", "tr", "wc",
+)  # fmt: skip
+BSD = '#!/bin/sh\necho "$0: illegal option" >&2\nexit 1\n'
+
+
+@pytest.mark.parametrize(
+    ("tool", "message"),
+    [
+        ("curl", "tools are missing: curl: install them"),
+        ("git", "tools are missing: git: install them"),
+        ("sha256sum", "tools are missing: sha256sum: install them"),
+        ("sed", "tools are missing: sed (GNU): install them"),
+        ("mv", "tools are missing: mv (GNU, with -T): install them"),
+        ("ln", "tools are missing: ln (GNU, with -T): install them"),
+        ("df", "tools are missing: df (GNU, with --output): install them"),
+        ("python3", "base_python=python3 does not run: set base_python"),
+    ],
+)
+@pytest.mark.parametrize("fault", ["missing", "BSD"])
+def test_missing_tools_are_named_before_any_work(recipe, tmp_path, tool, message, fault):
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in TOOLS:
+        (tools / name).symlink_to(sys.executable if name == "python3" else shutil.which(name))
+    if fault == "BSD" and tool in ("curl", "git", "sha256sum"):
+        pytest.skip("every version of it will do")
+    assert recipe.run("--dry-run", "-1", "5", PATH=str(tools)).returncode == 0
+    (tools / tool).unlink()
+    if fault == "BSD":
+        (tools / tool).write_text(BSD)
+        (tools / tool).chmod(0o755)
+    for arguments in (("-1", "5"), ("--check",)):
+        done = recipe.run(*arguments, PATH=str(tools))
+        assert done.returncode == 1 and message in done.stderr, done.stderr
+    assert recipe.calls() == [] and not recipe.exp_dir.exists()
+
+
+def test_a_python_without_shared_library_is_named_before_anything_is_installed(recipe, tmp_path):
+    python = tmp_path / "python"
+    fault = "has no shared library: set base_python"
+    python.write_text(
+        f'#!/bin/bash\n[[ $* != *libpython.py ]] || {{ echo "{fault}" >&2; exit 1; }}\nexec python3 "$@"\n'
+    )
+    python.chmod(0o755)
+    done = recipe.run("-1", "-1", base_python=str(python))
+    assert done.returncode == 1 and fault in done.stderr and recipe.calls() == []
+    assert recipe.run("-1", "-1", base_python=str(python), make_envs="0").returncode == 0
