@@ -42,7 +42,7 @@ micro_batch() { echo $(($1 >= 70 ? 16 : $1 >= 38 ? 8 : 4)); }
 
 # pack GIB: print how many tokens fit into a GPU's memory in one pass, beside weights, optimizer states and reward server:
 # 1.4 MiB per token without recomputation (24 layers, bf16), a tenth of it with.
-pack() { echo $(($1 >= 70 ? 16384 : $1 >= 38 ? 8192 : 4096)); }
+pack() { echo $(($1 >= 70 ? 24576 : $1 >= 38 ? 8192 : 4096)); }
 
 # vllm_share GIB: print the share of a GPU's memory that trainer and reward server leave to vLLM, at most 40%: the KV
 # cache of 256 rollouts of 1,536 tokens takes 5 GiB.

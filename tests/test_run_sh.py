@@ -341,6 +341,8 @@ SMI = "#!/bin/sh\nprintf '%s\\n' 81559 81559 81559 81559 {memory} 81559 81559 81
         (81559, {"num_gpus": "8"}, ["train_batch_size=32 ", "CUDA_VISIBLE_DEVICES=0,1,2,3,4,5,6,7 ", "per_gpu=16 ",
                                     "cuda:6 cuda:7 --", "--nproc-per-node 8 "]),
         (81559, {"num_gpus": "8", "rollout_n": "4"}, ["ppo_mini_batch_size=16 ", "micro_batch_size_per_gpu=8 "]),
+        (81559, {}, ["use_dynamic_bsz=True", "max_token_len_per_gpu=24576 ", "enable_gradient_checkpointing=False"]),
+        (24564, {}, ["max_token_len_per_gpu=4096 ", "enable_gradient_checkpointing=True"]),
         (24564, {}, ["per_gpu=4 ", "gpu_memory_utilization=0.21 "]),
         (24564, {"server_devices": "cuda:1"}, ["gpu_memory_utilization=0.40 ", "--devices cuda:1 --"]),
         (46068, {"num_gpus": "2", "CUDA_VISIBLE_DEVICES": "4,5,7"}, ["CUDA_VISIBLE_DEVICES=4,5 ", "per_gpu=8 "]),
@@ -375,6 +377,8 @@ def test_rollouts_must_fill_the_micro_batches(recipe):
     assert done.returncode == 1 and "9 rollouts are not a multiple of" in done.stderr
     done = recipe.run("0", "0", mini_batch_size="5")
     assert done.returncode == 1 and "train_batch_size=16 is not a multiple of mini_batch_size=5" in done.stderr
+    done = recipe.run("0", "0", pack_tokens="200")
+    assert done.returncode == 1 and "pack_tokens=200 holds no rollout" in done.stderr
     done = recipe.run("0", "0", prompt_voice_per="group")
     assert done.returncode == 1 and "prompt_voice_per=group: expected text or rollout" in done.stderr
     assert recipe.calls() == []
