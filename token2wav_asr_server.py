@@ -6,9 +6,11 @@ rollout for listening. Each instance is a process with its own token2wav and ASR
 instances do not share a Python interpreter lock. Triton collects concurrent requests of one length bucket into batches
 and sends each batch to a free instance.
 
-The server is ready only when every instance has scored a batch. An instance that dies (out of memory, a CUDA error) is
-restarted, and the clients retry the batch that it had; no reward is ever made up. After more than MAX_DEATHS deaths the
-server stops with an error.
+The server is ready only when every instance has scored a batch. A sample that overflows in half precision is scored
+again in fp32. A batch for which an instance has too little memory is answered with status 500, and the client sends it
+again. An instance that takes longer than --batch-timeout-s for a batch is killed. An instance that dies (out of memory,
+a CUDA error) is restarted, and the clients retry the batch that it had; no reward is ever made up. After more than
+MAX_DEATHS deaths the server stops with an error.
 
 On SIGTERM or SIGINT the server answers requests in flight and then stops. While it loads, it stops at once.
 """
@@ -62,6 +64,9 @@ def get_args(argv=None):
     parser.add_argument("--max-batch-size", type=int, default=32, help="maximum number of rollouts per batch")
     parser.add_argument("--max-queue-delay-ms", type=float, default=10.0, help="longest wait for a batch to fill")
     parser.add_argument("--max-queue-size", type=int, default=16384, help="waiting requests beyond this are refused")
+    parser.add_argument(
+        "--batch-timeout-s", type=float, default=240.0, help="an instance that takes longer for a batch is restarted"
+    )
     parser.add_argument("--reward-curve", choices=("tanh", "exp"), default="tanh", help="see tts_grpo/reward/curves.py")
     parser.add_argument("--no-tones", dest="tones", action="store_false", help="compare pinyin without tones")
     parser.add_argument("--language", choices=("zh", "en"), default="zh", help="language of texts and recogniser")
@@ -99,7 +104,12 @@ def serve_instance(pipe, args, device: str) -> None:
             method, *arguments = pipe.recv()
         except (EOFError, OSError):
             return
-        result = getattr(scorer, method)(*arguments)
+        try:
+            result = getattr(scorer, method)(*arguments)
+        except Exception as error:  # not because of a sample, as the scorer reports such errors in its result
+            logger.exception("an instance on %s could not score a batch", device)
+            pipe.send(BatchError(f"{type(error).__name__}: {error}"))
+            continue
         if faults := [item.error for item in result if item.error.startswith(FATAL_CUDA_ERRORS)]:
             # a CUDA context does not recover, so every later sample would fail
             logger.error("an instance on %s exits and will be restarted: %s", device, faults[0])
@@ -146,6 +156,10 @@ def warm_up(scorer, max_batch_size: int) -> None:
                 raise RuntimeError(score.error)
 
 
+class BatchError(RuntimeError):
+    """An instance could not score a batch, for example because of too little memory; it may succeed later."""
+
+
 class Instance:
     """A scorer process and the pipe to it."""
 
@@ -178,16 +192,22 @@ class Instance:
         """Call a method of the process's ``RewardScorer`` for one batch and return the result.
 
         Raises:
-            RuntimeError: the process died during the call and has been restarted. Triton answers the batch with status
-                500, and the client retries it.
+            RuntimeError: the process died or hung during the call, and has been restarted, or could not score the batch
+                for a reason of the machine. Triton answers the batch with status 500, and the client retries it.
         """
         with self.lock:
             try:
                 self.pipe.send((method, *arguments))
-                return self.pipe.recv()
+                if not self.pipe.poll(self.args.batch_timeout_s):
+                    logger.error("an instance on %s hangs: it is killed", self.device)
+                    self.process.kill()
+                result = self.pipe.recv()
             except (EOFError, OSError) as error:
                 self._restart()
                 raise RuntimeError("an instance of the reward server died at this batch: send it again") from error
+        if isinstance(result, BatchError):
+            raise result
+        return result
 
     def restart_if_dead(self) -> None:
         """Restart the process if it has died.
@@ -336,6 +356,7 @@ def bind_models(triton, instances: list[Instance], config) -> None:
             Tensor(name="TRANSCRIPTS", dtype=bytes, shape=(1,)),
             Tensor(name="UNIT_ERRORS", dtype=np.int32, shape=(-1,)),
             Tensor(name="UNIT_STARTS", dtype=np.int32, shape=(-1,)),
+            Tensor(name="RESCORED", dtype=np.int32, shape=(1,)),
             Tensor(name="ERRORS", dtype=bytes, shape=(1,)),
         ],
         config=config,

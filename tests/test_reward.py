@@ -2,13 +2,13 @@ import asyncio
 import concurrent.futures
 import json
 import logging
-import multiprocessing
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import types
 import urllib.error
@@ -22,8 +22,8 @@ import reward_tts
 import token2wav_asr_server
 from tests.conftest import RewardServer
 from token2wav_asr_server import get_args, load_scorer
-from tts_grpo.reward.client import RewardClient, RewardServerError
-from tts_grpo.reward.protocol import MODEL_NAME, encode_request
+from tts_grpo.reward.client import RewardClient, RewardServerError, UnscoredRolloutError
+from tts_grpo.reward.protocol import MODEL_NAME, RolloutScore, SampleError, encode_request
 from tts_grpo.reward.scorer import RewardScorer
 from tts_grpo.text.jsonl import read_jsonl
 from tts_grpo.text.tokens import format_speech_tokens
@@ -93,7 +93,7 @@ def test_bad_input_is_refused_or_named(reward_server, rows):
     good, bad = score_all(
         RewardClient([reward_server.url]), [(rows[0]["speech_tokens"], rows[0]["text"]), ([9999], "好")]
     )
-    assert isinstance(out_of_range, RewardServerError) and "not in [0, 6561)" in str(out_of_range)
+    assert isinstance(out_of_range, UnscoredRolloutError) and "not in [0, 6561)" in str(out_of_range)
     assert isinstance(no_word, RewardServerError) and "no word" in str(no_word)
     assert good.reward > 0.3 and isinstance(bad, RewardServerError)
 
@@ -181,6 +181,47 @@ def test_requests_are_sent_round_robin(monkeypatch):
     assert sorted(asked) == sorted(urls * 4)
 
 
+class Servers:
+    """Fakes of the client's requests: each answer is a score or an error, and each request is noted."""
+
+    def __init__(self, monkeypatch, *answers):
+        self.asked, answers = [], list(answers)
+
+        async def answer(client, url, body):
+            self.asked.append(url)
+            result = answers.pop(0)
+            if isinstance(result, Exception):
+                raise result
+            return result
+
+        monkeypatch.setattr(RewardClient, "_request", answer)
+
+
+def test_a_rollout_that_one_server_cannot_score_is_tried_once_more_on_the_next(monkeypatch):
+    bad, scored = SampleError("not finite"), RolloutScore(0.5, 0.2, "好")
+    servers = Servers(monkeypatch, bad, scored, bad, bad)
+    client = RewardClient(["http://a:1", "http://b:1"], patience_s=0)
+    (result,) = score_all(client, [([1], "好")])
+    assert (result.reward, result.attempts) == (0.5, 2) and servers.asked == ["http://a:1", "http://b:1"]
+    (result,) = score_all(RewardClient(["http://a:1", "http://b:1"], patience_s=0), [([1], "好")])
+    assert isinstance(result, UnscoredRolloutError) and "http://b:1: not finite; before that, http://a:1" in str(result)
+    assert len(servers.asked) == 4
+
+
+def test_patience_begins_with_the_first_failure(monkeypatch):
+    """The time that a request waited in the server's queue before it failed does not count."""
+    asked = []
+
+    async def slow_failure(client, url, body):
+        asked.append(url)
+        await asyncio.sleep(0.3)
+        raise TimeoutError("no answer")
+
+    monkeypatch.setattr(RewardClient, "_request", slow_failure)
+    (result,) = score_all(RewardClient(["http://a:1"], patience_s=0.2, backoff_s=0.01), [([1], "好")])
+    assert len(asked) == 2 and "no reward after 2 attempts" in str(result)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_shutdown_answers_what_is_in_flight(assets, tmp_path, rows, number):
     server = RewardServer(assets, tmp_path / "log")
@@ -206,27 +247,29 @@ def test_shutdown_answers_what_is_in_flight(assets, tmp_path, rows, number):
         urllib.request.urlopen(server.url, timeout=5)
 
 
-def kill_instance(server: RewardServer) -> None:
+def kill_instance(server: RewardServer, number: int = signal.SIGKILL) -> None:
     """Kill the scoring process with SIGKILL, as the kernel does when memory runs out."""
     children = subprocess.run(
         ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(server.process.pid)], capture_output=True, text=True
     )
     (pid,) = [int(line.split()[0]) for line in children.stdout.splitlines() if "spawn_main" in line]
-    os.kill(pid, signal.SIGKILL)
+    os.kill(pid, number)
 
 
-def test_a_dead_instance_is_restarted_until_it_dies_too_often(assets, tmp_path, rows, monkeypatch):
+def test_a_dead_or_hung_instance_is_restarted_until_it_dies_too_often(assets, tmp_path, rows, monkeypatch):
     """The client waits for the restart, and then gets the same rewards as from a server that never failed."""
-    server = RewardServer(assets, tmp_path / "log", max_deaths=1)
+    server = RewardServer(assets, tmp_path / "log", "--batch-timeout-s", "20", max_deaths=2)
     server.wait_ready()
     pairs = [(row["speech_tokens"], row["text"]) for row in rows[:4]]
     before = score_all(RewardClient([server.url]), pairs)
-    kill_instance(server)
-    assert score_all(RewardClient([server.url], patience_s=120), pairs) == before
-    assert server.process.poll() is None and "is ready again" in server.log.read_text()
+    for number, message in ((signal.SIGKILL, "has died with code -9"), (signal.SIGSTOP, "hangs: it is killed")):
+        kill_instance(server, number)
+        assert score_all(RewardClient([server.url], patience_s=120), pairs) == before
+        assert server.process.poll() is None and message in server.log.read_text()
+    assert server.log.read_text().count("is ready again") == 2
     kill_instance(server)
     assert server.process.wait(timeout=60) == 1
-    assert "instances have died 2 times; stopping" in server.log.read_text()
+    assert "instances have died 3 times; stopping" in server.log.read_text()
 
 
 def test_a_signal_while_it_loads_ends_the_server(assets, tmp_path):
@@ -251,21 +294,49 @@ def test_a_taken_port_is_named_before_anything_is_loaded(assets, tmp_path):
     assert "no token2wav model found" not in done.stderr
 
 
-def test_an_instance_that_loses_its_cuda_context_exits(monkeypatch):
-    """Otherwise every later sample would fail. A process that has ended is restarted."""
-    ours, theirs = multiprocessing.Pipe()
-    lost = types.SimpleNamespace(error="AcceleratorError: CUDA error: device-side assert triggered")
-    scorer = types.SimpleNamespace(score=lambda *_: [lost])
+def run_instance(monkeypatch, score) -> list:
+    """Run an instance's loop on one batch, with a fake of the scorer; returns what it sent after its ready message."""
+    scorer = types.SimpleNamespace(score=score)
     monkeypatch.setattr(token2wav_asr_server, "load_scorer", lambda *_: scorer)
     monkeypatch.setattr(token2wav_asr_server, "warm_up", lambda *_: None)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(logging, "disable", lambda *_: None)
-    ours.send(("score", [[1]], ["好"]))
-    token2wav_asr_server.serve_instance(theirs, types.SimpleNamespace(threads=1, max_batch_size=1), "cpu")
-    theirs.close()
-    assert ours.recv() == ""  # the message that the instance is ready
-    with pytest.raises(EOFError):
-        ours.recv()
+    batches = iter([("score", [[1]], ["好"])])
+    sent = []
+
+    def receive():
+        try:
+            return next(batches)
+        except StopIteration:
+            raise EOFError from None
+
+    pipe = types.SimpleNamespace(recv=receive, send=sent.append)
+    token2wav_asr_server.serve_instance(pipe, types.SimpleNamespace(threads=1, max_batch_size=1), "cpu")
+    assert sent[0] == ""
+    return sent[1:]
+
+
+def test_an_instance_that_loses_its_cuda_context_exits(monkeypatch):
+    """Otherwise every later sample would fail. A process that has ended is restarted."""
+    lost = types.SimpleNamespace(error="AcceleratorError: CUDA error: device-side assert triggered")
+    assert run_instance(monkeypatch, lambda *_: [lost]) == []
+    scored = types.SimpleNamespace(error="")
+    assert run_instance(monkeypatch, lambda *_: [scored]) == [[scored]]
+
+
+def test_too_little_memory_for_a_batch_is_not_an_answer(monkeypatch):
+    """Triton answers such a batch with status 500, and the client sends it again."""
+
+    def score(*_):
+        raise MemoryError("cuda:0 is full")
+
+    (sent,) = run_instance(monkeypatch, score)
+    assert isinstance(sent, token2wav_asr_server.BatchError) and "MemoryError: cuda:0 is full" in str(sent)
+    instance = object.__new__(token2wav_asr_server.Instance)
+    instance.lock, instance.args = threading.Lock(), types.SimpleNamespace(batch_timeout_s=1.0)
+    instance.pipe = types.SimpleNamespace(send=lambda _: None, poll=lambda _: True, recv=lambda: sent)
+    with pytest.raises(token2wav_asr_server.BatchError, match="cuda:0 is full"):
+        instance.call("score", [[1]], ["好"])
 
 
 def test_a_broken_model_folder_is_named_at_start(assets, tmp_path):
