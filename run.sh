@@ -303,7 +303,8 @@ contradictions() {
 
 configure() {
   [[ -z $(type -t configure_profile) ]] || configure_profile
-  local by_syllable=false
+  local by_syllable=false check_freq=$check_reward_freq
+  ((check_reward)) || check_freq=0
   [[ $credit != syllable ]] || by_syllable=true
   # The rollouts' log-probabilities serve as those of the old policy. With top_p or top_k, however, they belong to the
   # truncated distribution, which the trainer does not compute. It then recomputes the old policy's log-probabilities.
@@ -366,7 +367,7 @@ configure() {
     actor_rollout_ref.rollout.calculate_log_probs=True algorithm.rollout_correction.bypass_mode="$reuse_log_probs"
     actor_rollout_ref.actor.calculate_entropy=True # logged only: entropy_coeff is 0
     reward.custom_reward_function.path="$(hydra "$root/reward_tts.py")" reward.custom_reward_function.name=compute_score
-    "+reward.custom_reward_function.reward_kwargs={server_urls: $(hydra "$server_urls"), failure_file: $(hydra "$exp_dir/reward_failure"), by_syllable: $by_syllable, patience_s: $reward_patience_s}"
+    "+reward.custom_reward_function.reward_kwargs={server_urls: $(hydra "$server_urls"), failure_file: $(hydra "$exp_dir/reward_failure"), by_syllable: $by_syllable, patience_s: $reward_patience_s, max_unscored_share: $max_unscored_share, check_freq: $check_freq, known_answer_jsonl: $(hydra "$(realpath -m "$known_answer_jsonl")")}"
     trainer.n_gpus_per_node="$num_gpus" trainer.nnodes="$num_nodes"
     "trainer.logger=[console,tensorboard]" trainer.project_name=tts_grpo trainer.experiment_name="$(hydra "$exp_name")"
     trainer.default_local_dir="$(hydra "$exp_dir/checkpoints")" trainer.resume_mode=auto

@@ -156,6 +156,35 @@ def test_any_exception_is_reported_and_gives_no_reward(tmp_path, monkeypatch, ar
     assert reported in failure_file.read_text(encoding="utf-8")
 
 
+def test_unscored_rollouts_are_counted_up_to_a_small_share(monkeypatch):
+    """With at most 10%, and one more, the third of 12 rollouts that servers cannot score stops the training."""
+
+    async def score(client, tokens, text):
+        if tokens == [0]:
+            raise UnscoredRolloutError("not finite")
+        return RolloutScore(0.5, 0.1, "好")
+
+    monkeypatch.setattr(RewardClient, "score", score)
+    monkeypatch.setattr(reward_tts, "_client", None)
+    for name in ("_rollouts", "_unscored_rollouts"):
+        monkeypatch.setattr(reward_tts, name, 0)
+
+    def compute(tokens, **options):
+        return asyncio.run(reward_tts.compute_score("", tokens, "好", **options))
+
+    bad, good = "<|s_0|>", "<|s_1|>"
+    results = [compute(tokens, max_unscored_share=0.1) for tokens in [good] * 9 + [bad] * 2]
+    assert [r["unscored_rollout"] for r in results] == [r["bad_rollout"] for r in results] == [0.0] * 9 + [1.0] * 2
+    assert [r["score"] for r in results[-3:]] == [0.5, 0.0, 0.0]
+    with pytest.raises(
+        RewardServerError, match="3 of 12 rollouts could not be scored, more than max_unscored_share=0.1"
+    ):
+        compute(bad, max_unscored_share=0.1)
+    monkeypatch.setattr(reward_tts, "_unscored_rollouts", 0)
+    with pytest.raises(RewardServerError, match="1 of 13 rollouts"):
+        compute(bad)
+
+
 def test_no_server_is_an_error_and_never_a_reward(rows):
     client = RewardClient(["http://127.0.0.1:9"], patience_s=0.05, backoff_s=0.01)
     (result,) = score_all(client, [(rows[0]["speech_tokens"], rows[0]["text"])])

@@ -43,6 +43,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # scripts/check.py imports the names before any environment exists
     import numpy as np
 
+# Numbers that reward_tts.py returns for each rollout besides the score: 1 if so, else 0
+ROLLOUT_COUNTS = ("bad_rollout", "unscored_rollout", "retried_rollout", "rescored_rollout", "empty_transcript")
 MODEL_NAME = "token2wav_asr"
 SPEECH_MODEL_NAME = "token2wav"
 SPEECH_OUTPUT_NAMES = ("WAVEFORM", "WAVEFORM_LENS", "SAMPLE_RATE", "ERRORS")
