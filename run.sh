@@ -297,6 +297,8 @@ contradictions() {
     echo "mini_batch_size * rollout_n = $rollouts rollouts are not a multiple of micro_batch_size * GPUs = $passes: change one of them"
   ((pack_tokens == 0 || pack_tokens >= max_prompt_length + max_response_length)) ||
     echo "pack_tokens=$pack_tokens holds no rollout of max_prompt_length + max_response_length = $((max_prompt_length + max_response_length)) tokens: enlarge it, or set pack_tokens=0"
+  [[ $server_address =~ ^(127\..*|localhost|::1)$ || -n $server_secret_file ]] ||
+    echo "server_address=$server_address serves other machines: set server_secret_file to a file with a secret, the same for servers and training (SECURITY.md)"
   ((num_nodes == 1)) || [[ -n $ray_address ]] ||
     echo "num_nodes=$num_nodes needs ray_address: start Ray on each machine (ray start), see docs/full_size.md"
 }
@@ -322,6 +324,7 @@ configure() {
     --metrics-port "$metrics_port" --precision "$token2wav_precision" --devices "${device_list[@]}"
   )
   ((reward_tones)) || server_command+=(--no-tones)
+  [[ -z $server_secret_file ]] || server_command+=(--secret-file "$server_secret_file")
   server_command+=(--language "$language")
   text_flags=(--language "$language" --text-tags "$text_tags" --llm-text "$llm_text")
   data_flags=(
@@ -402,6 +405,7 @@ main() {
   cd "$root"
   require_tools
   load_settings
+  [[ -z $server_secret_file ]] || export TTS_GRPO_SECRET_FILE=$server_secret_file
   if [[ $mode == settings ]]; then
     all_settings table
     return

@@ -16,6 +16,7 @@ On SIGTERM or SIGINT the server answers requests in flight and then stops. While
 """
 
 import argparse
+import ipaddress
 import logging
 import multiprocessing
 import os
@@ -29,7 +30,7 @@ import numpy as np
 
 from tts_grpo.reward.libpython import libpython_fault, libpython_folder
 from tts_grpo.reward.ports import port_fault
-from tts_grpo.reward.protocol import MODEL_NAME, SPEECH_MODEL_NAME, encode_response, text_tensor
+from tts_grpo.reward.protocol import MODEL_NAME, SPEECH_MODEL_NAME, encode_response, read_secret, text_tensor
 from tts_grpo.text.tokens import NUM_SPEECH_TOKENS
 
 logger = logging.getLogger(__name__)
@@ -71,6 +72,9 @@ def get_args(argv=None):
     parser.add_argument("--no-tones", dest="tones", action="store_false", help="compare pinyin without tones")
     parser.add_argument("--language", choices=("zh", "en"), default="zh", help="language of texts and recogniser")
     parser.add_argument("--address", default="127.0.0.1", help="address to listen on; 0.0.0.0 serves other machines")
+    parser.add_argument(
+        "--secret-file", type=Path, default=None, help="file with a secret that scoring requests must have in a header"
+    )
     parser.add_argument("--http-port", type=int, default=8000, help="HTTP port")
     parser.add_argument("--grpc-port", type=int, default=8001, help="gRPC port")
     parser.add_argument("--metrics-port", type=int, default=8002, help="port of Prometheus metrics")
@@ -79,7 +83,21 @@ def get_args(argv=None):
         parser.error("a voice prompt needs both --prompt-audio and --prompt-text")
     if args.prompt_list and args.prompt_audio:
         parser.error("--prompt-list and --prompt-audio exclude each other")
+    try:
+        args.secret = read_secret(args.secret_file) if args.secret_file else None
+    except (OSError, ValueError) as error:
+        parser.error(f"--secret-file: {error}")
+    if not args.secret and not is_loopback(args.address):
+        parser.error(f"--address {args.address} serves other machines, which needs --secret-file (SECURITY.md)")
     return args
+
+
+def is_loopback(address: str) -> bool:
+    """Return whether only programs of this machine can connect to an address."""
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return address == "localhost"
 
 
 def serve_instance(pipe, args, device: str) -> None:
@@ -367,8 +385,11 @@ def bind_models(triton, instances: list[Instance], config) -> None:
 def serve(args, instances: list[Instance]) -> int:
     """Serve until a signal (returns 0), or until Triton ends or instances have died too often (returns 1)."""
     from pytriton.model_config import DynamicBatcher, ModelConfig, QueuePolicy
-    from pytriton.triton import Triton, TritonConfig
+    from pytriton.triton import DEFAULT_PROTECTED_ENDPOINTS, Triton, TritonConfig, TritonSecurityConfig
 
+    security = TritonSecurityConfig()  # management of models and memory needs a random secret
+    if args.secret:
+        security = TritonSecurityConfig(args.secret, [*DEFAULT_PROTECTED_ENDPOINTS, "inference"])
     config = TritonConfig(
         http_address=args.address, http_port=args.http_port, grpc_address=args.address, grpc_port=args.grpc_port,
         metrics_address=args.address, metrics_port=args.metrics_port, exit_timeout_secs=20,
@@ -377,7 +398,7 @@ def serve(args, instances: list[Instance]) -> int:
         max_queue_delay_microseconds=int(args.max_queue_delay_ms * 1000),
         default_queue_policy=QueuePolicy(max_queue_size=args.max_queue_size),
     )
-    with Triton(config=config) as triton:
+    with Triton(config=config, security_config=security) as triton:
         bind_models(triton, instances, ModelConfig(max_batch_size=args.max_batch_size, batcher=batcher))
         triton.run()
         logger.info("ready: %s at http://%s:%d", MODEL_NAME, args.address, args.http_port)

@@ -45,6 +45,7 @@ setting llm_text raw "0 4" "raw|spoken" "what the language model reads: raw text
 
 # reward server (stage 1)
 setting server_address 127.0.0.1 - name "address that the reward server listens on; 0.0.0.0 serves other machines"
+setting server_secret_file '' - path? "file with a secret of at least 16 characters; needed to serve other machines"
 setting http_port 8000 - "int>=1<=65535" "HTTP port of the reward server"
 setting grpc_port 8001 - "int>=1<=65535" "gRPC port of the reward server"
 setting metrics_port 8002 - "int>=1<=65535" "port for metrics of the reward server"

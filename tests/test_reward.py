@@ -23,7 +23,7 @@ import token2wav_asr_server
 from tests.conftest import RewardServer
 from token2wav_asr_server import get_args, load_scorer
 from tts_grpo.reward.client import RewardClient, RewardServerError, UnscoredRolloutError
-from tts_grpo.reward.protocol import MODEL_NAME, RolloutScore, SampleError, encode_request
+from tts_grpo.reward.protocol import MODEL_NAME, SECRET_FILE, RolloutScore, SampleError, encode_request
 from tts_grpo.reward.scorer import RewardScorer
 from tts_grpo.text.jsonl import read_jsonl
 from tts_grpo.text.tokens import format_speech_tokens
@@ -252,9 +252,20 @@ def test_patience_begins_with_the_first_failure(monkeypatch):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_shutdown_answers_what_is_in_flight(assets, tmp_path, rows, number):
-    server = RewardServer(assets, tmp_path / "log")
+def test_shutdown_answers_what_is_in_flight_and_a_secret_is_needed(assets, tmp_path, rows, number, monkeypatch):
+    """The server of the first case asks for a secret, that of the second one does not."""
+    secret = tmp_path / "secret"
+    secret.write_text("a-secret-of-25-characters\n")
+    flags = ["--secret-file", str(secret)] if number == signal.SIGTERM else []
+    server = RewardServer(assets, tmp_path / "log", *flags)
     server.wait_ready()
+    if flags:
+        for text in ("", "another-secret-of-that-sort"):
+            (tmp_path / "wrong").write_text(text)
+            monkeypatch.setenv(SECRET_FILE, str(tmp_path / "wrong") if text else "")
+            (refused,) = score_all(RewardClient([server.url], patience_s=0), [([1, 2], "好")])
+            assert isinstance(refused, RewardServerError) and "refused a request with status 40" in str(refused)
+        monkeypatch.setenv(SECRET_FILE, str(secret))
     pairs = [(row["speech_tokens"], row["text"]) for row in rows] * 3
 
     async def go():
@@ -383,3 +394,15 @@ def test_an_instance_on_a_second_gpu_makes_it_the_current_one(monkeypatch):
     args = get_args(["--token2wav-dir", "x", "--asr-dir", "y", "--devices", "cuda:1"])
     with pytest.raises(pytest.fail.Exception, match="cuda:1"):
         load_scorer(args, args.devices[0])
+
+
+def test_other_machines_are_served_only_with_a_secret(tmp_path, capsys):
+    flags = ["--token2wav-dir", "x", "--asr-dir", "y", "--address"]
+    for address in ("127.0.0.1", "::1", "localhost"):
+        assert get_args([*flags, address]).secret is None
+    (tmp_path / "short").write_text("0123456789")
+    for extra, message in (([], "needs --secret-file"), (["--secret-file", str(tmp_path / "short")], "at least 16"),
+                           (["--secret-file", str(tmp_path / "none")], "No such file")):  # fmt: skip
+        with pytest.raises(SystemExit):
+            get_args([*flags, "0.0.0.0", *extra])
+        assert message in capsys.readouterr().err

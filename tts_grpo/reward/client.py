@@ -13,7 +13,14 @@ from collections.abc import Sequence
 
 import aiohttp
 
-from tts_grpo.reward.protocol import MODEL_NAME, RolloutScore, SampleError, decode_response, encode_request
+from tts_grpo.reward.protocol import (
+    MODEL_NAME,
+    RolloutScore,
+    SampleError,
+    decode_response,
+    encode_request,
+    secret_headers,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +97,7 @@ class RewardClient:
     async def _request(self, url: str, body: bytes) -> RolloutScore:
         if self._session is None:
             self._session = aiohttp.ClientSession(
+                headers=secret_headers(),
                 timeout=aiohttp.ClientTimeout(total=self.timeout_s, sock_connect=10.0),
                 connector=aiohttp.TCPConnector(limit=0),
             )

@@ -36,8 +36,11 @@ A bad rollout (no speech tokens, or an id out of range) is never sent to the ser
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # scripts/check.py imports the names before any environment exists
@@ -49,8 +52,30 @@ MODEL_NAME = "token2wav_asr"
 SPEECH_MODEL_NAME = "token2wav"
 SPEECH_OUTPUT_NAMES = ("WAVEFORM", "WAVEFORM_LENS", "SAMPLE_RATE", "ERRORS")
 OUTPUT_NAMES = ("REWARDS", "ERROR_RATES", "TRANSCRIPTS", "UNIT_ERRORS", "UNIT_STARTS", "RESCORED", "ERRORS")
+SECRET_FILE = "TTS_GRPO_SECRET_FILE"  # environment variable with the path of the file that holds a server's secret
+SECRET_HEADER = "triton-access-token"  # PyTriton's name
 # Only two buckets, so that batches fill: padding costs little to transfer, and the server sorts batches by length.
 BUCKETS = (512, 2048)
+
+
+def read_secret(path: str | Path) -> str:
+    """Return the secret in a file, without white space around it.
+
+    Raises:
+        ValueError: it is shorter than 16 characters, or has other characters than letters, digits and + / = . _ -
+    """
+    secret = Path(path).read_text(encoding="utf-8").strip()
+    if not re.fullmatch(r"[A-Za-z0-9+/=._-]{16,}", secret):
+        raise ValueError(
+            f"{path}: a secret has at least 16 letters, digits or + / = . _ -, as of: head -c 24 /dev/urandom | base64"
+        )
+    return secret
+
+
+def secret_headers() -> dict[str, str]:
+    """Return the HTTP headers of requests: the secret of ``TTS_GRPO_SECRET_FILE``, if that is set."""
+    path = os.environ.get(SECRET_FILE)
+    return {SECRET_HEADER: read_secret(path)} if path else {}
 
 
 class SampleError(ValueError):
