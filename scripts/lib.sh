@@ -327,9 +327,18 @@ stop() {
   kill "$watch" 2>/dev/null || true
 }
 
+# show_end LOG: print the last lines of a server's log, and before them its first errors, which are the cause. Triton and
+# its processes print many more lines when they stop.
+show_end() {
+  local errors='(^|[[:space:]])([A-Za-z_]+\.)*([A-Za-z_]+Error|[A-Za-z_]*Exception|SystemExit)(:|$)|^E[0-9]{4} | (ERROR|CRITICAL|error): '
+  errors=$(head -n -20 "$1" | grep -aE -m 5 "$errors") || true
+  [[ -z $errors ]] || printf '%s\n' "its first errors:" "$errors" "its last lines:" >&2
+  tail -n 20 "$1" >&2
+}
+
 # start_server: start the reward server in the background and wait until it is ready.
 start_server() {
-  local server_log=$exp_dir/log/reward_server.log began=$SECONDS
+  local server_log=$exp_dir/log/reward_server.log began=$SECONDS status=0
   if ((dry_run)); then
     run "${server_command[@]}"
     return
@@ -340,9 +349,10 @@ start_server() {
   server_pid=$!
   while ((SECONDS - began < server_timeout_s)); do
     if ! kill -0 "$server_pid" 2>/dev/null; then
-      tail -n 20 "$server_log" >&2
+      wait "$server_pid" || status=$?
       server_pid=
-      die "the reward server ended before it was ready: see its last lines above, and the whole log in $server_log"
+      show_end "$server_log"
+      die "the reward server ended with status $status before it was ready: see the lines above, and the whole log in $server_log"
     fi
     if server_ready "http://127.0.0.1:$http_port"; then
       echo "reward server ready at http://$server_address:$http_port (log: $server_log)"
@@ -350,6 +360,6 @@ start_server() {
     fi
     sleep 1
   done
-  tail -n 20 "$server_log" >&2
-  die "the reward server was not ready within $server_timeout_s s: see its last lines above, and the whole log in $server_log"
+  show_end "$server_log"
+  die "the reward server was not ready within $server_timeout_s s: see the lines above, and the whole log in $server_log"
 }

@@ -38,7 +38,7 @@ case $all in
   *download.py*|*prepare_eval_set.py*|*encode_prompts.py*) ;;
   *prepare_llm.py*) mkdir -p "$exp_dir/sft_model" && touch "$exp_dir/sft_model/config.json" ;;
   *prepare_data.py*) mkdir -p "$exp_dir/data" && touch "$exp_dir/data/train.parquet" ;;
-  *token2wav_asr_server.py\ --*) [[ -z ${SERVER_DIES-} ]] || { echo "no memory" >&2; exit 1; }
+  *token2wav_asr_server.py\ --*) [[ -z ${SERVER_DIES-} ]] || { printf '%b\n' "$SERVER_DIES" >&2; exit 1; }
     echo $$ >"$READY"; trap 'rm -f "$READY"; echo stopped >>"$CALLS"; exit 0' TERM INT
     while :; do sleep 0.1; done ;;
   *main_ppo*) [[ -z ${HANG-} ]] || sleep 60
@@ -439,11 +439,32 @@ def test_missing_inputs_name_the_stage(recipe):
 
 
 def test_server_that_dies_or_is_never_ready(recipe):
-    dead = recipe.run("0", "2", SERVER_DIES="1")
-    assert dead.returncode == 1 and "no memory" in dead.stderr and "ended before it was ready" in dead.stderr
+    dead = recipe.run("0", "2", SERVER_DIES="no memory")
+    assert dead.returncode == 1 and "no memory" in dead.stderr and "ended with status 1 before it was" in dead.stderr
     slow = recipe.run("0", "2", READY="/nowhere/ready", server_timeout_s="2")
     assert slow.returncode == 1 and "not ready within 2 s" in slow.stderr
     assert "main_ppo" not in recipe.calls()
+
+
+@pytest.mark.parametrize(
+    "cause",
+    [
+        "OSError: AF_UNIX path too long",
+        "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB",
+        "E1127 19:02:26.090996 4681 server.cc:798] Socket '0.0.0.0:8000' already in use",
+        "2026-01-31 12:00:00,123 token2wav_asr_server ERROR: Triton has ended",
+        "token2wav_asr_server.py: error: argument --asr-dir: is required",
+    ],
+)
+def test_the_cause_of_a_servers_end_is_shown_though_many_lines_follow_it(recipe, cause):
+    noise = "Error: Failed to initialize NVML\\nI1127 loading"
+    dead = recipe.run(
+        "0", "2", SERVER_DIES=r"\n".join([noise] * 30 + [cause] + ["  File x, line 7"] * 60 + ["EOFError"])
+    )
+    assert dead.returncode == 1
+    shown = dead.stderr.splitlines()
+    assert shown[shown.index("its first errors:") + 1 : shown.index("its last lines:")] == [cause]
+    assert "EOFError" in shown and len(shown) < 40
 
 
 def test_a_failing_stage_stops_the_run_and_the_server_and_is_done_again(recipe):
