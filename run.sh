@@ -13,7 +13,7 @@
 #    0  data: JSONL with one text per line -> parquet for veRL; the language model's folder, prepared for veRL
 #    1  reward server: alone it stays in the foreground; before stage 2 it runs until training ends
 #    2  GRPO on veRL; resumes from its last checkpoint
-#    3  merge the last checkpoint into $llm_path/merged_hf_model, a Hugging Face folder
+#    3  merge the last checkpoint (or $llm_path) to a Hugging Face folder, merged_hf_model
 #    4  evaluation before and after: inference on the test set, error rates, summary.json, report.html
 #    5  synthesis of a tongue-twister with the merged checkpoint
 #
@@ -295,6 +295,8 @@ contradictions() {
     echo "train_batch_size=$train_batch_size is not a multiple of mini_batch_size=$mini_batch_size: change one of them"
   ((rollouts % passes == 0)) ||
     echo "mini_batch_size * rollout_n = $rollouts rollouts are not a multiple of micro_batch_size * GPUs = $passes: change one of them"
+  ((pack_tokens == 0 || pack_tokens >= max_prompt_length + max_response_length)) ||
+    echo "pack_tokens=$pack_tokens holds no rollout of max_prompt_length + max_response_length = $((max_prompt_length + max_response_length)) tokens: enlarge it, or set pack_tokens=0"
   ((num_nodes == 1)) || [[ -n $ray_address ]] ||
     echo "num_nodes=$num_nodes needs ray_address: start Ray on each machine (ray start), see docs/full_size.md"
 }

@@ -36,9 +36,13 @@ smallest_gpu_gib() {
 # not count.
 first_gpus() { local ids && mapfile -t ids < <(tr -d ' ' <<<"${CUDA_VISIBLE_DEVICES-$(seq -s , 0 $(($1 - 1)))}" | tr , '\n' | sed -E '/^([0-9]+|(GPU|MIG)-.+)$/!Q') && if ((${#ids[@]} < $1)); then echo "run.sh: CUDA_VISIBLE_DEVICES='${CUDA_VISIBLE_DEVICES-}' allows ${#ids[@]} GPUs, but num_gpus=$1: unset it, name more, or lower num_gpus" >&2 && return 1; else printf '%s\n' "${ids[@]:0:$1}" | paste -sd ,; fi; }
 
-# micro_batch GIB: print how many rollouts of full length fit into a GPU's memory with their activations, beside 12 GiB
+# micro_batch GIB: print how many rollouts of full length fit into a GPU's memory with their activations, besides 12 GiB
 # of weights and optimizer states and the reward server.
 micro_batch() { echo $(($1 >= 70 ? 16 : $1 >= 38 ? 8 : 4)); }
+
+# pack GIB: print how many tokens fit into a GPU's memory in one pass, beside weights, optimizer states and reward server:
+# 1.4 MiB per token without recomputation (24 layers, bf16), a tenth of it with.
+pack() { echo $(($1 >= 70 ? 24576 : $1 >= 38 ? 8192 : 4096)); }
 
 # vllm_share GIB: print the share of a GPU's memory that trainer and reward server leave to vLLM, at most 40%: the KV
 # cache of 256 rollouts of 1,536 tokens takes 5 GiB.
@@ -96,6 +100,9 @@ resolve mini_batch_size
 # rollouts per backward pass: as many as fit in memory, at most the GPU's share of an update
 rollouts_per_update=$((mini_batch_size * rollout_n / (num_gpus * num_nodes)))
 micro_batch_size=${micro_batch_size:-$(smaller "$(micro_batch "$gpu_memory_gib")" "$(larger 1 "$rollouts_per_update")")}
+resolve max_prompt_length max_response_length
+pack_tokens=${pack_tokens:-$(larger "$(pack "$gpu_memory_gib")" $((max_prompt_length + max_response_length)))}
+recompute=${recompute:-$((gpu_memory_gib < 70))}
 
 # evaluation (stages 4 and 5)
 eval_jsonl=${eval_jsonl:-$workspace/data/$dataset$( ((eval_strip_quotes)) && echo -stripped || true).jsonl}
@@ -204,16 +211,21 @@ source "$root/scripts/verl_cpu.sh"
 
 # configure_profile: set veRL's environment and arguments.
 configure_profile() {
+  local recompute_activations=False
+  ((recompute == 0)) || recompute_activations=True
   profile_env=(PYTORCH_CUDA_ALLOC_CONF= VERL_USE_EXTERNAL_MODULES=tts_grpo.training.trainer)
   profile_verl_args=(
     actor_rollout_ref.model.external_lib=tts_grpo.training.engine
     actor_rollout_ref.model.use_remove_padding=True
     actor_rollout_ref.model.use_fused_kernels=True
-    actor_rollout_ref.model.enable_gradient_checkpointing=True
-    +actor_rollout_ref.model.override_config.attn_implementation=sdpa
+    actor_rollout_ref.model.enable_gradient_checkpointing="$recompute_activations"
+    +actor_rollout_ref.model.override_config.attn_implementation=varlen # tts_grpo/training/varlen.py
     actor_rollout_ref.rollout.name=vllm
     +actor_rollout_ref.rollout.engine_kwargs.vllm.worker_extension_cls=tts_grpo.training.verl_vllm.HeadBiasExtension
     actor_rollout_ref.rollout.gpu_memory_utilization="$vllm_memory_share"
+  )
+  ((pack_tokens == 0)) || profile_verl_args+=(
+    actor_rollout_ref.actor.use_dynamic_bsz=True actor_rollout_ref.actor.ppo_max_token_len_per_gpu="$pack_tokens"
   )
   if [[ $train_device == cpu ]]; then # for tests of the profile with small weights
     configure_cpu_training

@@ -5,7 +5,7 @@
 #   bash scripts/compute_wer.sh OUTPUT_DIR DATASET
 #
 #   OUTPUT_DIR  folder with seed_*/manifest.jsonl to score; receives scores.json, and utterances.jsonl and
-#               alignment.txt beside each manifest
+#               alignment.txt next to each manifest
 #   DATASET     JSONL of the test set; every utterance counts, and one without audio counts as all deletions
 #
 # Variables: python (the speech environment's), eval_asr_dir (a model folder for funasr, sherpa-onnx or faster-whisper),

@@ -6,7 +6,7 @@
 
 Sources: a folder of parquet files with the columns id, prompt_text, target_text and prompt_audio (bytes of an encoded
 file), such as the Hugging Face data sets yuekai/CV3-Eval and yuekai/seed_tts_cosy2; or the meta.lst of seed-tts-eval,
-whose lines are ``id|prompt text|prompt wav|target text``. Recordings are written to a folder beside the JSONL, named
+whose lines are ``id|prompt text|prompt wav|target text``. Recordings are written to a folder next to the JSONL, named
 after it. For a row without a recording, prompt_audio is null and prompt_text is omitted.
 
 With --voices the output is a list of voices for the reward instead: JSONL of prompt_text and prompt_audio. The parquet

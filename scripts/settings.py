@@ -2,7 +2,7 @@
 
 The state of a stage is one line of JSON: ``settings`` that its result depends on, ``read`` with the SHA-256 of the
 files and folders that it reads, ``code``, and ``made_from``, which run.sh adds. A result is up to date if the state
-stored beside it equals the current state.
+stored with it equals the current state.
 
 ``code`` has a SHA-256 for each program that makes the result, for each module of tts_grpo that it imports directly or
 indirectly, for the pinned packages, and for the command lines that run.sh and conf/ build. Comments, docstrings and

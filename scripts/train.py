@@ -36,7 +36,7 @@ UNPRINTABLE = re.compile(r"[^\t\x1b\x20-\x7e\xa0-\U0010ffff]")  # Ray colours it
 SHOWN = {  # veRL's metric name -> our name and format
     "critic/score/mean": "reward {:.3f}",
     "response_length/mean": "{:.0f} tokens",
-    "response_length/clip_ratio": "{:.1%} cut",
+    "response_length/clip_ratio": "{:.1%} truncated",
     "actor/entropy_loss": "entropy {:.2f}",
     "timing_s/step": "{:.1f} s",
     "timing_s/generation": "(rollouts {:.1f}",  # this and the next are logged by tts_grpo/training/trainer.py

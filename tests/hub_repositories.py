@@ -1,7 +1,7 @@
 """Makes the repositories that the full profile downloads, in their published layouts, with small random weights.
 
 Names, formats, data types and configs are the originals', but sizes and weights are not. The source of each fact is
-given beside it. tests/hub.py serves the folders as ModelScope and Hugging Face do.
+given with it. tests/hub.py serves the folders as ModelScope and Hugging Face do.
 """
 
 import io

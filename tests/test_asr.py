@@ -39,7 +39,7 @@ def test_onsets_are_the_times_of_the_syllables(asr, assets, test_rows):
     np.testing.assert_allclose(joined.onsets_s[-3:], np.array(other.onsets_s[-3:]) + later, atol=0.1)
 
 
-def test_the_network_is_told_the_language(assets):
+def test_the_language_is_passed_to_the_network(assets):
     english = load_asr(assets / "asr_reward", language="en").recogniser
     ids = english._model.model.lid_dict
     assert english._language_id == ids["en"] != SenseVoice(assets / "asr_reward")._language_id == ids["zh"]

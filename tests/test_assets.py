@@ -35,7 +35,7 @@ def test_splits_do_not_overlap(assets):
     assert len(set(ids)) == len(ids)
 
 
-def test_sentences_written_with_digits_are_those_in_words(assets, token2wav, asr):
+def test_sentences_with_digits_have_the_readings_in_words(assets, token2wav, asr):
     """The prompts are the same, and so is the reward of the same speech."""
     rules, in_words = TextRules(llm_text="spoken"), {written: text for text, written in TEST.items()}
     rows = read_jsonl(assets / "data/test_digits.jsonl")

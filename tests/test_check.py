@@ -42,7 +42,7 @@ def test_a_running_server_is_asked_for_known_answers(reward_server, venv_root, t
     assert "known answers of" in done.stdout and '"mean_reward_of_wrong_texts"' in done.stdout
 
 
-def test_everything_wrong_is_named_at_once(tmp_path, assets):
+def test_all_faults_are_reported_at_once(tmp_path, assets):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -64,7 +64,7 @@ def test_everything_wrong_is_named_at_once(tmp_path, assets):
 
 
 @pytest.mark.parametrize("hub", ["modelscope", "huggingface"])
-def test_both_hubs_cosyvoice2_is_known_as_such(tmp_path, assets, venv_root, hub):
+def test_cosyvoice2_of_both_hubs_is_recognised(tmp_path, assets, venv_root, hub):
     """Hugging Face's repository has a config.json, as the tiny token2wav does."""
     folder = make_cosyvoice2(tmp_path, hub)
     s = {"token2wav_dir": str(folder), "reward_asr_dir": str(assets / "asr_reward"), "prompt_text": "",

@@ -234,7 +234,7 @@ def test_pre_flight_check_without_a_bias(converted, tmp_path):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
-def test_training_sees_the_probabilities_that_rollouts_are_drawn_from(converted, dtype, tolerance):
+def test_training_and_rollouts_have_the_same_probabilities(converted, dtype, tolerance):
     model, tokenizer = load_lm(converted, dtype=dtype)
     first = check_ids(tokenizer, converted)
     ids = tokenizer(render_prompt(tokenizer, TEXT), add_special_tokens=False)["input_ids"]
@@ -299,7 +299,7 @@ def test_vllm_adds_the_bias(converted, monkeypatch):
     assert logits.dtype == torch.float32 and torch.equal(logits, stock.float() + bias)
 
 
-def test_upstream_folder_says_what_the_official_model_says(official, upstream):
+def test_upstream_folder_has_the_probabilities_of_the_official_model(official, upstream):
     rounded = {name: t.to(torch.bfloat16).float() for name, t in torch.load(official / "llm.pt").items()}
     model, tokenizer = load_lm(upstream)
     logits, first = hf_logits(model, tokenizer, TEXT, speech=SPEECH)
@@ -330,7 +330,7 @@ def test_folder_that_was_trained_without_a_bias(official, converted, tmp_path):
     assert not torch.load(output)["llm_decoder.bias"].any()
 
 
-def test_bias_that_does_not_fit(converted, tmp_path):
+def test_bias_of_another_size_is_an_error(converted, tmp_path):
     shutil.copytree(converted, tmp_path / "hf")
     for bias, message in ((torch.zeros(5), "has 5 values"), (torch.full((5,), torch.nan), "NaN or infinite")):
         save_file({"lm_head.bias": bias}, tmp_path / "hf/head_bias.safetensors")
@@ -339,7 +339,7 @@ def test_bias_that_does_not_fit(converted, tmp_path):
 
 
 def test_checkpoint_of_the_official_trainer(official, converted, tmp_path):
-    """CosyVoice's trainer writes epoch and step beside the weights."""
+    """CosyVoice's trainer writes epoch and step in addition to the weights."""
     state = torch.load(official / "llm.pt")
     torch.save({**state, "epoch": 3, "step": 12000}, tmp_path / "llm.pt")
     (tmp_path / "CosyVoice-BlankEN").symlink_to(official / "CosyVoice-BlankEN")

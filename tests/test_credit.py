@@ -17,7 +17,7 @@ def test_an_error_is_charged_to_the_tokens_of_its_syllable():
     np.testing.assert_allclose(second, [0] * 3 + [-0.3] * 4 + [0] * 3, atol=1e-7)
 
 
-def test_over_the_syllables_it_adds_up_to_grpos_advantage():
+def test_syllable_advantages_sum_to_grpos_advantage():
     rng = np.random.default_rng(0)
     errors = rng.integers(0, 3, (8, 3))
     scores = np.where(errors.any(1), rng.uniform(0, 0.9, 8), 1.0)
@@ -26,7 +26,7 @@ def test_over_the_syllables_it_adds_up_to_grpos_advantage():
     np.testing.assert_allclose(totals, scores - scores.mean(), atol=1e-6)
 
 
-def test_a_bad_rollout_loses_everywhere():
+def test_a_bad_rollout_has_a_loss_at_each_syllable():
     bad, right = encode((), ()), encode((0, 0, 0), STARTS)
     first, second = syllable_advantages([bad, right], [0.0, 1.0], [2, 12])
     np.testing.assert_allclose(first, [-0.5] * 2, atol=1e-6)
@@ -34,13 +34,13 @@ def test_a_bad_rollout_loses_everywhere():
     assert not np.concatenate(syllable_advantages([bad, bad], [0.0, 0.0], [2, 3])).any()
 
 
-def test_division_by_the_groups_deviation():
+def test_division_by_the_groups_standard_deviation():
     encoded = [encode((0, 0, 0), STARTS), encode((0, 1, 0), STARTS)]
     plain, divided = (syllable_advantages(encoded, [1.0, 0.4], [12, 12], by_std) for by_std in (False, True))
     np.testing.assert_allclose(divided[0], plain[0] / np.std([1.0, 0.4], ddof=1), rtol=1e-4)
 
 
-def test_rollouts_of_other_texts_are_no_group():
+def test_rollouts_of_different_texts_are_an_error():
     with pytest.raises(ValueError, match="the same"):
         syllable_advantages([encode((0, 1), (0, 4)), encode((0, 0, 0), STARTS)], [0.5, 1.0], [8, 12])
 
@@ -57,7 +57,7 @@ def test_rollouts_of_other_texts_are_no_group():
         ("", (), [1, 1, 1, 1], [0.18, 0.36, 0.54, 0.72]),
     ],
 )
-def test_errors_have_a_place(hypothesis, onsets_s, errors, times_s):
+def test_errors_are_located(hypothesis, onsets_s, errors, times_s):
     found, times = locate_errors(align_texts("天山水火", hypothesis, "toneless"), onsets_s, 0.9)
     assert found == errors and sum(found) == align_texts("天山水火", hypothesis, "toneless").counts.errors
     np.testing.assert_allclose(times, times_s, atol=1e-9)
@@ -68,7 +68,7 @@ def test_units_without_times_are_an_error():
         locate_errors(align_texts("天山", "天山", "toneless"), (0.1,), 1.0)
 
 
-def test_another_right_reading_has_the_places_of_the_usual_one():
+def test_errors_of_another_reading_are_mapped_to_the_usual_one():
     """All rollouts of a group then have the same number of syllables, whichever reading they used."""
     for transcript in ("二零二四年", "两千零二十四年", "二零二三年", "两千零二十三年"):
         times = [0.1 * (i + 1) for i in range(len(transcript))]
@@ -78,13 +78,13 @@ def test_another_right_reading_has_the_places_of_the_usual_one():
 
 
 @pytest.mark.parametrize("transcript", ["二〇〇八年", "𠮷a 二〇〇八 年", "2008年", "gpt 二零零八年！"])
-def test_times_of_characters_fit_any_transcript(transcript):
+def test_onsets_are_accepted_for_any_transcript(transcript):
     found, _ = locate_errors(align_texts("二零零八年", transcript, "toneless"), [0.1] * len(transcript), 1.0)
     assert len(found) == 5
 
 
 @pytest.mark.parametrize(("errors", "score"), [((0, 0, 0), 0.8), ((0, 1, 0), -0.2), ((0, 0, 0), 1.5)])
-def test_a_reward_of_more_than_the_errors_is_refused(errors, score):
+def test_a_reward_that_does_not_depend_on_errors_alone_is_refused(errors, score):
     """Credit by syllable would ignore any other penalty, or assign it to the syllables with errors."""
     with pytest.raises(ValueError, match=f"{sum(errors)} syllable errors has the reward .*credit=utterance"):
         syllable_advantages([encode(errors, STARTS), encode((0, 0, 0), STARTS)], [score, 1.0], [12, 12])

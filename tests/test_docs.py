@@ -121,7 +121,7 @@ def test_the_readme_is_short():
 
 
 @page_cases
-def test_relative_links_lead_somewhere(page):
+def test_relative_links_have_a_target(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8")):
         if "://" in target:
             continue
@@ -141,7 +141,7 @@ def test_named_paths_exist(page):
 
 
 @pytest.mark.parametrize(("where", "command"), PYTHON_COMMANDS)
-def test_python_commands_are_what_their_program_takes(where, command, trainer_python):
+def test_python_commands_are_accepted_by_their_program(where, command, trainer_python):
     """Tests with the program's own parser that all flags exist and that no required flag is missing."""
     module, arguments = arguments_of(command)
     assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), command

@@ -73,11 +73,11 @@ def test_manifest_is_complete(one_process, eval_set):
     assert all(wavs[0][name] != wavs[7][name] for name in wavs[0]), "the seeds gave the same speech"
 
 
-def test_an_utterance_draws_by_its_seed_and_its_id():
+def test_random_numbers_depend_on_seed_and_id():
     assert len({utterance_seed(seed, utt_id) for seed in (0, 7) for utt_id in "ab"}) == 4
 
 
-def test_precision_is_the_decoders(assets, eval_set, tmp_path):
+def test_precision_is_passed_to_the_decoder(assets, eval_set, tmp_path):
     done = infer(assets, eval_set, tmp_path, 1, "--precision", "fp16")
     assert done.returncode and "the tiny token2wav does not support the precision fp16" in done.stderr
 
@@ -127,7 +127,7 @@ def test_only_what_changed_in_the_set_is_synthesised_again(assets, eval_set, one
     assert results(out)[f"seed_7/wavs/{first}.wav"] == results(one_process)[f"seed_7/wavs/{first}.wav"]
 
 
-def test_audio_that_is_gone_or_damaged_is_made_again(assets, eval_set, one_process, tmp_path):
+def test_deleted_or_damaged_audio_is_synthesised_again(assets, eval_set, one_process, tmp_path):
     shutil.copytree(one_process, tmp_path, dirs_exist_ok=True)
     wavs = sorted((tmp_path / "seed_0/wavs").glob("*.wav"))
     wavs[0].unlink()
@@ -150,7 +150,7 @@ def test_another_voice_changes_the_fingerprint(eval_set, tmp_path):
     assert len(found) == 3
 
 
-def test_a_record_that_a_crash_cut_within_a_character(tmp_path):
+def test_a_record_that_a_crash_truncated_within_a_character(tmp_path):
     def record(utt_id: str) -> bytes:
         line = {"seed": 0, "id": utt_id, "wav": None, "target_text": "今天"}
         utterances = [{"fingerprint": "f", "wav_sha256": None, "line": line}]
@@ -163,11 +163,11 @@ def test_a_record_that_a_crash_cut_within_a_character(tmp_path):
 
 def test_other_settings_are_refused(assets, eval_set, one_process):
     done = infer(assets, eval_set, one_process, 1, "--temperature", "0.5")
-    assert done.returncode != 0 and "results of other settings (differing: temperature)" in done.stderr
+    assert done.returncode != 0 and "results of other settings (different: temperature)" in done.stderr
 
 
 @pytest.mark.parametrize("fault", ["no word", "no audio", "missing"])
-def test_a_set_with_a_fault_is_refused_before_anything_is_spoken(assets, eval_set, tmp_path, fault):
+def test_a_set_with_a_fault_is_refused_before_synthesis(assets, eval_set, tmp_path, fault):
     rows = [*read_jsonl(eval_set), {"id": "last", "target_text": "我们走吧。"}]
     rows[-1] |= {"target_text": "……"} if fault == "no word" else {"prompt_text": "好", "prompt_audio": "a.wav"}
     if fault == "no audio":
@@ -183,11 +183,11 @@ def test_a_set_with_a_fault_is_refused_before_anything_is_spoken(assets, eval_se
     assert not (tmp_path / "out").exists()
 
 
-def test_texts_that_no_speech_of_that_length_fits_are_told(tmp_path, caplog):
+def test_texts_over_the_token_limit_are_reported(tmp_path, caplog):
     rows = [{"id": "s", "target_text": "今天天气很好。"}, {"id": "l", "target_text": "我们明天早上出发。" * 10}]
     write_jsonl(tmp_path / "set.jsonl", rows)
     assert [row["id"] for row in infer_dist.load_eval_set(tmp_path / "set.jsonl", 160, TextRules())] == ["s", "l"]
-    assert "1 texts are too long for max_new_tokens=160 and will be cut, l (90 characters) first" in caplog.text
+    assert "1 texts are too long for max_new_tokens=160 and will be truncated, first l (90 characters)" in caplog.text
     caplog.clear()
     infer_dist.load_eval_set(tmp_path / "set.jsonl", 512, TextRules())
     assert not caplog.text
@@ -242,7 +242,7 @@ def test_failures_never_make_a_score_better(assets, eval_set, one_process, tmp_p
 
 
 @pytest.mark.parametrize("place", [0, 3], ids=["no prompt", "prompt"])
-def test_one_utterance_alone_is_that_of_the_evaluation(assets, eval_set, one_process, tmp_path, place):
+def test_a_single_utterance_equals_that_of_the_evaluation(assets, eval_set, one_process, tmp_path, place):
     row = read_jsonl(eval_set)[place]
     command = ["--llm-path", assets / "llm", "--token2wav-dir", assets / "token2wav", "--text", row["target_text"]]
     command += ["--max-new-tokens", "120", "--seed", "7", "--utt-id", row["id"], "--output", tmp_path / "a.wav"]
@@ -267,7 +267,7 @@ def test_the_single_text_may_be_the_tongue_twister(assets, tmp_path, capsys):
         ("", "text has no word"),
     ],
 )
-def test_what_cannot_be_said_is_refused(assets, text, fault):
+def test_unusable_texts_are_refused(assets, text, fault):
     command = ["--llm-path", str(assets / "llm"), "--token2wav-dir", str(assets / "token2wav"), "--text", text]
     with pytest.raises(SystemExit, match=fault.replace("|", r"\|")):
         infer_single.main(command)
@@ -283,7 +283,7 @@ def test_the_language_model_reads_the_text_by_the_rules(assets):
     assert synthesiser.texts({"target_text": text, "prompt_text": ""}) == ("", "二零二四年。")
 
 
-def test_utterances_without_a_prompt_are_named_before_anything_is_spoken(assets, eval_set, tmp_path):
+def test_utterances_without_a_prompt_are_named_before_synthesis(assets, eval_set, tmp_path):
     token2wav_dir = make_cosyvoice2_folder(tmp_path / "token2wav")
     command = ["--llm-path", assets / "llm", "--token2wav-dir", token2wav_dir, "--eval-set", eval_set]
     with pytest.raises(SystemExit, match=f"{NUM_UTTERANCES - 1} utterances have no prompt, .* first"):

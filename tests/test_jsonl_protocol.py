@@ -76,7 +76,7 @@ def test_response():
 
 
 @pytest.mark.parametrize("reward", [math.nan, -0.1, 1.1, None])
-def test_a_reward_that_is_none_is_an_error(reward):
+def test_an_invalid_reward_is_an_error(reward):
     with pytest.raises(ValueError):
         decode_response(response(reward))
 

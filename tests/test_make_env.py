@@ -48,7 +48,7 @@ def make_env(tmp_path):
     return run
 
 
-def test_made_once_and_again_when_pins_change(make_env):
+def test_environments_are_rebuilt_when_pins_change(make_env):
     assert make_env()[1] == 1
     assert make_env()[1] == 1
     make_env.requirements.write_text("a==2\n")
@@ -79,7 +79,7 @@ LOCKS = {
 
 
 @pytest.mark.parametrize("name", LOCKS)
-def test_locks_hold_the_versions_that_were_asked_for(name):
+def test_lock_files_contain_the_requested_versions(name):
     """requirements/lock.sh was run after the last edit, and every package has a hash."""
 
     def versions(text: str) -> dict[str, str]:
@@ -118,7 +118,7 @@ def test_the_installation_ends_with_the_script(make_env, tmp_path):
         time.sleep(0.05)
 
 
-def test_another_python_is_refused_in_words(make_env):
+def test_another_python_version_is_refused(make_env):
     done, calls = make_env(version="3.13.0")
     assert (done.returncode, calls) == (1, 0)
     assert "needs Python 3.11.5 or later" in done.stderr and "base_python=" in done.stderr

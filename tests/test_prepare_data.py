@@ -191,7 +191,7 @@ def test_a_json_array_is_read_as_jsonl_is(worker, trainer_python, tmp_path, inde
     assert [(row["line"], row["reason"]) for row in rejects] == [(2, "no text")]
 
 
-def test_an_array_that_is_cut_off_stops_with_a_sentence(worker, tmp_path):
+def test_a_truncated_array_is_an_error(worker, tmp_path):
     (tmp_path / "array.json").write_text('[{"text": "你好"},\n {"text": "再', encoding="utf-8")
     done = prepare(worker, tmp_path, [], [line("你好")], "--train-file", str(tmp_path / "array.json"))
     assert done.returncode == 1 and "array.json begins with '[' but is not a JSON array" in done.stderr

@@ -45,7 +45,7 @@ def test_cosyvoice2_prompt(cosyvoice2_tokenizer):
 
 
 @pytest.mark.parametrize("flag", [True, False])
-def test_cosyvoice2_template_takes_what_verl_asks(cosyvoice2_tokenizer, flag):
+def test_cosyvoice2_template_accepts_verls_arguments(cosyvoice2_tokenizer, flag):
     render = lambda messages: cosyvoice2_tokenizer.apply_chat_template(  # noqa: E731
         messages, tokenize=False, add_generation_prompt=flag
     )
@@ -76,7 +76,7 @@ def test_ids(tokenizer, lm):
     assert tokenizer.eos_token_id == ends[0] == lm.config.eos_token_id
 
 
-def test_template_takes_what_verl_asks(tokenizer):
+def test_template_accepts_verls_arguments(tokenizer):
     # veRL renders an empty message to find a template's system prompt.
     assert tokenizer.apply_chat_template([{}], tokenize=False, add_generation_prompt=False) == ""
     whole = tokenizer.apply_chat_template(

@@ -63,7 +63,7 @@ def test_credit_adds_up_to_grpos_advantage(group):
 
 @given(st.lists(st.integers(1, 40), max_size=60), st.lists(st.integers(0, 9), min_size=1, max_size=3, unique=True),
        st.integers(1, 16))  # fmt: skip
-def test_batches_hold_each_utterance_once_per_seed(lens, seeds, batch_size):
+def test_batches_contain_each_utterance_once_per_seed(lens, seeds, batch_size):
     rows = [{"id": str(i), "target_text": "好" * n} for i, n in enumerate(lens)]
     batches = infer_dist.make_batches(rows, seeds, batch_size)
     assert all(1 <= len(batch.rows) <= batch_size for batch in batches)
@@ -113,7 +113,7 @@ def test_requests_keep_tokens_and_text(tokens, text):
 
 
 @given(st.one_of(st.floats(), st.none(), st.text(), st.booleans(), st.integers()))
-def test_only_rewards_from_0_to_1_are_rewards(reward):
+def test_only_rewards_from_0_to_1_are_accepted(reward):
     values = {"REWARDS": [reward], "ERROR_RATES": [0.5], "TRANSCRIPTS": ["好"], "UNIT_ERRORS": [0], "UNIT_STARTS": [0]}
     values |= {name: [""] for name in OUTPUT_NAMES if name not in values}
     body = {"outputs": [{"name": name, "data": data} for name, data in values.items()]}
@@ -132,7 +132,7 @@ scores = st.builds(
 
 
 @given(st.lists(scores, min_size=1, max_size=5))
-def test_scores_come_through_the_wire_as_they_are(sent):
+def test_scores_survive_the_round_trip(sent):
     """Each rollout of a batch is returned as its own response, in Triton's JSON format."""
     tensors = encode_response(sent)
     assert set(tensors) == set(OUTPUT_NAMES)

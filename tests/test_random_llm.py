@@ -43,7 +43,7 @@ def test_text_ids_equal_those_of_qwen(sft_checkpoint):
     assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
 
 
-def test_it_says_speech_tokens_and_ends_as_often_as_asked(sft_checkpoint):
+def test_responses_are_speech_tokens_of_the_requested_mean_length(sft_checkpoint):
     model, tokenizer = load_lm(sft_checkpoint)
     assert tokenizer.decode(tokenizer.convert_tokens_to_ids(["<|s_7|>"]), skip_special_tokens=True) == "<|s_7|>"
     prompt = tokenizer(render_prompt(tokenizer, "今天"), add_special_tokens=False)["input_ids"]
@@ -58,7 +58,7 @@ def test_it_says_speech_tokens_and_ends_as_often_as_asked(sft_checkpoint):
     assert len(set(generated)) > 200  # not the same token repeated
 
 
-def test_many_wide_layers_do_not_change_how_often_it_ends():
+def test_many_wide_layers_do_not_change_the_mean_length():
     """At full size, the sum of all layers may be larger than the component that the head reads."""
     tokenizer = make_tokenizer({bytes([byte]): byte for byte in range(256)})
     shape = SHAPES["0.5b"] | {"hidden_size": 448, "num_attention_heads": 7, "num_key_value_heads": 1}

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tools.record_results import MAIN_RATE, RESULTS, ROOT, main, read_summary, renew, tables
+from tools.record_results import MAIN_RATE, RESULTS, ROOT, main, read_summary, replace_tables, tables
 
 
 def summary(sft: float, grpo: float, commit: str = "c" * 40) -> dict:
@@ -72,7 +72,7 @@ def test_only_finished_runs_of_a_commit_are_recorded(runs):
         read_summary(runs / "d")
     for commit in (None, "abc-dirty"):
         (runs / "a/summary.json").write_text(json.dumps(summary(0.1, 0.1, commit)))
-        with pytest.raises(SystemExit, match="committed state"):
+        with pytest.raises(SystemExit, match="committed code"):
             read_summary(runs / "a")
 
 
@@ -80,4 +80,4 @@ def test_only_finished_runs_of_a_commit_are_recorded(runs):
 def test_the_pages_show_the_recorded_figures(page):
     text = (ROOT / page).read_text("utf-8")
     assert "<!-- table: " in text
-    assert renew(text, tables(json.loads((ROOT / RESULTS).read_text("utf-8")))) == text
+    assert replace_tables(text, tables(json.loads((ROOT / RESULTS).read_text("utf-8")))) == text

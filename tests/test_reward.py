@@ -139,7 +139,7 @@ def test_compute_score(reward_server, rows, monkeypatch):
         ({}, "no reward after"),
     ],
 )
-def test_whatever_goes_wrong_is_reported_and_gives_no_reward(tmp_path, monkeypatch, arguments, reported):
+def test_any_exception_is_reported_and_gives_no_reward(tmp_path, monkeypatch, arguments, reported):
     arguments = {"solution_str": "<|s_1|>", "ground_truth": "今天"} | arguments
     failure_file = tmp_path / "failure"
 
@@ -163,13 +163,13 @@ def test_no_server_is_an_error_and_never_a_reward(rows):
     assert "no reward after" in str(result) and "bash run.sh 1 1" in str(result)
 
 
-def test_a_dead_server_is_passed_over(reward_server, rows):
+def test_an_unreachable_server_is_skipped(reward_server, rows):
     client = RewardClient(["http://127.0.0.1:9", reward_server.url], patience_s=0.05, backoff_s=0.01)
     pairs = [(row["speech_tokens"], row["text"]) for row in rows[:6]]
     assert score_all(client, pairs) == score_all(RewardClient([reward_server.url]), pairs)
 
 
-def test_requests_go_to_the_servers_in_turn(monkeypatch):
+def test_requests_are_sent_round_robin(monkeypatch):
     asked = []
 
     async def answer(self, url, body):
@@ -215,7 +215,7 @@ def kill_instance(server: RewardServer) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
-def test_a_dead_instance_comes_back_until_it_dies_too_often(assets, tmp_path, rows, monkeypatch):
+def test_a_dead_instance_is_restarted_until_it_dies_too_often(assets, tmp_path, rows, monkeypatch):
     """The client waits for the restart, and then gets the same rewards as from a server that never failed."""
     server = RewardServer(assets, tmp_path / "log", max_deaths=1)
     server.wait_ready()
@@ -251,7 +251,7 @@ def test_a_taken_port_is_named_before_anything_is_loaded(assets, tmp_path):
     assert "no token2wav model found" not in done.stderr
 
 
-def test_an_instance_whose_cuda_context_is_lost_ends(monkeypatch):
+def test_an_instance_that_loses_its_cuda_context_exits(monkeypatch):
     """Otherwise every later sample would fail. A process that has ended is restarted."""
     ours, theirs = multiprocessing.Pipe()
     lost = types.SimpleNamespace(error="AcceleratorError: CUDA error: device-side assert triggered")

@@ -60,9 +60,10 @@ def test_imports_go_one_way():
     graphlib.TopologicalSorter({name: imports(path) for name, path in MODULES.items()}).prepare()  # else CycleError
 
 
-def test_the_wall_between_the_environments(trainer_python):
+def test_modules_import_only_packages_of_their_environment(trainer_python):
     training = {name for name in MODULES if name.startswith("tts_grpo.training.")}
-    assert not_installed(trainer_python, training | TRAINER_PROGRAMS) == set()
+    missing = not_installed(trainer_python, training | TRAINER_PROGRAMS)
+    assert missing <= {"triton"}  # gpu_log_probs needs it, which comes with torch for CUDA, and not for CPUs
     assert not_installed(sys.executable, MODULES.keys() - training) == set()
     assert {"funasr"} <= not_installed(trainer_python, ["tts_grpo.reward.scorer"])
     assert "verl" in not_installed(sys.executable, training)

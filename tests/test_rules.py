@@ -25,7 +25,7 @@ SPOKEN = TextRules(llm_text="spoken")
         ("用四川话说<|endofprompt|>好", "zh", "contains"),
     ],
 )  # fmt: skip
-def test_what_is_taken(text, language, reason):
+def test_accepted_texts(text, language, reason):
     rules = TextRules(language)
     if reason is None:
         assert usable_text(text, rules) == text

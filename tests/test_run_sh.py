@@ -196,7 +196,7 @@ def test_one_checkpoint_of_the_sft_model_is_fetched(recipe, tmp_path):
     assert f"--sft-path {llasa} " in dry and " model.safetensors " in dry and "checkpoint-" not in dry
 
 
-def test_a_language_model_of_ones_own_is_left_as_it_is(recipe, tmp_path):
+def test_a_users_language_model_is_not_changed(recipe, tmp_path):
     (tmp_path / "workspace/CosyVoice/cosyvoice").mkdir(parents=True)
     settings = {"profile": "cosyvoice2", "workspace": str(tmp_path / "workspace"), "sft_path": str(tmp_path / "own")}
     missing = recipe.run("-1", "-1", **settings)
@@ -311,7 +311,7 @@ def test_every_preset_is_tested_and_an_unknown_one_is_refused(recipe):
         ({"rollout_top_k": "25"}, False),
     ],
 )
-def test_log_probabilities_of_cut_distributions_are_not_the_old_policys(recipe, settings, reused):
+def test_log_probabilities_of_truncated_distributions_are_not_reused(recipe, settings, reused):
     shown = recipe.run("--dry-run", "2", "2", **settings).stdout
     assert f"bypass_mode={reused} " in shown
 
@@ -341,6 +341,8 @@ SMI = "#!/bin/sh\nprintf '%s\\n' 81559 81559 81559 81559 {memory} 81559 81559 81
         (81559, {"num_gpus": "8"}, ["train_batch_size=32 ", "CUDA_VISIBLE_DEVICES=0,1,2,3,4,5,6,7 ", "per_gpu=16 ",
                                     "cuda:6 cuda:7 --", "--nproc-per-node 8 "]),
         (81559, {"num_gpus": "8", "rollout_n": "4"}, ["ppo_mini_batch_size=16 ", "micro_batch_size_per_gpu=8 "]),
+        (81559, {}, ["use_dynamic_bsz=True", "max_token_len_per_gpu=24576 ", "enable_gradient_checkpointing=False"]),
+        (24564, {}, ["max_token_len_per_gpu=4096 ", "enable_gradient_checkpointing=True"]),
         (24564, {}, ["per_gpu=4 ", "gpu_memory_utilization=0.21 "]),
         (24564, {"server_devices": "cuda:1"}, ["gpu_memory_utilization=0.40 ", "--devices cuda:1 --"]),
         (46068, {"num_gpus": "2", "CUDA_VISIBLE_DEVICES": "4,5,7"}, ["CUDA_VISIBLE_DEVICES=4,5 ", "per_gpu=8 "]),
@@ -375,6 +377,8 @@ def test_rollouts_must_fill_the_micro_batches(recipe):
     assert done.returncode == 1 and "9 rollouts are not a multiple of" in done.stderr
     done = recipe.run("0", "0", mini_batch_size="5")
     assert done.returncode == 1 and "train_batch_size=16 is not a multiple of mini_batch_size=5" in done.stderr
+    done = recipe.run("0", "0", pack_tokens="200")
+    assert done.returncode == 1 and "pack_tokens=200 holds no rollout" in done.stderr
     done = recipe.run("0", "0", prompt_voice_per="group")
     assert done.returncode == 1 and "prompt_voice_per=group: expected text or rollout" in done.stderr
     assert recipe.calls() == []
@@ -397,7 +401,7 @@ def test_rollouts_must_fill_the_micro_batches(recipe):
         ("--cfg=job", "only settings of veRL (name=value) may follow --"),
     ],
 )
-def test_overrides_that_go_round_the_recipe_are_refused_by_name(recipe, override, instead):
+def test_overrides_that_bypass_the_recipe_are_refused_by_name(recipe, override, instead):
     done = recipe.run("0", "2", "--", "trainer.foo=1", override)
     assert done.returncode == 1 and recipe.calls() == []
     assert f"-- {override} is refused: " in done.stderr and instead in done.stderr and "foo=1 is" not in done.stderr
@@ -625,7 +629,7 @@ def test_one_value_written_in_two_ways_is_one(recipe):
     assert recipe.calls() == []
 
 
-def test_training_is_refused_on_data_that_was_made_from_something_else(recipe, tmp_path):
+def test_training_is_refused_on_data_made_from_other_inputs(recipe, tmp_path):
     assert recipe.run("0", "2").returncode == 0
     (tmp_path / "new.jsonl").write_text('{"text": "新"}\n')
     for force in ("0", "1"):
@@ -668,13 +672,13 @@ def test_the_times_of_all_runs_of_a_stage_are_noted_with_what_they_made(recipe):
     assert seconds(recipe, 2)[-1][1] != first and seconds(recipe, 2)[-1][2] == 1
 
 
-def test_only_the_seeds_asked_for_are_scored(recipe):
+def test_only_the_requested_seeds_are_scored(recipe):
     assert recipe.run("0", "4").returncode == 0
     assert recipe.run("0", "4", seeds="0 1").returncode == 0
     assert recipe.calls_path.read_text().count(" seeds=0 1\n") == 2
 
 
-def test_speech_of_other_settings_is_made_beside_the_first_and_kept(recipe):
+def test_speech_of_other_settings_is_kept(recipe):
     folders = []
     for settings in ({}, {"temperature": "0.6"}, {}):
         stages = ("4", "4") if folders else ("0", "4")
@@ -825,7 +829,7 @@ def exported(recipe, name: str, **variables) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("given", ["", "example.org,10.0.0.9"])
-def test_local_addresses_go_round_a_proxy(recipe, given):
+def test_local_addresses_bypass_a_proxy(recipe, given):
     servers = "http://10.1.2.3:8000,http://reward.lan:8000"
     variables = {"http_proxy": "http://127.0.0.1:9", "no_proxy": given, "server_urls": servers}
     hosts, _ = exported(recipe, "no_proxy", **variables)
@@ -837,7 +841,7 @@ def test_local_addresses_go_round_a_proxy(recipe, given):
 
 
 @pytest.mark.parametrize("home", ["", "/proc", "/nowhere"])
-def test_a_home_that_cannot_be_written_to_is_replaced(recipe, tmp_path, home):
+def test_a_home_that_is_not_writable_is_replaced(recipe, tmp_path, home):
     used, log = exported(recipe, "HOME", HOME=home, TMPDIR=str(tmp_path))
     assert Path(used).is_dir() and Path(used).parent == tmp_path and f"using {used}" in log
     assert exported(recipe, "HOME", HOME=str(tmp_path))[0] == str(tmp_path)

@@ -72,7 +72,7 @@ def test_silence_is_all_deletions(evaluate, spoken):
     assert scores["failed"] == 0 and rows[0]["quality"]["leading_silence_s"] == rows[0]["quality"]["duration_s"]
 
 
-def test_noise_is_not_understood(evaluate, spoken):
+def test_noise_is_not_recognised(evaluate, spoken):
     rng = np.random.default_rng(0)
     scores, _ = evaluate("noise", [rng.normal(0, 0.1, len(s)).astype(np.float32) for s in spoken[1]])
     assert scores[PER]["rate"] > 0.9
@@ -177,7 +177,7 @@ def test_english_is_scored_by_words(tmp_path):
     assert score.alignment_text(utterances, "en").splitlines()[1] == "a hyp the fox doesn't jump"
 
 
-def test_only_the_seeds_asked_for_are_scored_and_pooled(tmp_path):
+def test_only_the_requested_seeds_are_scored_and_pooled(tmp_path):
     for seed in range(3):
         write_jsonl(tmp_path / f"seed_{seed}/manifest.jsonl", [{"id": "a"}])
         write_jsonl(tmp_path / f"seed_{seed}/utterances.jsonl", [{"id": "a", "seed": seed}])

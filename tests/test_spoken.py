@@ -42,7 +42,7 @@ def test_right_readings_have_no_error_and_wrong_ones_have_some(kind):
         assert all(found.values()), f"{row['raw']}: {found}"
 
 
-def test_texts_of_users_get_the_whole_reward_for_a_right_reading_and_less_for_a_wrong_one():
+def test_right_readings_have_the_reward_1_and_wrong_ones_less():
     """The issue's measure, on 1,000 lines: at least 99.5% of right readings, none with one unit changed."""
     rng, right, wrong = random.Random(0), [], []
     for raw, readings in lines(1000):
@@ -86,13 +86,13 @@ def test_usual_readings(raw, language, text):
     assert spoken_form(raw, language).text == text
 
 
-def test_units_know_their_place():
+def test_units_have_their_offsets():
     raw = "共50%，OK？"
     found = [(unit.text, raw[unit.start : unit.end]) for unit in sentence(raw).units]
     assert found == [("共", "共"), *((c, "50%") for c in "百分之五十"), ("o", "OK"), ("k", "OK")]
 
 
-def test_sets_of_sounds():
+def test_sets_of_pronunciations():
     assert errors("他跑得快", "他跑的快") == 0  # both are read de
     assert errors("重庆", "众庆") == 1  # the reading follows from the known word
     assert errors("长", "涨") == errors("长", "常") == 0  # alone, both readings are right
@@ -101,7 +101,7 @@ def test_sets_of_sounds():
     assert errors("他买", "她买", "written") == 1
 
 
-def test_of_alternatives_the_one_that_fits_counts_and_their_mixture_does_not():
+def test_the_best_reading_counts_but_no_mixture_of_readings():
     for right in ("二零二四年", "两千零二十四年"):
         assert errors("2024年", right) == 0
     assert errors("2024年", "二零二十四年") == 1
@@ -109,7 +109,7 @@ def test_of_alternatives_the_one_that_fits_counts_and_their_mixture_does_not():
     assert errors("两千零二十四年", "2024年") == 0  # a transcript may contain digits
 
 
-def test_what_is_optional_is_free_and_silence_is_not():
+def test_optional_units_are_not_errors_but_an_empty_transcript_is():
     assert errors("一会儿", "一会") == errors("一会", "一会儿") == errors("嗯，好", "好") == errors("好", "呃好") == 0
     assert errors("嗯。", "") == 1 and errors("女儿", "女") == 1
 
@@ -128,7 +128,7 @@ def test_traditional_characters_sound_like_simplified_ones(assets):
         assert pinyin(traditional, tones=True) == pinyin(written, tones=True)
 
 
-def test_texts_that_cannot_be_said():
+def test_texts_without_words():
     assert text_fault("……") == text_fault("😀") == text_fault("[laughter]")
     assert foreign_scripts("きのうは雨") == ["HIRAGANA"] and "hangul" in text_fault("안녕하세요")
     assert text_fault("今天 OK，α粒子") == text_fault("Guten Tag, schöne Grüße") == text_fault("12:30") == ""
@@ -138,7 +138,7 @@ def test_texts_that_cannot_be_said():
         spoken_form("oui", "fr")
 
 
-def test_both_environments_say_the_same(trainer_python):
+def test_both_environments_have_the_same_pronunciations(trainer_python):
     texts = [row["raw"] for row in CORPUS]
     code = "import json, sys; from tts_grpo.text.units import pinyin; " \
            "print(json.dumps([pinyin(t, True) for t in json.load(sys.stdin)]))"  # fmt: skip

@@ -44,7 +44,7 @@ def test_summary(exp_dir):
     assert stage_seconds(exp_dir) == {"0": 5, "2": 53} == summary["stage_seconds"]
 
 
-def test_costs_of_later_stages_come_into_a_summary_that_is_there(exp_dir):
+def test_costs_of_later_stages_are_added_to_an_existing_summary(exp_dir):
     main(["--exp-dir", str(exp_dir), "--settings", '{"seed": "42"}'])
     before = json.loads((exp_dir / "summary.json").read_text())
     with (exp_dir / "stage_seconds.jsonl").open("a") as times:

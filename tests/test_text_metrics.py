@@ -21,7 +21,7 @@ def test_pinyin():
     assert pinyin("！", tones=True) == []
 
 
-def test_homophones_are_no_errors_but_tones_may_be():
+def test_homophones_are_not_errors_but_tones_may_be():
     assert pinyin_errors("他买东西", "她买东西", tones=True).errors == 0
     assert pinyin_errors("他买", "他卖", tones=True).errors == 1
     assert pinyin_errors("他买", "他卖", tones=False).errors == 0

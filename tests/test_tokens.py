@@ -9,7 +9,7 @@ def test_round_trip():
     assert parse_speech_tokens(format_speech_tokens(tokens)) == tokens
 
 
-def test_other_text_is_passed_over():
+def test_other_text_is_ignored():
     assert parse_speech_tokens("好<|s_5|> <|s_|><|s_x|><|im_end|><|s_6|>") == [5, 6]
     assert parse_speech_tokens("") == []
 

@@ -20,7 +20,7 @@ def run(tmp_path, code: str):
     return train.main([*command, "--", sys.executable, "-c", code])
 
 
-def test_a_line_a_step(tmp_path, capsys):
+def test_one_line_per_step(tmp_path, capsys):
     assert run(tmp_path, f"print('noise'); print({STEP!r})") == 0
     shown = capsys.readouterr().out
     assert "step 3/9: reward 0.812, 51 tokens, entropy 2.50" in shown and "noise" not in shown
@@ -41,7 +41,7 @@ def test_a_failed_reward_ends_the_training(tmp_path, capsys):
     assert "training failed: no reward server" in capsys.readouterr().err
 
 
-def test_a_failure_of_the_last_moment_counts(tmp_path, capsys):
+def test_a_failure_just_before_the_end_counts(tmp_path, capsys):
     """The command ends with status 0 before the failure file is polled."""
     assert run(tmp_path, f"open({str(tmp_path / 'failure')!r}, 'w').write('no reward server')") == 1
     assert "training failed: no reward server" in capsys.readouterr().err
@@ -64,7 +64,7 @@ ODD = [
 ]
 
 
-def test_any_byte_is_survived_and_logged(tmp_path, capfd):
+def test_any_byte_is_logged(tmp_path, capfd):
     """A progress bar ends with a carriage return, and a step's line may follow it."""
     output = b"\n".join(ODD) + b"\nTraining Progress: 3%|\r" + STEP.encode() + b"\rno end \xe4\xbb"
     (tmp_path / "output").write_bytes(output)
@@ -78,7 +78,7 @@ def test_any_byte_is_survived_and_logged(tmp_path, capfd):
     assert "no end \N{REPLACEMENT CHARACTER}" in shown.err and "\0" not in shown.err and "\a" not in shown.err
 
 
-def test_other_words_cost_the_display_only(tmp_path, capsys):
+def test_other_log_formats_affect_the_display_only(tmp_path, capsys):
     lines = [STEP.replace("step:3 - ", "iteration 3 | "), "ERROR Error in _run_prompt for uid=1", "Dumped to 3.jsonl"]
     assert run(tmp_path, f"print({chr(10).join(lines)!r})") == 0
     assert "reward" not in capsys.readouterr().out
@@ -91,7 +91,7 @@ def test_output_is_shown_before_its_line_ends(tmp_path):
     assert run(tmp_path, code) == 0
 
 
-def test_a_training_is_not_left_alone_when_the_log_cannot_be_written(tmp_path):
+def test_the_training_is_stopped_if_the_log_cannot_be_written(tmp_path):
     (tmp_path / "log").symlink_to("/dev/full")
     pid_file = tmp_path / "pid"
     code = (

@@ -1,4 +1,4 @@
-"""Record the figures of finished runs in docs/results/tiny_grpo.json, and renew the tables that show them.
+"""Record the figures of finished runs in docs/results/tiny_grpo.json, and update the tables that show them.
 
     python tools/record_results.py [EXP_DIR ...]
 
@@ -33,7 +33,7 @@ def read_summary(exp_dir: Path) -> dict:
     """Return an experiment's summary.json.
 
     Raises:
-        SystemExit: stage 4 is not finished, or the commit that ran is unknown or was changed.
+        SystemExit: stage 4 is not finished, or the commit of the run is unknown or has uncommitted changes.
     """
     path = exp_dir / "summary.json"
     if not path.exists():
@@ -41,7 +41,9 @@ def read_summary(exp_dir: Path) -> dict:
     summary = json.loads(path.read_text(encoding="utf-8"))
     commit = summary["git_commit"]
     if not commit or commit.endswith("-dirty"):
-        raise SystemExit(f"record_results.py: {exp_dir} was made by {commit or 'no commit'}: run a committed state")
+        raise SystemExit(
+            f"record_results.py: the commit of {exp_dir} is {commit or 'unknown'}: repeat the run with committed code"
+        )
     return summary
 
 
@@ -73,11 +75,11 @@ def quality_figures(summary: dict) -> list[dict]:
 
 
 def run_figures(summary: dict) -> dict:
-    """Return the figures of one of several runs: the error rate that the reward measures, and the drift of the pace."""
+    """Return the figures of one of several runs: the main error rate, and the change of the speech rate."""
     (rate,) = (figure for figure in rate_figures(summary) if figure["key"] == MAIN_RATE)
-    (pace,) = (figure for figure in quality_figures(summary) if figure["key"] == "speech_rate")
+    (speech_rate,) = (figure for figure in quality_figures(summary) if figure["key"] == "speech_rate")
     kept = {key: rate[key] for key in ("sft", "grpo", "relative_change_percent", "ci95")}
-    return {"commit": summary["git_commit"][:7], **kept, "speech_rate_difference": pace["difference"]}
+    return {"commit": summary["git_commit"][:7], **kept, "speech_rate_difference": speech_rate["difference"]}
 
 
 def results(exp_dirs: list[Path]) -> dict:
@@ -160,7 +162,7 @@ def tables(recorded: dict) -> dict[str, list[str]]:
     }
 
 
-def renew(page: str, made: dict[str, list[str]]) -> str:
+def replace_tables(page: str, made: dict[str, list[str]]) -> str:
     """Return a page's text with the table after each comment ``<!-- table: NAME -->`` replaced."""
     lines, kept, in_table = [], page.splitlines(), False
     names = {MARK.format(name): table for name, table in made.items()}
@@ -180,7 +182,7 @@ def main(argv=None):
     made = tables(recorded)
     for name in ("README.md", "docs/results.md"):
         page = args.root / name
-        page.write_text(renew(page.read_text(encoding="utf-8"), made), encoding="utf-8")
+        page.write_text(replace_tables(page.read_text(encoding="utf-8"), made), encoding="utf-8")
     print("\n".join(made["rates"]))
 
 

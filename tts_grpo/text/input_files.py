@@ -27,7 +27,7 @@ def checked_text(row: dict, *keys: str) -> str:
     """Return the text under the first of ``keys`` that the entry has, stripped of white space.
 
     Raises:
-        ValueError: there is none, it is not a string, it holds U+FFFD, or it has no word; the message says which.
+        ValueError: there is none, it is not a string, it contains U+FFFD, or it has no word; the message says which.
     """
     key = next((key for key in keys if row.get(key) is not None), None)
     if key is None:

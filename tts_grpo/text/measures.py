@@ -37,7 +37,7 @@ EN_CURRENCIES = {
     "$": "dollar cent", "US$": "dollar cent", "USD": "dollar cent", "HK$": "dollar cent", "£": "pound penny",
     "GBP": "pound penny", "€": "euro cent", "EUR": "euro cent", "¥": "yuan fen", "RMB": "yuan fen", "CNY": "yuan fen",
 }  # fmt: skip
-# Readings of a sign between two numbers or beside letters. "" means that the sign is not read.
+# Readings of a sign between two numbers or next to letters. "" means that the sign is not read.
 ZH_SIGNS = {
     "+": ("加", "正"), "*": ("乘", "乘以", ""), "×": ("乘", "乘以", ""), "x": ("乘", "乘以", "x"), "±": ("正负",),
     "÷": ("除以",), "=": ("等于", "是", "得"), "<": ("小于",), ">": ("大于",), "≤": ("小于等于", "小于或等于"),

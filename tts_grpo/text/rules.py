@@ -1,7 +1,7 @@
 """Rules for which texts are accepted and what the language model reads, shared by training and evaluation.
 
-Most texts hold Chinese characters and punctuation only. A character set recognises them within a microsecond; only the
-other texts go through the text front end (tts_grpo/text/spoken.py), which takes a millisecond.
+Most texts contain Chinese characters and punctuation only. A character set recognises them within a microsecond; only
+the other texts go through the text front end (tts_grpo/text/spoken.py), which takes a millisecond.
 """
 
 import functools
@@ -55,7 +55,7 @@ def usable_text(text: str, rules: TextRules) -> str:
     """Return a text as used for training and as reference: without tags, if the rules remove them.
 
     Raises:
-        ValueError: the text holds tags and the rules reject them, it has nothing to read, or it is not in the
+        ValueError: the text contains tags and the rules reject them, it has nothing to read, or it is not in the
             language; the message is the reason.
     """
     if rules.language == "zh" and is_plain(text):
@@ -111,7 +111,7 @@ def usable_eval_set(path: str | Path, rules: TextRules) -> list[dict[str, str | 
     Texts in another language are accepted, so that a published set stays complete; :func:`warnings_of` lists them.
 
     Raises:
-        ValueError: an utterance cannot be used, or holds tags and the rules reject them; the message lists the faults.
+        ValueError: an utterance cannot be used, or contains tags that the rules reject; the message lists the faults.
         OSError: the file cannot be opened.
     """
     return read_eval_set(path, lambda text: apply_tags(text, rules.text_tags))

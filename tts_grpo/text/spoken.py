@@ -70,7 +70,7 @@ def spoken_form(raw: str, language: str = "zh") -> SpokenForm:
     Args:
         raw: any text, such as a line of a file or a transcript.
         language: language of the text, one of ``LANGUAGES``, in which numbers are read. In a Chinese text, a number
-            beside Latin letters may also be read in English.
+            next to Latin letters may also be read in English.
 
     Raises:
         ValueError: the language is not supported.

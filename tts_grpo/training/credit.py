@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-KEY = "syllable_errors"  # key in the reward function's result, beside the score
+KEY = "syllable_errors"  # key in the reward function's result, in addition to the score
 
 TOLERANCE = 1e-3  # tolerance of rewards, which veRL stores in float32 or less
 

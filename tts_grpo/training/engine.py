@@ -1,10 +1,11 @@
-"""FSDP engine of veRL 0.9.1 for a model whose LM head has a bias (tts_grpo/speech/head_bias.py).
+"""FSDP engine of veRL 0.9.1 with a faster LM head on GPUs, and for a model whose LM head has a bias.
 
 ``actor_rollout_ref.model.external_lib`` imports this module in the actor's process. The engine is registered for the
 vendor of this machine's device, which veRL prefers to its own entry for the device type.
 
-If the LM head has a bias, ``FusedLinearForPPO.forward``, which computes log-probabilities and entropies, is patched:
-veRL's model forward instantiates this class for each micro-batch and has no setting or registry for it
+``FusedLinearForPPO.forward``, which computes log-probabilities and entropies, is replaced on a GPU
+(tts_grpo/training/gpu_log_probs.py), and wrapped if the LM head has a bias (tts_grpo/speech/head_bias.py): veRL's model
+forward instantiates this class for each micro-batch and has no setting or registry for it
 (verl/models/transformers/dense_common.py). The actor and the reference model in this process have the same bias.
 """
 
@@ -17,6 +18,7 @@ from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from tts_grpo.speech.head_bias import load_head_bias, restrict_to_sampleable_ids
+from tts_grpo.training import varlen  # noqa: F401  # registers its attention
 
 FUSED_LINEAR_BACKENDS = ("torch", "liger")  # backends that use FusedLinearForPPO
 
@@ -49,10 +51,14 @@ def use_head_bias(folder: str, use_fused_kernels: bool, backend: str | None) -> 
 
 @EngineRegistry.register("language_model", ["fsdp", "fsdp2"], get_device_name(), get_vendor())
 class HeadBiasEngine(FSDPEngineWithLMHead):
-    """veRL's FSDP engine, extended to use the bias of the LM head in the model's folder."""
+    """veRL's FSDP engine, with this recipe's LM head on GPUs and the bias of the LM head in the model's folder."""
 
     def _build_module(self):
         module = super()._build_module()
         options = self.model_config.fused_kernel_options or {}
+        if get_device_name() == "cuda" and options.get("impl_backend") == "torch":
+            from tts_grpo.training.gpu_log_probs import fused_linear  # needs Triton, which a CPU build of torch lacks
+
+            FusedLinearForPPO.forward = fused_linear
         use_head_bias(self.model_config.local_path, self.model_config.use_fused_kernels, options.get("impl_backend"))
         return module
