@@ -40,12 +40,14 @@ usage() {
   exit 2
 }
 
-# cleanup: stop the processes that this run started and that still run: reward server, memory monitor, installations.
+# cleanup: stop the processes that this run started and that still run: reward server, memory monitor, installations, and
+# what these have left behind.
 cleanup() {
   local status=$? pid
   trap - EXIT INT TERM
   [[ -z $running ]] || record "$running" "$((SECONDS - began))" || true
   for pid in $(jobs -p); do stop "$pid"; done
+  ((dry_run)) || end_processes $$
   exit "$status"
 }
 
@@ -108,8 +110,8 @@ stage_2() {
   ((check_reward == 0)) || check=(--check)
   run "$trainer_bin/python" "$root/reward_tts.py" --jsonl "$known_answer_jsonl" --limit 64 \
     --server-urls "$server_urls" "${check[@]}"
-  run_long env "${train_env[@]}" "$trainer_bin/python" "$root/scripts/train.py" --log-file "$exp_dir/log/train.log" \
-    --total-steps "$total_steps" --failure-file "$exp_dir/reward_failure" \
+  run_beside_server env "${train_env[@]}" "$trainer_bin/python" "$root/scripts/train.py" --log-file "$exp_dir/log/train.log" \
+    --total-steps "$total_steps" --checkpoint-dir "$exp_dir/checkpoints" --failure-file "$exp_dir/reward_failure" \
     --server-url "${server_urls%%[, ]*}" --tensorboard-dir "$exp_dir/tensorboard" --validation-dir "$exp_dir/validation" -- \
     "$trainer/bin/python" -m verl.trainer.main_ppo "${verl_args[@]}" "${profile_verl_args[@]}" \
     "${recipe_verl_args[@]}" "${verl_overrides[@]}"
@@ -373,7 +375,7 @@ configure() {
     trainer.max_actor_ckpt_to_keep="$max_checkpoints" trainer.save_freq="$save_freq" trainer.test_freq="$test_freq"
     trainer.validation_data_dir="$(hydra "$exp_dir/validation")" # validation responses, for TensorBoard's audio
     hydra.run.dir="$(hydra "$exp_dir/log/hydra")"                # Hydra's copy of the settings, by default in the working folder
-    trainer.val_before_train=True trainer.total_epochs=1000 trainer.total_training_steps="$total_steps"
+    trainer.val_before_train=True trainer.total_epochs="$total_steps" trainer.total_training_steps="$total_steps"
   )
 }
 
@@ -419,9 +421,10 @@ main() {
   trap cleanup EXIT
   trap 'exit 130' INT
   trap 'exit 143' TERM
-  export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 TTS_GRPO_RUN=$$
+  export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 TTS_GRPO_RUN=$$ TTS_GRPO_EXP_DIR=$exp_dir
   # Idle OpenMP threads yield their core. Spinning threads make torch ten times slower on a busy machine.
   export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
+  ((dry_run)) || end_left_processes
   for ((stage = start; stage <= stop; stage++)); do
     echo "== stage $stage ($(date +%T))"
     running=$stage began=$SECONDS worked_on=''

@@ -12,7 +12,7 @@ die() {
 # lacks an option that they use.
 require_tools() {
   local tool missing=()
-  local tools=(basename cat curl cut date dirname env git grep head mkdir mktemp paste realpath rm rmdir seq sha256sum sleep sort tail tr wc)
+  local tools=(basename cat curl cut date dirname env git grep head mkdir mktemp paste realpath rm rmdir seq sha256sum sleep sort tail tr wc xargs)
   for tool in "${tools[@]}"; do [[ -n $(type -P "$tool") ]] || missing+=("$tool"); done
   [[ $(printf 'a\nb\n' | sed -E '/^a$/!Q' 2>/dev/null) == a ]] || missing+=("sed (GNU)")
   for tool in mv ln; do [[ $("$tool" --help 2>&1) == *-T* ]] || missing+=("$tool (GNU, with -T)"); done
@@ -259,6 +259,25 @@ run_long() {
   fi
 }
 
+# run_beside_server COMMAND...: as run_long, for the training. If the reward server that this run started ends first, the
+# reason is written to the file that scripts/train.py watches, until the training has stopped.
+run_beside_server() {
+  if ((dry_run)) || [[ -z $server_pid ]]; then
+    run_long "$@"
+    return
+  fi
+  local training
+  "$@" &
+  training=$!
+  while kill -0 "$training" 2>/dev/null; do
+    kill -0 "$server_pid" 2>/dev/null ||
+      echo "the reward server has ended: see $exp_dir/log/reward_server.log; the same command continues from the last checkpoint" >"$exp_dir/reward_failure"
+    sleep 0.5
+  done
+  kill -0 "$server_pid" 2>/dev/null || show_end "$exp_dir/log/reward_server.log"
+  wait "$training"
+}
+
 # in_background COMMAND...: as run, but in the background. wait_for_all MESSAGE: wait for all of these, and die with
 # MESSAGE if one fails.
 in_background() {
@@ -336,15 +355,65 @@ show_end() {
   tail -n 20 "$1" >&2
 }
 
+# processes_of RUN: print the IDs of the processes that have TTS_GRPO_RUN=RUN in their environment.
+processes_of() (
+  unset TTS_GRPO_RUN # otherwise grep and cut would find themselves
+  grep -lzxF "TTS_GRPO_RUN=$1" /proc/[0-9]*/environ 2>/dev/null | cut -d / -f 3 || true
+)
+
+# end_processes RUN: end all processes that a run has left behind, such as Triton and Ray's daemons, which outlive the
+# process that started them if it is killed.
+end_processes() {
+  local signal pids i
+  for signal in TERM KILL; do
+    mapfile -t pids < <(processes_of "$1")
+    ((${#pids[@]})) || return 0
+    kill -s "$signal" "${pids[@]}" 2>/dev/null || true
+    for ((i = 0; i < 25; i++)); do # 5 s
+      [[ -n $(processes_of "$1") ]] || return 0
+      sleep 0.2
+    done
+  done
+}
+
+# end_left_processes: end the processes of killed runs of this exp_dir. They would hold ports, GPUs and memory, and train
+# into the same folder.
+end_left_processes() {
+  local run runs
+  mapfile -t runs < <(grep -lzxF "TTS_GRPO_EXP_DIR=$exp_dir" /proc/[0-9]*/environ 2>/dev/null |
+    xargs -r cat 2>/dev/null | tr '\0' '\n' | sed -n 's/^TTS_GRPO_RUN=//p' | sort -u)
+  for run in "${runs[@]}"; do
+    # the process of a run is run.sh, or the reward server for which it made way (stage 1 alone); a zombie has no command
+    [[ $(tr '\0' ' ' 2>/dev/null <"/proc/$run/cmdline") != *@(run.sh|token2wav_asr_server.py)* ]] || continue
+    log "run $run of $exp_dir was killed: ending its processes $(processes_of "$run" | paste -sd ' ' -)"
+    end_processes "$run"
+  done
+}
+
+# wait_for_ports: wait up to 20 s until no process listens on the reward server's ports: a server that has just been
+# stopped needs seconds to end.
+wait_for_ports() {
+  local port i
+  for port in "$http_port" "$grpc_port" "$metrics_port"; do
+    for ((i = 0; i < 40; i++)); do
+      (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null || break
+      ((i)) || log "port $port is in use: waiting up to 20 s for the process to end"
+      sleep 0.5
+    done
+  done
+}
+
 # start_server: start the reward server in the background and wait until it is ready.
 start_server() {
-  local server_log=$exp_dir/log/reward_server.log began=$SECONDS status=0
+  local server_log=$exp_dir/log/reward_server.log began status=0
   if ((dry_run)); then
     run "${server_command[@]}"
     return
   fi
   mkdir -p "$exp_dir/log"
+  wait_for_ports
   ! server_ready "http://127.0.0.1:$http_port" || die "port $http_port already has a reward server: stop it, set http_port, or skip stage 1"
+  began=$SECONDS
   "${server_command[@]}" >"$server_log" 2>&1 &
   server_pid=$!
   while ((SECONDS - began < server_timeout_s)); do

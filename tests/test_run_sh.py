@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from scripts.settings import CODE, COMMANDS, Digests
-from tests.conftest import git_commit
+from tests.conftest import free_ports, git_commit
 
 pytestmark = pytest.mark.slow
 
@@ -41,7 +41,10 @@ case $all in
   *token2wav_asr_server.py\ --*) [[ -z ${SERVER_DIES-} ]] || { printf '%b\n' "$SERVER_DIES" >&2; exit 1; }
     echo $$ >"$READY"; trap 'rm -f "$READY"; echo stopped >>"$CALLS"; exit 0' TERM INT
     while :; do sleep 0.1; done ;;
-  *main_ppo*) [[ -z ${HANG-} ]] || sleep 60
+  *main_ppo*) for ((i = 0; i < ${HANG:-0}; i++)); do
+      [[ ! -e $exp_dir/reward_failure ]] || { cat "$exp_dir/reward_failure" >&2; exit 1; }
+      sleep 0.1
+    done
     mkdir -p "$exp_dir/checkpoints/global_step_7/actor"
     echo -n 7 >"$exp_dir/checkpoints/latest_checkpointed_iteration.txt" ;;
   *merge.py*) mkdir -p "$exp_dir/checkpoints/global_step_7/merged_hf_model.part"
@@ -79,13 +82,15 @@ class Recipe:
             path.write_text(text)
             path.chmod(0o755)
         self.calls_path, self.exp_dir = self.root / "calls", self.root / "exp/tiny"
+        ports = map(str, free_ports(3))
+        self.ports = dict(zip(("http_port", "grpc_port", "metrics_port"), ports, strict=True))
 
     def environment(self, **variables) -> dict[str, str]:
         return os.environ | {
             "PATH": f"{self.root}/bin:{os.environ['PATH']}", "venv_root": str(self.root / "venv"),
             "CALLS": str(self.calls_path), "READY": str(self.root / "ready"), "exp_dir": str(self.exp_dir),
             "server_timeout_s": "5", "profile": "tiny",
-        } | variables  # fmt: skip
+        } | self.ports | variables  # fmt: skip
 
     def run(self, *arguments, **variables) -> subprocess.CompletedProcess:
         self.calls_path.write_text("")
@@ -483,7 +488,7 @@ def test_a_failing_stage_stops_the_run_and_the_server_and_is_done_again(recipe):
 @pytest.mark.parametrize("sent, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_training_and_server_at_once(recipe, sent, status):
     recipe.calls_path.write_text("")
-    command, environment = ["bash", str(recipe.root / "run.sh"), "0", "2"], recipe.environment(HANG="1")
+    command, environment = ["bash", str(recipe.root / "run.sh"), "0", "2"], recipe.environment(HANG="600")
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # pytest itself may ignore SIGINT
     process = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=listen, **quiet)
@@ -498,6 +503,81 @@ def test_a_signal_ends_training_and_server_at_once(recipe, sent, status):
     assert not (recipe.root / "ready").exists()
     left = subprocess.run(["pgrep", "-f", f"{recipe.root}.*main_ppo"], capture_output=True, text=True).stdout.split()
     assert left == []
+
+
+DAEMON = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"  # survives SIGTERM
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def daemon(recipe, run_id: str, exp_dir: Path) -> subprocess.Popen:
+    """A process as a killed run leaves behind."""
+    environment = os.environ | {"TTS_GRPO_RUN": run_id, "TTS_GRPO_EXP_DIR": str(exp_dir)}
+    return subprocess.Popen([sys.executable, "-c", DAEMON], env=environment, start_new_session=True)
+
+
+def test_processes_of_a_killed_run_of_this_experiment_are_ended(recipe):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    script = recipe.root / "other/run.sh"
+    script.parent.mkdir()
+    script.write_text("sleep 60\n:\n")
+    living = subprocess.Popen(["bash", str(script)])
+    left, others = daemon(recipe, str(dead.pid), recipe.exp_dir), daemon(recipe, str(dead.pid + 1), recipe.root)
+    beside = daemon(recipe, str(living.pid), recipe.exp_dir)
+    try:
+        time.sleep(1)
+        done = recipe.run("0", "0")
+        assert done.returncode == 0, done.stderr
+        assert f"run {dead.pid} of {recipe.exp_dir} was killed: ending its processes {left.pid}" in done.stderr
+        assert not alive(left.pid) and alive(others.pid) and alive(beside.pid)
+    finally:
+        for process in (living, left, others, beside):
+            process.kill()
+            process.wait()
+
+
+def test_a_failed_start_of_the_server_leaves_no_process_behind(recipe):
+    """Triton goes on running when the process that started it is killed."""
+    pids = recipe.root / "pids"
+    python = recipe.root / "venv/speech/bin/python"
+    daemon = f'{{ setsid {sys.executable} -c "{DAEMON}" & echo $! >>"{pids}"; }}'
+    start = f'[[ "$*" != *token2wav_asr_server.py\\ --* ]] || {daemon}'
+    python.write_text(python.read_text().replace("all=", f"{start}\nall=", 1))
+    for fault in ({"SERVER_DIES": "no memory"}, {"READY": "/nowhere/ready", "server_timeout_s": "2"}):
+        assert recipe.run("0", "2", **fault).returncode == 1
+        assert not alive(int(pids.read_text().split()[-1])), fault
+
+
+def test_a_server_that_is_still_stopping_is_waited_for(recipe):
+    listen = "import socket, sys, time; s = socket.socket(); s.bind(('127.0.0.1', 0)); s.listen()"
+    listen += "; print(s.getsockname()[1], flush=True); time.sleep(4)"
+    stopping = subprocess.Popen([sys.executable, "-c", listen], stdout=subprocess.PIPE, text=True)
+    port = stopping.stdout.readline().strip()
+    start = time.monotonic()
+    done = recipe.run("0", "2", grpc_port=port)
+    stopping.wait()
+    assert done.returncode == 0, done.stderr
+    assert f"port {port} is in use: waiting" in done.stderr
+    assert time.monotonic() - start > 2
+
+
+def test_the_training_stops_at_once_when_the_server_of_this_run_ends(recipe):
+    recipe.calls_path.write_text("")
+    command, environment = ["bash", str(recipe.root / "run.sh"), "0", "2"], recipe.environment(HANG="600")
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 20
+    while "main_ppo" not in recipe.calls_path.read_text() and time.monotonic() < end:
+        time.sleep(0.1)
+    os.kill(int((recipe.root / "ready").read_text()), signal.SIGKILL)
+    _, errors = process.communicate(timeout=10)
+    assert process.returncode == 1
+    assert "the reward server has ended: see " in errors and "continues from the last checkpoint" in errors
 
 
 @pytest.mark.parametrize(
@@ -908,7 +988,7 @@ def test_ray_gets_a_python_whose_path_needs_no_quotes(recipe):
 TOOLS = (
     "basename", "bash", "cat", "curl", "cut", "date", "df", "dirname", "env", "git", "grep", "head", "ln", "mkdir",
     "mktemp", "mv", "paste", "python3", "realpath", "rm", "rmdir", "sed", "seq", "sha256sum", "sleep", "sort",
-    "tail", "tr", "wc",
+    "tail", "tr", "wc", "xargs",
 )  # fmt: skip
 BSD = '#!/bin/sh\necho "$0: illegal option" >&2\nexit 1\n'
 
