@@ -127,6 +127,7 @@ stage_3() {
   work_on "$state"
   need "$checkpoint/actor" 2
   need "$sft_model/config.json" 0
+  run "$base_python" -IS "$root/scripts/checkpoints.py" --check "$checkpoint"
   run rm -rf "$checkpoint/merged_hf_model.part" "$checkpoint/merged_hf_model"
   run "$trainer_bin/python" "$root/scripts/merge.py" --checkpoint "$checkpoint/actor" --sft-path "$sft_model" \
     --output-dir "$checkpoint/merged_hf_model.part"
@@ -193,6 +194,16 @@ last_checkpoint() {
   [[ ! -f $exp_dir/checkpoints/latest_checkpointed_iteration.txt ]] ||
     step=$(<"$exp_dir/checkpoints/latest_checkpointed_iteration.txt")
   echo "$exp_dir/checkpoints/global_step_$step"
+}
+
+# choose_checkpoint: make training and merge use the newest complete checkpoint. If the last one is damaged, the training
+# is not done.
+choose_checkpoint() {
+  [[ -d $exp_dir/checkpoints ]] || return 0
+  local before
+  before=$(last_checkpoint)
+  "$base_python" -IS "$root/scripts/checkpoints.py" "$exp_dir/checkpoints"
+  [[ $(last_checkpoint) == "$before" ]] || rm -f "$exp_dir/.done/2"
 }
 
 # check_checkpoints STATE: stop if the existing checkpoints were trained with other settings. A larger total_steps
@@ -277,6 +288,7 @@ refused_overrides() {
     ["trainer.v1"]=$trainer ["trainer.use_v1"]=$trainer
     ["actor_rollout_ref.model.external_lib"]="it loads this recipe's engine and rollouts: leave it out, and import what you need in tts_grpo/training/engine.py"
     ["reward.custom_reward_function.reward_kwargs"]="set credit and server_urls"
+    ["actor_rollout_ref.actor.checkpoint"]="a training resumes only from checkpoints with all their files: leave it out"
     ["actor_rollout_ref.model.path"]="set sft_path, and run stage 0 again" ["data.train_files"]="set train_jsonl, and run stage 0 again"
     ["data.val_files"]="set test_jsonl, and run stage 0 again" ["trainer.default_local_dir"]="set exp_dir"
     ["trainer.total_training_steps"]="set total_steps"
@@ -372,7 +384,8 @@ configure() {
     trainer.n_gpus_per_node="$num_gpus" trainer.nnodes="$num_nodes"
     "trainer.logger=[console,tensorboard]" trainer.project_name=tts_grpo trainer.experiment_name="$(hydra "$exp_name")"
     trainer.default_local_dir="$(hydra "$exp_dir/checkpoints")" trainer.resume_mode=auto
-    trainer.max_actor_ckpt_to_keep="$max_checkpoints" trainer.save_freq="$save_freq" trainer.test_freq="$test_freq"
+    # With 1, veRL would delete the old checkpoint before the new one is complete.
+    trainer.max_actor_ckpt_to_keep="$((max_checkpoints > 1 ? max_checkpoints : 2))" trainer.save_freq="$save_freq" trainer.test_freq="$test_freq"
     trainer.validation_data_dir="$(hydra "$exp_dir/validation")" # validation responses, for TensorBoard's audio
     hydra.run.dir="$(hydra "$exp_dir/log/hydra")"                # Hydra's copy of the settings, by default in the working folder
     trainer.val_before_train=True trainer.total_epochs="$total_steps" trainer.total_training_steps="$total_steps"
@@ -425,6 +438,7 @@ main() {
   # Idle OpenMP threads yield their core. Spinning threads make torch ten times slower on a busy machine.
   export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
   ((dry_run)) || end_left_processes
+  ((dry_run || start > 3 || stop < 1)) || choose_checkpoint
   for ((stage = start; stage <= stop; stage++)); do
     echo "== stage $stage ($(date +%T))"
     running=$stage began=$SECONDS worked_on=''

@@ -45,10 +45,18 @@ case $all in
       [[ ! -e $exp_dir/reward_failure ]] || { cat "$exp_dir/reward_failure" >&2; exit 1; }
       sleep 0.1
     done
-    mkdir -p "$exp_dir/checkpoints/global_step_7/actor"
+    checkpoint=$exp_dir/checkpoints/global_step_7
+    mkdir -p "$checkpoint/actor/huggingface"
+    echo '{}' >"$checkpoint/actor/huggingface/config.json"
+    echo '{"world_size": 1}' >"$checkpoint/actor/fsdp_config.json"
+    for file in data.pt actor/{model,optim,extra_state}_world_size_1_rank_0.pt; do
+      printf 'PK\005\006\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0' >"$checkpoint/$file" # an empty ZIP archive
+    done
     echo -n 7 >"$exp_dir/checkpoints/latest_checkpointed_iteration.txt" ;;
-  *merge.py*) mkdir -p "$exp_dir/checkpoints/global_step_7/merged_hf_model.part"
-    touch "$exp_dir/checkpoints/global_step_7/merged_hf_model.part/config.json" ;;
+  *merge.py*) while (($#)); do
+      [[ $1 != --output-dir ]] || { mkdir -p "$2" && touch "$2/config.json"; }
+      shift
+    done ;;
 esac
 """
 PROGRAMS = (
@@ -69,7 +77,7 @@ class Recipe:
         (self.root / "scripts").mkdir(parents=True)
         shutil.copytree(ROOT / "conf", self.root / "conf")
         shutil.copy(ROOT / "run.sh", self.root)
-        for name in ("lib.sh", "verl_cpu.sh", "settings.py"):
+        for name in ("lib.sh", "verl_cpu.sh", "settings.py", "checkpoints.py"):
             shutil.copy(ROOT / "scripts" / name, self.root / "scripts")
         (self.root / "tts_grpo/reward").mkdir(parents=True)
         shutil.copy(ROOT / "tts_grpo/reward/libpython.py", self.root / "tts_grpo/reward")
@@ -791,6 +799,46 @@ def test_more_steps_extend_a_training_and_fewer_are_refused(recipe):
     assert recipe.run("0", "2", total_steps="7", **cosine).returncode == 0
     done = recipe.run("0", "2", total_steps="12", **cosine)
     assert done.returncode == 1 and "trained with other settings (total_steps was '7', is '12')" in done.stderr
+
+
+def add_checkpoint(recipe, step: int) -> Path:
+    """Copy the checkpoint that the stub has written to another step, which becomes the last one."""
+    folder = recipe.exp_dir / f"checkpoints/global_step_{step}"
+    shutil.copytree(recipe.exp_dir / "checkpoints/global_step_7", folder)
+    (folder.parent / "latest_checkpointed_iteration.txt").write_text(str(step))
+    return folder
+
+
+def test_a_damaged_last_checkpoint_is_named_and_the_one_before_is_used(recipe):
+    assert recipe.run("0", "3", total_steps="30").returncode == 0
+    tracker = recipe.exp_dir / "checkpoints/latest_checkpointed_iteration.txt"
+    shard = add_checkpoint(recipe, 20) / "actor/model_world_size_1_rank_0.pt"
+    shard.write_bytes(shard.read_bytes()[:9])
+    done = recipe.run("3", "3", total_steps="30")
+    assert done.returncode == 0 and f"damaged checkpoint: {shard} is damaged or truncated" in done.stderr
+    assert tracker.read_text() == "7" and "global_step_7 it is used" in done.stderr.replace(":", "")
+    assert recipe.run("1", "2", total_steps="30").returncode == 0
+    assert "main_ppo" in recipe.calls(), "a training whose last checkpoint is damaged goes on"
+    shutil.rmtree(shard.parent.parent)
+    (recipe.exp_dir / "checkpoints/global_step_7/data.pt").unlink()
+    done = recipe.run("1", "2", total_steps="30")
+    assert done.returncode == 0 and "the training starts anew" in done.stderr and "main_ppo" in recipe.calls()
+
+
+def test_a_deleted_checkpoint_is_not_a_damaged_one(recipe):
+    assert recipe.run("0", "3").returncode == 0
+    shutil.rmtree(recipe.exp_dir / "checkpoints/global_step_7/actor")
+    assert recipe.run("0", "4").returncode == 0 and "main_ppo" not in recipe.calls()
+
+
+def test_a_damaged_checkpoint_is_not_merged(recipe):
+    assert recipe.run("0", "2").returncode == 0
+    folder = recipe.exp_dir / "checkpoints/global_step_7"
+    (folder / "actor/optim_world_size_1_rank_0.pt").unlink()  # a merge does not need it
+    assert recipe.run("3", "3", llm_path=str(folder)).returncode == 0
+    (folder / "actor/model_world_size_1_rank_0.pt").unlink()
+    done = recipe.run("3", "3", llm_path=str(folder), force="1")
+    assert done.returncode == 1 and "rank_0.pt is missing: set llm_path" in done.stderr and recipe.calls() == []
 
 
 def test_replaced_weights_and_edited_code_count(recipe, tmp_path):
