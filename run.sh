@@ -46,6 +46,7 @@ cleanup() {
   local status=$? pid
   trap - EXIT INT TERM
   [[ -z $running ]] || record "$running" "$((SECONDS - began))" || true
+  ((status == 0 || status > 128 || dry_run)) || name_full_disks
   for pid in $(jobs -p); do stop "$pid"; done
   ((dry_run)) || end_processes $$
   exit "$status"
@@ -223,8 +224,8 @@ check_checkpoints() {
   [[ $step == N ]] || ((step <= total_steps)) || die "$exp_dir/checkpoints has trained $step steps, more than total_steps=$total_steps: set another exp_name, or set force=1 to delete them and train again"
   mkdir -p "$exp_dir/checkpoints"
   rm -f "$exp_dir/.done/2"
-  echo "$1" >"$trained"
-  [[ -f $exp_dir/checkpoints/begun ]] || echo "$(date +%FT%T) $$" >"$exp_dir/checkpoints/begun"
+  replace_file "$trained" <<<"$1"
+  [[ -f $exp_dir/checkpoints/begun ]] || replace_file "$exp_dir/checkpoints/begun" <<<"$(date +%FT%T) $$"
 }
 
 # recorded_settings: print the settings as JSON; those of finished stages have the values with which the stages ran.
@@ -421,6 +422,7 @@ main() {
     return
   fi
   mapfile -t wrong < <(
+    ((dry_run)) || folder_faults
     contradictions
     refused_overrides
   )

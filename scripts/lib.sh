@@ -149,6 +149,7 @@ load_recipe() {
 adapt_to_machine() {
   bypass_proxies
   choose_home
+  choose_cache
   choose_socket_folders
   # Ray starts its workers with niceness 15 by default. Any other load on the machine would then starve the training.
   export RAY_worker_niceness=${RAY_worker_niceness:-0}
@@ -170,14 +171,57 @@ bypass_proxies() {
 # own_folder PATH: make a folder that only this user can access, or accept an existing one if this user owns it.
 own_folder() { mkdir -m 700 "$1" 2>/dev/null || [[ -d $1 && ! -L $1 && -O $1 && -w $1 ]]; }
 
+# why_not_writable FOLDER: print why nothing can be written into FOLDER, or into the existing folder in which it would be
+# made; print nothing if it is writable. A test with [[ -w ]] is not enough: root passes it even for /proc.
+why_not_writable() {
+  local folder=$1 probe
+  until [[ -e $folder || -L $folder ]]; do folder=$(dirname "$folder"); done
+  if probe=$(LC_ALL=C mktemp -d "$folder/.tts-grpo-XXXXXX" 2>&1); then
+    rmdir "$probe"
+  else
+    echo "$folder cannot be written to (${probe##*: })"
+  fi
+}
+
+# folder_faults: print a line per folder of results that cannot be written to.
+folder_faults() {
+  local folder fault
+  for folder in "$exp_dir" "$exp_dir"/{.done,data,sft_model,log,checkpoints,tensorboard,validation,eval}; do
+    fault=$(why_not_writable "$folder")
+    [[ -z $fault ]] || { echo "$fault: set exp_dir to a folder that can, or make it writable" && break; }
+  done
+  ((make_envs)) && [[ ! -f $venv_root/speech/.done || ! -f $venv_root/trainer/.done ]] || return 0
+  fault=$(why_not_writable "$venv_root")
+  [[ -z $fault ]] || echo "$fault: set venv_root to a folder that can, or make it writable"
+}
+
+# name_full_disks: after a failure, print which disks are full, because programs report it in many ways.
+name_full_disks() {
+  local folder free_mib
+  for folder in "$exp_dir" "${TMPDIR:-/tmp}" /dev/shm; do
+    free_mib=$(df -BM --output=avail "$folder" 2>/dev/null | tail -n 1 | tr -dc 0-9)
+    [[ -z $free_mib ]] || ((free_mib >= 64)) ||
+      log "the disk of $folder has only $free_mib MiB left, which may be the cause: free space, or use another disk (exp_dir, TMPDIR), and run the same command again"
+  done
+}
+
 # choose_home: set HOME to a writable folder for caches if the user has none (containers, services).
 choose_home() {
-  local probe # a test with [[ -w ]] is not enough: root passes it even for /proc
-  [[ -z ${HOME-} ]] || { probe=$(mktemp -d "$HOME/.tts-grpo-XXXXXX" 2>/dev/null) && rmdir "$probe" && return; }
+  [[ -z ${HOME-} || ! -d $HOME || -n $(why_not_writable "$HOME") ]] || return 0
   local home=${TMPDIR:-/tmp}/tts-grpo-home-$UID
   log "HOME (${HOME-unset}) is not a writable folder: using $home"
   own_folder "$home" || die "$home cannot be used: set HOME to a writable folder of yours"
   export HOME=$home
+}
+
+# choose_cache: set XDG_CACHE_HOME to a writable folder if the cache folder cannot be written to.
+choose_cache() {
+  local cache=${XDG_CACHE_HOME:-$HOME/.cache} fault other=${TMPDIR:-/tmp}/tts-grpo-cache-$UID
+  fault=$(why_not_writable "$cache")
+  [[ -n $fault ]] || return 0
+  log "the cache folder $fault: using $other"
+  own_folder "$other" || die "$other cannot be used: set XDG_CACHE_HOME to a writable folder of yours"
+  export XDG_CACHE_HOME=$other
 }
 
 # too_long FOLDER BYTES: succeed if a Unix socket cannot have a path of that many bytes below FOLDER: 107 are allowed.
@@ -202,8 +246,8 @@ choose_socket_folders() {
     unset RAY_TMPDIR
   fi
   home=$(realpath -m "${PYTRITON_HOME:-${XDG_CACHE_HOME:-$HOME/.cache}/pytriton}")
-  too_long "$home" "$triton" || return 0
-  [[ -z ${PYTRITON_HOME-} ]] || log "PYTRITON_HOME=$PYTRITON_HOME is too long for the sockets of PyTriton: using ${TMPDIR:-/tmp}"
+  too_long "$home" "$triton" || [[ -n $(why_not_writable "$home") ]] || return 0
+  [[ -z ${PYTRITON_HOME-} ]] || log "PYTRITON_HOME=$PYTRITON_HOME is too long for the sockets of PyTriton, or not writable: using ${TMPDIR:-/tmp}"
   export PYTRITON_HOME=${TMPDIR:-/tmp}/pytriton-$UID
   ! too_long "$(realpath -m "$PYTRITON_HOME")" "$triton" || PYTRITON_HOME=/tmp/pytriton-$UID
   own_folder "$PYTRITON_HOME" || die "$PYTRITON_HOME cannot be used: set PYTRITON_HOME to a folder whose path has at most $((107 - triton)) bytes"
@@ -311,13 +355,15 @@ done_with() {
   ((dry_run == 0 && force == 0)) && [[ -f $exp_dir/.done/$1 && $(head -n 1 "$exp_dir/.done/$1") == "$2" ]]
 }
 
+# replace_file FILE: write standard input to FILE atomically: a kill or a full disk leaves the old file as it is.
+replace_file() { cat >"$1.part" && mv "$1.part" "$1"; }
+
 # mark_done STAGE STATE: record the state from which the stage's result was made, and the git commit, atomically.
 mark_done() {
   ((dry_run)) && return
   mkdir -p "$exp_dir/.done"
-  printf '%s\n' "$2" "commit $(git -C "$root" describe --always --dirty --abbrev=40 2>/dev/null || echo unknown)" \
-    >"$exp_dir/.done/$1.part"
-  mv "$exp_dir/.done/$1.part" "$exp_dir/.done/$1"
+  printf '%s\n' "$2" "commit $(git -C "$root" describe --always --dirty --abbrev=40 2>/dev/null || echo unknown)" |
+    replace_file "$exp_dir/.done/$1"
 }
 
 # work_on RESULT: identify the result that the current stage makes, by any text. Runs with the same text, such as a
@@ -328,8 +374,11 @@ work_on() { worked_on=$(sha256sum <<<"$1" | cut -c 1-16); }
 record() {
   ((dry_run)) || [[ -z $worked_on ]] && return
   mkdir -p "$exp_dir"
-  printf '{"stage": %s, "seconds": %s, "result": "%s", "anew": %s}\n' "$1" "$2" "$worked_on" "$force" \
-    >>"$exp_dir/stage_seconds.jsonl"
+  local times=$exp_dir/stage_seconds.jsonl
+  {
+    [[ ! -f $times ]] || cat "$times"
+    printf '{"stage": %s, "seconds": %s, "result": "%s", "anew": %s}\n' "$1" "$2" "$worked_on" "$force"
+  } | replace_file "$times"
 }
 
 server_ready() {

@@ -30,6 +30,7 @@ echo "$(basename "$0") $*" >>"$CALLS"
 all=" $* "
 value() { [[ $all =~ \ $1\ ([^ ]+) ]] && echo "${BASH_REMATCH[1]}"; }
 [[ -z ${FAIL-} || $all != *"$FAIL"* ]] || { sleep "${SLOW:-0}"; echo "stub failure" >&2; exit 3; }
+[[ -z ${FILL-} || $all != *"$FILL"* ]] || { head -c 99999999 /dev/zero >"$exp_dir/fill"; exit 3; }
 case $all in
   *select_texts.py*|*--voices*) while (($#)); do
       [[ $1 != --*output ]] || { mkdir -p "$(dirname "$2")" && touch "$2"; }
@@ -1083,3 +1084,57 @@ def test_a_python_without_shared_library_is_named_before_anything_is_installed(r
     done = recipe.run("-1", "-1", base_python=str(python))
     assert done.returncode == 1 and fault in done.stderr and recipe.calls() == []
     assert recipe.run("-1", "-1", base_python=str(python), make_envs="0").returncode == 0
+
+
+@pytest.mark.parametrize("subfolder", ["", "data", "checkpoints"])
+def test_an_experiment_folder_that_cannot_be_written_to_is_named_before_any_work(recipe, subfolder):
+    exp_dir = Path("/proc/experiment")
+    if subfolder:
+        exp_dir = recipe.exp_dir
+        exp_dir.mkdir(parents=True)
+        (exp_dir / subfolder).symlink_to("/proc/data")
+    faulty = exp_dir / subfolder if subfolder else Path("/proc")
+    shows_arguments = recipe.root / "bin/python3"  # scripts/check.py prints the faults that it is passed
+    shows_arguments.write_text(f'#!/bin/sh\n[ "$1" = -IS ] && exec {sys.executable} "$@"\necho "$@"\nexit 1\n')
+    shows_arguments.chmod(0o755)
+    for arguments in (("0", "5"), ("--check",)):
+        done = recipe.run(*arguments, exp_dir=str(exp_dir))
+        fault = f"{faulty} cannot be written to (No such file or directory): set exp_dir to a folder that can"
+        assert done.returncode == 1 and fault in done.stderr + done.stdout, done.stderr
+    assert recipe.calls() == []
+
+
+def test_other_folders_that_cannot_be_written_to_are_named_or_replaced(recipe, tmp_path):
+    done = recipe.run("-1", "-1", venv_root="/proc/venv")
+    assert done.returncode == 1 and recipe.calls() == []
+    assert "/proc cannot be written to (No such file or directory): set venv_root" in done.stderr
+    done = recipe.run("--dry-run", "-1", "-1", venv_root="/proc/venv")
+    assert done.returncode == 0
+    variables = SHORT | {"XDG_CACHE_HOME": "/proc/cache", "HOME": str(tmp_path)}
+    used, log = exported(recipe, "XDG_CACHE_HOME", **variables)
+    assert used == f"/tmp/tts-grpo-cache-{os.getuid()}" and "the cache folder /proc cannot be written to" in log
+    used, log = exported(recipe, "PYTRITON_HOME", **SHORT | {"PYTRITON_HOME": "/proc/pytriton"})
+    assert used == f"/tmp/pytriton-{os.getuid()}" and "PYTRITON_HOME=/proc/pytriton is" in log
+
+
+ON_A_SMALL_DISK = """
+mkdir -p "$exp_dir" && mount -t tmpfs -o size=4m tmpfs "$exp_dir" || exit 99
+FILL=$1 bash "$0" 0 4
+echo "status $?" >&2
+rm "$exp_dir/fill"
+bash "$0" 0 4
+"""
+
+
+@pytest.mark.parametrize("program", ["prepare_data.py", "main_ppo", "merge.py", "infer_dist.py", "summarise.py"])
+def test_a_full_disk_is_named_and_the_next_run_completes(recipe, program):
+    recipe.calls_path.write_text("")
+    command = ["unshare", "--map-root-user", "--mount", "bash", "-c", ON_A_SMALL_DISK]
+    command += [str(recipe.root / "run.sh"), program]
+    done = subprocess.run(command, env=recipe.environment(), capture_output=True, text=True, timeout=120)
+    if "unshare: " in done.stderr or done.returncode == 99:
+        pytest.skip("this machine does not allow a mount namespace")
+    first = done.stderr.split("status ")[0]
+    assert f"the disk of {recipe.exp_dir} has only 0 MiB left" in first and "run the same command again" in first
+    assert "status 0" not in done.stderr and done.returncode == 0, done.stderr
+    assert recipe.calls()[-1] == "report.py"
