@@ -1,7 +1,7 @@
 """Run veRL, write its output to a log file, and print one line per step on the terminal.
 
-    python scripts/train.py --log-file LOG --total-steps N --failure-file FILE [--checkpoint-dir DIR]
-        [--server-url URL --tensorboard-dir DIR --validation-dir DIR] -- COMMAND...
+    python scripts/train.py --log-file LOG --total-steps N --failure-file FILE [--checkpoint-dir DIR --server-url URL
+        --tensorboard-dir DIR --validation-dir DIR] -- COMMAND...
 
 Exits with the command's status; on failure, prints the last lines of the log. SIGINT and SIGTERM are forwarded.
 
