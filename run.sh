@@ -40,12 +40,15 @@ usage() {
   exit 2
 }
 
-# cleanup: stop the processes that this run started and that still run: reward server, memory monitor, installations.
+# cleanup: stop the processes that this run started and that still run: reward server, memory monitor, installations, and
+# what these have left behind.
 cleanup() {
   local status=$? pid
   trap - EXIT INT TERM
   [[ -z $running ]] || record "$running" "$((SECONDS - began))" || true
+  ((status == 0 || status > 128 || dry_run)) || name_full_disks
   for pid in $(jobs -p); do stop "$pid"; done
+  ((dry_run)) || end_processes $$
   exit "$status"
 }
 
@@ -108,8 +111,8 @@ stage_2() {
   ((check_reward == 0)) || check=(--check)
   run "$trainer_bin/python" "$root/reward_tts.py" --jsonl "$known_answer_jsonl" --limit 64 \
     --server-urls "$server_urls" "${check[@]}"
-  run_long env "${train_env[@]}" "$trainer_bin/python" "$root/scripts/train.py" --log-file "$exp_dir/log/train.log" \
-    --total-steps "$total_steps" --failure-file "$exp_dir/reward_failure" \
+  run_beside_server env "${train_env[@]}" "$trainer_bin/python" "$root/scripts/train.py" --log-file "$exp_dir/log/train.log" \
+    --total-steps "$total_steps" --checkpoint-dir "$exp_dir/checkpoints" --failure-file "$exp_dir/reward_failure" \
     --server-url "${server_urls%%[, ]*}" --tensorboard-dir "$exp_dir/tensorboard" --validation-dir "$exp_dir/validation" -- \
     "$trainer/bin/python" -m verl.trainer.main_ppo "${verl_args[@]}" "${profile_verl_args[@]}" \
     "${recipe_verl_args[@]}" "${verl_overrides[@]}"
@@ -125,6 +128,7 @@ stage_3() {
   work_on "$state"
   need "$checkpoint/actor" 2
   need "$sft_model/config.json" 0
+  run "$base_python" -IS "$root/scripts/checkpoints.py" --check "$checkpoint"
   run rm -rf "$checkpoint/merged_hf_model.part" "$checkpoint/merged_hf_model"
   run "$trainer_bin/python" "$root/scripts/merge.py" --checkpoint "$checkpoint/actor" --sft-path "$sft_model" \
     --output-dir "$checkpoint/merged_hf_model.part"
@@ -193,6 +197,16 @@ last_checkpoint() {
   echo "$exp_dir/checkpoints/global_step_$step"
 }
 
+# choose_checkpoint: make training and merge use the newest complete checkpoint. If the last one is damaged, the training
+# is not done.
+choose_checkpoint() {
+  [[ -d $exp_dir/checkpoints ]] || return 0
+  local before
+  before=$(last_checkpoint)
+  "$base_python" -IS "$root/scripts/checkpoints.py" "$exp_dir/checkpoints"
+  [[ $(last_checkpoint) == "$before" ]] || rm -f "$exp_dir/.done/2"
+}
+
 # check_checkpoints STATE: stop if the existing checkpoints were trained with other settings. A larger total_steps
 # extends a training. After a change of the code, only an unfinished training is resumed.
 check_checkpoints() {
@@ -210,8 +224,8 @@ check_checkpoints() {
   [[ $step == N ]] || ((step <= total_steps)) || die "$exp_dir/checkpoints has trained $step steps, more than total_steps=$total_steps: set another exp_name, or set force=1 to delete them and train again"
   mkdir -p "$exp_dir/checkpoints"
   rm -f "$exp_dir/.done/2"
-  echo "$1" >"$trained"
-  [[ -f $exp_dir/checkpoints/begun ]] || echo "$(date +%FT%T) $$" >"$exp_dir/checkpoints/begun"
+  replace_file "$trained" <<<"$1"
+  [[ -f $exp_dir/checkpoints/begun ]] || replace_file "$exp_dir/checkpoints/begun" <<<"$(date +%FT%T) $$"
 }
 
 # recorded_settings: print the settings as JSON; those of finished stages have the values with which the stages ran.
@@ -275,6 +289,7 @@ refused_overrides() {
     ["trainer.v1"]=$trainer ["trainer.use_v1"]=$trainer
     ["actor_rollout_ref.model.external_lib"]="it loads this recipe's engine and rollouts: leave it out, and import what you need in tts_grpo/training/engine.py"
     ["reward.custom_reward_function.reward_kwargs"]="set credit and server_urls"
+    ["actor_rollout_ref.actor.checkpoint"]="a training resumes only from checkpoints with all their files: leave it out"
     ["actor_rollout_ref.model.path"]="set sft_path, and run stage 0 again" ["data.train_files"]="set train_jsonl, and run stage 0 again"
     ["data.val_files"]="set test_jsonl, and run stage 0 again" ["trainer.default_local_dir"]="set exp_dir"
     ["trainer.total_training_steps"]="set total_steps"
@@ -374,10 +389,11 @@ configure() {
     trainer.n_gpus_per_node="$num_gpus" trainer.nnodes="$num_nodes"
     "trainer.logger=[console,tensorboard]" trainer.project_name=tts_grpo trainer.experiment_name="$(hydra "$exp_name")"
     trainer.default_local_dir="$(hydra "$exp_dir/checkpoints")" trainer.resume_mode=auto
-    trainer.max_actor_ckpt_to_keep="$max_checkpoints" trainer.save_freq="$save_freq" trainer.test_freq="$test_freq"
+    # With 1, veRL would delete the old checkpoint before the new one is complete.
+    trainer.max_actor_ckpt_to_keep="$((max_checkpoints > 1 ? max_checkpoints : 2))" trainer.save_freq="$save_freq" trainer.test_freq="$test_freq"
     trainer.validation_data_dir="$(hydra "$exp_dir/validation")" # validation responses, for TensorBoard's audio
     hydra.run.dir="$(hydra "$exp_dir/log/hydra")"                # Hydra's copy of the settings, by default in the working folder
-    trainer.val_before_train=True trainer.total_epochs=1000 trainer.total_training_steps="$total_steps"
+    trainer.val_before_train=True trainer.total_epochs="$total_steps" trainer.total_training_steps="$total_steps"
   )
 }
 
@@ -411,6 +427,7 @@ main() {
     return
   fi
   mapfile -t wrong < <(
+    ((dry_run)) || folder_faults
     contradictions
     refused_overrides
   )
@@ -424,9 +441,11 @@ main() {
   trap cleanup EXIT
   trap 'exit 130' INT
   trap 'exit 143' TERM
-  export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 TTS_GRPO_RUN=$$
+  export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 TTS_GRPO_RUN=$$ TTS_GRPO_EXP_DIR=$exp_dir
   # Idle OpenMP threads yield their core. Spinning threads make torch ten times slower on a busy machine.
   export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
+  ((dry_run)) || end_left_processes
+  ((dry_run || start > 3 || stop < 1)) || choose_checkpoint
   for ((stage = start; stage <= stop; stage++)); do
     echo "== stage $stage ($(date +%T))"
     running=$stage began=$SECONDS worked_on=''

@@ -93,7 +93,7 @@ setting overrides '' 2 text? "veRL overrides of the command line, those after --
 setting vllm_memory_share 0.4 - "number>0<=1" "share of a GPU's memory for vLLM's weights and cache"
 setting test_freq 50 - "int>=1" "steps between validations"
 setting save_freq 50 - "int>=1" "steps between checkpoints"
-setting max_checkpoints 4 - "int>=1" "checkpoints that are kept"
+setting max_checkpoints 4 - "int>=1" "checkpoints that are kept; at least the last two while training"
 setting train_threads 4 - "int>=1" "torch threads of the training"
 setting llm_path '' 3 path? "checkpoint that stage 3 merges, .../global_step_N; empty: the last one"
 

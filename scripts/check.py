@@ -55,7 +55,7 @@ def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--settings", type=json.loads, help="run.sh's variables, as JSON")
-    parser.add_argument("--contradictions", nargs="*", default=[], help="inconsistent settings that run.sh has found")
+    parser.add_argument("--contradictions", nargs="*", default=[], help="faults of settings and folders from run.sh")
     parser.add_argument("--data-flags", nargs=argparse.REMAINDER, default=[], help="flags of prepare_data.py; last")
     what.add_argument("--pins", type=Path, help="only compare this Python's packages with a requirements file")
     what.add_argument("--language-model", type=Path, help="only check this Hugging Face folder")

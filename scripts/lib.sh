@@ -12,7 +12,7 @@ die() {
 # lacks an option that they use.
 require_tools() {
   local tool missing=()
-  local tools=(basename cat curl cut date dirname env git grep head mkdir mktemp paste realpath rm rmdir seq sha256sum sleep sort tail tr wc)
+  local tools=(basename cat curl cut date dirname env git grep head mkdir mktemp paste realpath rm rmdir seq sha256sum sleep sort tail tr wc xargs)
   for tool in "${tools[@]}"; do [[ -n $(type -P "$tool") ]] || missing+=("$tool"); done
   [[ $(printf 'a\nb\n' | sed -E '/^a$/!Q' 2>/dev/null) == a ]] || missing+=("sed (GNU)")
   for tool in mv ln; do [[ $("$tool" --help 2>&1) == *-T* ]] || missing+=("$tool (GNU, with -T)"); done
@@ -149,6 +149,7 @@ load_recipe() {
 adapt_to_machine() {
   bypass_proxies
   choose_home
+  choose_cache
   choose_socket_folders
   # Ray starts its workers with niceness 15 by default. Any other load on the machine would then starve the training.
   export RAY_worker_niceness=${RAY_worker_niceness:-0}
@@ -170,14 +171,57 @@ bypass_proxies() {
 # own_folder PATH: make a folder that only this user can access, or accept an existing one if this user owns it.
 own_folder() { mkdir -m 700 "$1" 2>/dev/null || [[ -d $1 && ! -L $1 && -O $1 && -w $1 ]]; }
 
+# why_not_writable FOLDER: print why nothing can be written into FOLDER, or into the existing folder in which it would be
+# made; print nothing if it is writable. A test with [[ -w ]] is not enough: root passes it even for /proc.
+why_not_writable() {
+  local folder=$1 probe
+  until [[ -e $folder || -L $folder ]]; do folder=$(dirname "$folder"); done
+  if probe=$(LC_ALL=C mktemp -d "$folder/.tts-grpo-XXXXXX" 2>&1); then
+    rmdir "$probe"
+  else
+    echo "$folder cannot be written to (${probe##*: })"
+  fi
+}
+
+# folder_faults: print a line per folder of results that cannot be written to.
+folder_faults() {
+  local folder fault
+  for folder in "$exp_dir" "$exp_dir"/{.done,data,sft_model,log,checkpoints,tensorboard,validation,eval}; do
+    fault=$(why_not_writable "$folder")
+    [[ -z $fault ]] || { echo "$fault: set exp_dir to a folder that can, or make it writable" && break; }
+  done
+  ((make_envs)) && [[ ! -f $venv_root/speech/.done || ! -f $venv_root/trainer/.done ]] || return 0
+  fault=$(why_not_writable "$venv_root")
+  [[ -z $fault ]] || echo "$fault: set venv_root to a folder that can, or make it writable"
+}
+
+# name_full_disks: after a failure, print which disks are full, because programs report it in many ways.
+name_full_disks() {
+  local folder free_mib
+  for folder in "$exp_dir" "${TMPDIR:-/tmp}" /dev/shm; do
+    free_mib=$(df -BM --output=avail "$folder" 2>/dev/null | tail -n 1 | tr -dc 0-9)
+    [[ -z $free_mib ]] || ((free_mib >= 64)) ||
+      log "the disk of $folder has only $free_mib MiB left, which may be the cause: free space, or use another disk (exp_dir, TMPDIR), and run the same command again"
+  done
+}
+
 # choose_home: set HOME to a writable folder for caches if the user has none (containers, services).
 choose_home() {
-  local probe # a test with [[ -w ]] is not enough: root passes it even for /proc
-  [[ -z ${HOME-} ]] || { probe=$(mktemp -d "$HOME/.tts-grpo-XXXXXX" 2>/dev/null) && rmdir "$probe" && return; }
+  [[ -z ${HOME-} || ! -d $HOME || -n $(why_not_writable "$HOME") ]] || return 0
   local home=${TMPDIR:-/tmp}/tts-grpo-home-$UID
   log "HOME (${HOME-unset}) is not a writable folder: using $home"
   own_folder "$home" || die "$home cannot be used: set HOME to a writable folder of yours"
   export HOME=$home
+}
+
+# choose_cache: set XDG_CACHE_HOME to a writable folder if the cache folder cannot be written to.
+choose_cache() {
+  local cache=${XDG_CACHE_HOME:-$HOME/.cache} fault other=${TMPDIR:-/tmp}/tts-grpo-cache-$UID
+  fault=$(why_not_writable "$cache")
+  [[ -n $fault ]] || return 0
+  log "the cache folder $fault: using $other"
+  own_folder "$other" || die "$other cannot be used: set XDG_CACHE_HOME to a writable folder of yours"
+  export XDG_CACHE_HOME=$other
 }
 
 # too_long FOLDER BYTES: succeed if a Unix socket cannot have a path of that many bytes below FOLDER: 107 are allowed.
@@ -202,8 +246,8 @@ choose_socket_folders() {
     unset RAY_TMPDIR
   fi
   home=$(realpath -m "${PYTRITON_HOME:-${XDG_CACHE_HOME:-$HOME/.cache}/pytriton}")
-  too_long "$home" "$triton" || return 0
-  [[ -z ${PYTRITON_HOME-} ]] || log "PYTRITON_HOME=$PYTRITON_HOME is too long for the sockets of PyTriton: using ${TMPDIR:-/tmp}"
+  too_long "$home" "$triton" || [[ -n $(why_not_writable "$home") ]] || return 0
+  [[ -z ${PYTRITON_HOME-} ]] || log "PYTRITON_HOME=$PYTRITON_HOME is too long for the sockets of PyTriton, or not writable: using ${TMPDIR:-/tmp}"
   export PYTRITON_HOME=${TMPDIR:-/tmp}/pytriton-$UID
   ! too_long "$(realpath -m "$PYTRITON_HOME")" "$triton" || PYTRITON_HOME=/tmp/pytriton-$UID
   own_folder "$PYTRITON_HOME" || die "$PYTRITON_HOME cannot be used: set PYTRITON_HOME to a folder whose path has at most $((107 - triton)) bytes"
@@ -259,6 +303,25 @@ run_long() {
   fi
 }
 
+# run_beside_server COMMAND...: as run_long, for the training. If the reward server that this run started ends first, the
+# reason is written to the file that scripts/train.py watches, until the training has stopped.
+run_beside_server() {
+  if ((dry_run)) || [[ -z $server_pid ]]; then
+    run_long "$@"
+    return
+  fi
+  local training
+  "$@" &
+  training=$!
+  while kill -0 "$training" 2>/dev/null; do
+    kill -0 "$server_pid" 2>/dev/null ||
+      echo "the reward server has ended: see $exp_dir/log/reward_server.log; the same command continues from the last checkpoint" >"$exp_dir/reward_failure"
+    sleep 0.5
+  done
+  kill -0 "$server_pid" 2>/dev/null || show_end "$exp_dir/log/reward_server.log"
+  wait "$training"
+}
+
 # in_background COMMAND...: as run, but in the background. wait_for_all MESSAGE: wait for all of these, and die with
 # MESSAGE if one fails.
 in_background() {
@@ -292,13 +355,15 @@ done_with() {
   ((dry_run == 0 && force == 0)) && [[ -f $exp_dir/.done/$1 && $(head -n 1 "$exp_dir/.done/$1") == "$2" ]]
 }
 
+# replace_file FILE: write standard input to FILE atomically: a kill or a full disk leaves the old file as it is.
+replace_file() { cat >"$1.part" && mv "$1.part" "$1"; }
+
 # mark_done STAGE STATE: record the state from which the stage's result was made, and the git commit, atomically.
 mark_done() {
   ((dry_run)) && return
   mkdir -p "$exp_dir/.done"
-  printf '%s\n' "$2" "commit $(git -C "$root" describe --always --dirty --abbrev=40 2>/dev/null || echo unknown)" \
-    >"$exp_dir/.done/$1.part"
-  mv "$exp_dir/.done/$1.part" "$exp_dir/.done/$1"
+  printf '%s\n' "$2" "commit $(git -C "$root" describe --always --dirty --abbrev=40 2>/dev/null || echo unknown)" |
+    replace_file "$exp_dir/.done/$1"
 }
 
 # work_on RESULT: identify the result that the current stage makes, by any text. Runs with the same text, such as a
@@ -309,8 +374,11 @@ work_on() { worked_on=$(sha256sum <<<"$1" | cut -c 1-16); }
 record() {
   ((dry_run)) || [[ -z $worked_on ]] && return
   mkdir -p "$exp_dir"
-  printf '{"stage": %s, "seconds": %s, "result": "%s", "anew": %s}\n' "$1" "$2" "$worked_on" "$force" \
-    >>"$exp_dir/stage_seconds.jsonl"
+  local times=$exp_dir/stage_seconds.jsonl
+  {
+    [[ ! -f $times ]] || cat "$times"
+    printf '{"stage": %s, "seconds": %s, "result": "%s", "anew": %s}\n' "$1" "$2" "$worked_on" "$force"
+  } | replace_file "$times"
 }
 
 server_ready() {
@@ -327,22 +395,82 @@ stop() {
   kill "$watch" 2>/dev/null || true
 }
 
+# show_end LOG: print the last lines of a server's log, and before them its first errors, which are the cause. Triton and
+# its processes print many more lines when they stop.
+show_end() {
+  local errors='(^|[[:space:]])([A-Za-z_]+\.)*([A-Za-z_]+Error|[A-Za-z_]*Exception|SystemExit)(:|$)|^E[0-9]{4} | (ERROR|CRITICAL|error): '
+  errors=$(head -n -20 "$1" | grep -aE -m 5 "$errors") || true
+  [[ -z $errors ]] || printf '%s\n' "its first errors:" "$errors" "its last lines:" >&2
+  tail -n 20 "$1" >&2
+}
+
+# processes_of RUN: print the IDs of the processes that have TTS_GRPO_RUN=RUN in their environment.
+processes_of() (
+  unset TTS_GRPO_RUN # otherwise grep and cut would find themselves
+  grep -lzxF "TTS_GRPO_RUN=$1" /proc/[0-9]*/environ 2>/dev/null | cut -d / -f 3 || true
+)
+
+# end_processes RUN: end all processes that a run has left behind, such as Triton and Ray's daemons, which outlive the
+# process that started them if it is killed.
+end_processes() {
+  local signal pids i
+  for signal in TERM KILL; do
+    mapfile -t pids < <(processes_of "$1")
+    ((${#pids[@]})) || return 0
+    kill -s "$signal" "${pids[@]}" 2>/dev/null || true
+    for ((i = 0; i < 25; i++)); do # 5 s
+      [[ -n $(processes_of "$1") ]] || return 0
+      sleep 0.2
+    done
+  done
+}
+
+# end_left_processes: end the processes of killed runs of this exp_dir. They would hold ports, GPUs and memory, and train
+# into the same folder.
+end_left_processes() {
+  local run runs
+  mapfile -t runs < <(grep -lzxF "TTS_GRPO_EXP_DIR=$exp_dir" /proc/[0-9]*/environ 2>/dev/null |
+    xargs -r cat 2>/dev/null | tr '\0' '\n' | sed -n 's/^TTS_GRPO_RUN=//p' | sort -u)
+  for run in "${runs[@]}"; do
+    # the process of a run is run.sh, or the reward server for which it made way (stage 1 alone); a zombie has no command
+    [[ $(tr '\0' ' ' 2>/dev/null <"/proc/$run/cmdline") != *@(run.sh|token2wav_asr_server.py)* ]] || continue
+    log "run $run of $exp_dir was killed: ending its processes $(processes_of "$run" | paste -sd ' ' -)"
+    end_processes "$run"
+  done
+}
+
+# wait_for_ports: wait up to 20 s until no process listens on the reward server's ports: a server that has just been
+# stopped needs seconds to end.
+wait_for_ports() {
+  local port i
+  for port in "$http_port" "$grpc_port" "$metrics_port"; do
+    for ((i = 0; i < 40; i++)); do
+      (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null || break
+      ((i)) || log "port $port is in use: waiting up to 20 s for the process to end"
+      sleep 0.5
+    done
+  done
+}
+
 # start_server: start the reward server in the background and wait until it is ready.
 start_server() {
-  local server_log=$exp_dir/log/reward_server.log began=$SECONDS
+  local server_log=$exp_dir/log/reward_server.log began status=0
   if ((dry_run)); then
     run "${server_command[@]}"
     return
   fi
   mkdir -p "$exp_dir/log"
+  wait_for_ports
   ! server_ready "http://127.0.0.1:$http_port" || die "port $http_port already has a reward server: stop it, set http_port, or skip stage 1"
+  began=$SECONDS
   "${server_command[@]}" >"$server_log" 2>&1 &
   server_pid=$!
   while ((SECONDS - began < server_timeout_s)); do
     if ! kill -0 "$server_pid" 2>/dev/null; then
-      tail -n 20 "$server_log" >&2
+      wait "$server_pid" || status=$?
       server_pid=
-      die "the reward server ended before it was ready: see its last lines above, and the whole log in $server_log"
+      show_end "$server_log"
+      die "the reward server ended with status $status before it was ready: see the lines above, and the whole log in $server_log"
     fi
     if server_ready "http://127.0.0.1:$http_port"; then
       echo "reward server ready at http://$server_address:$http_port (log: $server_log)"
@@ -350,6 +478,6 @@ start_server() {
     fi
     sleep 1
   done
-  tail -n 20 "$server_log" >&2
-  die "the reward server was not ready within $server_timeout_s s: see its last lines above, and the whole log in $server_log"
+  show_end "$server_log"
+  die "the reward server was not ready within $server_timeout_s s: see the lines above, and the whole log in $server_log"
 }

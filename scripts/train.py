@@ -1,13 +1,16 @@
 """Run veRL, write its output to a log file, and print one line per step on the terminal.
 
-    python scripts/train.py --log-file LOG --total-steps N --failure-file FILE [--server-url URL
+    python scripts/train.py --log-file LOG --total-steps N --failure-file FILE [--checkpoint-dir DIR --server-url URL
         --tensorboard-dir DIR --validation-dir DIR] -- COMMAND...
 
 Exits with the command's status; on failure, prints the last lines of the log. SIGINT and SIGTERM are forwarded.
 
-When the reward reports a failure in --failure-file, the command is stopped. After any other failed rollout, the trainer
-itself stops with an error (tts_grpo/training/trainer.py). The output is copied to the log unchanged. Its lines are
-parsed for the display only, so if veRL changes its wording, only the display changes.
+When the reward, or run.sh, reports a failure in --failure-file, the command is stopped. After any other failed rollout,
+the trainer itself stops with an error (tts_grpo/training/trainer.py). If the command ends with status 0 before it has
+saved the checkpoint of the last step in --checkpoint-dir, that is a failure, too.
+
+The output is copied to the log unchanged. Its lines are parsed for the display only, so if veRL changes its wording,
+only the display changes.
 
 With --tensorboard-dir, a separate process writes a few utterances of each validation there as audio
 (validation_audio.py), as soon as veRL's dump appears in --validation-dir. If that process fails, the failure is printed
@@ -56,6 +59,7 @@ def get_args(argv=None):
     parser.add_argument("--log-file", type=Path, required=True, help="file to append the command's output to")
     parser.add_argument("--total-steps", type=int, required=True, help="total number of training steps")
     parser.add_argument("--failure-file", type=Path, required=True, help="file in which the reward reports a failure")
+    parser.add_argument("--checkpoint-dir", type=Path, help="folder of veRL's checkpoints")
     parser.add_argument("--server-url", help="reward server that synthesises utterances of a validation")
     parser.add_argument("--tensorboard-dir", type=Path, help="folder of event files, for validation audio")
     parser.add_argument("--validation-dir", type=Path, help="folder of veRL's validation dumps")
@@ -224,6 +228,22 @@ def show(training: Training, log, total_steps: int) -> list[str]:
     return list(tail)
 
 
+def missing_steps(checkpoint_dir: Path | None, total_steps: int) -> str:
+    """Return what is wrong if the newest checkpoint is not that of the last step; "" if it is, or without a folder."""
+    if checkpoint_dir is None:
+        return ""
+    try:
+        step = int((checkpoint_dir / "latest_checkpointed_iteration.txt").read_text())
+    except (OSError, ValueError):
+        step = 0
+    if step >= total_steps:
+        return ""
+    return (
+        f"veRL ended with status 0, but its newest checkpoint is of step {step} of {total_steps} (total_steps): look "
+        "in the log for the cause, such as an override that ends the training early, and run the same command again"
+    )
+
+
 def main(argv=None):
     args = get_args(argv)
     args.log_file.parent.mkdir(parents=True, exist_ok=True)
@@ -243,9 +263,11 @@ def main(argv=None):
     training.check_failure()  # the command may have ended before the failure file was polled
     if audio:
         audio.finish(AUDIO_TIMEOUT_S if status == 0 else 0.0)
-    if status == 0 and training.failure is None:
+    reason = training.failure
+    if reason is None:
+        reason = f"status {status}" if status else missing_steps(args.checkpoint_dir, args.total_steps)
+    if not reason:
         return 0
-    reason = training.failure or f"status {status}"
     print(*tail, f"training failed: {reason}", sep="\n", file=sys.stderr)
     print(f"See its last lines above, and the whole log in {args.log_file}", file=sys.stderr)
     return 128 - status if status < 0 else status or 1

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from scripts.settings import CODE, COMMANDS, Digests
-from tests.conftest import git_commit
+from tests.conftest import free_ports, git_commit
 
 pytestmark = pytest.mark.slow
 
@@ -30,6 +30,7 @@ echo "$(basename "$0") $*" >>"$CALLS"
 all=" $* "
 value() { [[ $all =~ \ $1\ ([^ ]+) ]] && echo "${BASH_REMATCH[1]}"; }
 [[ -z ${FAIL-} || $all != *"$FAIL"* ]] || { sleep "${SLOW:-0}"; echo "stub failure" >&2; exit 3; }
+[[ -z ${FILL-} || $all != *"$FILL"* ]] || { head -c 99999999 /dev/zero >"$exp_dir/fill"; exit 3; }
 case $all in
   *select_texts.py*|*--voices*) while (($#)); do
       [[ $1 != --*output ]] || { mkdir -p "$(dirname "$2")" && touch "$2"; }
@@ -38,14 +39,25 @@ case $all in
   *download.py*|*prepare_eval_set.py*|*encode_prompts.py*) ;;
   *prepare_llm.py*) mkdir -p "$exp_dir/sft_model" && touch "$exp_dir/sft_model/config.json" ;;
   *prepare_data.py*) mkdir -p "$exp_dir/data" && touch "$exp_dir/data/train.parquet" ;;
-  *token2wav_asr_server.py\ --*) [[ -z ${SERVER_DIES-} ]] || { echo "no memory" >&2; exit 1; }
+  *token2wav_asr_server.py\ --*) [[ -z ${SERVER_DIES-} ]] || { printf '%b\n' "$SERVER_DIES" >&2; exit 1; }
     echo $$ >"$READY"; trap 'rm -f "$READY"; echo stopped >>"$CALLS"; exit 0' TERM INT
     while :; do sleep 0.1; done ;;
-  *main_ppo*) [[ -z ${HANG-} ]] || sleep 60
-    mkdir -p "$exp_dir/checkpoints/global_step_7/actor"
+  *main_ppo*) for ((i = 0; i < ${HANG:-0}; i++)); do
+      [[ ! -e $exp_dir/reward_failure ]] || { cat "$exp_dir/reward_failure" >&2; exit 1; }
+      sleep 0.1
+    done
+    checkpoint=$exp_dir/checkpoints/global_step_7
+    mkdir -p "$checkpoint/actor/huggingface"
+    echo '{}' >"$checkpoint/actor/huggingface/config.json"
+    echo '{"world_size": 1}' >"$checkpoint/actor/fsdp_config.json"
+    for file in data.pt actor/{model,optim,extra_state}_world_size_1_rank_0.pt; do
+      printf 'PK\005\006\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0' >"$checkpoint/$file" # an empty ZIP archive
+    done
     echo -n 7 >"$exp_dir/checkpoints/latest_checkpointed_iteration.txt" ;;
-  *merge.py*) mkdir -p "$exp_dir/checkpoints/global_step_7/merged_hf_model.part"
-    touch "$exp_dir/checkpoints/global_step_7/merged_hf_model.part/config.json" ;;
+  *merge.py*) while (($#)); do
+      [[ $1 != --output-dir ]] || { mkdir -p "$2" && touch "$2/config.json"; }
+      shift
+    done ;;
 esac
 """
 PROGRAMS = (
@@ -66,7 +78,7 @@ class Recipe:
         (self.root / "scripts").mkdir(parents=True)
         shutil.copytree(ROOT / "conf", self.root / "conf")
         shutil.copy(ROOT / "run.sh", self.root)
-        for name in ("lib.sh", "verl_cpu.sh", "settings.py"):
+        for name in ("lib.sh", "verl_cpu.sh", "settings.py", "checkpoints.py"):
             shutil.copy(ROOT / "scripts" / name, self.root / "scripts")
         (self.root / "tts_grpo/reward").mkdir(parents=True)
         shutil.copy(ROOT / "tts_grpo/reward/libpython.py", self.root / "tts_grpo/reward")
@@ -79,13 +91,15 @@ class Recipe:
             path.write_text(text)
             path.chmod(0o755)
         self.calls_path, self.exp_dir = self.root / "calls", self.root / "exp/tiny"
+        ports = map(str, free_ports(3))
+        self.ports = dict(zip(("http_port", "grpc_port", "metrics_port"), ports, strict=True))
 
     def environment(self, **variables) -> dict[str, str]:
         return os.environ | {
             "PATH": f"{self.root}/bin:{os.environ['PATH']}", "venv_root": str(self.root / "venv"),
             "CALLS": str(self.calls_path), "READY": str(self.root / "ready"), "exp_dir": str(self.exp_dir),
             "server_timeout_s": "5", "profile": "tiny",
-        } | variables  # fmt: skip
+        } | self.ports | variables  # fmt: skip
 
     def run(self, *arguments, **variables) -> subprocess.CompletedProcess:
         self.calls_path.write_text("")
@@ -445,11 +459,32 @@ def test_missing_inputs_name_the_stage(recipe):
 
 
 def test_server_that_dies_or_is_never_ready(recipe):
-    dead = recipe.run("0", "2", SERVER_DIES="1")
-    assert dead.returncode == 1 and "no memory" in dead.stderr and "ended before it was ready" in dead.stderr
+    dead = recipe.run("0", "2", SERVER_DIES="no memory")
+    assert dead.returncode == 1 and "no memory" in dead.stderr and "ended with status 1 before it was" in dead.stderr
     slow = recipe.run("0", "2", READY="/nowhere/ready", server_timeout_s="2")
     assert slow.returncode == 1 and "not ready within 2 s" in slow.stderr
     assert "main_ppo" not in recipe.calls()
+
+
+@pytest.mark.parametrize(
+    "cause",
+    [
+        "OSError: AF_UNIX path too long",
+        "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB",
+        "E1127 19:02:26.090996 4681 server.cc:798] Socket '0.0.0.0:8000' already in use",
+        "2026-01-31 12:00:00,123 token2wav_asr_server ERROR: Triton has ended",
+        "token2wav_asr_server.py: error: argument --asr-dir: is required",
+    ],
+)
+def test_the_cause_of_a_servers_end_is_shown_though_many_lines_follow_it(recipe, cause):
+    noise = "Error: Failed to initialize NVML\\nI1127 loading"
+    dead = recipe.run(
+        "0", "2", SERVER_DIES=r"\n".join([noise] * 30 + [cause] + ["  File x, line 7"] * 60 + ["EOFError"])
+    )
+    assert dead.returncode == 1
+    shown = dead.stderr.splitlines()
+    assert shown[shown.index("its first errors:") + 1 : shown.index("its last lines:")] == [cause]
+    assert "EOFError" in shown and len(shown) < 40
 
 
 def test_a_failing_stage_stops_the_run_and_the_server_and_is_done_again(recipe):
@@ -464,7 +499,7 @@ def test_a_failing_stage_stops_the_run_and_the_server_and_is_done_again(recipe):
 @pytest.mark.parametrize("sent, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_training_and_server_at_once(recipe, sent, status):
     recipe.calls_path.write_text("")
-    command, environment = ["bash", str(recipe.root / "run.sh"), "0", "2"], recipe.environment(HANG="1")
+    command, environment = ["bash", str(recipe.root / "run.sh"), "0", "2"], recipe.environment(HANG="600")
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # pytest itself may ignore SIGINT
     process = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=listen, **quiet)
@@ -479,6 +514,81 @@ def test_a_signal_ends_training_and_server_at_once(recipe, sent, status):
     assert not (recipe.root / "ready").exists()
     left = subprocess.run(["pgrep", "-f", f"{recipe.root}.*main_ppo"], capture_output=True, text=True).stdout.split()
     assert left == []
+
+
+DAEMON = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"  # survives SIGTERM
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def daemon(recipe, run_id: str, exp_dir: Path) -> subprocess.Popen:
+    """A process as a killed run leaves behind."""
+    environment = os.environ | {"TTS_GRPO_RUN": run_id, "TTS_GRPO_EXP_DIR": str(exp_dir)}
+    return subprocess.Popen([sys.executable, "-c", DAEMON], env=environment, start_new_session=True)
+
+
+def test_processes_of_a_killed_run_of_this_experiment_are_ended(recipe):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    script = recipe.root / "other/run.sh"
+    script.parent.mkdir()
+    script.write_text("sleep 60\n:\n")
+    living = subprocess.Popen(["bash", str(script)])
+    left, others = daemon(recipe, str(dead.pid), recipe.exp_dir), daemon(recipe, str(dead.pid + 1), recipe.root)
+    beside = daemon(recipe, str(living.pid), recipe.exp_dir)
+    try:
+        time.sleep(1)
+        done = recipe.run("0", "0")
+        assert done.returncode == 0, done.stderr
+        assert f"run {dead.pid} of {recipe.exp_dir} was killed: ending its processes {left.pid}" in done.stderr
+        assert not alive(left.pid) and alive(others.pid) and alive(beside.pid)
+    finally:
+        for process in (living, left, others, beside):
+            process.kill()
+            process.wait()
+
+
+def test_a_failed_start_of_the_server_leaves_no_process_behind(recipe):
+    """Triton goes on running when the process that started it is killed."""
+    pids = recipe.root / "pids"
+    python = recipe.root / "venv/speech/bin/python"
+    daemon = f'{{ setsid {sys.executable} -c "{DAEMON}" & echo $! >>"{pids}"; }}'
+    start = f'[[ "$*" != *token2wav_asr_server.py\\ --* ]] || {daemon}'
+    python.write_text(python.read_text().replace("all=", f"{start}\nall=", 1))
+    for fault in ({"SERVER_DIES": "no memory"}, {"READY": "/nowhere/ready", "server_timeout_s": "2"}):
+        assert recipe.run("0", "2", **fault).returncode == 1
+        assert not alive(int(pids.read_text().split()[-1])), fault
+
+
+def test_a_server_that_is_still_stopping_is_waited_for(recipe):
+    listen = "import socket, sys, time; s = socket.socket(); s.bind(('127.0.0.1', 0)); s.listen()"
+    listen += "; print(s.getsockname()[1], flush=True); time.sleep(4)"
+    stopping = subprocess.Popen([sys.executable, "-c", listen], stdout=subprocess.PIPE, text=True)
+    port = stopping.stdout.readline().strip()
+    start = time.monotonic()
+    done = recipe.run("0", "2", grpc_port=port)
+    stopping.wait()
+    assert done.returncode == 0, done.stderr
+    assert f"port {port} is in use: waiting" in done.stderr
+    assert time.monotonic() - start > 2
+
+
+def test_the_training_stops_at_once_when_the_server_of_this_run_ends(recipe):
+    recipe.calls_path.write_text("")
+    command, environment = ["bash", str(recipe.root / "run.sh"), "0", "2"], recipe.environment(HANG="600")
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 20
+    while "main_ppo" not in recipe.calls_path.read_text() and time.monotonic() < end:
+        time.sleep(0.1)
+    os.kill(int((recipe.root / "ready").read_text()), signal.SIGKILL)
+    _, errors = process.communicate(timeout=10)
+    assert process.returncode == 1
+    assert "the reward server has ended: see " in errors and "continues from the last checkpoint" in errors
 
 
 @pytest.mark.parametrize(
@@ -694,6 +804,46 @@ def test_more_steps_extend_a_training_and_fewer_are_refused(recipe):
     assert done.returncode == 1 and "trained with other settings (total_steps was '7', is '12')" in done.stderr
 
 
+def add_checkpoint(recipe, step: int) -> Path:
+    """Copy the checkpoint that the stub has written to another step, which becomes the last one."""
+    folder = recipe.exp_dir / f"checkpoints/global_step_{step}"
+    shutil.copytree(recipe.exp_dir / "checkpoints/global_step_7", folder)
+    (folder.parent / "latest_checkpointed_iteration.txt").write_text(str(step))
+    return folder
+
+
+def test_a_damaged_last_checkpoint_is_named_and_the_one_before_is_used(recipe):
+    assert recipe.run("0", "3", total_steps="30").returncode == 0
+    tracker = recipe.exp_dir / "checkpoints/latest_checkpointed_iteration.txt"
+    shard = add_checkpoint(recipe, 20) / "actor/model_world_size_1_rank_0.pt"
+    shard.write_bytes(shard.read_bytes()[:9])
+    done = recipe.run("3", "3", total_steps="30")
+    assert done.returncode == 0 and f"damaged checkpoint: {shard} is damaged or truncated" in done.stderr
+    assert tracker.read_text() == "7" and "global_step_7 it is used" in done.stderr.replace(":", "")
+    assert recipe.run("1", "2", total_steps="30").returncode == 0
+    assert "main_ppo" in recipe.calls(), "a training whose last checkpoint is damaged goes on"
+    shutil.rmtree(shard.parent.parent)
+    (recipe.exp_dir / "checkpoints/global_step_7/data.pt").unlink()
+    done = recipe.run("1", "2", total_steps="30")
+    assert done.returncode == 0 and "the training starts anew" in done.stderr and "main_ppo" in recipe.calls()
+
+
+def test_a_deleted_checkpoint_is_not_a_damaged_one(recipe):
+    assert recipe.run("0", "3").returncode == 0
+    shutil.rmtree(recipe.exp_dir / "checkpoints/global_step_7/actor")
+    assert recipe.run("0", "4").returncode == 0 and "main_ppo" not in recipe.calls()
+
+
+def test_a_damaged_checkpoint_is_not_merged(recipe):
+    assert recipe.run("0", "2").returncode == 0
+    folder = recipe.exp_dir / "checkpoints/global_step_7"
+    (folder / "actor/optim_world_size_1_rank_0.pt").unlink()  # a merge does not need it
+    assert recipe.run("3", "3", llm_path=str(folder)).returncode == 0
+    (folder / "actor/model_world_size_1_rank_0.pt").unlink()
+    done = recipe.run("3", "3", llm_path=str(folder), force="1")
+    assert done.returncode == 1 and "rank_0.pt is missing: set llm_path" in done.stderr and recipe.calls() == []
+
+
 def test_replaced_weights_and_edited_code_count(recipe, tmp_path):
     weights = tmp_path / "llm/model.safetensors"
     weights.parent.mkdir()
@@ -889,7 +1039,7 @@ def test_ray_gets_a_python_whose_path_needs_no_quotes(recipe):
 TOOLS = (
     "basename", "bash", "cat", "curl", "cut", "date", "df", "dirname", "env", "git", "grep", "head", "ln", "mkdir",
     "mktemp", "mv", "paste", "python3", "realpath", "rm", "rmdir", "sed", "seq", "sha256sum", "sleep", "sort",
-    "tail", "tr", "wc",
+    "tail", "tr", "wc", "xargs",
 )  # fmt: skip
 BSD = '#!/bin/sh\necho "$0: illegal option" >&2\nexit 1\n'
 
@@ -936,3 +1086,57 @@ def test_a_python_without_shared_library_is_named_before_anything_is_installed(r
     done = recipe.run("-1", "-1", base_python=str(python))
     assert done.returncode == 1 and fault in done.stderr and recipe.calls() == []
     assert recipe.run("-1", "-1", base_python=str(python), make_envs="0").returncode == 0
+
+
+@pytest.mark.parametrize("subfolder", ["", "data", "checkpoints"])
+def test_an_experiment_folder_that_cannot_be_written_to_is_named_before_any_work(recipe, subfolder):
+    exp_dir = Path("/proc/experiment")
+    if subfolder:
+        exp_dir = recipe.exp_dir
+        exp_dir.mkdir(parents=True)
+        (exp_dir / subfolder).symlink_to("/proc/data")
+    faulty = exp_dir / subfolder if subfolder else Path("/proc")
+    shows_arguments = recipe.root / "bin/python3"  # scripts/check.py prints the faults that it is passed
+    shows_arguments.write_text(f'#!/bin/sh\n[ "$1" = -IS ] && exec {sys.executable} "$@"\necho "$@"\nexit 1\n')
+    shows_arguments.chmod(0o755)
+    for arguments in (("0", "5"), ("--check",)):
+        done = recipe.run(*arguments, exp_dir=str(exp_dir))
+        fault = f"{faulty} cannot be written to (No such file or directory): set exp_dir to a folder that can"
+        assert done.returncode == 1 and fault in done.stderr + done.stdout, done.stderr
+    assert recipe.calls() == []
+
+
+def test_other_folders_that_cannot_be_written_to_are_named_or_replaced(recipe, tmp_path):
+    done = recipe.run("-1", "-1", venv_root="/proc/venv")
+    assert done.returncode == 1 and recipe.calls() == []
+    assert "/proc cannot be written to (No such file or directory): set venv_root" in done.stderr
+    done = recipe.run("--dry-run", "-1", "-1", venv_root="/proc/venv")
+    assert done.returncode == 0
+    variables = SHORT | {"XDG_CACHE_HOME": "/proc/cache", "HOME": str(tmp_path)}
+    used, log = exported(recipe, "XDG_CACHE_HOME", **variables)
+    assert used == f"/tmp/tts-grpo-cache-{os.getuid()}" and "the cache folder /proc cannot be written to" in log
+    used, log = exported(recipe, "PYTRITON_HOME", **SHORT | {"PYTRITON_HOME": "/proc/pytriton"})
+    assert used == f"/tmp/pytriton-{os.getuid()}" and "PYTRITON_HOME=/proc/pytriton is" in log
+
+
+ON_A_SMALL_DISK = """
+mkdir -p "$exp_dir" && mount -t tmpfs -o size=4m tmpfs "$exp_dir" || exit 99
+FILL=$1 bash "$0" 0 4
+echo "status $?" >&2
+rm "$exp_dir/fill"
+bash "$0" 0 4
+"""
+
+
+@pytest.mark.parametrize("program", ["prepare_data.py", "main_ppo", "merge.py", "infer_dist.py", "summarise.py"])
+def test_a_full_disk_is_named_and_the_next_run_completes(recipe, program):
+    recipe.calls_path.write_text("")
+    command = ["unshare", "--map-root-user", "--mount", "bash", "-c", ON_A_SMALL_DISK]
+    command += [str(recipe.root / "run.sh"), program]
+    done = subprocess.run(command, env=recipe.environment(), capture_output=True, text=True, timeout=120)
+    if "unshare: " in done.stderr or done.returncode == 99:
+        pytest.skip("this machine does not allow a mount namespace")
+    first = done.stderr.split("status ")[0]
+    assert f"the disk of {recipe.exp_dir} has only 0 MiB left" in first and "run the same command again" in first
+    assert "status 0" not in done.stderr and done.returncode == 0, done.stderr
+    assert recipe.calls()[-1] == "report.py"

@@ -47,6 +47,19 @@ def test_a_failure_just_before_the_end_counts(tmp_path, capsys):
     assert "training failed: no reward server" in capsys.readouterr().err
 
 
+def test_status_0_before_the_last_step_is_a_failure(tmp_path, capsys):
+    """For example, an override ends the training at an epoch's end, or a resumed training finds no data."""
+    tracker = tmp_path / "latest_checkpointed_iteration.txt"
+    for saved, status in (("8", 1), ("9", 0), ("", 1), (None, 1)):
+        tracker.unlink(missing_ok=True)
+        code = "pass" if saved is None else f"open({str(tracker)!r}, 'w').write({saved!r})"
+        flags = ["--log-file", str(tmp_path / "log"), "--total-steps", "9", "--failure-file", str(tmp_path / "failure")]
+        flags += ["--checkpoint-dir", str(tmp_path)]
+        assert train.main([*flags, "--", sys.executable, "-c", code]) == status, saved
+        said = f"training failed: veRL ended with status 0, but its newest checkpoint is of step {saved or 0} of 9"
+        assert (said in capsys.readouterr().err) == bool(status)
+
+
 def test_an_old_failure_does_not_count(tmp_path):
     (tmp_path / "failure").write_text("from the last run")
     assert run(tmp_path, "import time; time.sleep(1.5)") == 0
