@@ -16,6 +16,7 @@ On SIGTERM or SIGINT the server answers requests in flight and then stops. While
 """
 
 import argparse
+import hashlib
 import ipaddress
 import logging
 import multiprocessing
@@ -30,7 +31,9 @@ import numpy as np
 
 from tts_grpo.reward.libpython import libpython_fault, libpython_folder
 from tts_grpo.reward.ports import port_fault
-from tts_grpo.reward.protocol import MODEL_NAME, SPEECH_MODEL_NAME, encode_response, read_secret, text_tensor
+from tts_grpo.reward.protocol import MODEL_NAME, SPEECH_MODEL_NAME, VERSION, encode_response, read_secret, text_tensor
+from tts_grpo.speech.model_folders import TOKEN2WAV_FILES, token2wav_kind
+from tts_grpo.text.input_files import read_voices
 from tts_grpo.text.tokens import NUM_SPEECH_TOKENS
 
 logger = logging.getLogger(__name__)
@@ -281,13 +284,33 @@ def decoded(texts: np.ndarray) -> list[str]:
     return found
 
 
-def infer_function(instance: Instance):
-    """Return the PyTriton inference callable for scoring on one instance."""
+def identity(args) -> str:
+    """Return a hash of all that a reward depends on besides the request (see ``SERVER`` in the protocol)."""
+    files = [Path(args.token2wav_dir, name) for name in TOKEN2WAV_FILES[token2wav_kind(args.token2wav_dir)]]
+    files += sorted(path for path in args.asr_dir.iterdir() if path.is_file() and path.suffix != ".md")
+    if args.prompt_audio:
+        files.append(args.prompt_audio)
+    if args.prompt_list:
+        files += [args.prompt_list, *sorted({Path(voice["prompt_audio"]) for voice in read_voices(args.prompt_list)})]
+    options = (
+        VERSION, args.prompt_text, args.prompt_voice_per, args.seed, args.precision, args.reward_curve, args.tones,
+        args.language,
+    )  # fmt: skip
+    digest = hashlib.sha256(repr(options).encode())
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def infer_function(instance: Instance, server: str):
+    """Return the PyTriton inference callable for scoring on one instance; ``server`` is the result of `identity`."""
     from pytriton.decorators import batch
 
     @batch
     def infer(TOKENS, TOKEN_LENS, GT_TEXT):
-        return encode_response(instance.call("score", unpad(TOKENS, TOKEN_LENS), decoded(GT_TEXT[:, 0])))
+        scores = instance.call("score", unpad(TOKENS, TOKEN_LENS), decoded(GT_TEXT[:, 0]))
+        return encode_response(scores, server)
 
     return infer
 
@@ -342,7 +365,7 @@ def start_instances(args) -> list[Instance]:
     return instances
 
 
-def bind_models(triton, instances: list[Instance], config) -> None:
+def bind_models(triton, instances: list[Instance], config, server: str) -> None:
     """Bind the two models of tts_grpo/reward/protocol.py to Triton."""
     from pytriton.model_config import Tensor
 
@@ -366,7 +389,7 @@ def bind_models(triton, instances: list[Instance], config) -> None:
     )
     triton.bind(
         model_name=MODEL_NAME,
-        infer_func=[infer_function(instance) for instance in instances],
+        infer_func=[infer_function(instance, server) for instance in instances],
         inputs=[*tokens, Tensor(name="GT_TEXT", dtype=bytes, shape=(1,))],
         outputs=[
             Tensor(name="REWARDS", dtype=np.float32, shape=(1,)),
@@ -374,6 +397,7 @@ def bind_models(triton, instances: list[Instance], config) -> None:
             Tensor(name="TRANSCRIPTS", dtype=bytes, shape=(1,)),
             Tensor(name="UNIT_ERRORS", dtype=np.int32, shape=(-1,)),
             Tensor(name="UNIT_STARTS", dtype=np.int32, shape=(-1,)),
+            Tensor(name="SERVER", dtype=bytes, shape=(1,)),
             Tensor(name="RESCORED", dtype=np.int32, shape=(1,)),
             Tensor(name="ERRORS", dtype=bytes, shape=(1,)),
         ],
@@ -399,7 +423,8 @@ def serve(args, instances: list[Instance]) -> int:
         default_queue_policy=QueuePolicy(max_queue_size=args.max_queue_size),
     )
     with Triton(config=config, security_config=security) as triton:
-        bind_models(triton, instances, ModelConfig(max_batch_size=args.max_batch_size, batcher=batcher))
+        config = ModelConfig(max_batch_size=args.max_batch_size, batcher=batcher)
+        bind_models(triton, instances, config, identity(args))
         triton.run()
         logger.info("ready: %s at http://%s:%d", MODEL_NAME, args.address, args.http_port)
         try:

@@ -9,7 +9,7 @@ from tts_grpo.text.jsonl import numbered_rows, read_jsonl, write_jsonl
 
 def response(reward=0.5, error=""):
     values = {"REWARDS": reward, "ERROR_RATES": 0.25, "TRANSCRIPTS": "你好", "ERRORS": error}
-    units = {"UNIT_ERRORS": [0, 1, -1], "UNIT_STARTS": [0, 7, -1], "RESCORED": [1]}
+    units = {"UNIT_ERRORS": [0, 1, -1], "UNIT_STARTS": [0, 7, -1], "SERVER": ["hash"], "RESCORED": [1]}
     values = units | {name: [value] for name, value in values.items()}
     return {"outputs": [{"name": name, "data": data} for name, data in values.items()]}
 
@@ -72,6 +72,7 @@ def test_request_is_padded_to_its_bucket():
 
 
 def test_response():
+    assert decode_response(response()).server == "hash"
     assert decode_response(response()) == RolloutScore(0.5, 0.25, "你好", (0, 1), (0, 7), rescored=True)
 
 

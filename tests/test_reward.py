@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -235,6 +236,29 @@ def test_a_rollout_that_one_server_cannot_score_is_tried_once_more_on_the_next(m
     (result,) = score_all(RewardClient(["http://a:1", "http://b:1"], patience_s=0), [([1], "好")])
     assert isinstance(result, UnscoredRolloutError) and "http://b:1: not finite; before that, http://a:1" in str(result)
     assert len(servers.asked) == 4
+
+
+def test_a_server_that_computes_other_rewards_is_refused(monkeypatch, assets, tmp_path):
+    """Whether it is another one of several, or the same address after a restart with other models."""
+    first, other = (RolloutScore(0.5, 0.2, "好", server=name) for name in ("first", "other"))
+    Servers(monkeypatch, first, other, first)
+    results = score_all(RewardClient(["http://a:1", "http://b:1"]), [([1], "好")] * 3)
+    assert results[0] == results[2] == first and isinstance(results[1], RewardServerError)
+    assert "http://b:1 computes other rewards than http://a:1 does" in str(results[1])
+    Servers(monkeypatch, first, other)
+    results = score_all(RewardClient(["http://a:1"]), [([1], "好")] * 2)
+    assert "http://a:1 computes other rewards than it did before" in str(results[1])
+    shutil.copytree(assets / "asr_reward", tmp_path / "asr")
+    flags = ["--token2wav-dir", str(assets / "token2wav"), "--asr-dir"]
+    same = token2wav_asr_server.identity(get_args([*flags, str(assets / "asr_reward")]))
+    assert token2wav_asr_server.identity(get_args([*flags, str(tmp_path / "asr")])) == same
+    (tmp_path / "asr/am.mvn").write_text("other features")
+    changed = [[*flags, str(tmp_path / "asr")]]
+    changed += [
+        [*flags, str(assets / "asr_reward"), *extra]
+        for extra in (["--no-tones"], ["--language", "en"], ["--reward-curve", "exp"], ["--precision", "fp16"])
+    ]
+    assert len({token2wav_asr_server.identity(get_args(arguments)) for arguments in changed} | {same}) == 6
 
 
 def test_patience_begins_with_the_first_failure(monkeypatch):

@@ -57,7 +57,7 @@ class RewardClient:
         self.server_urls = [url.rstrip("/") for url in server_urls]
         self.timeout_s, self.patience_s = timeout_s, patience_s
         self.backoff_s, self.max_backoff_s = backoff_s, max_backoff_s
-        self._request_numbers = itertools.count()
+        self._request_numbers, self._identity = itertools.count(), None
         self._slots = asyncio.Semaphore(max_in_flight)
         self._session: aiohttp.ClientSession | None = None
 
@@ -74,7 +74,9 @@ class RewardClient:
             for attempt in itertools.count():
                 url = self.server_urls[(first + attempt) % len(self.server_urls)]
                 try:
-                    return dataclasses.replace(await self._request(url, body), attempts=attempt + 1)
+                    score = dataclasses.replace(await self._request(url, body), attempts=attempt + 1)
+                    self._check_identity(score.server, url)
+                    return score
                 except SampleError as error:
                     if sample_error:
                         raise UnscoredRolloutError(f"{url}: {error}; before that, {sample_error}") from error
@@ -92,6 +94,16 @@ class RewardClient:
                 f"no reward after {attempt + 1} attempts, {waited_s:.0f} s after the first failure; the last failed "
                 f"with {failure}. Is the reward server running? Start it with: bash run.sh 1 1; then start training "
                 "again: it resumes from its last checkpoint"
+            )
+
+    def _check_identity(self, server: str, url: str) -> None:
+        """Raise RewardServerError if a server differs from the first one that answered this client."""
+        first, first_url = self._identity = self._identity or (server, url)
+        if server != first:
+            before = f"{first_url} does" if first_url != url else "it did before"
+            raise RewardServerError(
+                f"{url} computes other rewards than {before}: its models, voices, language, curve, tones or precision "
+                "differ. Start the same server everywhere; training resumes from its last checkpoint"
             )
 
     async def _request(self, url: str, body: bytes) -> RolloutScore:

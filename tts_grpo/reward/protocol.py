@@ -17,6 +17,9 @@ ERROR_RATES    float32 [B, 1] pinyin error rate from which the reward is compute
 TRANSCRIPTS    bytes   [B, 1] transcript by the ASR model
 UNIT_ERRORS    int32   [B, N] errors at each unit (syllable, word) of GT_TEXT, padded with -1
 UNIT_STARTS    int32   [B, N] index of the first speech token of each unit, padded with -1
+SERVER         bytes   [B, 1] what the reward depends on besides the request, as a hash: content
+                              of the models, voices, language, curve, tones, precision, and
+                              the version of this protocol
 RESCORED       int32   [B, 1] 1 if half precision overflowed and fp32 was used, else 0
 ERRORS         bytes   [B, 1] empty, or the reason why this sample could not be scored
 ============== ======= ====== ============================================================
@@ -48,10 +51,11 @@ if TYPE_CHECKING:  # scripts/check.py imports the names before any environment e
 
 # Numbers that reward_tts.py returns for each rollout besides the score: 1 if so, else 0
 ROLLOUT_COUNTS = ("bad_rollout", "unscored_rollout", "retried_rollout", "rescored_rollout", "empty_transcript")
+VERSION = 2  # of this protocol; 1 had no SERVER and no RESCORED
 MODEL_NAME = "token2wav_asr"
 SPEECH_MODEL_NAME = "token2wav"
 SPEECH_OUTPUT_NAMES = ("WAVEFORM", "WAVEFORM_LENS", "SAMPLE_RATE", "ERRORS")
-OUTPUT_NAMES = ("REWARDS", "ERROR_RATES", "TRANSCRIPTS", "UNIT_ERRORS", "UNIT_STARTS", "RESCORED", "ERRORS")
+OUTPUT_NAMES = ("REWARDS", "ERROR_RATES", "TRANSCRIPTS", "UNIT_ERRORS", "UNIT_STARTS", "SERVER", "RESCORED", "ERRORS")
 SECRET_FILE = "TTS_GRPO_SECRET_FILE"  # environment variable with the path of the file that holds a server's secret
 SECRET_HEADER = "triton-access-token"  # PyTriton's name
 # Only two buckets, so that batches fill: padding costs little to transfer, and the server sorts batches by length.
@@ -96,6 +100,7 @@ class RolloutScore:
         rescored: whether half precision overflowed, so that the speech was decoded again in fp32.
         error: why there is no score; empty if there is one.
         attempts: number of requests of the client until a server answered.
+        server: what the reward depends on besides the request, as a hash.
     """
 
     reward: float = float("nan")
@@ -106,6 +111,7 @@ class RolloutScore:
     rescored: bool = False
     error: str = ""
     attempts: int = field(default=1, compare=False)
+    server: str = field(default="", compare=False)
 
 
 def bucket(num_tokens: int) -> int:
@@ -171,8 +177,8 @@ def padded_tensor(rows: Sequence[Sequence[int]]) -> np.ndarray:
     return tensor
 
 
-def encode_response(scores: Sequence[RolloutScore]) -> dict[str, np.ndarray]:
-    """Return the tensors of the response for a batch."""
+def encode_response(scores: Sequence[RolloutScore], server: str) -> dict[str, np.ndarray]:
+    """Return the tensors of the response for a batch; ``server`` is the server's hash."""
     import numpy as np
 
     return {
@@ -181,6 +187,7 @@ def encode_response(scores: Sequence[RolloutScore]) -> dict[str, np.ndarray]:
         "TRANSCRIPTS": text_tensor([score.transcript for score in scores]),
         "UNIT_ERRORS": padded_tensor([score.unit_errors for score in scores]),
         "UNIT_STARTS": padded_tensor([score.unit_starts for score in scores]),
+        "SERVER": text_tensor([server] * len(scores)),
         "RESCORED": np.array([[score.rescored] for score in scores], np.int32),
         "ERRORS": text_tensor([score.error for score in scores]),
     }
@@ -196,11 +203,11 @@ def decode_response(body: dict) -> RolloutScore:
     """
     outputs = {output["name"]: output["data"] for output in body["outputs"]}
     units, starts = (tuple(n for n in outputs[name] if n >= 0) for name in ("UNIT_ERRORS", "UNIT_STARTS"))
-    reward, error_rate, transcript, rescored, error = (
-        outputs[name][0] for name in ("REWARDS", "ERROR_RATES", "TRANSCRIPTS", "RESCORED", "ERRORS")
+    reward, error_rate, transcript, server, rescored, error = (
+        outputs[name][0] for name in ("REWARDS", "ERROR_RATES", "TRANSCRIPTS", "SERVER", "RESCORED", "ERRORS")
     )
     if error:
         raise SampleError(f"the reward server could not score a sample: {error}")
     if not isinstance(reward, int | float) or not 0.0 <= reward <= 1.0:
         raise ValueError(f"the reward server answered with a reward of {reward}")
-    return RolloutScore(float(reward), float(error_rate), transcript, units, starts, bool(rescored))
+    return RolloutScore(float(reward), float(error_rate), transcript, units, starts, bool(rescored), server=server)
