@@ -13,8 +13,8 @@ import json
 import logging
 from pathlib import Path
 
-from tts_grpo.reward.client import RewardClient, RewardServerError
-from tts_grpo.reward.protocol import RolloutScore
+from tts_grpo.reward.client import RewardClient, RewardServerError, UnscoredRolloutError
+from tts_grpo.reward.protocol import ROLLOUT_COUNTS, RolloutScore
 from tts_grpo.text.input_files import read_known_answers
 from tts_grpo.text.jsonl import write_jsonl, write_text
 from tts_grpo.text.tokens import parse_speech_tokens
@@ -27,12 +27,12 @@ CHECK_BOUNDS = (0.6, 0.2)  # bounds on the mean reward: at least, for right text
 MAX_WRITTEN_LOSS = 0.05  # largest loss of mean reward if texts have digits instead of words
 
 _client: RewardClient | None = None
-_bad_rollouts = 0
+_bad_rollouts = _unscored_rollouts = _rollouts = 0  # of this worker
 
 
 async def compute_score(
     data_source, solution_str, ground_truth, extra_info=None, server_urls=DEFAULT_URL, failure_file=None,
-    by_syllable=False, patience_s=180.0, **_
+    by_syllable=False, patience_s=180.0, max_unscored_share=0.0, **_
 ):  # fmt: skip
     """Score one rollout.
 
@@ -46,18 +46,21 @@ async def compute_score(
             once; veRL itself would log the exception and let the other rollouts finish.
         patience_s: time in seconds for which failed requests are retried before the training is stopped.
         by_syllable: whether to return the errors of each syllable too, for tts_grpo/training/credit.py.
+        max_unscored_share: largest share of this worker's rollouts that servers may fail to score although they score
+            others; one more is allowed. Each of these is counted, and scores 0 like a bad one. With 0, the first one
+            stops the training.
 
     Returns:
-        ``score`` in [0, 1]; ``pinyin_error_rate``, ``num_speech_tokens`` and ``bad_rollout`` for the metrics; and
-        ``syllable_errors`` with ``by_syllable``. A rollout without speech tokens, or with an id outside the codebook,
-        is given a score of 0 and counts as bad.
+        ``score`` in [0, 1]; for the metrics, ``pinyin_error_rate``, ``num_speech_tokens`` and the numbers of
+        ``ROLLOUT_COUNTS``; and ``syllable_errors`` with ``by_syllable``. A rollout without speech tokens, or with an id
+        outside the codebook, is given a score of 0 and counts as bad.
 
     Raises:
         Exception: any error that prevented a reward, if there is no ``failure_file``. With one, the error is reported
             there and the call never returns.
     """
     try:
-        return await _score(solution_str, ground_truth, server_urls, by_syllable, patience_s)
+        return await _score(solution_str, ground_truth, server_urls, by_syllable, patience_s, max_unscored_share)
     except Exception as error:
         if failure_file is None:
             raise
@@ -65,9 +68,10 @@ async def compute_score(
 
 
 async def _score(
-    solution_str: str, ground_truth: str, server_urls: str, by_syllable: bool, patience_s: float
+    solution_str: str, ground_truth: str, server_urls: str, by_syllable: bool, patience_s: float, max_share: float
 ) -> dict[str, float | str]:
-    global _client
+    global _client, _rollouts, _unscored_rollouts
+    _rollouts += 1
     try:
         speech_tokens = parse_speech_tokens(solution_str)
     except ValueError as error:
@@ -76,7 +80,18 @@ async def _score(
         return _bad_rollout("no speech tokens", ground_truth, by_syllable)
     if _client is None:
         _client = RewardClient(server_urls.replace(",", " ").split(), patience_s=patience_s)
-    return _result(await _client.score(speech_tokens, ground_truth), len(speech_tokens), by_syllable)
+    try:
+        return _result(await _client.score(speech_tokens, ground_truth), len(speech_tokens), by_syllable)
+    except UnscoredRolloutError as error:
+        _unscored_rollouts += 1
+        if max_share == 0 or _unscored_rollouts > 1 + max_share * _rollouts:
+            raise RewardServerError(
+                f"{_unscored_rollouts} of {_rollouts} rollouts could not be scored, more than max_unscored_share="
+                f"{max_share} allows; the last, for {ground_truth!r}: {error}. Mend the cause, or allow a larger "
+                "share; the same command then resumes from the last checkpoint"
+            ) from error
+        logger.warning("unscored rollout %d of %d scores 0: %s", _unscored_rollouts, _rollouts, error)
+        return _result(RolloutScore(0.0, 1.0), len(speech_tokens), by_syllable, bad_rollout=1.0, unscored_rollout=1.0)
 
 
 async def _stop_training(error: Exception, ground_truth: str, failure_file: str) -> None:
@@ -93,18 +108,20 @@ def _bad_rollout(reason: str, ground_truth: str, by_syllable: bool) -> dict[str,
     global _bad_rollouts
     _bad_rollouts += 1
     logger.warning("bad rollout %d of this worker (%s) for %r scores 0", _bad_rollouts, reason, ground_truth[:40])
-    return _result(RolloutScore(reward=0.0, error_rate=1.0), 0, by_syllable, bad=True)
+    return _result(RolloutScore(reward=0.0, error_rate=1.0), 0, by_syllable, bad_rollout=1.0)
 
 
-def _result(
-    score: RolloutScore, num_speech_tokens: int, by_syllable: bool, bad: bool = False
-) -> dict[str, float | str]:
+def _result(score: RolloutScore, num_speech_tokens: int, by_syllable: bool, **counts: float) -> dict[str, float | str]:
     """Return the result for veRL: numbers, which become metrics, and the syllable errors as text for the trainer."""
     result = {
         "score": score.reward,
         "pinyin_error_rate": score.error_rate,
         "num_speech_tokens": float(num_speech_tokens),
-        "bad_rollout": float(bad),
+        **dict.fromkeys(ROLLOUT_COUNTS, 0.0),
+        "retried_rollout": float(score.attempts > 1),
+        "rescored_rollout": float(score.rescored),
+        "empty_transcript": float(not score.transcript.strip()),
+        **counts,
     }
     return result | ({credit.KEY: credit.encode(score.unit_errors, score.unit_starts)} if by_syllable else {})
 
@@ -119,7 +136,10 @@ def get_args(argv=None):
         "--check", action="store_true", help="known-answer check: right texts must score high, wrong ones low"
     )
     parser.add_argument("--output", type=Path, default=None, help="also write a JSONL with each line's score here")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.check and args.output:
+        parser.error("--check and --output exclude each other")
+    return args
 
 
 async def score_rows(args, rows: list[dict], texts: list[str]) -> list:
@@ -166,6 +186,29 @@ def lost_by_digits(args, rows: list[dict], scores: list) -> float:
     return mean_reward([scored for _, scored in pairs]) - mean_reward(again)
 
 
+def check_server(rows: list[dict], url: str, patience_s: float) -> dict:
+    """Run the known-answer check on one server.
+
+    Returns:
+        Mean rewards for the right and for wrong texts, and what texts with digits lose.
+
+    Raises:
+        RewardServerError: the server does not answer, or fails the check.
+    """
+    args = argparse.Namespace(server_urls=url, patience_s=patience_s)
+    texts = [row["text"] for row in rows]
+    scores = asyncio.run(score_rows(args, rows, texts))
+    wrong = asyncio.run(score_rows(args, rows, texts[1:] + texts[:1]))
+    result = {
+        "mean_reward": mean_reward(scores),
+        "mean_reward_of_wrong_texts": mean_reward(wrong),
+        "lost_by_digits": lost_by_digits(args, rows, scores),
+    }
+    if fault := known_answer_check(*result.values()):
+        raise RewardServerError(f"known-answer check of {url} failed: {fault}")
+    return result
+
+
 def load_rows(path: Path, limit: int | None) -> list[dict]:
     """Read the lines to score.
 
@@ -184,22 +227,18 @@ def load_rows(path: Path, limit: int | None) -> list[dict]:
 def main(argv=None):
     args = get_args(argv)
     rows = load_rows(args.jsonl, args.limit)
-    texts = [row["text"] for row in rows]
+    urls = args.server_urls.replace(",", " ").split()
     try:
-        scores = asyncio.run(score_rows(args, rows, texts))
-        result = {"samples": len(rows), "mean_reward": mean_reward(scores)}
         if args.check:
-            result["mean_reward_of_wrong_texts"] = mean_reward(
-                asyncio.run(score_rows(args, rows, texts[1:] + texts[:1]))
-            )
-            result["lost_by_digits"] = lost_by_digits(args, rows, scores)
+            for url in urls:
+                print(json.dumps({"server": url, "samples": len(rows)} | check_server(rows, url, args.patience_s)))
+        else:
+            scores = asyncio.run(score_rows(args, rows, [row["text"] for row in rows]))
+            print(json.dumps({"samples": len(rows), "mean_reward": mean_reward(scores)}))
     except RewardServerError as error:
         raise SystemExit(f"reward_tts.py: {error}") from None
-    print(json.dumps(result))
     if args.output:
         write_jsonl(args.output, (row | vars(scored) for row, scored in zip(rows, scores, strict=True)))
-    if args.check and (fault := known_answer_check(*list(result.values())[1:])):
-        raise SystemExit(f"reward_tts.py: known-answer check failed: {fault}")
 
 
 if __name__ == "__main__":

@@ -312,13 +312,16 @@ contradictions() {
     echo "mini_batch_size * rollout_n = $rollouts rollouts are not a multiple of micro_batch_size * GPUs = $passes: change one of them"
   ((pack_tokens == 0 || pack_tokens >= max_prompt_length + max_response_length)) ||
     echo "pack_tokens=$pack_tokens holds no rollout of max_prompt_length + max_response_length = $((max_prompt_length + max_response_length)) tokens: enlarge it, or set pack_tokens=0"
+  [[ $server_address =~ ^(127\..*|localhost|::1)$ || -n $server_secret_file ]] ||
+    echo "server_address=$server_address serves other machines: set server_secret_file to a file with a secret, the same for servers and training (SECURITY.md)"
   ((num_nodes == 1)) || [[ -n $ray_address ]] ||
     echo "num_nodes=$num_nodes needs ray_address: start Ray on each machine (ray start), see docs/full_size.md"
 }
 
 configure() {
   [[ -z $(type -t configure_profile) ]] || configure_profile
-  local by_syllable=false
+  local by_syllable=false check_freq=$check_reward_freq
+  ((check_reward)) || check_freq=0
   [[ $credit != syllable ]] || by_syllable=true
   # The rollouts' log-probabilities serve as those of the old policy. With top_p or top_k, however, they belong to the
   # truncated distribution, which the trainer does not compute. It then recomputes the old policy's log-probabilities.
@@ -336,6 +339,7 @@ configure() {
     --metrics-port "$metrics_port" --precision "$token2wav_precision" --devices "${device_list[@]}"
   )
   ((reward_tones)) || server_command+=(--no-tones)
+  [[ -z $server_secret_file ]] || server_command+=(--secret-file "$server_secret_file")
   server_command+=(--language "$language")
   text_flags=(--language "$language" --text-tags "$text_tags" --llm-text "$llm_text")
   data_flags=(
@@ -381,7 +385,7 @@ configure() {
     actor_rollout_ref.rollout.calculate_log_probs=True algorithm.rollout_correction.bypass_mode="$reuse_log_probs"
     actor_rollout_ref.actor.calculate_entropy=True # logged only: entropy_coeff is 0
     reward.custom_reward_function.path="$(hydra "$root/reward_tts.py")" reward.custom_reward_function.name=compute_score
-    "+reward.custom_reward_function.reward_kwargs={server_urls: $(hydra "$server_urls"), failure_file: $(hydra "$exp_dir/reward_failure"), by_syllable: $by_syllable, patience_s: $reward_patience_s}"
+    "+reward.custom_reward_function.reward_kwargs={server_urls: $(hydra "$server_urls"), failure_file: $(hydra "$exp_dir/reward_failure"), by_syllable: $by_syllable, patience_s: $reward_patience_s, max_unscored_share: $max_unscored_share, check_freq: $check_freq, known_answer_jsonl: $(hydra "$(realpath -m "$known_answer_jsonl")")}"
     trainer.n_gpus_per_node="$num_gpus" trainer.nnodes="$num_nodes"
     "trainer.logger=[console,tensorboard]" trainer.project_name=tts_grpo trainer.experiment_name="$(hydra "$exp_name")"
     trainer.default_local_dir="$(hydra "$exp_dir/checkpoints")" trainer.resume_mode=auto
@@ -417,6 +421,7 @@ main() {
   cd "$root"
   require_tools
   load_settings
+  [[ -z $server_secret_file ]] || export TTS_GRPO_SECRET_FILE=$server_secret_file
   if [[ $mode == settings ]]; then
     all_settings table
     return

@@ -6,14 +6,18 @@ rollout for listening. Each instance is a process with its own token2wav and ASR
 instances do not share a Python interpreter lock. Triton collects concurrent requests of one length bucket into batches
 and sends each batch to a free instance.
 
-The server is ready only when every instance has scored a batch. An instance that dies (out of memory, a CUDA error) is
-restarted, and the clients retry the batch that it had; no reward is ever made up. After more than MAX_DEATHS deaths the
-server stops with an error.
+The server is ready only when every instance has scored a batch. A sample that overflows in half precision is scored
+again in fp32. A batch for which an instance has too little memory is answered with status 500, and the client sends it
+again. An instance that takes longer than --batch-timeout-s for a batch is killed. An instance that dies (out of memory,
+a CUDA error) is restarted, and the clients retry the batch that it had; no reward is ever made up. After more than
+MAX_DEATHS deaths the server stops with an error.
 
 On SIGTERM or SIGINT the server answers requests in flight and then stops. While it loads, it stops at once.
 """
 
 import argparse
+import hashlib
+import ipaddress
 import logging
 import multiprocessing
 import os
@@ -27,7 +31,9 @@ import numpy as np
 
 from tts_grpo.reward.libpython import libpython_fault, libpython_folder
 from tts_grpo.reward.ports import port_fault
-from tts_grpo.reward.protocol import MODEL_NAME, SPEECH_MODEL_NAME, encode_response, text_tensor
+from tts_grpo.reward.protocol import MODEL_NAME, SPEECH_MODEL_NAME, VERSION, encode_response, read_secret, text_tensor
+from tts_grpo.speech.model_folders import TOKEN2WAV_FILES, token2wav_kind
+from tts_grpo.text.input_files import read_voices
 from tts_grpo.text.tokens import NUM_SPEECH_TOKENS
 
 logger = logging.getLogger(__name__)
@@ -62,10 +68,16 @@ def get_args(argv=None):
     parser.add_argument("--max-batch-size", type=int, default=32, help="maximum number of rollouts per batch")
     parser.add_argument("--max-queue-delay-ms", type=float, default=10.0, help="longest wait for a batch to fill")
     parser.add_argument("--max-queue-size", type=int, default=16384, help="waiting requests beyond this are refused")
+    parser.add_argument(
+        "--batch-timeout-s", type=float, default=240.0, help="an instance that takes longer for a batch is restarted"
+    )
     parser.add_argument("--reward-curve", choices=("tanh", "exp"), default="tanh", help="see tts_grpo/reward/curves.py")
     parser.add_argument("--no-tones", dest="tones", action="store_false", help="compare pinyin without tones")
     parser.add_argument("--language", choices=("zh", "en"), default="zh", help="language of texts and recogniser")
     parser.add_argument("--address", default="127.0.0.1", help="address to listen on; 0.0.0.0 serves other machines")
+    parser.add_argument(
+        "--secret-file", type=Path, default=None, help="file with a secret that scoring requests must have in a header"
+    )
     parser.add_argument("--http-port", type=int, default=8000, help="HTTP port")
     parser.add_argument("--grpc-port", type=int, default=8001, help="gRPC port")
     parser.add_argument("--metrics-port", type=int, default=8002, help="port of Prometheus metrics")
@@ -74,7 +86,21 @@ def get_args(argv=None):
         parser.error("a voice prompt needs both --prompt-audio and --prompt-text")
     if args.prompt_list and args.prompt_audio:
         parser.error("--prompt-list and --prompt-audio exclude each other")
+    try:
+        args.secret = read_secret(args.secret_file) if args.secret_file else None
+    except (OSError, ValueError) as error:
+        parser.error(f"--secret-file: {error}")
+    if not args.secret and not is_loopback(args.address):
+        parser.error(f"--address {args.address} serves other machines, which needs --secret-file (SECURITY.md)")
     return args
+
+
+def is_loopback(address: str) -> bool:
+    """Return whether only programs of this machine can connect to an address."""
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return address == "localhost"
 
 
 def serve_instance(pipe, args, device: str) -> None:
@@ -99,7 +125,12 @@ def serve_instance(pipe, args, device: str) -> None:
             method, *arguments = pipe.recv()
         except (EOFError, OSError):
             return
-        result = getattr(scorer, method)(*arguments)
+        try:
+            result = getattr(scorer, method)(*arguments)
+        except Exception as error:  # not because of a sample, as the scorer reports such errors in its result
+            logger.exception("an instance on %s could not score a batch", device)
+            pipe.send(BatchError(f"{type(error).__name__}: {error}"))
+            continue
         if faults := [item.error for item in result if item.error.startswith(FATAL_CUDA_ERRORS)]:
             # a CUDA context does not recover, so every later sample would fail
             logger.error("an instance on %s exits and will be restarted: %s", device, faults[0])
@@ -146,6 +177,10 @@ def warm_up(scorer, max_batch_size: int) -> None:
                 raise RuntimeError(score.error)
 
 
+class BatchError(RuntimeError):
+    """An instance could not score a batch, for example because of too little memory; it may succeed later."""
+
+
 class Instance:
     """A scorer process and the pipe to it."""
 
@@ -178,16 +213,22 @@ class Instance:
         """Call a method of the process's ``RewardScorer`` for one batch and return the result.
 
         Raises:
-            RuntimeError: the process died during the call and has been restarted. Triton answers the batch with status
-                500, and the client retries it.
+            RuntimeError: the process died or hung during the call, and has been restarted, or could not score the batch
+                for a reason of the machine. Triton answers the batch with status 500, and the client retries it.
         """
         with self.lock:
             try:
                 self.pipe.send((method, *arguments))
-                return self.pipe.recv()
+                if not self.pipe.poll(self.args.batch_timeout_s):
+                    logger.error("an instance on %s hangs: it is killed", self.device)
+                    self.process.kill()
+                result = self.pipe.recv()
             except (EOFError, OSError) as error:
                 self._restart()
                 raise RuntimeError("an instance of the reward server died at this batch: send it again") from error
+        if isinstance(result, BatchError):
+            raise result
+        return result
 
     def restart_if_dead(self) -> None:
         """Restart the process if it has died.
@@ -243,13 +284,33 @@ def decoded(texts: np.ndarray) -> list[str]:
     return found
 
 
-def infer_function(instance: Instance):
-    """Return the PyTriton inference callable for scoring on one instance."""
+def identity(args) -> str:
+    """Return a hash of all that a reward depends on besides the request (see ``SERVER`` in the protocol)."""
+    files = [Path(args.token2wav_dir, name) for name in TOKEN2WAV_FILES[token2wav_kind(args.token2wav_dir)]]
+    files += sorted(path for path in args.asr_dir.iterdir() if path.is_file() and path.suffix != ".md")
+    if args.prompt_audio:
+        files.append(args.prompt_audio)
+    if args.prompt_list:
+        files += [args.prompt_list, *sorted({Path(voice["prompt_audio"]) for voice in read_voices(args.prompt_list)})]
+    options = (
+        VERSION, args.prompt_text, args.prompt_voice_per, args.seed, args.precision, args.reward_curve, args.tones,
+        args.language,
+    )  # fmt: skip
+    digest = hashlib.sha256(repr(options).encode())
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def infer_function(instance: Instance, server: str):
+    """Return the PyTriton inference callable for scoring on one instance; ``server`` is the result of `identity`."""
     from pytriton.decorators import batch
 
     @batch
     def infer(TOKENS, TOKEN_LENS, GT_TEXT):
-        return encode_response(instance.call("score", unpad(TOKENS, TOKEN_LENS), decoded(GT_TEXT[:, 0])))
+        scores = instance.call("score", unpad(TOKENS, TOKEN_LENS), decoded(GT_TEXT[:, 0]))
+        return encode_response(scores, server)
 
     return infer
 
@@ -304,7 +365,7 @@ def start_instances(args) -> list[Instance]:
     return instances
 
 
-def bind_models(triton, instances: list[Instance], config) -> None:
+def bind_models(triton, instances: list[Instance], config, server: str) -> None:
     """Bind the two models of tts_grpo/reward/protocol.py to Triton."""
     from pytriton.model_config import Tensor
 
@@ -328,7 +389,7 @@ def bind_models(triton, instances: list[Instance], config) -> None:
     )
     triton.bind(
         model_name=MODEL_NAME,
-        infer_func=[infer_function(instance) for instance in instances],
+        infer_func=[infer_function(instance, server) for instance in instances],
         inputs=[*tokens, Tensor(name="GT_TEXT", dtype=bytes, shape=(1,))],
         outputs=[
             Tensor(name="REWARDS", dtype=np.float32, shape=(1,)),
@@ -336,6 +397,8 @@ def bind_models(triton, instances: list[Instance], config) -> None:
             Tensor(name="TRANSCRIPTS", dtype=bytes, shape=(1,)),
             Tensor(name="UNIT_ERRORS", dtype=np.int32, shape=(-1,)),
             Tensor(name="UNIT_STARTS", dtype=np.int32, shape=(-1,)),
+            Tensor(name="SERVER", dtype=bytes, shape=(1,)),
+            Tensor(name="RESCORED", dtype=np.int32, shape=(1,)),
             Tensor(name="ERRORS", dtype=bytes, shape=(1,)),
         ],
         config=config,
@@ -346,8 +409,11 @@ def bind_models(triton, instances: list[Instance], config) -> None:
 def serve(args, instances: list[Instance]) -> int:
     """Serve until a signal (returns 0), or until Triton ends or instances have died too often (returns 1)."""
     from pytriton.model_config import DynamicBatcher, ModelConfig, QueuePolicy
-    from pytriton.triton import Triton, TritonConfig
+    from pytriton.triton import DEFAULT_PROTECTED_ENDPOINTS, Triton, TritonConfig, TritonSecurityConfig
 
+    security = TritonSecurityConfig()  # management of models and memory needs a random secret
+    if args.secret:
+        security = TritonSecurityConfig(args.secret, [*DEFAULT_PROTECTED_ENDPOINTS, "inference"])
     config = TritonConfig(
         http_address=args.address, http_port=args.http_port, grpc_address=args.address, grpc_port=args.grpc_port,
         metrics_address=args.address, metrics_port=args.metrics_port, exit_timeout_secs=20,
@@ -356,8 +422,9 @@ def serve(args, instances: list[Instance]) -> int:
         max_queue_delay_microseconds=int(args.max_queue_delay_ms * 1000),
         default_queue_policy=QueuePolicy(max_queue_size=args.max_queue_size),
     )
-    with Triton(config=config) as triton:
-        bind_models(triton, instances, ModelConfig(max_batch_size=args.max_batch_size, batcher=batcher))
+    with Triton(config=config, security_config=security) as triton:
+        config = ModelConfig(max_batch_size=args.max_batch_size, batcher=batcher)
+        bind_models(triton, instances, config, identity(args))
         triton.run()
         logger.info("ready: %s at http://%s:%d", MODEL_NAME, args.address, args.http_port)
         try:

@@ -231,7 +231,7 @@ configure_profile() {
     configure_cpu_training
   elif [[ -n $ray_address ]]; then # Ray's processes were started elsewhere, without this environment
     profile_env+=(RAY_ADDRESS="$ray_address")
-    profile_verl_args+=("+ray_kwargs.ray_init.runtime_env.env_vars={PYTHONPATH: $(hydra "$root:$PYTHONPATH"), VERL_USE_EXTERNAL_MODULES: tts_grpo.training.trainer, TENSORBOARD_DIR: $(hydra "$exp_dir/tensorboard"), OMP_NUM_THREADS: '$train_threads'}")
+    profile_verl_args+=("+ray_kwargs.ray_init.runtime_env.env_vars={PYTHONPATH: $(hydra "$root:$PYTHONPATH"), VERL_USE_EXTERNAL_MODULES: tts_grpo.training.trainer, TENSORBOARD_DIR: $(hydra "$exp_dir/tensorboard"), OMP_NUM_THREADS: '$train_threads', TTS_GRPO_SECRET_FILE: $(hydra "$server_secret_file")}")
   else
     # Ray assigns any visible GPU, but those beyond num_gpus may belong to the reward server
     local gpus

@@ -45,6 +45,7 @@ setting llm_text raw "0 4" "raw|spoken" "what the language model reads: raw text
 
 # reward server (stage 1)
 setting server_address 127.0.0.1 - name "address that the reward server listens on; 0.0.0.0 serves other machines"
+setting server_secret_file '' - path? "file with a secret of at least 16 characters; needed to serve other machines"
 setting http_port 8000 - "int>=1<=65535" "HTTP port of the reward server"
 setting grpc_port 8001 - "int>=1<=65535" "gRPC port of the reward server"
 setting metrics_port 8002 - "int>=1<=65535" "port for metrics of the reward server"
@@ -56,6 +57,8 @@ setting server_instances 2 - "int>=1" "processes per device"
 setting server_threads 4 - "int>=1" "torch threads per process"
 setting server_batch_size 64 - "int>=1" "largest batch of rollouts"
 setting token2wav_precision fp16 2 "fp32|fp16|bf16" "precision of the server's token2wav"
+setting max_unscored_share 0.001 - "number>=0<=1" "largest share of rollouts that servers may fail to score, counted as bad; 0: none"
+setting check_reward_freq 50 - "int>=0" "steps between known-answer checks of the reward servers during the training; 0: none"
 setting check_reward 1 - "0|1" "0: train even if the known-answer check of the reward fails"
 setting reward_curve exp 2 "exp|tanh" "maps the error rate to the reward, see tts_grpo/reward/curves.py"
 setting reward_tones 0 2 "0|1" "1: tones count in the reward's pinyin error rate"

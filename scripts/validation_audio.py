@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tts_grpo.reward.protocol import SPEECH_MODEL_NAME, decode_speech_response, encode_speech_request
+from tts_grpo.reward.protocol import SPEECH_MODEL_NAME, decode_speech_response, encode_speech_request, secret_headers
 from tts_grpo.text.jsonl import read_jsonl
 from tts_grpo.text.tokens import parse_speech_tokens
 
@@ -50,7 +50,8 @@ def request_speech(server_url: str, speech_tokens: list[int]) -> tuple[list[int]
     """Speech decoded by the reward server: 16-bit samples and sample rate in Hz."""
     body = json.dumps(encode_speech_request(speech_tokens)).encode()
     url = f"{server_url.rstrip('/')}/v2/models/{SPEECH_MODEL_NAME}/infer"
-    with urllib.request.urlopen(url, data=body, timeout=TIMEOUT_S) as response:
+    request = urllib.request.Request(url, body, secret_headers())
+    with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
         return decode_speech_response(json.load(response))
 
 

@@ -3,13 +3,13 @@ import math
 
 import pytest
 
-from tts_grpo.reward.protocol import BUCKETS, RolloutScore, bucket, decode_response, encode_request
+from tts_grpo.reward.protocol import BUCKETS, RolloutScore, SampleError, bucket, decode_response, encode_request
 from tts_grpo.text.jsonl import numbered_rows, read_jsonl, write_jsonl
 
 
 def response(reward=0.5, error=""):
     values = {"REWARDS": reward, "ERROR_RATES": 0.25, "TRANSCRIPTS": "你好", "ERRORS": error}
-    units = {"UNIT_ERRORS": [0, 1, -1], "UNIT_STARTS": [0, 7, -1]}
+    units = {"UNIT_ERRORS": [0, 1, -1], "UNIT_STARTS": [0, 7, -1], "SERVER": ["hash"], "RESCORED": [1]}
     values = units | {name: [value] for name, value in values.items()}
     return {"outputs": [{"name": name, "data": data} for name, data in values.items()]}
 
@@ -72,7 +72,8 @@ def test_request_is_padded_to_its_bucket():
 
 
 def test_response():
-    assert decode_response(response()) == RolloutScore(0.5, 0.25, "你好", (0, 1), (0, 7))
+    assert decode_response(response()).server == "hash"
+    assert decode_response(response()) == RolloutScore(0.5, 0.25, "你好", (0, 1), (0, 7), rescored=True)
 
 
 @pytest.mark.parametrize("reward", [math.nan, -0.1, 1.1, None])
@@ -82,7 +83,7 @@ def test_an_invalid_reward_is_an_error(reward):
 
 
 def test_server_side_error_is_an_error():
-    with pytest.raises(ValueError, match="out of memory"):
+    with pytest.raises(SampleError, match="out of memory"):
         decode_response(response(reward=0.9, error="out of memory"))
 
 

@@ -115,6 +115,7 @@ def test_requests_keep_tokens_and_text(tokens, text):
 @given(st.one_of(st.floats(), st.none(), st.text(), st.booleans(), st.integers()))
 def test_only_rewards_from_0_to_1_are_accepted(reward):
     values = {"REWARDS": [reward], "ERROR_RATES": [0.5], "TRANSCRIPTS": ["好"], "UNIT_ERRORS": [0], "UNIT_STARTS": [0]}
+    values |= {"RESCORED": [0], "SERVER": ["hash"]}
     values |= {name: [""] for name in OUTPUT_NAMES if name not in values}
     body = {"outputs": [{"name": name, "data": data} for name, data in values.items()]}
     if isinstance(reward, int | float) and 0 <= reward <= 1:
@@ -126,15 +127,18 @@ def test_only_rewards_from_0_to_1_are_accepted(reward):
 
 unit_counts = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2000)), max_size=8)
 scores = st.builds(
-    lambda reward, transcript, units: RolloutScore(reward, 0.5, transcript, *(tuple(zip(*units)) or ((), ()))),
+    lambda reward, transcript, units, rescored: RolloutScore(
+        reward, 0.5, transcript, *(tuple(zip(*units)) or ((), ())), rescored
+    ),
     st.floats(0, 1, width=32), st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")), unit_counts,
+    st.booleans(),
 )  # fmt: skip
 
 
 @given(st.lists(scores, min_size=1, max_size=5))
 def test_scores_survive_the_round_trip(sent):
     """Each rollout of a batch is returned as its own response, in Triton's JSON format."""
-    tensors = encode_response(sent)
+    tensors = encode_response(sent, "hash")
     assert set(tensors) == set(OUTPUT_NAMES)
     for i, score in enumerate(sent):
         rows = {name: tensor[i] for name, tensor in tensors.items()}

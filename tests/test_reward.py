@@ -2,13 +2,14 @@ import asyncio
 import concurrent.futures
 import json
 import logging
-import multiprocessing
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import types
 import urllib.error
@@ -22,8 +23,8 @@ import reward_tts
 import token2wav_asr_server
 from tests.conftest import RewardServer
 from token2wav_asr_server import get_args, load_scorer
-from tts_grpo.reward.client import RewardClient, RewardServerError
-from tts_grpo.reward.protocol import MODEL_NAME, encode_request
+from tts_grpo.reward.client import RewardClient, RewardServerError, UnscoredRolloutError
+from tts_grpo.reward.protocol import MODEL_NAME, SECRET_FILE, RolloutScore, SampleError, encode_request
 from tts_grpo.reward.scorer import RewardScorer
 from tts_grpo.text.jsonl import read_jsonl
 from tts_grpo.text.tokens import format_speech_tokens
@@ -93,7 +94,7 @@ def test_bad_input_is_refused_or_named(reward_server, rows):
     good, bad = score_all(
         RewardClient([reward_server.url]), [(rows[0]["speech_tokens"], rows[0]["text"]), ([9999], "好")]
     )
-    assert isinstance(out_of_range, RewardServerError) and "not in [0, 6561)" in str(out_of_range)
+    assert isinstance(out_of_range, UnscoredRolloutError) and "not in [0, 6561)" in str(out_of_range)
     assert isinstance(no_word, RewardServerError) and "no word" in str(no_word)
     assert good.reward > 0.3 and isinstance(bad, RewardServerError)
 
@@ -156,6 +157,35 @@ def test_any_exception_is_reported_and_gives_no_reward(tmp_path, monkeypatch, ar
     assert reported in failure_file.read_text(encoding="utf-8")
 
 
+def test_unscored_rollouts_are_counted_up_to_a_small_share(monkeypatch):
+    """With at most 10%, and one more, the third of 12 rollouts that servers cannot score stops the training."""
+
+    async def score(client, tokens, text):
+        if tokens == [0]:
+            raise UnscoredRolloutError("not finite")
+        return RolloutScore(0.5, 0.1, "好")
+
+    monkeypatch.setattr(RewardClient, "score", score)
+    monkeypatch.setattr(reward_tts, "_client", None)
+    for name in ("_rollouts", "_unscored_rollouts"):
+        monkeypatch.setattr(reward_tts, name, 0)
+
+    def compute(tokens, **options):
+        return asyncio.run(reward_tts.compute_score("", tokens, "好", **options))
+
+    bad, good = "<|s_0|>", "<|s_1|>"
+    results = [compute(tokens, max_unscored_share=0.1) for tokens in [good] * 9 + [bad] * 2]
+    assert [r["unscored_rollout"] for r in results] == [r["bad_rollout"] for r in results] == [0.0] * 9 + [1.0] * 2
+    assert [r["score"] for r in results[-3:]] == [0.5, 0.0, 0.0]
+    with pytest.raises(
+        RewardServerError, match="3 of 12 rollouts could not be scored, more than max_unscored_share=0.1"
+    ):
+        compute(bad, max_unscored_share=0.1)
+    monkeypatch.setattr(reward_tts, "_unscored_rollouts", 0)
+    with pytest.raises(RewardServerError, match="1 of 13 rollouts"):
+        compute(bad)
+
+
 def test_no_server_is_an_error_and_never_a_reward(rows):
     client = RewardClient(["http://127.0.0.1:9"], patience_s=0.05, backoff_s=0.01)
     (result,) = score_all(client, [(rows[0]["speech_tokens"], rows[0]["text"])])
@@ -181,10 +211,85 @@ def test_requests_are_sent_round_robin(monkeypatch):
     assert sorted(asked) == sorted(urls * 4)
 
 
+class Servers:
+    """Fakes of the client's requests: each answer is a score or an error, and each request is noted."""
+
+    def __init__(self, monkeypatch, *answers):
+        self.asked, answers = [], list(answers)
+
+        async def answer(client, url, body):
+            self.asked.append(url)
+            result = answers.pop(0)
+            if isinstance(result, Exception):
+                raise result
+            return result
+
+        monkeypatch.setattr(RewardClient, "_request", answer)
+
+
+def test_a_rollout_that_one_server_cannot_score_is_tried_once_more_on_the_next(monkeypatch):
+    bad, scored = SampleError("not finite"), RolloutScore(0.5, 0.2, "好")
+    servers = Servers(monkeypatch, bad, scored, bad, bad)
+    client = RewardClient(["http://a:1", "http://b:1"], patience_s=0)
+    (result,) = score_all(client, [([1], "好")])
+    assert (result.reward, result.attempts) == (0.5, 2) and servers.asked == ["http://a:1", "http://b:1"]
+    (result,) = score_all(RewardClient(["http://a:1", "http://b:1"], patience_s=0), [([1], "好")])
+    assert isinstance(result, UnscoredRolloutError) and "http://b:1: not finite; before that, http://a:1" in str(result)
+    assert len(servers.asked) == 4
+
+
+def test_a_server_that_computes_other_rewards_is_refused(monkeypatch, assets, tmp_path):
+    """Whether it is another one of several, or the same address after a restart with other models."""
+    first, other = (RolloutScore(0.5, 0.2, "好", server=name) for name in ("first", "other"))
+    Servers(monkeypatch, first, other, first)
+    results = score_all(RewardClient(["http://a:1", "http://b:1"]), [([1], "好")] * 3)
+    assert results[0] == results[2] == first and isinstance(results[1], RewardServerError)
+    assert "http://b:1 computes other rewards than http://a:1 does" in str(results[1])
+    Servers(monkeypatch, first, other)
+    results = score_all(RewardClient(["http://a:1"]), [([1], "好")] * 2)
+    assert "http://a:1 computes other rewards than it did before" in str(results[1])
+    shutil.copytree(assets / "asr_reward", tmp_path / "asr")
+    flags = ["--token2wav-dir", str(assets / "token2wav"), "--asr-dir"]
+    same = token2wav_asr_server.identity(get_args([*flags, str(assets / "asr_reward")]))
+    assert token2wav_asr_server.identity(get_args([*flags, str(tmp_path / "asr")])) == same
+    (tmp_path / "asr/am.mvn").write_text("other features")
+    changed = [[*flags, str(tmp_path / "asr")]]
+    changed += [
+        [*flags, str(assets / "asr_reward"), *extra]
+        for extra in (["--no-tones"], ["--language", "en"], ["--reward-curve", "exp"], ["--precision", "fp16"])
+    ]
+    assert len({token2wav_asr_server.identity(get_args(arguments)) for arguments in changed} | {same}) == 6
+
+
+def test_patience_begins_with_the_first_failure(monkeypatch):
+    """The time that a request waited in the server's queue before it failed does not count."""
+    asked = []
+
+    async def slow_failure(client, url, body):
+        asked.append(url)
+        await asyncio.sleep(0.3)
+        raise TimeoutError("no answer")
+
+    monkeypatch.setattr(RewardClient, "_request", slow_failure)
+    (result,) = score_all(RewardClient(["http://a:1"], patience_s=0.2, backoff_s=0.01), [([1], "好")])
+    assert len(asked) == 2 and "no reward after 2 attempts" in str(result)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_shutdown_answers_what_is_in_flight(assets, tmp_path, rows, number):
-    server = RewardServer(assets, tmp_path / "log")
+def test_shutdown_answers_what_is_in_flight_and_a_secret_is_needed(assets, tmp_path, rows, number, monkeypatch):
+    """The server of the first case asks for a secret, that of the second one does not."""
+    secret = tmp_path / "secret"
+    secret.write_text("a-secret-of-25-characters\n")
+    flags = ["--secret-file", str(secret)] if number == signal.SIGTERM else []
+    server = RewardServer(assets, tmp_path / "log", *flags)
     server.wait_ready()
+    if flags:
+        for text in ("", "another-secret-of-that-sort"):
+            (tmp_path / "wrong").write_text(text)
+            monkeypatch.setenv(SECRET_FILE, str(tmp_path / "wrong") if text else "")
+            (refused,) = score_all(RewardClient([server.url], patience_s=0), [([1, 2], "好")])
+            assert isinstance(refused, RewardServerError) and "refused a request with status 40" in str(refused)
+        monkeypatch.setenv(SECRET_FILE, str(secret))
     pairs = [(row["speech_tokens"], row["text"]) for row in rows] * 3
 
     async def go():
@@ -206,27 +311,29 @@ def test_shutdown_answers_what_is_in_flight(assets, tmp_path, rows, number):
         urllib.request.urlopen(server.url, timeout=5)
 
 
-def kill_instance(server: RewardServer) -> None:
+def kill_instance(server: RewardServer, number: int = signal.SIGKILL) -> None:
     """Kill the scoring process with SIGKILL, as the kernel does when memory runs out."""
     children = subprocess.run(
         ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(server.process.pid)], capture_output=True, text=True
     )
     (pid,) = [int(line.split()[0]) for line in children.stdout.splitlines() if "spawn_main" in line]
-    os.kill(pid, signal.SIGKILL)
+    os.kill(pid, number)
 
 
-def test_a_dead_instance_is_restarted_until_it_dies_too_often(assets, tmp_path, rows, monkeypatch):
+def test_a_dead_or_hung_instance_is_restarted_until_it_dies_too_often(assets, tmp_path, rows, monkeypatch):
     """The client waits for the restart, and then gets the same rewards as from a server that never failed."""
-    server = RewardServer(assets, tmp_path / "log", max_deaths=1)
+    server = RewardServer(assets, tmp_path / "log", "--batch-timeout-s", "20", max_deaths=2)
     server.wait_ready()
     pairs = [(row["speech_tokens"], row["text"]) for row in rows[:4]]
     before = score_all(RewardClient([server.url]), pairs)
-    kill_instance(server)
-    assert score_all(RewardClient([server.url], patience_s=120), pairs) == before
-    assert server.process.poll() is None and "is ready again" in server.log.read_text()
+    for number, message in ((signal.SIGKILL, "has died with code -9"), (signal.SIGSTOP, "hangs: it is killed")):
+        kill_instance(server, number)
+        assert score_all(RewardClient([server.url], patience_s=120), pairs) == before
+        assert server.process.poll() is None and message in server.log.read_text()
+    assert server.log.read_text().count("is ready again") == 2
     kill_instance(server)
     assert server.process.wait(timeout=60) == 1
-    assert "instances have died 2 times; stopping" in server.log.read_text()
+    assert "instances have died 3 times; stopping" in server.log.read_text()
 
 
 def test_a_signal_while_it_loads_ends_the_server(assets, tmp_path):
@@ -251,21 +358,49 @@ def test_a_taken_port_is_named_before_anything_is_loaded(assets, tmp_path):
     assert "no token2wav model found" not in done.stderr
 
 
-def test_an_instance_that_loses_its_cuda_context_exits(monkeypatch):
-    """Otherwise every later sample would fail. A process that has ended is restarted."""
-    ours, theirs = multiprocessing.Pipe()
-    lost = types.SimpleNamespace(error="AcceleratorError: CUDA error: device-side assert triggered")
-    scorer = types.SimpleNamespace(score=lambda *_: [lost])
+def run_instance(monkeypatch, score) -> list:
+    """Run an instance's loop on one batch, with a fake of the scorer; returns what it sent after its ready message."""
+    scorer = types.SimpleNamespace(score=score)
     monkeypatch.setattr(token2wav_asr_server, "load_scorer", lambda *_: scorer)
     monkeypatch.setattr(token2wav_asr_server, "warm_up", lambda *_: None)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(logging, "disable", lambda *_: None)
-    ours.send(("score", [[1]], ["好"]))
-    token2wav_asr_server.serve_instance(theirs, types.SimpleNamespace(threads=1, max_batch_size=1), "cpu")
-    theirs.close()
-    assert ours.recv() == ""  # the message that the instance is ready
-    with pytest.raises(EOFError):
-        ours.recv()
+    batches = iter([("score", [[1]], ["好"])])
+    sent = []
+
+    def receive():
+        try:
+            return next(batches)
+        except StopIteration:
+            raise EOFError from None
+
+    pipe = types.SimpleNamespace(recv=receive, send=sent.append)
+    token2wav_asr_server.serve_instance(pipe, types.SimpleNamespace(threads=1, max_batch_size=1), "cpu")
+    assert sent[0] == ""
+    return sent[1:]
+
+
+def test_an_instance_that_loses_its_cuda_context_exits(monkeypatch):
+    """Otherwise every later sample would fail. A process that has ended is restarted."""
+    lost = types.SimpleNamespace(error="AcceleratorError: CUDA error: device-side assert triggered")
+    assert run_instance(monkeypatch, lambda *_: [lost]) == []
+    scored = types.SimpleNamespace(error="")
+    assert run_instance(monkeypatch, lambda *_: [scored]) == [[scored]]
+
+
+def test_too_little_memory_for_a_batch_is_not_an_answer(monkeypatch):
+    """Triton answers such a batch with status 500, and the client sends it again."""
+
+    def score(*_):
+        raise MemoryError("cuda:0 is full")
+
+    (sent,) = run_instance(monkeypatch, score)
+    assert isinstance(sent, token2wav_asr_server.BatchError) and "MemoryError: cuda:0 is full" in str(sent)
+    instance = object.__new__(token2wav_asr_server.Instance)
+    instance.lock, instance.args = threading.Lock(), types.SimpleNamespace(batch_timeout_s=1.0)
+    instance.pipe = types.SimpleNamespace(send=lambda _: None, poll=lambda _: True, recv=lambda: sent)
+    with pytest.raises(token2wav_asr_server.BatchError, match="cuda:0 is full"):
+        instance.call("score", [[1]], ["好"])
 
 
 def test_a_broken_model_folder_is_named_at_start(assets, tmp_path):
@@ -283,3 +418,15 @@ def test_an_instance_on_a_second_gpu_makes_it_the_current_one(monkeypatch):
     args = get_args(["--token2wav-dir", "x", "--asr-dir", "y", "--devices", "cuda:1"])
     with pytest.raises(pytest.fail.Exception, match="cuda:1"):
         load_scorer(args, args.devices[0])
+
+
+def test_other_machines_are_served_only_with_a_secret(tmp_path, capsys):
+    flags = ["--token2wav-dir", "x", "--asr-dir", "y", "--address"]
+    for address in ("127.0.0.1", "::1", "localhost"):
+        assert get_args([*flags, address]).secret is None
+    (tmp_path / "short").write_text("0123456789")
+    for extra, message in (([], "needs --secret-file"), (["--secret-file", str(tmp_path / "short")], "at least 16"),
+                           (["--secret-file", str(tmp_path / "none")], "No such file")):  # fmt: skip
+        with pytest.raises(SystemExit):
+            get_args([*flags, "0.0.0.0", *extra])
+        assert message in capsys.readouterr().err

@@ -393,6 +393,8 @@ def test_rollouts_must_fill_the_micro_batches(recipe):
     assert done.returncode == 1 and "train_batch_size=16 is not a multiple of mini_batch_size=5" in done.stderr
     done = recipe.run("0", "0", pack_tokens="200")
     assert done.returncode == 1 and "pack_tokens=200 holds no rollout" in done.stderr
+    done = recipe.run("0", "0", server_address="0.0.0.0")
+    assert done.returncode == 1 and "set server_secret_file" in done.stderr
     done = recipe.run("0", "0", prompt_voice_per="group")
     assert done.returncode == 1 and "prompt_voice_per=group: expected text or rollout" in done.stderr
     assert recipe.calls() == []

@@ -17,19 +17,25 @@ pytestmark = pytest.mark.slow
 
 
 class RecordingDecoder:
-    """A decoder that records the voices passed to it; token 0 makes a waveform with non-finite values."""
+    """A decoder that records the voices passed to it; token 0 makes a waveform with non-finite values.
+
+    Token 7 does so in half precision only.
+    """
 
     sample_rate_hz = 16_000
 
-    def __init__(self):
-        self.voices = []
+    def __init__(self, half=False):
+        self.voices, self.half = [], half
+
+    def exact(self):
+        return RecordingDecoder() if self.half else self
 
     def __call__(self, speech_tokens, prompt_voices=None, seed=0):
         self.voices.append(list(prompt_voices))
         lens = torch.tensor([640 * len(tokens) for tokens in speech_tokens])
         waveforms = torch.zeros(len(lens), int(lens.max()))
         for row, tokens in zip(waveforms, speech_tokens, strict=True):
-            row[0] = float("nan") if 0 in tokens else 0.0
+            row[0] = float("nan") if 0 in tokens or (self.half and 7 in tokens) else 0.0
         return waveforms, lens
 
 
@@ -38,6 +44,9 @@ class Quiet:
 
     def __init__(self, token2wav):
         self.token2wav, self.sample_rate_hz = token2wav, token2wav.sample_rate_hz
+
+    def exact(self):
+        return self
 
     def __call__(self, speech_tokens, prompt_voices=None, seed=0):
         waveforms, lens = self.token2wav(speech_tokens, prompt_voices, seed)
@@ -128,3 +137,30 @@ def test_features_of_a_batch_are_the_frontends(asr):
         expected, expected_len = frontend(wave[None], torch.tensor([len(wave)]))
         assert length == expected_len[0]
         torch.testing.assert_close(row[:length], expected[0], rtol=1e-4, atol=1e-3)
+
+
+def test_what_overflows_in_half_precision_is_scored_in_fp32():
+    """Samples 1 and 3 overflow in half precision; sample 3 is not finite in fp32 either."""
+    scorer = RewardScorer(RecordingDecoder(half=True), FixedAsr())
+    scores = scorer.score([[1, 2], [7, 2], [3] * 9], ["你好"] * 3)
+    assert [score.rescored for score in scores] == [False, True, False]
+    assert all(score.error == "" and score.reward == 1.0 for score in scores)
+    scores = scorer.score([[1, 2], [7, 2], [3] * 9, [7, 0]], ["你好"] * 4)
+    assert [score.error == "" for score in scores] == [True, True, True, False]
+    assert "not finite in fp32" in scores[3].error and np.isnan(scores[3].reward)
+    assert [speech.error for speech in scorer.synthesise([[7, 2]])] == [""]
+
+
+@pytest.mark.parametrize("error", [MemoryError("full"), torch.OutOfMemoryError("full")])
+def test_too_little_memory_is_not_an_error_of_the_sample(error):
+    class Small(RecordingDecoder):
+        def __call__(self, speech_tokens, prompt_voices=None, seed=0):
+            if len(speech_tokens) > 1 or 5 in speech_tokens[0]:
+                raise error
+            return super().__call__(speech_tokens, prompt_voices, seed)
+
+    scorer = RewardScorer(Small(), FixedAsr())
+    scores = scorer.score([[1, 2], [3, 4]], ["你好"] * 2)  # one by one
+    assert [score.error for score in scores] == ["", ""]
+    with pytest.raises(type(error)):
+        scorer.score([[1, 2], [5]], ["你好"] * 2)

@@ -79,6 +79,25 @@ def test_reward_wait_starts_at_the_end_of_the_last_generation(found):
     assert found["wait_for_rewards"] == {"step": 9.0, "generation": 2.0, "reward_wait": 1.5}
 
 
+def test_shares_of_rollouts_are_logged(found):
+    shares, of_another_reward = found["shares"]
+    assert shares == {
+        "rollouts/bad_rollout": 0.5, "rollouts/unscored_rollout": 0.0, "rollouts/retried_rollout": 1.0,
+        "rollouts/rescored_rollout": 0.0, "rollouts/empty_transcript": 0.5,
+        "rollouts/other_tokens": (4 + 3) / 16,  # without the end tokens
+    }  # fmt: skip
+    assert of_another_reward == {}
+
+
+def test_servers_are_checked_again_during_the_training_and_a_wrong_one_stops_it(found):
+    asked, error = found["checked_servers"]
+    assert asked == [[3, "http://a", 64], [3, "http://b", 64], [5, "http://a", 64], [5, "http://b", 64]]
+    assert (
+        error.startswith("after 4 steps: right texts score 0.1")
+        and "the check before it passed 2 steps ago" in error.lower()
+    )
+
+
 def test_a_failed_rollout_stops_the_training(found):
     assert found["failed_rollout"].startswith("RuntimeError: 1 of 2 prompts of this step have a failed rollout")
     assert found["failed_validation"].startswith("RuntimeError: 1 of 2 rollouts of this validation failed")

@@ -26,6 +26,7 @@ def recipe(venv_root, tmp_path_factory):
     small = {
         "total_steps": "2", "train_batch_size": "2", "rollout_n": "2", "max_response_length": "48", "save_freq": "1",
         "test_freq": "2", "micro_batch_size": "4", "server_instances": "1", "server_batch_size": "4",
+        "check_reward_freq": "1",
     }  # fmt: skip
     test_jsonl = folder / "dev.jsonl"
     lines = (ROOT / "assets/tiny/data/dev.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
@@ -73,6 +74,7 @@ def test_trains_survives_a_kill_and_merges(recipe):
     metrics = dict(filter(None, map(parse_step, log.splitlines())))[2]
     share, *bounds = (metrics[f"critic/advantages/{name}"] for name in ("nonzero", "min", "max"))
     assert (share > 0) == any(bounds)  # veRL logs the advantages after credit by syllable, the profile's setting
+    assert metrics["rollouts/unscored_rollout"] == metrics["rollouts/other_tokens"] == 0
     assert 0 < metrics["timing_s/generation"] < metrics["timing_s/step"]
     assert len(audio) == 4 and all(events[-1][0] == 2 for events in audio.values()), done.stdout[-3000:]
     merged = exp_dir / "merged_hf_model"

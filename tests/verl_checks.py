@@ -150,6 +150,45 @@ def wait_for_rewards(folder):
     return ppo_trainer._compute_metrics(BATCH, {}, timing, global_steps=1, epoch=0)
 
 
+def shares(folder):
+    infos = [
+        {"bad_rollout": 1.0, "unscored_rollout": 0.0, "retried_rollout": 1.0, "rescored_rollout": 0.0,
+         "empty_transcript": 1.0, "num_speech_tokens": 0.0},
+        {"bad_rollout": 0.0, "unscored_rollout": 0.0, "retried_rollout": 1.0, "rescored_rollout": 0.0,
+         "empty_transcript": 0.0, "num_speech_tokens": 7.0},
+    ]  # fmt: skip
+    return [trainer.rollout_shares(infos, [5, 11]), trainer.rollout_shares([{}, {}], [5, 11])]
+
+
+def checked_servers(folder):
+    """Steps before which servers are checked, and what happens when the check of one fails."""
+    import reward_tts
+
+    known = LLM.parent / "data/dev.jsonl"
+    options = {
+        "by_syllable": True,
+        "check_freq": 2,
+        "known_answer_jsonl": str(known),
+        "server_urls": "http://a,http://b",
+    }
+    ppo_trainer, asked = make_trainer(), []
+    ppo_trainer.config.reward.custom_reward_function.reward_kwargs = options
+
+    def check(rows, url, patience_s):
+        asked.append([ppo_trainer.global_steps, url, len(rows)])
+        if (ppo_trainer.global_steps, url) == (5, "http://b"):
+            raise reward_tts.RewardServerError("right texts score 0.1")
+
+    reward_tts.check_server = check
+    for step in range(1, 6):
+        ppo_trainer.global_steps = step
+        try:
+            ppo_trainer.on_step_begin()
+        except RuntimeError as error:
+            return [asked, str(error)]
+    return [asked, ""]
+
+
 def failed_rollout(folder):
     ppo_trainer = make_trainer()
     ppo_trainer.checkpoint_manager = types.SimpleNamespace(sleep_replicas=lambda: None)
@@ -245,7 +284,7 @@ def result(check, folder: str):
 
 
 if __name__ == "__main__":
-    checks = (patched, constructed, refused, not_refused, seconds, advantages, missing_errors, wait_for_rewards,
-              failed_rollout, failed_validation, dump, engines, head_without_a_bias, unfused_head_with_a_bias,
-              other_kernel_with_a_bias, head_with_a_bias, rollout_seeds)  # fmt: skip
+    checks = (patched, constructed, refused, not_refused, seconds, advantages, missing_errors, wait_for_rewards, shares,
+              checked_servers, failed_rollout, failed_validation, dump, engines, head_without_a_bias,
+              unfused_head_with_a_bias, other_kernel_with_a_bias, head_with_a_bias, rollout_seeds)  # fmt: skip
     sys.stdout.write(json.dumps({check.__name__: result(check, sys.argv[1]) for check in checks}) + "\n")

@@ -4,6 +4,7 @@ A request that fails raises an error; it never gives a default reward.
 """
 
 import asyncio
+import dataclasses
 import itertools
 import json
 import logging
@@ -12,7 +13,14 @@ from collections.abc import Sequence
 
 import aiohttp
 
-from tts_grpo.reward.protocol import MODEL_NAME, RolloutScore, decode_response, encode_request
+from tts_grpo.reward.protocol import (
+    MODEL_NAME,
+    RolloutScore,
+    SampleError,
+    decode_response,
+    encode_request,
+    secret_headers,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +28,11 @@ RETRIED_STATUS = (429, 500, 502, 503, 504)
 
 
 class RewardServerError(RuntimeError):
-    """No reward could be computed. Training must stop, because the cause is not the rollout."""
+    """No reward could be computed, and the cause is not the rollout: training must stop."""
+
+
+class UnscoredRolloutError(RewardServerError):
+    """Servers that score other rollouts could not score this one."""
 
 
 class RewardClient:
@@ -32,8 +44,8 @@ class RewardClient:
         server_urls: base URLs of the servers, such as "http://127.0.0.1:8000".
         max_in_flight: largest number of unanswered requests; further requests wait in the client.
         timeout_s: timeout of one request in seconds, including the time in the server's queue.
-        patience_s: time in seconds for which a failed request is retried, each time at the next server. It should be
-            longer than a server takes to restart; 0 means one attempt.
+        patience_s: time in seconds, from its first failure, for which a request is retried, each time at the next
+            server. It should be longer than a server takes to restart; 0 means one attempt.
         backoff_s: wait in seconds after the first failed attempt; it doubles with each further one.
         max_backoff_s: longest wait in seconds between two attempts.
     """
@@ -45,7 +57,7 @@ class RewardClient:
         self.server_urls = [url.rstrip("/") for url in server_urls]
         self.timeout_s, self.patience_s = timeout_s, patience_s
         self.backoff_s, self.max_backoff_s = backoff_s, max_backoff_s
-        self._request_numbers = itertools.count()
+        self._request_numbers, self._identity = itertools.count(), None
         self._slots = asyncio.Semaphore(max_in_flight)
         self._session: aiohttp.ClientSession | None = None
 
@@ -53,32 +65,51 @@ class RewardClient:
         """Score one rollout.
 
         Raises:
-            RewardServerError: no server returned a reward in time, a server refused the request, or the sample could
-                not be scored.
+            RewardServerError: no server returned a reward in time, or a server refused the request.
+            UnscoredRolloutError: a server could not score this rollout, nor could the next one (or the same one again).
         """
         body = json.dumps(encode_request(speech_tokens, ground_truth), ensure_ascii=False).encode()
         async with self._slots:
-            first, begin = next(self._request_numbers), time.monotonic()
+            first, failed_at, sample_error = next(self._request_numbers), None, None
             for attempt in itertools.count():
                 url = self.server_urls[(first + attempt) % len(self.server_urls)]
                 try:
-                    return await self._request(url, body)
+                    score = dataclasses.replace(await self._request(url, body), attempts=attempt + 1)
+                    self._check_identity(score.server, url)
+                    return score
+                except SampleError as error:
+                    if sample_error:
+                        raise UnscoredRolloutError(f"{url}: {error}; before that, {sample_error}") from error
+                    sample_error = f"{url}: {error}"
+                    continue
                 except (TimeoutError, aiohttp.ClientError, ConnectionError) as error:
                     failure = f"{url}: {type(error).__name__}: {error}"
-                wait_s, waited_s = min(self.max_backoff_s, self.backoff_s * 2**attempt), time.monotonic() - begin
+                failed_at = failed_at or time.monotonic()
+                wait_s, waited_s = min(self.max_backoff_s, self.backoff_s * 2**attempt), time.monotonic() - failed_at
                 if waited_s + wait_s > self.patience_s:
                     break
                 logger.warning("reward request failed (%s), retrying in %.1f s", failure, wait_s)
                 await asyncio.sleep(wait_s)
             raise RewardServerError(
-                f"no reward after {attempt + 1} attempts in {waited_s:.0f} s; the last failed with {failure}. Is the "
-                "reward server running? Start it with: bash run.sh 1 1; then start the training again: it resumes from "
-                "its last checkpoint"
+                f"no reward after {attempt + 1} attempts, {waited_s:.0f} s after the first failure; the last failed "
+                f"with {failure}. Is the reward server running? Start it with: bash run.sh 1 1; then start training "
+                "again: it resumes from its last checkpoint"
+            )
+
+    def _check_identity(self, server: str, url: str) -> None:
+        """Raise RewardServerError if a server differs from the first one that answered this client."""
+        first, first_url = self._identity = self._identity or (server, url)
+        if server != first:
+            before = f"{first_url} does" if first_url != url else "it did before"
+            raise RewardServerError(
+                f"{url} computes other rewards than {before}: its models, voices, language, curve, tones or precision "
+                "differ. Start the same server everywhere; training resumes from its last checkpoint"
             )
 
     async def _request(self, url: str, body: bytes) -> RolloutScore:
         if self._session is None:
             self._session = aiohttp.ClientSession(
+                headers=secret_headers(),
                 timeout=aiohttp.ClientTimeout(total=self.timeout_s, sock_connect=10.0),
                 connector=aiohttp.TCPConnector(limit=0),
             )
@@ -90,6 +121,8 @@ class RewardClient:
                 raise RewardServerError(f"{url} refused a request with status {response.status}: {answer[:500]}")
         try:
             return decode_response(json.loads(answer))
+        except SampleError:
+            raise
         except (KeyError, ValueError) as error:
             raise RewardServerError(f"{url}: {type(error).__name__}: {error}") from error
 

@@ -17,6 +17,10 @@ ERROR_RATES    float32 [B, 1] pinyin error rate from which the reward is compute
 TRANSCRIPTS    bytes   [B, 1] transcript by the ASR model
 UNIT_ERRORS    int32   [B, N] errors at each unit (syllable, word) of GT_TEXT, padded with -1
 UNIT_STARTS    int32   [B, N] index of the first speech token of each unit, padded with -1
+SERVER         bytes   [B, 1] what the reward depends on besides the request, as a hash: content
+                              of the models, voices, language, curve, tones, precision, and
+                              the version of this protocol
+RESCORED       int32   [B, 1] 1 if half precision overflowed and fp32 was used, else 0
 ERRORS         bytes   [B, 1] empty, or the reason why this sample could not be scored
 ============== ======= ====== ============================================================
 
@@ -35,19 +39,51 @@ A bad rollout (no speech tokens, or an id out of range) is never sent to the ser
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # scripts/check.py imports the names before any environment exists
     import numpy as np
 
+# Numbers that reward_tts.py returns for each rollout besides the score: 1 if so, else 0
+ROLLOUT_COUNTS = ("bad_rollout", "unscored_rollout", "retried_rollout", "rescored_rollout", "empty_transcript")
+VERSION = 2  # of this protocol; 1 had no SERVER and no RESCORED
 MODEL_NAME = "token2wav_asr"
 SPEECH_MODEL_NAME = "token2wav"
 SPEECH_OUTPUT_NAMES = ("WAVEFORM", "WAVEFORM_LENS", "SAMPLE_RATE", "ERRORS")
-OUTPUT_NAMES = ("REWARDS", "ERROR_RATES", "TRANSCRIPTS", "UNIT_ERRORS", "UNIT_STARTS", "ERRORS")
+OUTPUT_NAMES = ("REWARDS", "ERROR_RATES", "TRANSCRIPTS", "UNIT_ERRORS", "UNIT_STARTS", "SERVER", "RESCORED", "ERRORS")
+SECRET_FILE = "TTS_GRPO_SECRET_FILE"  # environment variable with the path of the file that holds a server's secret
+SECRET_HEADER = "triton-access-token"  # PyTriton's name
 # Only two buckets, so that batches fill: padding costs little to transfer, and the server sorts batches by length.
 BUCKETS = (512, 2048)
+
+
+def read_secret(path: str | Path) -> str:
+    """Return the secret in a file, without white space around it.
+
+    Raises:
+        ValueError: it is shorter than 16 characters, or has other characters than letters, digits and + / = . _ -
+    """
+    secret = Path(path).read_text(encoding="utf-8").strip()
+    if not re.fullmatch(r"[A-Za-z0-9+/=._-]{16,}", secret):
+        raise ValueError(
+            f"{path}: a secret has at least 16 letters, digits or + / = . _ -, as of: head -c 24 /dev/urandom | base64"
+        )
+    return secret
+
+
+def secret_headers() -> dict[str, str]:
+    """Return the HTTP headers of requests: the secret of ``TTS_GRPO_SECRET_FILE``, if that is set."""
+    path = os.environ.get(SECRET_FILE)
+    return {SECRET_HEADER: read_secret(path)} if path else {}
+
+
+class SampleError(ValueError):
+    """A server could not score a sample, although it scored others."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +97,10 @@ class RolloutScore:
         unit_errors: errors at each unit (syllable or word) of the reference's usual reading; their sum divided by the
             number of units is the error rate. If another reading is aligned, its errors are mapped to these units.
         unit_starts: index of the first speech token of each unit.
+        rescored: whether half precision overflowed, so that the speech was decoded again in fp32.
         error: why there is no score; empty if there is one.
+        attempts: number of requests of the client until a server answered.
+        server: what the reward depends on besides the request, as a hash.
     """
 
     reward: float = float("nan")
@@ -69,7 +108,10 @@ class RolloutScore:
     transcript: str = ""
     unit_errors: tuple[int, ...] = ()
     unit_starts: tuple[int, ...] = ()
+    rescored: bool = False
     error: str = ""
+    attempts: int = field(default=1, compare=False)
+    server: str = field(default="", compare=False)
 
 
 def bucket(num_tokens: int) -> int:
@@ -135,8 +177,8 @@ def padded_tensor(rows: Sequence[Sequence[int]]) -> np.ndarray:
     return tensor
 
 
-def encode_response(scores: Sequence[RolloutScore]) -> dict[str, np.ndarray]:
-    """Return the tensors of the response for a batch."""
+def encode_response(scores: Sequence[RolloutScore], server: str) -> dict[str, np.ndarray]:
+    """Return the tensors of the response for a batch; ``server`` is the server's hash."""
     import numpy as np
 
     return {
@@ -145,6 +187,8 @@ def encode_response(scores: Sequence[RolloutScore]) -> dict[str, np.ndarray]:
         "TRANSCRIPTS": text_tensor([score.transcript for score in scores]),
         "UNIT_ERRORS": padded_tensor([score.unit_errors for score in scores]),
         "UNIT_STARTS": padded_tensor([score.unit_starts for score in scores]),
+        "SERVER": text_tensor([server] * len(scores)),
+        "RESCORED": np.array([[score.rescored] for score in scores], np.int32),
         "ERRORS": text_tensor([score.error for score in scores]),
     }
 
@@ -154,15 +198,16 @@ def decode_response(body: dict) -> RolloutScore:
 
     Raises:
         KeyError: an output is missing, so the server does not implement this protocol.
-        ValueError: the server could not score the sample, or its reward is not in [0, 1].
+        SampleError: the server could not score the sample.
+        ValueError: the reward is not in [0, 1].
     """
     outputs = {output["name"]: output["data"] for output in body["outputs"]}
     units, starts = (tuple(n for n in outputs[name] if n >= 0) for name in ("UNIT_ERRORS", "UNIT_STARTS"))
-    reward, error_rate, transcript, error = (
-        outputs[name][0] for name in ("REWARDS", "ERROR_RATES", "TRANSCRIPTS", "ERRORS")
+    reward, error_rate, transcript, server, rescored, error = (
+        outputs[name][0] for name in ("REWARDS", "ERROR_RATES", "TRANSCRIPTS", "SERVER", "RESCORED", "ERRORS")
     )
     if error:
-        raise ValueError(f"the reward server could not score a sample: {error}")
+        raise SampleError(f"the reward server could not score a sample: {error}")
     if not isinstance(reward, int | float) or not 0.0 <= reward <= 1.0:
         raise ValueError(f"the reward server answered with a reward of {reward}")
-    return RolloutScore(float(reward), float(error_rate), transcript, units, starts)
+    return RolloutScore(float(reward), float(error_rate), transcript, units, starts, bool(rescored), server=server)

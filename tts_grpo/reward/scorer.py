@@ -5,13 +5,14 @@ import time
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from tts_grpo.reward.curves import reward
 from tts_grpo.reward.protocol import RolloutScore
 from tts_grpo.speech.asr.recogniser import Transcript
 from tts_grpo.speech.asr.sensevoice import SenseVoice
 from tts_grpo.speech.audio import ASR_HZ, resample_batch
-from tts_grpo.speech.decoder import PromptVoice, Token2Wav, check_finite
+from tts_grpo.speech.decoder import PromptVoice, Token2Wav, decode_finite
 from tts_grpo.speech.voices import choose_voice
 from tts_grpo.text.errors import align_sentences, locate_errors
 from tts_grpo.text.tokens import TOKEN_HZ, format_speech_tokens
@@ -61,10 +62,16 @@ class RewardScorer:
         Args:
             speech_tokens: B sequences of speech token ids.
             ground_truths: B reference texts.
+
+        Raises:
+            MemoryError, torch.OutOfMemoryError: too little memory for one of the samples alone. This is a fault of the
+                machine, which other programs may have caused, and not of the sample.
         """
         try:
             return self._score(speech_tokens, ground_truths)
         except Exception as error:
+            if len(speech_tokens) == 1 and isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+                raise
             if len(speech_tokens) == 1:
                 return [RolloutScore(error=f"{type(error).__name__}: {error}")]
             pairs = zip(speech_tokens, ground_truths, strict=True)
@@ -76,11 +83,13 @@ class RewardScorer:
             if not reference.units:
                 raise ValueError(f"the ground truth {reference.raw!r} has no word")
         voices = [self._voice(*pair) for pair in zip(ground_truths, speech_tokens, strict=True)]
-        transcripts = self.synthesise_and_transcribe(speech_tokens, voices)
+        transcripts, rescored = self.synthesise_and_transcribe(speech_tokens, voices)
         start = time.perf_counter()
         scores = [
-            self._compare(reference, transcript, len(tokens) / TOKEN_HZ)
-            for reference, transcript, tokens in zip(references, transcripts, speech_tokens, strict=True)
+            dataclasses.replace(self._compare(reference, transcript, len(tokens) / TOKEN_HZ), rescored=i in rescored)
+            for i, (reference, transcript, tokens) in enumerate(
+                zip(references, transcripts, speech_tokens, strict=True)
+            )
         ]
         self.seconds["text"] += time.perf_counter() - start
         return scores
@@ -102,23 +111,27 @@ class RewardScorer:
         voice = choose_voice(self.prompt_voices, "", self.seed)
         for tokens in speech_tokens:
             try:
-                waveforms, lens = self.token2wav([tokens], [voice])
-                check_finite(waveforms)
+                waveforms, lens, _ = decode_finite(self.token2wav, [tokens], [voice])
                 samples = np.round(np.clip(waveforms[0, : lens[0]].cpu().numpy(), -1, 1) * 32767).astype(np.int16)
                 results.append(SampleSpeech(samples, rate))
             except Exception as error:
                 results.append(SampleSpeech(np.zeros(0, np.int16), rate, f"{type(error).__name__}: {error}"))
         return results
 
-    def synthesise_and_transcribe(self, speech_tokens: Sequence[Sequence[int]], voices=None) -> list[Transcript]:
-        """Synthesise speech tokens, each with its voice prompt, and transcribe the waveforms."""
+    def synthesise_and_transcribe(
+        self, speech_tokens: Sequence[Sequence[int]], voices=None
+    ) -> tuple[list[Transcript], list[int]]:
+        """Synthesise speech tokens, each with its voice prompt, and transcribe the waveforms.
+
+        Returns:
+            The transcripts, and the indices of samples that overflowed in half precision and were decoded in fp32.
+        """
         start = time.perf_counter()
-        waveforms, lens = self.token2wav(speech_tokens, voices)
+        waveforms, lens, rescored = decode_finite(self.token2wav, speech_tokens, voices)
         waveforms = resample_batch(waveforms, self.token2wav.sample_rate_hz, ASR_HZ)
         lens = (lens * ASR_HZ // self.token2wav.sample_rate_hz).tolist()
-        check_finite(waveforms)  # synchronises with the decoder, so that its time is not counted as ASR time
         decoded = time.perf_counter()
         transcripts = self.asr.transcribe_with_onsets([wave[:n] for wave, n in zip(waveforms, lens, strict=True)])
         self.seconds["token2wav"] += decoded - start
         self.seconds["asr"] += time.perf_counter() - decoded
-        return transcripts
+        return transcripts, rescored

@@ -42,6 +42,9 @@ class Token2Wav(Protocol):
     def warm_up(self) -> None:
         """Do one-time work that would slow down the first batches, such as compiling."""
 
+    def exact(self) -> "Token2Wav":
+        """The same decoder in fp32: itself, or loaded at the first call if this one uses half precision."""
+
     def __call__(
         self,
         speech_tokens: Sequence[Sequence[int]],
@@ -61,6 +64,7 @@ class Token2Wav(Protocol):
 
         Raises:
             ValueError: a sequence is empty or has an id out of range; the message names the item.
+            MemoryError: the device has too little free memory for one of the sequences, even alone.
         """
 
 
@@ -87,7 +91,27 @@ def pad_speech_tokens(speech_tokens: Sequence[Sequence[int]]) -> tuple[torch.Ten
     return padded, lens
 
 
-def check_finite(waveforms: torch.Tensor) -> None:
-    """Raise ValueError if decoded speech has NaN or infinite samples."""
-    if not waveforms.isfinite().all():
-        raise ValueError("the decoded speech is not finite: if the precision is fp16, use bf16 or fp32")
+def decode_finite(
+    token2wav: Token2Wav, speech_tokens: Sequence[Sequence[int]], prompt_voices=None, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """Decode a batch; sequences whose speech is not finite in half precision are decoded again in fp32.
+
+    Args and the first two results are those of :class:`Token2Wav`; the third has the indices that were decoded again.
+
+    Raises:
+        ValueError: the speech of a sequence has NaN or infinite samples in fp32, too.
+    """
+    waveforms, lens = token2wav(speech_tokens, prompt_voices, seed)
+    again = (~waveforms.isfinite().all(dim=1)).nonzero()[:, 0].tolist()
+    if not again:
+        return waveforms, lens, again
+    exact = token2wav.exact()
+    waveforms = waveforms.clone()
+    if exact is not token2wav:
+        voices = prompt_voices and [prompt_voices[i] for i in again]
+        decoded, _ = exact([speech_tokens[i] for i in again], voices, seed)
+        waveforms[again] = 0.0
+        waveforms[again, : decoded.shape[1]] = decoded
+    if not (finite := waveforms[again].isfinite().all(dim=1)).all():
+        raise ValueError(f"item {again[finite.tolist().index(False)]}: the decoded speech is not finite in fp32")
+    return waveforms, lens, again

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tts_grpo.speech.decoder import PromptVoice, Token2Wav, check_finite
+from tts_grpo.speech.decoder import PromptVoice, Token2Wav, decode_finite
 from tts_grpo.speech.model_folders import TOKEN2WAV_FILES, token2wav_kind
 from tts_grpo.speech.tiny.token2wav import TinyToken2Wav
 
@@ -50,15 +50,14 @@ def decode(
         seed: random seed of the decoder.
 
     Raises:
-        ValueError: a waveform is not finite.
+        ValueError: a waveform is not finite, not even in fp32.
     """
     voices = voices or [None] * len(speech_tokens)
     waveforms = [np.zeros(0, np.float32)] * len(speech_tokens)
     order = sorted((i for i, tokens in enumerate(speech_tokens) if tokens), key=lambda i: len(speech_tokens[i]))
     for first in range(0, len(order), batch_size):
         batch = order[first : first + batch_size]
-        waves, lens = token2wav([speech_tokens[i] for i in batch], [voices[i] for i in batch], seed)
-        check_finite(waves)
+        waves, lens, _ = decode_finite(token2wav, [speech_tokens[i] for i in batch], [voices[i] for i in batch], seed)
         for i, wave, length in zip(batch, waves.cpu(), lens, strict=True):
             waveforms[i] = wave[:length].numpy()
     return waveforms

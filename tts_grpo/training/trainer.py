@@ -11,6 +11,10 @@ each veRL process import this module before the registry lookup. The subclass ad
   generating, so a request's latency is misleading. ``timing_s/generation`` is the time from the start of a step to the
   end of its last generation; ``timing_s/reward_wait`` is the time from there to the last reward. Both are computed from
   the seconds that veRL's agent loop records per rollout, and assume that all rollouts of a step start together.
+- Counts of rollouts that are bad, could not be scored, were tried again, and so on, as shares of a step's rollouts
+  (``rollouts/...``).
+- The known-answer check of the reward servers again before every ``check_reward_freq`` steps: a server that no longer
+  tells right from wrong stops the training.
 - A shorter polling interval for the rollouts of a step. veRL polls every 2 s, which adds 1 s per step on average.
 - Validation dumps in ``trainer.validation_data_dir`` are written atomically.
 """
@@ -26,6 +30,7 @@ import verl
 from omegaconf import DictConfig, open_dict
 from tensordict import TensorDict
 
+from tts_grpo.reward.protocol import ROLLOUT_COUNTS
 from tts_grpo.training.credit import KEY, syllable_advantages
 from tts_grpo.training.verl_version import require_verl
 
@@ -35,6 +40,7 @@ from verl.trainer.ppo.v1 import PPOTrainerSync, register_trainer  # noqa: E402  
 
 NAME = "tts_grpo"
 POLL_S = 0.1
+KNOWN_ANSWERS = 64  # entries of the file that a check takes
 
 
 def credits_syllables(config: DictConfig) -> bool:
@@ -109,6 +115,24 @@ def group_advantages(
     return advantages
 
 
+def rollout_shares(infos: list[dict], num_tokens: list[int]) -> dict[str, float]:
+    """Return the share of a step's rollouts of which each of ``ROLLOUT_COUNTS`` is true, and of tokens of other kinds.
+
+    Args:
+        infos: what the reward function returned for each rollout; those of another reward may lack the numbers.
+        num_tokens: number of generated tokens of each rollout, the end token included.
+    """
+    shares = {
+        f"rollouts/{name}": float(np.mean([info[name] for info in infos]))
+        for name in ROLLOUT_COUNTS
+        if all(name in info for info in infos)
+    }
+    if infos and all("num_speech_tokens" in info for info in infos):
+        others = [max(0.0, n - 1 - info["num_speech_tokens"]) for info, n in zip(infos, num_tokens, strict=True)]
+        shares["rollouts/other_tokens"] = float(sum(others) / sum(num_tokens))
+    return shares
+
+
 def _failed(failed: int, expected: int, what: str) -> RuntimeError:
     return RuntimeError(
         f"{failed} of {expected} {what}: their exceptions are in the log above, where veRL logged them. Training "
@@ -138,6 +162,24 @@ class SpeechGRPOTrainer(PPOTrainerSync):
         replay_buffer = super()._build_replay_buffer()
         replay_buffer.poll_interval = POLL_S
         return replay_buffer
+
+    def on_step_begin(self):
+        super().on_step_begin()
+        options = self.config.reward.custom_reward_function.get("reward_kwargs") or {}
+        every, done = int(options.get("check_freq", 0)), self.global_steps - 1
+        if not every or not done or done % every:
+            return
+        import reward_tts  # imports of this module's processes that need no reward server stay small
+
+        rows = reward_tts.load_rows(Path(options["known_answer_jsonl"]), KNOWN_ANSWERS)
+        for url in options["server_urls"].replace(",", " ").split():
+            try:
+                reward_tts.check_server(rows, url, float(options.get("patience_s", 180)))
+            except reward_tts.RewardServerError as error:
+                raise RuntimeError(
+                    f"after {done} steps: {error}. The check before it passed {every} steps ago: rewards since then "
+                    "may be wrong. Mend the server, delete the checkpoints after that step, and start training again"
+                ) from error
 
     def on_sample_end(self):
         super().on_sample_end()
@@ -170,8 +212,11 @@ class SpeechGRPOTrainer(PPOTrainerSync):
         return tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=output)
 
     def _compute_metrics(self, batch, metrics, timing_raw, **kwargs):
-        rows = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["metrics"])
+        fields = ["metrics", "rm_scores", "extra_fields"]
+        rows = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
         timing_raw.update(rollout_seconds(rows["metrics"]))
+        infos = [(extra or {}).get("reward_extra_info", {}) for extra in rows["extra_fields"]]
+        metrics.update(rollout_shares(infos, [len(row) for row in rows["rm_scores"].unbind()]))
         return super()._compute_metrics(batch, metrics, timing_raw, **kwargs)
 
     @staticmethod

@@ -32,6 +32,9 @@ class TinyToken2Wav:
             module.load_state_dict(load_file(Path(model_dir) / f"{name}.safetensors"))
             module.float().eval().to(self.device)
 
+    def exact(self) -> "TinyToken2Wav":
+        return self
+
     @torch.inference_mode()
     def encode(self, recordings: Sequence[np.ndarray]) -> list[list[int]]:
         lens = torch.tensor([len(recording) for recording in recordings])
