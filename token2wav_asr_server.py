@@ -7,10 +7,10 @@ instances do not share a Python interpreter lock. Triton collects concurrent req
 and sends each batch to a free instance.
 
 The server is ready only when every instance has scored a batch. A sample that overflows in half precision is scored
-again in fp32. A batch for which an instance has too little memory is answered with status 500, and the client sends it
-again. An instance that takes longer than --batch-timeout-s for a batch is killed. An instance that dies (out of memory,
-a CUDA error) is restarted, and the clients retry the batch that it had; no reward is ever made up. After more than
-MAX_DEATHS deaths the server stops with an error.
+again in fp32. A batch that fails for a reason of the machine, such as too little memory, is answered with status 500,
+and the client sends it again. An instance that takes longer than --batch-timeout-s for a batch is killed. An instance
+that dies (out of memory, a CUDA error) is restarted, and the clients retry the batch that it had; no reward is ever
+made up. After more than MAX_DEATHS deaths the server stops with an error.
 
 On SIGTERM or SIGINT the server answers requests in flight and then stops. While it loads, it stops at once.
 """
@@ -21,6 +21,7 @@ import ipaddress
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -39,8 +40,8 @@ from tts_grpo.text.tokens import NUM_SPEECH_TOKENS
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 600.0  # time limit for an instance to load and warm up
-# How torch names errors after which a CUDA context is unusable; out-of-memory errors have another name.
-FATAL_CUDA_ERRORS = ("AcceleratorError: CUDA error", "RuntimeError: CUDA error")
+# How torch words errors after which a CUDA context is unusable; too little memory is worded "CUDA out of memory".
+FATAL_CUDA_ERRORS = re.compile("CUDA error|CUBLAS_STATUS_|CUDNN_STATUS_")
 MAX_DEATHS = 5  # over all instances; more deaths indicate a systematic fault
 WARM_UP_TOKENS = (40, 75)  # numbers of speech tokens in the two warm-up batches
 
@@ -129,12 +130,10 @@ def serve_instance(pipe, args, device: str) -> None:
             result = getattr(scorer, method)(*arguments)
         except Exception as error:  # not because of a sample, as the scorer reports such errors in its result
             logger.exception("an instance on %s could not score a batch", device)
-            pipe.send(BatchError(f"{type(error).__name__}: {error}"))
-            continue
-        if faults := [item.error for item in result if item.error.startswith(FATAL_CUDA_ERRORS)]:
-            # a CUDA context does not recover, so every later sample would fail
-            logger.error("an instance on %s exits and will be restarted: %s", device, faults[0])
-            return
+            if FATAL_CUDA_ERRORS.search(str(error)):  # later samples would fail, too: a CUDA context does not recover
+                logger.error("the instance exits and will be restarted")
+                return
+            result = BatchError(f"{type(error).__name__}: {error}")
         pipe.send(result)
 
 
@@ -199,7 +198,8 @@ class Instance:
         """Wait until the process is ready.
 
         Raises:
-            RuntimeError: it failed to start, or was not ready in time.
+            RuntimeError: it failed to start, or was not ready in time, and has been killed: it must not become ready
+                later, when its message would be taken for the answer to a batch.
         """
         try:
             error = self.pipe.recv() if self.pipe.poll(timeout_s) else f"not ready after {timeout_s:.0f} s"
@@ -207,6 +207,7 @@ class Instance:
             self.process.join(timeout=5)
             error = f"the process ended with code {self.process.exitcode}"
         if error:
+            self.kill()
             raise RuntimeError(f"an instance of the reward server could not start: {error}")
 
     def call(self, method: str, *arguments):

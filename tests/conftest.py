@@ -115,17 +115,23 @@ def free_ports(count: int) -> list[int]:
 
 
 class RewardServer:
-    """A real reward server with the tiny stack's models, as a process on its own ports."""
+    """A real reward server with the tiny stack's models, as a process on its own ports.
 
-    def __init__(self, assets: Path, log: Path, *flags: str, max_deaths: int | None = None):
+    Args:
+        assets: folder of the tiny stack.
+        log: file for the server's output; the server works in its folder.
+        flags: further flags.
+        patch: Python code that injects a fault; it is executed in the server and in each instance.
+    """
+
+    def __init__(self, assets: Path, log: Path, *flags: str, patch: str = ""):
         self.http, grpc, metrics = free_ports(3)
         self.url, self.metrics_url, self.log = f"http://127.0.0.1:{self.http}", f"http://127.0.0.1:{metrics}", log
         program = [str(ROOT / "token2wav_asr_server.py")]
-        if max_deaths is not None:
+        if patch:
             program = [str(log.with_name("server.py"))]
-            start = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport token2wav_asr_server as server\n"
-            start += f'if __name__ == "__main__":\n    server.MAX_DEATHS = {max_deaths}\n    sys.exit(server.main())\n'
-            Path(program[0]).write_text(start)
+            start = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport token2wav_asr_server as server\n{patch}\n"
+            Path(program[0]).write_text(f'{start}if __name__ == "__main__":\n    sys.exit(server.main())\n')
         command = [
             sys.executable, *program, "--token2wav-dir", str(assets / "token2wav"),
             "--asr-dir", str(assets / "asr_reward"), "--no-tones", "--http-port", str(self.http),

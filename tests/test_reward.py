@@ -23,7 +23,7 @@ import reward_tts
 import token2wav_asr_server
 from tests.conftest import RewardServer
 from token2wav_asr_server import get_args, load_scorer
-from tts_grpo.reward.client import RewardClient, RewardServerError, UnscoredRolloutError
+from tts_grpo.reward.client import RewardClient, RewardServerError, UnscoredRolloutError, cause
 from tts_grpo.reward.protocol import MODEL_NAME, SECRET_FILE, RolloutScore, SampleError, encode_request
 from tts_grpo.reward.scorer import RewardScorer
 from tts_grpo.text.jsonl import read_jsonl
@@ -211,6 +211,20 @@ def test_requests_are_sent_round_robin(monkeypatch):
     assert sorted(asked) == sorted(urls * 4)
 
 
+def test_the_cause_of_a_failed_request_is_the_last_exception_of_the_servers_traceback():
+    lines = ["Failed to process the request(s), message: TritonModelException: Model execute error: Traceback:"]
+    lines += ["c_python_backend_utils.TritonModelException: Traceback (most recent call last):", *["  File x"] * 40]
+    lines += [
+        "token2wav_asr_server.BatchError: MemoryError: cuda:0 is full",
+        "",
+        "At:",
+        "  /tmp/x/model.py(501): execute",
+    ]
+    assert cause(json.dumps({"error": "\n".join(lines)})) == lines[-4]
+    assert cause('{"error": "Exceeds maximum queue size"}') == "Exceeds maximum queue size"
+    assert cause("<html>Bad gateway</html>") == "<html>Bad gateway</html>"
+
+
 class Servers:
     """Fakes of the client's requests: each answer is a score or an error, and each request is noted."""
 
@@ -322,7 +336,7 @@ def kill_instance(server: RewardServer, number: int = signal.SIGKILL) -> None:
 
 def test_a_dead_or_hung_instance_is_restarted_until_it_dies_too_often(assets, tmp_path, rows, monkeypatch):
     """The client waits for the restart, and then gets the same rewards as from a server that never failed."""
-    server = RewardServer(assets, tmp_path / "log", "--batch-timeout-s", "20", max_deaths=2)
+    server = RewardServer(assets, tmp_path / "log", "--batch-timeout-s", "20", patch="server.MAX_DEATHS = 2")
     server.wait_ready()
     pairs = [(row["speech_tokens"], row["text"]) for row in rows[:4]]
     before = score_all(RewardClient([server.url]), pairs)
@@ -334,6 +348,60 @@ def test_a_dead_or_hung_instance_is_restarted_until_it_dies_too_often(assets, tm
     kill_instance(server)
     assert server.process.wait(timeout=60) == 1
     assert "instances have died 3 times; stopping" in server.log.read_text()
+
+
+# Rollouts are told apart by their first token: 11 fails in a batch with others, 12 fails once alone, 13 hangs once, and
+# 14 takes a second.
+FAULTS = """
+import time
+from pathlib import Path
+from tts_grpo.reward.scorer import RewardScorer
+
+def first(name):
+    seen = Path(name).exists()
+    Path(name).touch()
+    return not seen
+
+def score(self, speech_tokens, ground_truths, scored=RewardScorer._score):
+    ids = {tokens[0] for tokens in speech_tokens}
+    if 11 in ids and len(ids) > 1:
+        Path("split").touch()
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: injected")
+    if 12 in ids and first("memory"):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: injected")
+    if 13 in ids and first("hang"):
+        time.sleep(3600)
+    if 14 in ids:
+        time.sleep(1)
+    return scored(self, speech_tokens, ground_truths)
+
+RewardScorer._score = score
+"""
+
+
+def test_rewards_are_the_same_despite_faults_of_the_machine_and_a_full_queue(assets, tmp_path, rows):
+    flags = ["--batch-timeout-s", "6", "--max-queue-delay-ms", "300", "--max-queue-size", "4"]
+    server = RewardServer(assets, tmp_path / "log", *flags, patch=FAULTS)
+    server.wait_ready()
+    pairs = [([first, *row["speech_tokens"][1:]], row["text"]) for first, row in zip((10, 11, 12, 13), rows)]
+    try:
+        together = score_all(RewardClient([server.url], patience_s=120), pairs[:2])
+        assert (tmp_path / "split").exists()
+        (failed,) = score_all(RewardClient([server.url], patience_s=0), pairs[2:3])
+        assert "status 500" in str(failed) and "can't allocate memory: injected" in str(failed)
+        later = score_all(RewardClient([server.url], patience_s=120), pairs[2:])
+        assert later[1].attempts > 1 and server.log.read_text().count("is ready again") == 1
+        again = [score_all(RewardClient([server.url], patience_s=0), [pair])[0] for pair in pairs]
+        assert [*together, *later] == again
+
+        slow = [([14, *row["speech_tokens"][1:]], row["text"]) for row in rows[:12] * 2]  # in batches of 8
+        served = score_all(RewardClient([server.url], patience_s=0), slow)
+        refused = [result for result in served if isinstance(result, RewardServerError)]
+        assert refused and all("Exceeds maximum queue size" in str(result) for result in refused)
+        served = score_all(RewardClient([server.url], patience_s=300, max_backoff_s=1.0), slow)
+        assert served[:12] == served[12:] and max(score.attempts for score in served) > 1
+    finally:
+        server.stop()
 
 
 def test_a_signal_while_it_loads_ends_the_server(assets, tmp_path):
@@ -382,10 +450,29 @@ def run_instance(monkeypatch, score) -> list:
 
 def test_an_instance_that_loses_its_cuda_context_exits(monkeypatch):
     """Otherwise every later sample would fail. A process that has ended is restarted."""
-    lost = types.SimpleNamespace(error="AcceleratorError: CUDA error: device-side assert triggered")
-    assert run_instance(monkeypatch, lambda *_: [lost]) == []
+
+    def failing(message: str):
+        def score(*_):
+            raise RuntimeError(message)
+
+        return score
+
+    for message in ("CUDA error: device-side assert triggered", "cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"):
+        assert run_instance(monkeypatch, failing(message)) == []
+    assert len(run_instance(monkeypatch, failing("CUDA out of memory"))) == 1
     scored = types.SimpleNamespace(error="")
     assert run_instance(monkeypatch, lambda *_: [scored]) == [[scored]]
+
+
+def test_an_instance_that_is_not_ready_in_time_is_killed():
+    """Otherwise the message that it is ready could be taken for the answer to a batch later."""
+    ended = []
+    instance = object.__new__(token2wav_asr_server.Instance)
+    instance.pipe = types.SimpleNamespace(poll=lambda _: False)
+    instance.process = types.SimpleNamespace(kill=lambda: ended.append("killed"), join=lambda: ended.append("ended"))
+    with pytest.raises(RuntimeError, match="could not start: not ready after 1 s"):
+        instance.wait_ready(1.0)
+    assert ended == ["killed", "ended"]
 
 
 def test_too_little_memory_for_a_batch_is_not_an_answer(monkeypatch):

@@ -1,5 +1,7 @@
 """Tests of the scorer on batches: voices, failures, and the ASR features on their device."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -151,8 +153,17 @@ def test_what_overflows_in_half_precision_is_scored_in_fp32():
     assert [speech.error for speech in scorer.synthesise([[7, 2]])] == [""]
 
 
-@pytest.mark.parametrize("error", [MemoryError("full"), torch.OutOfMemoryError("full")])
-def test_too_little_memory_is_not_an_error_of_the_sample(error):
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("full"),
+        torch.OutOfMemoryError("full"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+        OSError(28, "No space left on device"),
+    ],
+)
+def test_a_fault_of_the_machine_is_not_an_error_of_the_sample(error):
     class Small(RecordingDecoder):
         def __call__(self, speech_tokens, prompt_voices=None, seed=0):
             if len(speech_tokens) > 1 or 5 in speech_tokens[0]:
@@ -164,3 +175,22 @@ def test_too_little_memory_is_not_an_error_of_the_sample(error):
     assert [score.error for score in scores] == ["", ""]
     with pytest.raises(type(error)):
         scorer.score([[1, 2], [5]], ["你好"] * 2)
+    with pytest.raises(type(error)):
+        scorer.synthesise([[5]])
+
+
+def test_a_batch_is_freed_before_its_samples_are_scored_alone():
+    """Otherwise a GPU that has too little memory for a batch would have too little for its samples, too."""
+    alive = weakref.WeakSet()
+
+    class Leaking(RecordingDecoder):
+        def __call__(self, speech_tokens, prompt_voices=None, seed=0):
+            tensors = torch.zeros(len(speech_tokens))
+            if len(speech_tokens) > 1:
+                alive.add(tensors)
+                raise torch.OutOfMemoryError(f"no memory beside {tensors}")
+            assert not alive
+            return super().__call__(speech_tokens, prompt_voices, seed)
+
+    scores = RewardScorer(Leaking(), FixedAsr()).score([[1], [2]], ["你好"] * 2)
+    assert [score.error for score in scores] == ["", ""]

@@ -4,10 +4,12 @@ A request that fails raises an error; it never gives a default reward.
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import itertools
 import json
 import logging
+import re
 import time
 from collections.abc import Sequence
 
@@ -25,6 +27,14 @@ from tts_grpo.reward.protocol import (
 logger = logging.getLogger(__name__)
 
 RETRIED_STATUS = (429, 500, 502, 503, 504)
+
+
+def cause(answer: str) -> str:
+    """Return what Triton's answer to a failed request says; of a traceback of the server, its last exception."""
+    with contextlib.suppress(KeyError, TypeError, ValueError):
+        answer = str(json.loads(answer)["error"])
+    exceptions = re.findall(r"^[\w.]*(?:Error|Exception): .*", answer, re.MULTILINE)
+    return (exceptions[-1] if exceptions else answer.strip())[:500]
 
 
 class RewardServerError(RuntimeError):
@@ -116,9 +126,9 @@ class RewardClient:
         async with self._session.post(f"{url}/v2/models/{MODEL_NAME}/infer", data=body) as response:
             answer = await response.text()
             if response.status in RETRIED_STATUS:
-                raise aiohttp.ClientError(f"status {response.status}: {answer[:500]}")
+                raise aiohttp.ClientError(f"status {response.status}: {cause(answer)}")
             if response.status != 200:
-                raise RewardServerError(f"{url} refused a request with status {response.status}: {answer[:500]}")
+                raise RewardServerError(f"{url} refused a request with status {response.status}: {cause(answer)}")
         try:
             return decode_response(json.loads(answer))
         except SampleError:

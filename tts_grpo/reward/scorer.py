@@ -18,6 +18,9 @@ from tts_grpo.text.errors import align_sentences, locate_errors
 from tts_grpo.text.tokens import TOKEN_HZ, format_speech_tokens
 from tts_grpo.text.units import Sentence, sentence
 
+# Faults of the machine, which other programs may have caused, and not of a sample: too little memory (of a GPU, too: it
+# is a RuntimeError), and torch's errors of CUDA, cuBLAS and cuDNN. A wrong sample raises ValueError.
+MACHINE_FAULTS = (MemoryError, OSError, RuntimeError)
 ONSET_DELAY_S = 0.04  # delay from a syllable's first speech token to the frame of its CTC label
 
 
@@ -64,18 +67,17 @@ class RewardScorer:
             ground_truths: B reference texts.
 
         Raises:
-            MemoryError, torch.OutOfMemoryError: too little memory for one of the samples alone. This is a fault of the
-                machine, which other programs may have caused, and not of the sample.
+            Exception: one of ``MACHINE_FAULTS``, for a sample alone.
         """
         try:
             return self._score(speech_tokens, ground_truths)
         except Exception as error:
-            if len(speech_tokens) == 1 and isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            if len(speech_tokens) == 1 and isinstance(error, MACHINE_FAULTS):
                 raise
             if len(speech_tokens) == 1:
                 return [RolloutScore(error=f"{type(error).__name__}: {error}")]
-            pairs = zip(speech_tokens, ground_truths, strict=True)
-            return [self.score([tokens], [text])[0] for tokens, text in pairs]
+        torch.cuda.empty_cache()  # after the except clause, in which the traceback holds the tensors of the batch
+        return [self.score([tokens], [text])[0] for tokens, text in zip(speech_tokens, ground_truths, strict=True)]
 
     def _score(self, speech_tokens, ground_truths) -> list[RolloutScore]:
         references = [sentence(text, self.language) for text in ground_truths]
@@ -106,7 +108,11 @@ class RewardScorer:
         return RolloutScore(reward(error_rate, self.curve), error_rate, transcript.text, tuple(errors), starts)
 
     def synthesise(self, speech_tokens: Sequence[Sequence[int]]) -> list[SampleSpeech]:
-        """Synthesise samples one by one, for listening; the voice prompt depends on the seed only."""
+        """Synthesise samples one by one, for listening; the voice prompt depends on the seed only.
+
+        Raises:
+            Exception: one of ``MACHINE_FAULTS``.
+        """
         results, rate = [], self.token2wav.sample_rate_hz
         voice = choose_voice(self.prompt_voices, "", self.seed)
         for tokens in speech_tokens:
@@ -114,6 +120,8 @@ class RewardScorer:
                 waveforms, lens, _ = decode_finite(self.token2wav, [tokens], [voice])
                 samples = np.round(np.clip(waveforms[0, : lens[0]].cpu().numpy(), -1, 1) * 32767).astype(np.int16)
                 results.append(SampleSpeech(samples, rate))
+            except MACHINE_FAULTS:
+                raise
             except Exception as error:
                 results.append(SampleSpeech(np.zeros(0, np.int16), rate, f"{type(error).__name__}: {error}"))
         return results
