@@ -15,8 +15,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAINER_SCRIPTS = {"merge", "prepare_llm", "train", "validation_audio"}  # scripts that run in the trainer environment
-hypothesis.settings.register_profile("any_speed", deadline=None)  # no deadline: tests must not depend on speed
-hypothesis.settings.load_profile("any_speed")
+# No deadline: tests must not depend on speed.
+hypothesis.settings.register_profile("cases", deadline=None, max_examples=int(os.environ.get("FUZZ_EXAMPLES", "100")))
+hypothesis.settings.load_profile("cases")
 os.environ.setdefault("TRITON_INTERPRET", "1")  # runs kernels on a CPU; Triton reads it at import
 
 LONGEST = ("test_full_profile", "test_training", "test_tiny_training", "test_inference")  # run first, in this order

@@ -3,6 +3,8 @@
 #
 #   bash tests/run.sh [PYTEST_ARGUMENT...]          all tests, or those that the arguments select
 #   bash tests/run.sh quick [PYTEST_ARGUMENT...]    linters and the tests that are not marked slow: about a minute
+#
+# FUZZ_EXAMPLES=100000 sets the number of random cases of each test that makes some (docs/reliability.md).
 set -euo pipefail
 
 cd "$(dirname "$0")/.."

@@ -199,15 +199,24 @@ def decode_response(body: dict) -> RolloutScore:
     Raises:
         KeyError: an output is missing, so the server does not implement this protocol.
         SampleError: the server could not score the sample.
-        ValueError: the reward is not in [0, 1].
+        ValueError: the reward is not in [0, 1], or the answer has another form.
     """
-    outputs = {output["name"]: output["data"] for output in body["outputs"]}
-    units, starts = (tuple(n for n in outputs[name] if n >= 0) for name in ("UNIT_ERRORS", "UNIT_STARTS"))
-    reward, error_rate, transcript, server, rescored, error = (
-        outputs[name][0] for name in ("REWARDS", "ERROR_RATES", "TRANSCRIPTS", "SERVER", "RESCORED", "ERRORS")
-    )
+    try:
+        outputs = {output["name"]: output["data"] for output in body["outputs"]}
+        units, starts = (tuple(n for n in outputs[name] if n >= 0) for name in ("UNIT_ERRORS", "UNIT_STARTS"))
+        reward, error_rate, transcript, server, rescored, error = (
+            outputs[name][0] for name in ("REWARDS", "ERROR_RATES", "TRANSCRIPTS", "SERVER", "RESCORED", "ERRORS")
+        )
+    except (TypeError, IndexError) as fault:
+        raise ValueError(f"the reward server's answer does not have the form of this protocol: {fault}") from fault
     if error:
         raise SampleError(f"the reward server could not score a sample: {error}")
     if not isinstance(reward, int | float) or not 0.0 <= reward <= 1.0:
         raise ValueError(f"the reward server answered with a reward of {reward}")
+    if not isinstance(error_rate, int | float) or not 0.0 <= error_rate < float("inf"):
+        raise ValueError(f"the reward server answered with an error rate of {error_rate}")
+    if not all(isinstance(text, str) for text in (transcript, server)):
+        raise ValueError(f"the reward server answered with {transcript!r} and {server!r} instead of texts")
+    if not all(isinstance(n, int) for n in (*units, *starts)):
+        raise ValueError(f"the reward server answered with {units} and {starts} instead of counts and positions")
     return RolloutScore(float(reward), float(error_rate), transcript, units, starts, bool(rescored), server=server)
