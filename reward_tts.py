@@ -11,10 +11,11 @@ import argparse
 import asyncio
 import json
 import logging
+import random
 from pathlib import Path
 
 from tts_grpo.reward.client import RewardClient, RewardServerError, UnscoredRolloutError
-from tts_grpo.reward.protocol import ROLLOUT_COUNTS, RolloutScore
+from tts_grpo.reward.protocol import ROLLOUT_COUNTS, SERVER_KEY, RolloutScore
 from tts_grpo.text.input_files import read_known_answers
 from tts_grpo.text.jsonl import write_jsonl, write_text
 from tts_grpo.text.tokens import parse_speech_tokens
@@ -52,7 +53,8 @@ async def compute_score(
 
     Returns:
         ``score`` in [0, 1]; for the metrics, ``pinyin_error_rate``, ``num_speech_tokens`` and the numbers of
-        ``ROLLOUT_COUNTS``; and ``syllable_errors`` with ``by_syllable``. A rollout without speech tokens, or with an id
+        ``ROLLOUT_COUNTS``; ``reward_server``, the hash that the server sent, or "" for a rollout without an answer; and
+        ``syllable_errors`` with ``by_syllable``. A rollout without speech tokens, or with an id
         outside the codebook, is given a score of 0 and counts as bad.
 
     Raises:
@@ -112,7 +114,7 @@ def _bad_rollout(reason: str, ground_truth: str, by_syllable: bool) -> dict[str,
 
 
 def _result(score: RolloutScore, num_speech_tokens: int, by_syllable: bool, **counts: float) -> dict[str, float | str]:
-    """Return the result for veRL: numbers, which become metrics, and the syllable errors as text for the trainer."""
+    """Return the result for veRL: numbers, which become metrics, and texts for the trainer."""
     result = {
         "score": score.reward,
         "pinyin_error_rate": score.error_rate,
@@ -122,6 +124,7 @@ def _result(score: RolloutScore, num_speech_tokens: int, by_syllable: bool, **co
         "rescored_rollout": float(score.rescored),
         "empty_transcript": float(not score.transcript.strip()),
         **counts,
+        SERVER_KEY: score.server,
     }
     return result | ({credit.KEY: credit.encode(score.unit_errors, score.unit_starts)} if by_syllable else {})
 
@@ -186,27 +189,58 @@ def lost_by_digits(args, rows: list[dict], scores: list) -> float:
     return mean_reward([scored for _, scored in pairs]) - mean_reward(again)
 
 
-def check_server(rows: list[dict], url: str, patience_s: float) -> dict:
+def check_server(rows: list[dict], url: str, patience_s: float) -> dict[str, float | str]:
     """Run the known-answer check on one server.
 
+    Right and wrong texts are sent in random order, so that answers which are given to other requests are noticed.
+
     Returns:
-        Mean rewards for the right and for wrong texts, and what texts with digits lose.
+        Mean rewards for the right and for wrong texts, what texts with digits lose, and the hash that the server sends.
 
     Raises:
         RewardServerError: the server does not answer, or fails the check.
     """
     args = argparse.Namespace(server_urls=url, patience_s=patience_s)
     texts = [row["text"] for row in rows]
-    scores = asyncio.run(score_rows(args, rows, texts))
-    wrong = asyncio.run(score_rows(args, rows, texts[1:] + texts[:1]))
-    result = {
-        "mean_reward": mean_reward(scores),
+    pairs = list(enumerate(zip(rows * 2, texts + texts[1:] + texts[:1], strict=True)))
+    random.Random(0).shuffle(pairs)
+    places, pairs = zip(*pairs, strict=True)
+    shuffled = asyncio.run(score_rows(args, *map(list, zip(*pairs, strict=True))))
+    scores = [score for _, score in sorted(zip(places, shuffled, strict=True), key=lambda placed: placed[0])]
+    right, wrong = scores[: len(rows)], scores[len(rows) :]
+    means = {
+        "mean_reward": mean_reward(right),
         "mean_reward_of_wrong_texts": mean_reward(wrong),
-        "lost_by_digits": lost_by_digits(args, rows, scores),
+        "lost_by_digits": lost_by_digits(args, rows, right),
     }
-    if fault := known_answer_check(*result.values()):
+    if fault := known_answer_check(*means.values()):
         raise RewardServerError(f"known-answer check of {url} failed: {fault}")
-    return result
+    return means | {"server_hash": right[0].server}
+
+
+def check_servers(rows: list[dict], server_urls: str, patience_s: float) -> list[dict[str, float | str]]:
+    """Run the known-answer check on each server.
+
+    Args:
+        rows: known answers, see :func:`load_rows`.
+        server_urls: URLs of the servers, separated by commas or spaces.
+        patience_s: time in seconds for which failed requests are retried.
+
+    Returns:
+        For each server, its URL as ``server``, the number of ``samples``, and the result of :func:`check_server`.
+
+    Raises:
+        RewardServerError: a server does not answer, fails the check, or computes other rewards than the first one.
+    """
+    urls = server_urls.replace(",", " ").split()
+    results = [{"server": url, "samples": len(rows)} | check_server(rows, url, patience_s) for url in urls]
+    for result in results:
+        if result["server_hash"] != results[0]["server_hash"]:
+            raise RewardServerError(
+                f"{result['server']} computes other rewards than {urls[0]}: its models, voices, language, curve, tones "
+                "or precision differ. Start the same server everywhere"
+            )
+    return results
 
 
 def load_rows(path: Path, limit: int | None) -> list[dict]:
@@ -227,11 +261,10 @@ def load_rows(path: Path, limit: int | None) -> list[dict]:
 def main(argv=None):
     args = get_args(argv)
     rows = load_rows(args.jsonl, args.limit)
-    urls = args.server_urls.replace(",", " ").split()
     try:
         if args.check:
-            for url in urls:
-                print(json.dumps({"server": url, "samples": len(rows)} | check_server(rows, url, args.patience_s)))
+            for result in check_servers(rows, args.server_urls, args.patience_s):
+                print(json.dumps(result))
         else:
             scores = asyncio.run(score_rows(args, rows, [row["text"] for row in rows]))
             print(json.dumps({"samples": len(rows), "mean_reward": mean_reward(scores)}))

@@ -111,6 +111,48 @@ def test_known_answers(reward_server, assets, capsys):
     assert "written with digits" in reward_tts.known_answer_check(0.9, 0.1, 0.3)
 
 
+class FakeClient:
+    """Stands for a client of one server, which answers batches of 8; ``shift`` gives answers to other requests."""
+
+    def __init__(self, texts: dict, server: str, shift: int = 0, right: float = 1.0):
+        self.texts, self.server, self.shift, self.right, self.waiting = texts, server, shift, right, []
+
+    async def score(self, speech_tokens, text):
+        reward = self.right if self.texts[tuple(speech_tokens)] == text else 1.0 - self.right
+        answer = asyncio.get_running_loop().create_future()
+        self.waiting.append((answer, RolloutScore(reward, 1.0 - reward, text, server=self.server)))
+        if len(self.waiting) == 8:
+            answers, scores = zip(*self.waiting)
+            self.waiting = []
+            for i, one in enumerate(answers):
+                one.set_result(scores[(i + self.shift) % 8])
+        return await answer
+
+    async def close(self):
+        pass
+
+
+def test_servers_with_swapped_outputs_or_other_models_fail_the_known_answer_check(monkeypatch):
+    rows = [{"speech_tokens": [i], "text": f"第{i}句"} for i in range(64)]
+    texts = {(i,): row["text"] for i, row in enumerate(rows)}
+
+    def check(*clients: FakeClient):
+        made = iter(clients)
+        monkeypatch.setattr(reward_tts, "RewardClient", lambda urls, patience_s: next(made))
+        return reward_tts.check_servers(rows, ",".join("abc"[: len(clients)]), 0.0)
+
+    results = check(FakeClient(texts, "one"), FakeClient(texts, "one"))
+    assert [result["server"] for result in results] == ["a", "b"]
+    assert (results[0]["mean_reward"], results[0]["mean_reward_of_wrong_texts"]) == (1.0, 0.0)
+    for shift in range(1, 8):  # answers of a batch in another order
+        with pytest.raises(RewardServerError, match="known-answer check of b failed"):
+            check(FakeClient(texts, "one"), FakeClient(texts, "one", shift))
+    with pytest.raises(RewardServerError, match="known-answer check of a failed"):  # rewards and error rates swapped
+        check(FakeClient(texts, "one", right=0.0))
+    with pytest.raises(RewardServerError, match="b computes other rewards than a"):
+        check(FakeClient(texts, "one"), FakeClient(texts, "two"))
+
+
 def test_compute_score(reward_server, rows, monkeypatch):
     async def go():
         monkeypatch.setattr(reward_tts, "_client", None)
@@ -123,6 +165,7 @@ def test_compute_score(reward_server, rows, monkeypatch):
 
     good, silent, out_of_range = asyncio.run(go())
     assert good["score"] > 0.3 and good["bad_rollout"] == 0.0
+    assert re.fullmatch("[0-9a-f]{16}", good["reward_server"]) and silent["reward_server"] == ""
     errors, starts = json.loads(good["syllable_errors"])
     syllables = pinyin(rows[0]["text"], tones=False)
     assert len(errors) == len(starts) == len(syllables) and sum(errors) / len(errors) == good["pinyin_error_rate"]

@@ -90,16 +90,24 @@ def test_shares_of_rollouts_are_logged(found):
 
 
 def test_servers_are_checked_again_during_the_training_and_a_wrong_one_stops_it(found):
-    asked, error = found["checked_servers"]
-    assert asked == [[3, "http://a", 64], [3, "http://b", 64], [5, "http://a", 64], [5, "http://b", 64]]
-    assert (
-        error.startswith("after 4 steps: right texts score 0.1")
-        and "the check before it passed 2 steps ago" in error.lower()
-    )
+    """After every second step, before each third one is saved, and after the last one."""
+    asked, error, shown = found["checked_servers"]
+    assert asked == [[step, f"http://{host}", 64] for step in (2, 3, 4, 6, 7) for host in "ab"]
+    assert error.startswith("after step 7: right texts score 0.1") and shown == error + "\n"
+    assert "No checkpoint was saved since the check passed last" in error
+
+
+def test_rewards_of_a_server_with_other_models_stop_the_training_before_the_update(found):
+    mixed_at_first, step, validation, other_step, other_validation, after = found["identities"]
+    assert step == after == "batch after writing" and validation == {"reward": 1.0}
+    for error in (mixed_at_first, other_step, other_validation):
+        assert "compute other rewards than those with which this training began" in error
 
 
 def test_a_failed_rollout_stops_the_training(found):
-    assert found["failed_rollout"].startswith("RuntimeError: 1 of 2 prompts of this step have a failed rollout")
+    failed, sampled = found["failed_rollout"]
+    assert failed.startswith("1 of 2 prompts of this step have a failed rollout")
+    assert sampled == ["a_0_0", "a_1_0", "b_0_0", "b_1_0"]
     assert found["failed_validation"].startswith("RuntimeError: 1 of 2 rollouts of this validation failed")
 
 

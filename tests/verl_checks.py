@@ -17,7 +17,7 @@ import torch
 import verl.trainer.main_ppo  # noqa: F401  # the module that run.sh starts
 from hydra import compose, initialize_config_module
 from safetensors.torch import save_file
-from verl.trainer.ppo.v1 import PPOTrainer, PPOTrainerSync, get_trainer_cls
+from verl.trainer.ppo.v1 import PPOTrainer, PPOTrainerSync, get_trainer_cls, replay_buffer
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.utils.experimental.torch_functional import FusedLinearForPPO
 
@@ -161,7 +161,7 @@ def shares(folder):
 
 
 def checked_servers(folder):
-    """Steps before which servers are checked, and what happens when the check of one fails."""
+    """Steps after which servers are checked, and what happens when the check of one fails."""
     import reward_tts
 
     known = LLM.parent / "data/dev.jsonl"
@@ -170,32 +170,82 @@ def checked_servers(folder):
         "check_freq": 2,
         "known_answer_jsonl": str(known),
         "server_urls": "http://a,http://b",
+        "failure_file": str(Path(folder) / "failure"),
     }
     ppo_trainer, asked = make_trainer(), []
     ppo_trainer.config.reward.custom_reward_function.reward_kwargs = options
+    ppo_trainer.config.trainer.save_freq, ppo_trainer.total_training_steps = 3, 7
 
     def check(rows, url, patience_s):
         asked.append([ppo_trainer.global_steps, url, len(rows)])
-        if (ppo_trainer.global_steps, url) == (5, "http://b"):
+        if (ppo_trainer.global_steps, url) == (7, "http://b"):
             raise reward_tts.RewardServerError("right texts score 0.1")
+        return {"server_hash": "one"}
 
     reward_tts.check_server = check
-    for step in range(1, 6):
-        ppo_trainer.global_steps = step
+    PPOTrainerSync.step = lambda self, metrics, timing_raw: "batch"
+    for step in range(1, 8):
+        ppo_trainer.global_steps, timing = step, {}
         try:
-            ppo_trainer.on_step_begin()
+            assert ppo_trainer.step({}, timing) == "batch" and (asked == [] or asked[-1][0] < step or timing)
         except RuntimeError as error:
-            return [asked, str(error)]
+            return [asked, str(error), (Path(folder) / "failure").read_text()]
     return [asked, ""]
 
 
-def failed_rollout(folder):
+def identities(folder):
+    """Rewards of two steps and of a validation, and of a server with other models after a restart of the training."""
     ppo_trainer = make_trainer()
-    ppo_trainer.checkpoint_manager = types.SimpleNamespace(sleep_replicas=lambda: None)
-    ppo_trainer.curr_step_profile = False
-    ppo_trainer.on_sample_end()  # does not raise without failures
-    ppo_trainer.replay_buffer.failure_keys["train"].add("uid")
-    ppo_trainer.on_sample_end()
+    ppo_trainer.config.trainer.default_local_dir = str(Path(folder) / "checkpoints")
+    PPOTrainerSync._compute_advantage = lambda self, batch, metrics: BATCH
+    PPOTrainerSync._val_metrics_update = lambda self, *args, **kwargs: {"reward": 1.0}
+
+    def step(*servers):
+        trainer.tq = rollouts(False, False, True, False)
+        for extra, server in zip(trainer.tq.columns["extra_fields"], servers, strict=True):
+            extra["reward_extra_info"]["reward_server"] = server
+        try:
+            return ppo_trainer._compute_advantage(BATCH, {})
+        except RuntimeError as error:
+            return str(error)
+
+    def validate(*servers):
+        try:
+            return ppo_trainer._val_metrics_update(["x"], ["u"], {"reward_server": list(servers)}, [])
+        except RuntimeError as error:
+            return str(error)
+
+    mixed_at_first = step("one", "one", "two", "one")
+    first = [step("one", "one", "", "one"), validate("one", "")]
+    ppo_trainer = make_trainer()  # resumed
+    ppo_trainer.config.trainer.default_local_dir = str(Path(folder) / "checkpoints")
+    later = [step("one", "one", "one", "two"), validate("two", "two"), step("one", "", "", "one")]
+    return [mixed_at_first, *first, *later]
+
+
+def failed_rollout(folder):
+    """A group with a failed rollout, in a step with enough other groups, which veRL would discard as surplus."""
+    ppo_trainer = TRAINER(
+        config("algorithm.filter_groups.enable=True", "algorithm.filter_groups.metric=reward", by_syllable=False)
+    )
+    buffer = ppo_trainer.replay_buffer
+    partitions = {"train": {"c": {"is_prompt": True, "status": "failure", "global_steps": 1}}}
+    for uid, rewards in (("a", (0.0, 1.0)), ("b", (1.0, 0.0))):
+        partitions["train"][uid] = {"is_prompt": True, "status": "finished", "global_steps": 0}
+        partitions["train"] |= {f"{uid}_{i}_0": {"status": "success", "reward": r} for i, r in enumerate(rewards)}
+    found = [{}, {"train": dict(partitions["train"])}]
+    replay_buffer.tq = types.SimpleNamespace(
+        kv_list=lambda: found[-1], kv_clear=lambda partition_id, keys: None,
+        kv_batch_get=lambda keys, **_: {"rm_scores": [torch.tensor([found[-1]["train"][k]["reward"]]) for k in keys]},
+    )  # fmt: skip
+    try:
+        buffer.sample(1, "train", 2)
+        return "not noticed"
+    except RuntimeError as error:
+        failed = str(error)
+    del found[-1]["train"]["c"]
+    batch, _ = buffer.sample(1, "train", 2)  # does not raise without failures
+    return [failed, sorted(batch.keys)]
 
 
 def failed_validation(folder):
@@ -285,6 +335,6 @@ def result(check, folder: str):
 
 if __name__ == "__main__":
     checks = (patched, constructed, refused, not_refused, seconds, advantages, missing_errors, wait_for_rewards, shares,
-              checked_servers, failed_rollout, failed_validation, dump, engines, head_without_a_bias,
+              checked_servers, identities, failed_rollout, failed_validation, dump, engines, head_without_a_bias,
               unfused_head_with_a_bias, other_kernel_with_a_bias, head_with_a_bias, rollout_seeds)  # fmt: skip
     sys.stdout.write(json.dumps({check.__name__: result(check, sys.argv[1]) for check in checks}) + "\n")

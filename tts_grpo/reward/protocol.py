@@ -51,6 +51,7 @@ if TYPE_CHECKING:  # scripts/check.py imports the names before any environment e
 
 # Numbers that reward_tts.py returns for each rollout besides the score: 1 if so, else 0
 ROLLOUT_COUNTS = ("bad_rollout", "unscored_rollout", "retried_rollout", "rescored_rollout", "empty_transcript")
+SERVER_KEY = "reward_server"  # key of the server's hash beside these numbers
 VERSION = 2  # of this protocol; 1 had no SERVER and no RESCORED
 MODEL_NAME = "token2wav_asr"
 SPEECH_MODEL_NAME = "token2wav"

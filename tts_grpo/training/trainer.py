@@ -6,22 +6,28 @@ each veRL process import this module before the registry lookup. The subclass ad
 - Credit by syllable (``credit=syllable``): advantages are computed from the errors per syllable that the reward
   function returns (tts_grpo/training/credit.py). ``critic/advantages/nonzero`` is the fraction of tokens with a nonzero
   advantage. Settings that this would silently override are rejected at the start.
-- Failed rollouts stop the training. veRL itself logs the exception and trains on the rest of the group.
+- Failed rollouts stop the training. veRL itself logs the exception and trains on the rest of the group; with
+  ``algorithm.filter_groups`` it may also discard the group.
 - A metric for the time spent waiting for rewards. veRL scores a rollout as soon as it ends, while others are still
   generating, so a request's latency is misleading. ``timing_s/generation`` is the time from the start of a step to the
   end of its last generation; ``timing_s/reward_wait`` is the time from there to the last reward. Both are computed from
   the seconds that veRL's agent loop records per rollout, and assume that all rollouts of a step start together.
 - Counts of rollouts that are bad, could not be scored, were tried again, and so on, as shares of a step's rollouts
   (``rollouts/...``).
-- The known-answer check of the reward servers again before every ``check_reward_freq`` steps: a server that no longer
-  tells right from wrong stops the training.
+- The known-answer check of the reward servers again after every ``check_reward_freq`` steps, and before a checkpoint is
+  saved: a server that no longer tells right from wrong stops the training. No checkpoint has steps after the last check
+  that passed.
+- All rewards of a training, also after a restart, come from servers with the same models and settings. Their hash is in
+  the file ``reward_server`` beside the checkpoints.
 - A shorter polling interval for the rollouts of a step. veRL polls every 2 s, which adds 1 s per step on average.
 - Validation dumps in ``trainer.validation_data_dir`` are written atomically.
 """
 
+import time
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -30,7 +36,8 @@ import verl
 from omegaconf import DictConfig, open_dict
 from tensordict import TensorDict
 
-from tts_grpo.reward.protocol import ROLLOUT_COUNTS
+from tts_grpo.reward.protocol import ROLLOUT_COUNTS, SERVER_KEY
+from tts_grpo.text.jsonl import write_text
 from tts_grpo.training.credit import KEY, syllable_advantages
 from tts_grpo.training.verl_version import require_verl
 
@@ -161,46 +168,83 @@ class SpeechGRPOTrainer(PPOTrainerSync):
     def _build_replay_buffer(self):
         replay_buffer = super()._build_replay_buffer()
         replay_buffer.poll_interval = POLL_S
+        reasons = replay_buffer._terminal_eviction_reasons  # veRL calls it at each poll, before it discards anything
+
+        def stop_at_failures(global_steps, partition_id):
+            if failed := replay_buffer.failure_keys["train"]:
+                raise _failed(
+                    len(failed), self.config.data.train_batch_size, "prompts of this step have a failed rollout"
+                )
+            return reasons(global_steps, partition_id)
+
+        replay_buffer._terminal_eviction_reasons = stop_at_failures
         return replay_buffer
 
-    def on_step_begin(self):
-        super().on_step_begin()
-        options = self.config.reward.custom_reward_function.get("reward_kwargs") or {}
-        every, done = int(options.get("check_freq", 0)), self.global_steps - 1
-        if not every or not done or done % every:
-            return
+    def step(self, metrics, timing_raw):
+        batch = super().step(metrics, timing_raw)
+        every = int(self._reward_options().get("check_freq", 0))
+        due = (self.global_steps % freq == 0 for freq in (every, self.config.trainer.save_freq) if freq > 0)
+        if every and (any(due) or self.global_steps >= self.total_training_steps):
+            start = time.monotonic()
+            self._check_servers()
+            timing_raw["check_reward"] = time.monotonic() - start
+        return batch
+
+    def _reward_options(self) -> dict:
+        return self.config.reward.custom_reward_function.get("reward_kwargs") or {}
+
+    def _check_servers(self) -> None:
         import reward_tts  # imports of this module's processes that need no reward server stay small
 
+        options = self._reward_options()
         rows = reward_tts.load_rows(Path(options["known_answer_jsonl"]), KNOWN_ANSWERS)
-        for url in options["server_urls"].replace(",", " ").split():
-            try:
-                reward_tts.check_server(rows, url, float(options.get("patience_s", 180)))
-            except reward_tts.RewardServerError as error:
-                raise RuntimeError(
-                    f"after {done} steps: {error}. The check before it passed {every} steps ago: rewards since then "
-                    "may be wrong. Mend the server, delete the checkpoints after that step, and start training again"
-                ) from error
+        try:
+            reward_tts.check_servers(rows, options["server_urls"], float(options.get("patience_s", 180)))
+        except reward_tts.RewardServerError as error:
+            self._stop(
+                f"after step {self.global_steps}: {error}. No checkpoint was saved since the check passed last. Mend "
+                "the server, and start training again with the same command: it resumes from the last checkpoint"
+            )
 
-    def on_sample_end(self):
-        super().on_sample_end()
-        if failed := self.replay_buffer.failure_keys["train"]:
-            raise _failed(len(failed), self.config.data.train_batch_size, "prompts of this step have a failed rollout")
+    def _check_identity(self, infos: Iterable[dict]) -> None:
+        """Stop the training if a rollout was scored by a server with other models or settings than those before."""
+        record = Path(self.config.trainer.default_local_dir, "reward_server")
+        found = {info[SERVER_KEY] for info in infos if info.get(SERVER_KEY)}
+        if len(found) == 1 and not record.exists():
+            write_text(record, f"{min(found)}\n")
+        if found and found != {record.read_text(encoding="utf-8").strip() if record.exists() else ""}:
+            self._stop(
+                f"reward servers compute other rewards than those with which this training began ({record}): models, "
+                "voices, language, curve, tones or precision differ. Start the servers as before, and start training "
+                "again with the same command: it resumes from the last checkpoint. force=1 trains from the beginning"
+            )
 
-    def _val_metrics_update(self, data_sources, sample_uids, *args, expected_acc_counts=None, **kwargs):
+    def _stop(self, reason: str) -> NoReturn:
+        """End the training with a reason, which scripts/train.py shows if the reward's failure file has it."""
+        if failure_file := self._reward_options().get("failure_file"):
+            write_text(failure_file, f"{reason}\n")
+        raise RuntimeError(reason)
+
+    def _val_metrics_update(
+        self, data_sources, sample_uids, reward_extra_infos, *args, expected_acc_counts=None, **kwargs
+    ):
         expected = sum((expected_acc_counts or {}).values())
         if len(sample_uids) < expected:
             raise _failed(expected - len(sample_uids), expected, "rollouts of this validation failed")
+        self._check_identity({SERVER_KEY: server} for server in reward_extra_infos.get(SERVER_KEY, []))
         return super()._val_metrics_update(
-            data_sources, sample_uids, *args, expected_acc_counts=expected_acc_counts, **kwargs
+            data_sources, sample_uids, reward_extra_infos, *args, expected_acc_counts=expected_acc_counts, **kwargs
         )
 
     def _compute_advantage(self, batch, metrics):
+        fields = ["uid", "rm_scores", "extra_fields"]
+        rows = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
+        infos = [(extra or {}).get("reward_extra_info", {}) for extra in rows["extra_fields"]]
+        self._check_identity(infos)
         batch = super()._compute_advantage(batch, metrics)
         if not credits_syllables(self.config):
             return batch
-        fields = ["uid", "rm_scores", "extra_fields"]
-        rows = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
-        encoded_errors = [(extra or {}).get("reward_extra_info", {}).get(KEY) for extra in rows["extra_fields"]]
+        encoded_errors = [info.get(KEY) for info in infos]
         scores = rows["rm_scores"].unbind()  # one value per token
         advantages = group_advantages(
             list(rows["uid"]), encoded_errors, [row.sum().item() for row in scores], [len(row) for row in scores],
