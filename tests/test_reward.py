@@ -362,6 +362,7 @@ def test_shutdown_answers_what_is_in_flight_and_a_secret_is_needed(assets, tmp_p
 
     results = asyncio.run(go())
     assert server.process.wait(timeout=60) == 0, server.log.read_text()[-2000:]
+    assert secret.read_text().strip() not in server.log.read_text()
     answered = [r for r in results if not isinstance(r, RewardServerError)]
     assert answered and all(scored.transcript for scored in answered)
     with pytest.raises(urllib.error.URLError):

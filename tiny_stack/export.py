@@ -62,9 +62,12 @@ def save_half(state: dict[str, torch.Tensor], path: Path) -> None:
 def export_codec(work_dir: Path, settings, folder: Path) -> None:
     """Write the speech tokenizer, the token decoder, and the number of times that each token occurs in the corpus."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = torch.load(work_dir / "tokenizer.pt", map_location="cpu")["tokenizer"]
+    tokenizer = torch.load(work_dir / "tokenizer.pt", map_location="cpu", weights_only=True)["tokenizer"]
     save_half(tokenizer, folder / "speech_tokenizer.safetensors")
-    save_half(torch.load(work_dir / "token2wav.pt", map_location="cpu"), folder / "token_decoder.safetensors")
+    save_half(
+        torch.load(work_dir / "token2wav.pt", map_location="cpu", weights_only=True),
+        folder / "token_decoder.safetensors",
+    )
     config = {"speech_tokenizer": settings.speech_tokenizer, "token_decoder": settings.token_decoder}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tokens = np.load(work_dir / "tokens.npz")

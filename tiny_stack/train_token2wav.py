@@ -261,7 +261,9 @@ def main(argv=None):
     corpus = Corpus(args.work_dir, args.device, settings.max_utterance_s)
     tokens = dict(np.load(args.work_dir / "tokens.npz"))
     decoder = TokenDecoder(**settings.token_decoder).to(args.device)
-    decoder.load_state_dict(torch.load(args.work_dir / "tokenizer.pt", map_location=args.device)["decoder"])
+    decoder.load_state_dict(
+        torch.load(args.work_dir / "tokenizer.pt", map_location=args.device, weights_only=True)["decoder"]
+    )
     trainer = Token2WavTrainer(Segments(corpus, tokens, settings, args.device), decoder, settings, args.device)
     trainer.train(summary_writer(args.work_dir, "token2wav"))
     with trainer.average.applied():

@@ -226,13 +226,17 @@ class Curve:
     note: str = ""
 
 
+def share(value: float) -> str:
+    return f"{value:.1%}"
+
+
 CURVES = (
     Curve("Reward", ("critic/score/mean",), r"val-core/.*/reward/mean@\d+", from_zero=False),
-    Curve("Pinyin error rate in validation", (), r"val-aux/.*/pinyin_error_rate/mean@\d+", lambda v: f"{v:.1%}",
+    Curve("Pinyin error rate in validation", (), r"val-aux/.*/pinyin_error_rate/mean@\d+", share,
           note="Measured with the reward's recogniser and its setting for tones."),
     Curve("Response length, tokens", ("response_length/mean",), r"val-aux/.*/num_speech_tokens/mean@\d+",
           from_zero=False),
-    Curve("Truncated responses", ("response_length/clip_ratio",), form=lambda v: f"{v:.1%}"),
+    Curve("Truncated responses", ("response_length/clip_ratio",), form=share),
     Curve("Entropy, nats per token", ("actor/entropy", "actor/entropy_loss"), from_zero=False),
     Curve("KL between rollout and training policy", ("rollout_corr/kl", "training/rollout_kl"),
           note="Difference between the probabilities of the rollout engine and of the trained network."),
@@ -240,6 +244,13 @@ CURVES = (
           note="From the policy of the rollouts to the updated one. With one update per batch: rounding errors only."),
     Curve("KL to the SFT model", ("actor/kl_loss",)),
     Curve("Gradient norm", ("actor/grad_norm",)),
+    Curve("Bad rollouts", ("rollouts/bad_rollout",), form=share,
+          note="Rollouts without speech tokens, and those that no server could score. Their reward is 0."),
+    Curve("Rollouts with an empty transcript", ("rollouts/empty_transcript",), form=share),
+    Curve("Rollouts whose reward was requested again", ("rollouts/retried_rollout",), form=share),
+    Curve("Rollouts decoded again in fp32", ("rollouts/rescored_rollout",), form=share,
+          note="Rollouts whose speech overflowed in half precision."),
+    Curve("Generated tokens that are no speech tokens", ("rollouts/other_tokens",), form=share),
     Curve("Seconds per step", ("timing_s/step",)),
 )  # fmt: skip
 
