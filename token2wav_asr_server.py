@@ -26,13 +26,24 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from tts_grpo.reward.libpython import libpython_fault, libpython_folder
 from tts_grpo.reward.ports import port_fault
-from tts_grpo.reward.protocol import MODEL_NAME, SPEECH_MODEL_NAME, VERSION, encode_response, read_secret, text_tensor
+from tts_grpo.reward.protocol import (
+    BUCKETS,
+    MAX_TEXT_BYTES,
+    MODEL_NAME,
+    SPEECH_MODEL_NAME,
+    VERSION,
+    RolloutScore,
+    encode_response,
+    read_secret,
+    text_tensor,
+)
 from tts_grpo.speech.model_folders import TOKEN2WAV_FILES, token2wav_kind
 from tts_grpo.text.input_files import read_voices
 from tts_grpo.text.tokens import NUM_SPEECH_TOKENS
@@ -181,13 +192,19 @@ class BatchError(RuntimeError):
 
 
 class Instance:
-    """A scorer process and the pipe to it."""
+    """A scorer process and the pipe to it.
+
+    Attributes:
+        deaths: number of times that the process died.
+        server: hash of what the rewards depend on, see :func:`identity`; it is set when the process has loaded.
+    """
 
     def __init__(self, args, device: str):
         self.args, self.device, self.lock, self.deaths = args, device, threading.Lock(), 0
         self._start()
 
     def _start(self) -> None:
+        self.server = ""
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=serve_instance, args=(theirs, self.args, self.device), daemon=True)
@@ -250,6 +267,7 @@ class Instance:
             self.pipe.close()
             self._start()
             self.wait_ready(START_TIMEOUT_S)
+            self.server = identity(self.args)  # the files may have changed
             logger.info("the instance on %s is ready again", self.device)
 
     def kill(self) -> None:
@@ -265,24 +283,49 @@ class Instance:
             self.process.kill()
 
 
-def unpad(tokens: np.ndarray, token_lens: np.ndarray) -> list[list[int]]:
-    """Return the token sequences of a batch from TOKENS, int32 (B, T), and TOKEN_LENS, int32 (B, 1).
+def request_fault(length: int, size: int, text: bytes = b"") -> str:
+    """Return why a sample's input is refused, or "".
 
-    An invalid length gives [-1], which is not a speech token, so that only that sample is answered with an error.
+    Args:
+        length: its TOKEN_LENS.
+        size: length of its row of TOKENS.
+        text: its GT_TEXT, if the model has it.
     """
-    lens = token_lens[:, 0].tolist()
-    return [row[:n].tolist() if 0 < n <= len(row) else [-1] for row, n in zip(tokens, lens, strict=True)]
+    if not 0 < length <= size:
+        return f"TOKEN_LENS is {length}, but TOKENS has {size} tokens"
+    if length > BUCKETS[-1]:
+        return f"{length} speech tokens: the reward server takes at most {BUCKETS[-1]}"
+    if len(text) > MAX_TEXT_BYTES:
+        return f"a text of {len(text)} bytes: the reward server takes at most {MAX_TEXT_BYTES}"
+    try:
+        text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return f"GT_TEXT is not UTF-8: {error}"
+    return ""
 
 
-def decoded(texts: np.ndarray) -> list[str]:
-    """Decode GT_TEXT, bytes (B,); text that is not UTF-8 gives "", so that its sample is answered with an error."""
-    found = []
-    for text in texts:
-        try:
-            found.append(text.decode("utf-8"))
-        except UnicodeDecodeError:
-            found.append("")
-    return found
+def call_with_valid(instance, method: str, failed: Callable[[str], object], tokens, token_lens, texts=None) -> list:
+    """Call an instance's method with the samples of a batch that are valid; the others are answered with an error.
+
+    Args:
+        instance: the instance.
+        method: method of ``RewardScorer``, which takes the samples' tokens, and their texts if there are any.
+        failed: makes the result of a sample from the reason why it is refused.
+        tokens: TOKENS, int32 (B, T).
+        token_lens: TOKEN_LENS, int32 (B, 1).
+        texts: GT_TEXT, bytes (B,), or None.
+
+    Returns:
+        B results.
+    """
+    lens, texts_or_none = token_lens[:, 0].tolist(), [b""] * len(tokens) if texts is None else texts
+    faults = [request_fault(n, tokens.shape[1], text) for n, text in zip(lens, texts_or_none, strict=True)]
+    valid = [i for i, fault in enumerate(faults) if not fault]
+    arguments = [[tokens[i, : lens[i]].tolist() for i in valid]]
+    if texts is not None:
+        arguments.append([texts[i].decode("utf-8") for i in valid])
+    results = iter(instance.call(method, *arguments) if valid else [])
+    return [failed(fault) if fault else next(results) for fault in faults]
 
 
 def identity(args) -> str:
@@ -304,14 +347,15 @@ def identity(args) -> str:
     return digest.hexdigest()[:16]
 
 
-def infer_function(instance: Instance, server: str):
-    """Return the PyTriton inference callable for scoring on one instance; ``server`` is the result of `identity`."""
+def infer_function(instance: Instance):
+    """Return the PyTriton inference callable for scoring on one instance."""
     from pytriton.decorators import batch
 
     @batch
     def infer(TOKENS, TOKEN_LENS, GT_TEXT):
-        scores = instance.call("score", unpad(TOKENS, TOKEN_LENS), decoded(GT_TEXT[:, 0]))
-        return encode_response(scores, server)
+        failed = lambda fault: RolloutScore(error=fault)  # noqa: E731
+        scores = call_with_valid(instance, "score", failed, TOKENS, TOKEN_LENS, GT_TEXT[:, 0])
+        return encode_response(scores, instance.server)
 
     return infer
 
@@ -320,9 +364,12 @@ def speech_function(instance: Instance):
     """Return the PyTriton inference callable for synthesis on one instance."""
     from pytriton.decorators import batch
 
+    from tts_grpo.reward.scorer import SampleSpeech
+
     @batch
     def infer(TOKENS, TOKEN_LENS):
-        results = instance.call("synthesise", unpad(TOKENS, TOKEN_LENS))
+        failed = lambda fault: SampleSpeech(np.zeros(0, np.int16), 0, fault)  # noqa: E731
+        results = call_with_valid(instance, "synthesise", failed, TOKENS, TOKEN_LENS)
         lens = [len(speech.waveform) for speech in results]
         waveforms = np.zeros((len(results), max([1, *lens])), np.int16)
         for row, speech in zip(waveforms, results, strict=True):
@@ -362,11 +409,14 @@ def start_instances(args) -> list[Instance]:
         for instance in instances:
             instance.kill()
         raise
+    server = identity(args)
+    for instance in instances:
+        instance.server = server
     logger.info("%d instances loaded and warm after %.1f s", len(instances), time.monotonic() - start)
     return instances
 
 
-def bind_models(triton, instances: list[Instance], config, server: str) -> None:
+def bind_models(triton, instances: list[Instance], config) -> None:
     """Bind the two models of tts_grpo/reward/protocol.py to Triton."""
     from pytriton.model_config import Tensor
 
@@ -390,7 +440,7 @@ def bind_models(triton, instances: list[Instance], config, server: str) -> None:
     )
     triton.bind(
         model_name=MODEL_NAME,
-        infer_func=[infer_function(instance, server) for instance in instances],
+        infer_func=[infer_function(instance) for instance in instances],
         inputs=[*tokens, Tensor(name="GT_TEXT", dtype=bytes, shape=(1,))],
         outputs=[
             Tensor(name="REWARDS", dtype=np.float32, shape=(1,)),
@@ -425,7 +475,7 @@ def serve(args, instances: list[Instance]) -> int:
     )
     with Triton(config=config, security_config=security) as triton:
         config = ModelConfig(max_batch_size=args.max_batch_size, batcher=batcher)
-        bind_models(triton, instances, config, identity(args))
+        bind_models(triton, instances, config)
         triton.run()
         logger.info("ready: %s at http://%s:%d", MODEL_NAME, args.address, args.http_port)
         try:

@@ -422,9 +422,11 @@ RewardScorer._score = score
 """
 
 
-def test_rewards_are_the_same_despite_faults_of_the_machine_and_a_full_queue(assets, tmp_path, rows):
+def test_faults_of_the_machine_change_no_reward_and_changed_models_are_noticed(assets, tmp_path, rows):
     flags = ["--batch-timeout-s", "6", "--max-queue-delay-ms", "300", "--max-queue-size", "4"]
-    server = RewardServer(assets, tmp_path / "log", *flags, patch=FAULTS)
+    shutil.copytree(assets / "asr_reward", tmp_path / "asr_reward")
+    (tmp_path / "token2wav").symlink_to(assets / "token2wav")
+    server = RewardServer(tmp_path, tmp_path / "log", *flags, patch=FAULTS)
     server.wait_ready()
     pairs = [([first, *row["speech_tokens"][1:]], row["text"]) for first, row in zip((10, 11, 12, 13), rows)]
     try:
@@ -443,6 +445,19 @@ def test_rewards_are_the_same_despite_faults_of_the_machine_and_a_full_queue(ass
         assert refused and all("Exceeds maximum queue size" in str(result) for result in refused)
         served = score_all(RewardClient([server.url], patience_s=300, max_backoff_s=1.0), slow)
         assert served[:12] == served[12:] and max(score.attempts for score in served) > 1
+
+        async def score_before_and_after_a_change():
+            client = RewardClient([server.url], patience_s=120)
+            await client.score(*pairs[0])
+            (tmp_path / "asr_reward/another_file").touch()
+            kill_instance(server)
+            try:
+                return await client.score(*pairs[0])
+            finally:
+                await client.close()
+
+        with pytest.raises(RewardServerError, match="computes other rewards than it did before"):
+            asyncio.run(score_before_and_after_a_change())
     finally:
         server.stop()
 

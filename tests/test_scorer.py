@@ -1,5 +1,6 @@
 """Tests of the scorer on batches: voices, failures, and the ASR features on their device."""
 
+import types
 import weakref
 
 import numpy as np
@@ -7,8 +8,9 @@ import pytest
 import torch
 
 from tests.hub_repositories import make_sensevoice
-from token2wav_asr_server import decoded, unpad
-from tts_grpo.reward.scorer import RewardScorer
+from token2wav_asr_server import call_with_valid
+from tts_grpo.reward.protocol import RolloutScore
+from tts_grpo.reward.scorer import RewardScorer, SampleSpeech
 from tts_grpo.speech.asr.recogniser import Transcript
 from tts_grpo.speech.asr.sensevoice import SenseVoice
 from tts_grpo.speech.audio import resample, resample_batch
@@ -116,12 +118,37 @@ def test_scores_are_the_same_at_each_call_and_in_each_batch(token2wav, assets, t
     assert [score for i in range(0, 24, 5) for score in scorer.score(tokens[i : i + 5], texts[i : i + 5])] == scores
 
 
+SAMPLES = (  # TOKEN_LENS, GT_TEXT, one of the tokens, what the error says
+    (40, "今天".encode(), 5, ""),
+    (2101, "今天".encode(), 5, "TOKEN_LENS is 2101, but TOKENS has 2100 tokens"),
+    (0, "今天".encode(), 5, "TOKEN_LENS is 0"),
+    (-1, "今天".encode(), 5, "TOKEN_LENS is -1"),
+    (2049, "今天".encode(), 5, "2049 speech tokens: the reward server takes at most 2048"),
+    (40, b"\xff", 5, "GT_TEXT is not UTF-8"),
+    (40, "今天".encode() * 2731, 5, "a text of 16386 bytes: the reward server takes at most 16384"),
+    (40, b"", 5, "has no word"),
+    (40, "今天".encode(), 6561, "a speech token is not in [0, 6561)"),
+    (1, "今天".encode(), 5, ""),
+)
+
+
 def test_a_request_that_is_wrong_fails_alone(token2wav, asr):
-    """A length beyond the tokens, a length of 0 or invalid UTF-8 fails; other requests of the batch are scored."""
-    tokens, lens = np.full((4, 40), 5, np.int32), np.array([[40], [41], [0], [40]], np.int32)
-    texts = decoded(np.array(["今天".encode(), "今天".encode(), "今天".encode(), b"\xff"], dtype=object))
-    scores = RewardScorer(token2wav, asr).score(unpad(tokens, lens), texts)
-    assert [bool(score.error) for score in scores] == [False, True, True, True]
+    """The error names what is wrong; other requests of the batch are scored."""
+    lens, texts, ids, messages = zip(*SAMPLES, strict=True)
+    tokens = np.repeat(np.array(ids, np.int32)[:, None], 2100, axis=1)
+    scorer = RewardScorer(token2wav, asr)
+    instance = types.SimpleNamespace(call=lambda method, *arguments: getattr(scorer, method)(*arguments))
+    inputs = (tokens, np.array(lens, np.int32)[:, None])
+    scores = call_with_valid(
+        instance, "score", lambda fault: RolloutScore(error=fault), *inputs, np.array(texts, object)
+    )
+    for score, message in zip(scores, messages, strict=True):
+        assert message in score.error and bool(message) == np.isnan(score.reward) == bool(score.error)
+    spoken = call_with_valid(instance, "synthesise", lambda fault: SampleSpeech(tokens[0, :0], 0, fault), *inputs)
+    assert [not speech.error for speech in spoken] == [i in (0, 5, 6, 7, 9) for i in range(len(SAMPLES))]
+    assert call_with_valid(None, "score", str, tokens[1:2], np.array([[0]]), np.array(texts[:1], object)) == [
+        "TOKEN_LENS is 0, but TOKENS has 2100 tokens"
+    ]
 
 
 def test_resampling_of_a_batch_is_scipys():

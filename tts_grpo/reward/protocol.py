@@ -61,6 +61,7 @@ SECRET_FILE = "TTS_GRPO_SECRET_FILE"  # environment variable with the path of th
 SECRET_HEADER = "triton-access-token"  # PyTriton's name
 # Only two buckets, so that batches fill: padding costs little to transfer, and the server sorts batches by length.
 BUCKETS = (512, 2048)
+MAX_TEXT_BYTES = 16_384  # longest GT_TEXT; a text that a rollout of 2048 speech tokens can speak has about 1000 bytes
 
 
 def read_secret(path: str | Path) -> str:
@@ -128,7 +129,13 @@ def bucket(num_tokens: int) -> int:
 
 
 def encode_request(speech_tokens: Sequence[int], ground_truth: str) -> dict:
-    """Return the JSON body of a request to score one rollout."""
+    """Return the JSON body of a request to score one rollout.
+
+    Raises:
+        ValueError: there are more speech tokens or more text than the server takes.
+    """
+    if (size := len(ground_truth.encode("utf-8"))) > MAX_TEXT_BYTES:
+        raise ValueError(f"a text of {size} bytes: the reward server takes at most {MAX_TEXT_BYTES}")
     text = {"name": "GT_TEXT", "shape": [1, 1], "datatype": "BYTES", "data": [ground_truth]}
     return {"inputs": [*_token_inputs(speech_tokens), text], "outputs": [{"name": name} for name in OUTPUT_NAMES]}
 
