@@ -519,7 +519,7 @@ def fill_disk(lab: Laboratory, trial: Trial, reference: Reference, rng: random.R
     part = PARTS[trial.part]
     before = size_of(lab.states / part.before)
     after = size_of(lab.states / part.after)
-    room = int(rng.uniform(0, 1) * max(after - before, 200_000))
+    room = int(rng.uniform(0, 0.9) * max(after - before, 8192))
     unmount(lab.exp_dir)
     with temporary_disk(lab.exp_dir, before + room):
         shutil.copytree(lab.states / part.before, lab.exp_dir, symlinks=True, dirs_exist_ok=True)
