@@ -427,7 +427,7 @@ main() {
     return
   fi
   mapfile -t wrong < <(
-    ((dry_run)) || folder_faults
+    ((dry_run)) || { folder_faults && shared_memory_faults; }
     contradictions
     refused_overrides
   )

@@ -195,6 +195,26 @@ folder_faults() {
   [[ -z $fault ]] || echo "$fault: set venv_root to a folder that can, or make it writable"
 }
 
+# shared_memory_faults: print what is wrong with /dev/shm, if anything. Ray needs no space there: it has its object store
+# in its temporary folder if /dev/shm is small.
+shared_memory_faults() {
+  local fault devices needed_mib free_mib remedy="mount a larger one (Docker: --shm-size=1g)"
+  ((start <= 2 && stop >= 1)) || return 0
+  fault=$(why_not_writable /dev/shm)
+  [[ -d /dev/shm ]] || fault="/dev/shm is missing"
+  if [[ -n $fault ]]; then
+    echo "$fault, but the reward server and Ray need it: $remedy"
+    return
+  fi
+  read -ra devices <<<"$server_devices"
+  # PyTriton 0.7 takes 4 MiB for each process and for the model of validation audio; requests take a few MiB
+  needed_mib=$((4 * (server_instances * ${#devices[@]} + 1) + 16))
+  # NCCL's segments between GPUs; its guide recommends --shm-size=1g in place of Docker's 64 MiB
+  [[ $train_device != cuda ]] || ((num_gpus == 1)) || ((needed_mib += 64 * num_gpus))
+  free_mib=$(df -BM --output=avail /dev/shm | tail -n 1 | tr -dc 0-9)
+  ((free_mib >= needed_mib)) || echo "/dev/shm has $free_mib MiB free, but $needed_mib are needed: $remedy, or lower server_instances"
+}
+
 # name_full_disks: after a failure, print which disks are full, because programs report it in many ways.
 name_full_disks() {
   local folder free_mib

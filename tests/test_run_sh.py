@@ -1088,6 +1088,23 @@ def test_a_python_without_shared_library_is_named_before_anything_is_installed(r
     assert recipe.run("-1", "-1", base_python=str(python), make_envs="0").returncode == 0
 
 
+def show_faults(recipe) -> None:
+    """Make --check print the faults that run.sh passes to scripts/check.py."""
+    program = recipe.root / "bin/python3"
+    program.write_text(f'#!/bin/sh\n[ "$1" = -IS ] && exec {sys.executable} "$@"\necho "$@"\nexit 1\n')
+    program.chmod(0o755)
+
+
+def in_mount_namespace(recipe, script: str, *arguments: str, **variables) -> subprocess.CompletedProcess:
+    """Run a script that may mount file systems. Its $0 is run.sh; it exits with 99 if it cannot mount."""
+    recipe.calls_path.write_text("")
+    command = ["unshare", "--map-root-user", "--mount", "bash", "-c", script, str(recipe.root / "run.sh"), *arguments]
+    done = subprocess.run(command, env=recipe.environment(**variables), capture_output=True, text=True, timeout=120)
+    if "unshare: " in done.stderr or done.returncode == 99:
+        pytest.skip("this machine does not allow a mount namespace")
+    return done
+
+
 @pytest.mark.parametrize("subfolder", ["", "data", "checkpoints"])
 def test_an_experiment_folder_that_cannot_be_written_to_is_named_before_any_work(recipe, subfolder):
     exp_dir = Path("/proc/experiment")
@@ -1096,9 +1113,7 @@ def test_an_experiment_folder_that_cannot_be_written_to_is_named_before_any_work
         exp_dir.mkdir(parents=True)
         (exp_dir / subfolder).symlink_to("/proc/data")
     faulty = exp_dir / subfolder if subfolder else Path("/proc")
-    shows_arguments = recipe.root / "bin/python3"  # scripts/check.py prints the faults that it is passed
-    shows_arguments.write_text(f'#!/bin/sh\n[ "$1" = -IS ] && exec {sys.executable} "$@"\necho "$@"\nexit 1\n')
-    shows_arguments.chmod(0o755)
+    show_faults(recipe)
     for arguments in (("0", "5"), ("--check",)):
         done = recipe.run(*arguments, exp_dir=str(exp_dir))
         fault = f"{faulty} cannot be written to (No such file or directory): set exp_dir to a folder that can"
@@ -1130,13 +1145,29 @@ bash "$0" 0 4
 
 @pytest.mark.parametrize("program", ["prepare_data.py", "main_ppo", "merge.py", "infer_dist.py", "summarise.py"])
 def test_a_full_disk_is_named_and_the_next_run_completes(recipe, program):
-    recipe.calls_path.write_text("")
-    command = ["unshare", "--map-root-user", "--mount", "bash", "-c", ON_A_SMALL_DISK]
-    command += [str(recipe.root / "run.sh"), program]
-    done = subprocess.run(command, env=recipe.environment(), capture_output=True, text=True, timeout=120)
-    if "unshare: " in done.stderr or done.returncode == 99:
-        pytest.skip("this machine does not allow a mount namespace")
+    done = in_mount_namespace(recipe, ON_A_SMALL_DISK, program)
     first = done.stderr.split("status ")[0]
     assert f"the disk of {recipe.exp_dir} has only 0 MiB left" in first and "run the same command again" in first
     assert "status 0" not in done.stderr and done.returncode == 0, done.stderr
     assert recipe.calls()[-1] == "report.py"
+
+
+@pytest.mark.parametrize(
+    ("options", "settings", "fault"),
+    [
+        ("size=64m", {}, None),
+        ("size=20m", {}, "/dev/shm has 20 MiB free, but 28 are needed: mount a larger one (Docker: --shm-size=1g)"),
+        ("size=64m", {"server_instances": "12"}, "64 MiB free, but 68 are needed"),
+        ("ro", {}, "/dev/shm cannot be written to (Read-only file system), but the reward server and Ray need it"),
+    ],
+)
+def test_shared_memory_that_is_too_small_is_named_before_any_work(recipe, options, settings, fault):
+    script = f'mount -t tmpfs -o {options} tmpfs /dev/shm || exit 99; bash "$0" "$@"'
+    done = in_mount_namespace(recipe, script, "0", "2", **settings)
+    if fault is None:
+        assert done.returncode == 0, done.stderr
+        return
+    assert done.returncode == 1 and fault in done.stderr and recipe.calls() == [], done.stderr
+    show_faults(recipe)
+    assert fault in in_mount_namespace(recipe, script, "--check", **settings).stdout
+    assert in_mount_namespace(recipe, script, "0", "0", **settings).returncode == 0, "stage 0 needs none"
