@@ -89,10 +89,10 @@ SCORES = "Rewards do not change and none is missing if an instance of the reward
 ALL, ONE = "kill -9 of all processes", "kill -9 of one process"
 PLAN = {  # (promise, fault): number of trials per part
     (COMPLETES, ALL): {"data": 3, "reward server": 2, "training step": 2, "checkpoint write": 2, "merge": 2,
-                       "inference": 3, "scoring": 2},
+                       "inference": 2, "scoring": 2},
     (COMPLETES, ONE): {"data": 3, "reward server": 3, "training step": 2, "checkpoint write": 1, "merge": 2,
-                       "inference": 3, "scoring": 3},
-    (FULL, "full disk"): {"data": 2, "merge": 2, "inference": 2, "scoring": 2},
+                       "inference": 2, "scoring": 3},
+    (FULL, "full disk"): {"data": 2, "merge": 2, "inference": 1, "scoring": 1},
     (READ_ONLY, "read-only folder"): {"data": 1, "scoring": 1},
     (SCORES, "dead instance"): {"scores of the server": 3},
     (SCORES, "hung instance"): {"scores of the server": 2},
