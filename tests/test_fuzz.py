@@ -60,7 +60,7 @@ def random_line(rng: random.Random) -> str:
 def test_each_line_is_a_sample_or_is_rejected_with_a_reason(worker, trainer_python, tokenizer, tmp_path):  # noqa: F811
     rng = random.Random(0)
     lines = [line for line in (random_line(rng) for _ in range(EXAMPLES)) if line.strip()]
-    done = prepare(worker, tmp_path, lines, ['{"text": "好"}'], "--max-bad-ratio", "1", "--text-tags", "remove",
+    done = prepare(worker, tmp_path, lines, ['{"text": "这一句只用来验证"}'], "--max-bad-ratio", "1", "--text-tags", "remove",
                    "--llm-text", "spoken")  # fmt: skip
     assert done.returncode == 0, done.stderr
     rows = rows_of(trainer_python, tmp_path / "out/train.parquet")
