@@ -60,8 +60,9 @@ def random_line(rng: random.Random) -> str:
 def test_each_line_is_a_sample_or_is_rejected_with_a_reason(worker, trainer_python, tokenizer, tmp_path):  # noqa: F811
     rng = random.Random(0)
     lines = [line for line in (random_line(rng) for _ in range(EXAMPLES)) if line.strip()]
-    done = prepare(worker, tmp_path, lines, ['{"text": "好"}'], "--max-bad-ratio", "1", "--text-tags", "remove",
-                   "--llm-text", "spoken")  # fmt: skip
+    validation = ['{"text": "这一句只用来验证"}']
+    flags = ("--max-bad-ratio", "1", "--text-tags", "remove", "--llm-text", "spoken")
+    done = prepare(worker, tmp_path, lines, validation, *flags)
     assert done.returncode == 0, done.stderr
     rows = rows_of(trainer_python, tmp_path / "out/train.parquet")
     rejects = [json.loads(line) for line in (tmp_path / "out/rejects.jsonl").read_text("utf-8").splitlines()]

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -175,6 +176,25 @@ def test_too_many_bad_lines_stop_and_leave_nothing(worker, tmp_path):
     done = prepare(worker, tmp_path, ["{", line("你好")], [line("你好")])
     assert done.returncode == 1 and "1 of 2 lines" in done.stderr and "rejects.jsonl" in done.stderr
     assert not list((tmp_path / "out").glob("*.parquet*"))
+
+
+def test_equal_files_give_equal_bytes(trainer_python, tmp_path):
+    """In two processes, in which Python orders sets of texts differently."""
+    data = ROOT / "assets/tiny/data"
+    made = []
+    for seed in ("1", "2"):
+        command = [
+            trainer_python, str(ROOT / "prepare_data.py"), "--train-file", str(data / "grpo.jsonl"), "--test-file",
+            str(data / "dev.jsonl"), "--eval-set", str(data / "test.jsonl"), "--output-dir", str(tmp_path / seed),
+            "--llm-path", str(ROOT / "assets/tiny/llm"), "--llm-text", "spoken",
+        ]  # fmt: skip
+        environment = os.environ | {"PYTHONHASHSEED": seed}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+        files = {path.name: path.read_bytes() for path in (tmp_path / seed).iterdir()}
+        assert {"train.parquet", "test.parquet"} <= files.keys()
+        made.append((files, done.stdout.replace(str(tmp_path / seed), "")))
+    assert made[0] == made[1]
 
 
 @pytest.mark.parametrize("indent", [None, 1])

@@ -138,10 +138,15 @@ def test_the_program_writes_all_figures(evaluate, spoken, truth, assets, tmp_pat
     set_path, output_dir = tmp_path / "set.jsonl", tmp_path / "truth"
     rows = [{"id": r["id"], "target_text": r["text"]} for r in spoken[0]]
     write_jsonl(set_path, rows)
-    score.main([
+    arguments = [
         "--output-dir", str(output_dir), "--eval-set", str(set_path), "--asr-dir", str(assets / "asr_eval"),
         "--quality-utterances", "3", "--reference-audio", str(assets / "prompts"),
-    ])  # fmt: skip
+    ]  # fmt: skip
+    score.main(arguments)
+    written = [output_dir / name for name in ("scores.json", "seed_0/utterances.jsonl", "seed_0/alignment.txt")]
+    first = [path.read_bytes() for path in written]
+    score.main(arguments)
+    assert [path.read_bytes() for path in written] == first, "the same speech has other scores"
     scores = json.loads((output_dir / "scores.json").read_text())
     assert scores["asr"]["backend"] == "funasr" and len(scores["asr"]["sha256"]) == 64
     assert scores["pooled"][PER]["rate"] == truth[0][PER]["rate"]
