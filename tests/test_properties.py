@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import infer_dist
+from token2wav_asr_server import call_with_valid
 from tts_grpo.reward.protocol import (
+    MAX_TEXT_BYTES,
     OUTPUT_NAMES,
     RolloutScore,
     bucket,
@@ -144,6 +146,36 @@ def test_scores_survive_the_round_trip(sent):
         rows = {name: tensor[i] for name, tensor in tensors.items()}
         data = {n: [v.decode() for v in row] if row.dtype.kind == "S" else row.tolist() for n, row in rows.items()}
         assert decode_response({"outputs": [{"name": n, "data": d} for n, d in data.items()]}) == score
+
+
+class EchoInstance:
+    """Answers each sample with its input; a server's instance gets only valid samples."""
+
+    def call(self, method, speech_tokens, texts):
+        assert speech_tokens and all(speech_tokens) and len(speech_tokens) == len(texts)
+        return list(zip(speech_tokens, texts, strict=True))
+
+
+samples = st.tuples(
+    st.one_of(st.integers(-2, 8), st.sampled_from((-(2**31), 2048, 2049, 2**31 - 1))),
+    st.one_of(st.binary(max_size=6), st.text(max_size=6).map(str.encode), st.just("好".encode() * 5462)),
+)
+
+
+@given(st.lists(samples, min_size=1, max_size=6), st.sampled_from((1, 6, 512, 2048, 3000)), st.integers(-1, 7000))
+def test_each_request_of_a_batch_is_answered_with_its_own_result_or_a_reason(batch, size, token):
+    tokens = np.full((len(batch), size), token, np.int32) + np.arange(len(batch), dtype=np.int32)[:, None]
+    lens, texts = zip(*batch, strict=True)
+    inputs = (tokens, np.array(lens, np.int32)[:, None], np.array(texts, dtype=object))
+    results = call_with_valid(EchoInstance(), "score", lambda fault: fault, *inputs)
+    assert len(results) == len(batch)
+    for i, ((length, text), result) in enumerate(zip(batch, results, strict=True)):
+        if isinstance(result, str):
+            with pytest.raises((ValueError, AssertionError)):
+                assert 0 < length <= min(size, 2048) and len(text) <= MAX_TEXT_BYTES and [text.decode("utf-8")]
+            assert result.isprintable()
+        else:
+            assert result == ([token + i] * length, text.decode("utf-8"))
 
 
 @given(speech_tokens)
