@@ -132,8 +132,12 @@ def test_the_tiny_decoder_supports_fp32_only(assets):
 
 
 def test_non_finite_speech_is_an_error():
-    def decoder(speech_tokens, voices, seed):
-        return torch.full((len(speech_tokens), 640), torch.nan), torch.tensor([640] * len(speech_tokens))
+    class Decoder:
+        def exact(self):
+            return self
+
+        def __call__(self, speech_tokens, voices, seed):
+            return torch.full((len(speech_tokens), 640), torch.nan), torch.tensor([640] * len(speech_tokens))
 
     with pytest.raises(ValueError, match="not finite"):
-        decode(decoder, [[1]])
+        decode(Decoder(), [[1]])
