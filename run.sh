@@ -336,7 +336,7 @@ configure() {
     "$speech_bin/python" "$root/token2wav_asr_server.py" --token2wav-dir "$token2wav_dir" --asr-dir "$reward_asr_dir"
     --instances "$server_instances" --threads "$server_threads" --max-batch-size "$server_batch_size"
     --reward-curve "$reward_curve" --address "$server_address" --http-port "$http_port" --grpc-port "$grpc_port"
-    --metrics-port "$metrics_port" --precision "$token2wav_precision" --devices "${device_list[@]}"
+    --metrics-port "$metrics_port" --batch-timeout-s "$batch_timeout_s" --precision "$token2wav_precision" --devices "${device_list[@]}"
   )
   ((reward_tones)) || server_command+=(--no-tones)
   [[ -z $server_secret_file ]] || server_command+=(--secret-file "$server_secret_file")

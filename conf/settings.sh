@@ -52,6 +52,7 @@ setting metrics_port 8002 - "int>=1<=65535" "port for metrics of the reward serv
 setting server_urls 'http://127.0.0.1:$http_port' - text "servers that training uses, separated by commas"
 setting reward_patience_s 180 - "number>=0" "seconds for which failed reward requests are retried before the training stops"
 setting server_timeout_s 900 - "int>=1" "longest wait for the server, in seconds"
+setting batch_timeout_s 240 - "number>0" "seconds after which a server process that has not answered a batch is restarted; more for full-size models on a CPU"
 setting server_devices cpu - devices "torch devices, separated by spaces"
 setting server_instances 2 - "int>=1" "processes per device"
 setting server_threads 4 - "int>=1" "torch threads per process"
