@@ -3,9 +3,10 @@
 veRL selects it from its trainer registry by ``trainer.v1.trainer_mode=tts_grpo``. ``VERL_USE_EXTERNAL_MODULES`` makes
 each veRL process import this module before the registry lookup. The subclass adds:
 
-- Credit by syllable (``credit=syllable``): advantages are computed from the errors per syllable that the reward
+- Credit by syllable (``credit=syllable``): advantages are computed from the losses per syllable that the reward
   function returns (tts_grpo/training/credit.py). ``critic/advantages/nonzero`` is the fraction of tokens with a nonzero
-  advantage. Settings that this would silently override are rejected at the start.
+  advantage, and ``critic/advantages/mismatched`` the share of rollouts with another number of syllables than the others
+  of their group. Settings that this would silently override are rejected at the start.
 - Failed rollouts stop the training. veRL itself logs the exception and trains on the rest of the group; with
   ``algorithm.filter_groups`` it may also discard the group.
 - A metric for the time spent waiting for rewards. veRL scores a rollout as soon as it ends, while others are still
@@ -14,6 +15,8 @@ each veRL process import this module before the registry lookup. The subclass ad
   the seconds that veRL's agent loop records per rollout, and assume that all rollouts of a step start together.
 - Counts of rollouts that are bad, could not be scored, were tried again, and so on, as shares of a step's rollouts
   (``rollouts/...``).
+- Statistics of each part of the reward (``reward_parts/...``): its mean, its standard deviation, and the share of
+  groups in which all rollouts have the same score, so that the part teaches nothing.
 - The known-answer check of the reward servers again after every ``check_reward_freq`` steps, and before a checkpoint is
   saved: a server that no longer tells right from wrong stops the training. No checkpoint has steps after the last check
   that passed.
@@ -36,9 +39,9 @@ import verl
 from omegaconf import DictConfig, open_dict
 from tensordict import TensorDict
 
-from tts_grpo.reward.protocol import ROLLOUT_COUNTS, SERVER_KEY
+from tts_grpo.reward.protocol import PART_KEY, ROLLOUT_COUNTS, SERVER_KEY
 from tts_grpo.text.jsonl import write_text
-from tts_grpo.training.credit import KEY, syllable_advantages
+from tts_grpo.training.credit import KEY, mismatched, syllable_advantages
 from tts_grpo.training.verl_version import require_verl
 
 require_verl(verl.__version__)
@@ -93,33 +96,62 @@ def rollout_seconds(rollouts: Iterable[dict[str, float]]) -> dict[str, float]:
     return {"generation": generated, "reward_wait": scored - generated}
 
 
-def group_advantages(
-    uids: Iterable[str], encoded_errors: list[str | None], scores: list[float], num_tokens: list[int], by_std: bool
-) -> list[np.ndarray]:
-    """Compute advantages per syllable for the rollouts of a step; rollouts with the same ``uid`` form a group.
-
-    Args and return value are those of :func:`tts_grpo.training.credit.syllable_advantages`, over all groups of a step.
-
-    Raises:
-        ValueError: the reward function returned no syllable errors for a rollout.
-    """
-    lacking = encoded_errors.count(None)
-    if lacking:
-        raise ValueError(
-            f"the reward of {lacking} of {len(encoded_errors)} rollouts has no {KEY}, which credit=syllable needs: "
-            "return it as reward_tts.py does, or set credit=utterance"
-        )
+def groups_of(uids: Iterable[str]) -> list[list[int]]:
+    """Return the rows of each group; rollouts with the same ``uid`` form a group."""
     groups = defaultdict(list)
     for row, uid in enumerate(uids):
         groups[uid].append(row)
-    advantages = [None] * len(encoded_errors)
-    for rows in groups.values():
-        of_group = syllable_advantages(
-            *([values[row] for row in rows] for values in (encoded_errors, scores, num_tokens)), by_std
+    return list(groups.values())
+
+
+def group_advantages(
+    uids: Iterable[str], encoded_losses: list[str | None], scores: list[float], num_tokens: list[int], by_std: bool
+) -> tuple[list[np.ndarray], float]:
+    """Compute advantages per syllable for the rollouts of a step; rollouts with the same ``uid`` form a group.
+
+    Args are those of :func:`tts_grpo.training.credit.syllable_advantages`, over all groups of a step.
+
+    Returns:
+        Its result, over all groups, and the share of rollouts with another number of syllables than their group.
+
+    Raises:
+        ValueError: the reward function returned no syllable losses for a rollout.
+    """
+    lacking = encoded_losses.count(None)
+    if lacking:
+        raise ValueError(
+            f"the reward of {lacking} of {len(encoded_losses)} rollouts has no {KEY}, which credit=syllable needs: "
+            "return it as reward_tts.py does, or set credit=utterance"
         )
-        for row, values in zip(rows, of_group, strict=True):
+    advantages, others = [None] * len(encoded_losses), 0
+    for rows in groups_of(uids):
+        losses, *rest = ([values[row] for row in rows] for values in (encoded_losses, scores, num_tokens))
+        others += mismatched(losses)
+        for row, values in zip(rows, syllable_advantages(losses, *rest, by_std), strict=True):
             advantages[row] = values
-    return advantages
+    return advantages, others / len(advantages)
+
+
+def part_statistics(infos: list[dict], uids: Iterable[str]) -> dict[str, float]:
+    """Return mean and standard deviation of each part of the reward, and its share of groups without a difference.
+
+    A part that is not required has the score -1 where it failed; this is left out, and the share of it is ``missing``.
+
+    Args:
+        infos: what the reward function returned for each rollout; those of another reward may have no parts.
+        uids: group of each rollout.
+    """
+    found, groups = {}, groups_of(uids)
+    names = [name for name in infos[0] if name.startswith(PART_KEY)] if infos else []
+    for name in names:
+        scores = np.array([info.get(name, -1.0) for info in infos], dtype=float)
+        present = scores >= 0
+        if present.any():
+            found[f"{name}/mean"], found[f"{name}/std"] = float(scores[present].mean()), float(scores[present].std())
+        found[f"{name}/equal_groups"] = float(np.mean([np.ptp(scores[rows]) < 1e-6 for rows in groups]))
+        if not present.all():
+            found[f"{name}/missing"] = float(1 - present.mean())
+    return found
 
 
 def rollout_shares(infos: list[dict], num_tokens: list[int]) -> dict[str, float]:
@@ -244,10 +276,10 @@ class SpeechGRPOTrainer(PPOTrainerSync):
         batch = super()._compute_advantage(batch, metrics)
         if not credits_syllables(self.config):
             return batch
-        encoded_errors = [info.get(KEY) for info in infos]
+        encoded_losses = [info.get(KEY) for info in infos]
         scores = rows["rm_scores"].unbind()  # one value per token
-        advantages = group_advantages(
-            list(rows["uid"]), encoded_errors, [row.sum().item() for row in scores], [len(row) for row in scores],
+        advantages, metrics["critic/advantages/mismatched"] = group_advantages(
+            list(rows["uid"]), encoded_losses, [row.sum().item() for row in scores], [len(row) for row in scores],
             self.config.algorithm.get("norm_adv_by_std_in_grpo", True),
         )  # fmt: skip
         metrics["critic/advantages/nonzero"] = float(np.mean(np.concatenate(advantages) != 0))
@@ -256,11 +288,12 @@ class SpeechGRPOTrainer(PPOTrainerSync):
         return tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=output)
 
     def _compute_metrics(self, batch, metrics, timing_raw, **kwargs):
-        fields = ["metrics", "rm_scores", "extra_fields"]
+        fields = ["uid", "metrics", "rm_scores", "extra_fields"]
         rows = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
         timing_raw.update(rollout_seconds(rows["metrics"]))
         infos = [(extra or {}).get("reward_extra_info", {}) for extra in rows["extra_fields"]]
         metrics.update(rollout_shares(infos, [len(row) for row in rows["rm_scores"].unbind()]))
+        metrics.update(part_statistics(infos, list(rows["uid"])))
         return super()._compute_metrics(batch, metrics, timing_raw, **kwargs)
 
     @staticmethod
