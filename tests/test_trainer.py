@@ -68,8 +68,10 @@ def test_advantages_are_written_back_group_by_group(found):
     returned, advantages, metrics = found["advantages"]
     assert returned == "batch after writing"
     assert advantages == [[0.0, 0.0, 0.25], [0.0, 0.0, 0.0], [0.0, 0.0, -0.25, -0.25], [0.0, 0.0, 0.0]]
-    assert metrics == {"critic/advantages/nonzero": pytest.approx(3 / 13)}
-    assert "1 of 2 rollouts has no syllable_errors" in found["missing_errors"]
+    assert metrics == {
+        "critic/advantages/nonzero": pytest.approx(3 / 13), "critic/advantages/mismatched": 0.0,
+    }  # fmt: skip
+    assert "1 of 2 rollouts has no syllable_losses" in found["missing_errors"]
     assert "credit=utterance" in found["missing_errors"]
 
 
@@ -77,6 +79,16 @@ def test_reward_wait_starts_at_the_end_of_the_last_generation(found):
     # Generation ends at 4.0 s; the reward of the third rollout arrives at 5.25 s, that of the first at 4.5 s.
     assert found["seconds"] == [{"generation": 4.0, "reward_wait": 1.25}, {"generation": 1.0, "reward_wait": 9.0}]
     assert found["wait_for_rewards"] == {"step": 9.0, "generation": 2.0, "reward_wait": 1.5}
+
+
+def test_statistics_of_the_parts_of_the_reward_are_logged(found):
+    statistics, of_another_reward = found["part_statistics"]
+    assert statistics == {
+        "reward_parts/pace/mean": 0.75, "reward_parts/pace/std": 0.25, "reward_parts/pace/equal_groups": 1.0,
+        "reward_parts/mine/mean": pytest.approx(0.4), "reward_parts/mine/std": pytest.approx(0.32660, abs=1e-4),
+        "reward_parts/mine/equal_groups": 0.0, "reward_parts/mine/missing": 0.25,
+    }  # fmt: skip
+    assert of_another_reward == {}
 
 
 def test_shares_of_rollouts_are_logged(found):

@@ -119,10 +119,10 @@ class FakeTransferQueue:
 def rollouts(*with_errors: bool) -> FakeTransferQueue:
     """Two prompts with two rollouts each, of 3, 3, 4 and 3 tokens; all rewards are 1, except the third."""
     scores = [torch.tensor([0.0] * (size - 1) + [score]) for size, score in ((3, 1.0), (3, 1.0), (4, 0.5), (3, 1.0))]
-    syllable_errors = [encode((0, int(errors)), (0, 2)) for errors in with_errors]
+    syllable_losses = [encode((0, 0.5 * errors), (0, 2)) for errors in with_errors]
     return FakeTransferQueue(
         uid=list("abab"), rm_scores=torch.nested.as_nested_tensor(scores, layout=torch.jagged),
-        extra_fields=[{"reward_extra_info": {"syllable_errors": value}} for value in syllable_errors],
+        extra_fields=[{"reward_extra_info": {"syllable_losses": value}} for value in syllable_losses],
         metrics=[{"generate_sequences": 2.0, "compute_score": 1.5}] * 4, advantages="GRPO's",
     )  # fmt: skip
 
@@ -141,6 +141,13 @@ def advantages(folder):
 
 def missing_errors(folder):
     return trainer.group_advantages("ab", [None, encode((0, 0), (0, 2))], [1.0, 0.5], [3, 3], False)
+
+
+def part_statistics(folder):
+    """Two groups of two rollouts; ``mine`` failed once, and ``pace`` is the same within each group."""
+    scores = {"pace": (0.5, 0.5, 1.0, 1.0), "mine": (0.0, 0.4, 0.8, -1.0)}
+    infos = [{f"reward_parts/{name}": values[i] for name, values in scores.items()} for i in range(4)]
+    return [trainer.part_statistics(infos, "aabb"), trainer.part_statistics([{"score": 1.0}], "a")]
 
 
 def wait_for_rewards(folder):
@@ -334,7 +341,8 @@ def result(check, folder: str):
 
 
 if __name__ == "__main__":
-    checks = (patched, constructed, refused, not_refused, seconds, advantages, missing_errors, wait_for_rewards, shares,
+    checks = (patched, constructed, refused, not_refused, seconds, advantages, missing_errors, part_statistics,
+              wait_for_rewards, shares,
               checked_servers, identities, failed_rollout, failed_validation, dump, engines, head_without_a_bias,
               unfused_head_with_a_bias, other_kernel_with_a_bias, head_with_a_bias, rollout_seeds)  # fmt: skip
     sys.stdout.write(json.dumps({check.__name__: result(check, sys.argv[1]) for check in checks}) + "\n")

@@ -14,9 +14,10 @@ class Reward:
     def __init__(self, context: Context, tag: str):
         if tag not in (*EMOTIONS, *EVENTS):
             raise ValueError(f"SenseVoice has no tag {tag}: it has {', '.join((*EMOTIONS, *EVENTS))}")
+        if tag not in context.asr.tags:
+            raise ValueError(f"the vocabulary of the reward's recogniser has no <|{tag}|>: use another recogniser")
         self.tag = tag
 
     def __call__(self, batch: Batch) -> list[float]:
-        if not all(self.tag in transcript.tags for transcript in batch.transcripts):
-            raise RuntimeError(f"the vocabulary of the reward's recogniser has no <|{self.tag}|>: use another one")
-        return [min(1.0, transcript.tags[self.tag]) for transcript in batch.transcripts]
+        # A recording that is too short to be recognised has no tags.
+        return [min(1.0, transcript.tags.get(self.tag, 0.0)) for transcript in batch.transcripts]

@@ -44,6 +44,9 @@ class SenseVoice:
             70 layers, and 32 on a CPU, where padding costs.
         language: of the speech, passed to the network; "zh" hears English words in Chinese speech, too.
 
+    Attributes:
+        tags: emotions and events that the vocabulary has, with their ids.
+
     Raises:
         ValueError: the network does not know the language; or see :func:`load_funasr`.
     """
@@ -62,7 +65,7 @@ class SenseVoice:
         self._language, self._language_id = language, languages[language]
         pieces = self._model.kwargs["tokenizer"].sp
         ids = {tag: pieces.piece_to_id(f"<|{tag}|>") for tag in (*EMOTIONS, *EVENTS)}
-        self._tags = {tag: number for tag, number in ids.items() if number != pieces.unk_id()}
+        self.tags = {tag: number for tag, number in ids.items() if number != pieces.unk_id()}
 
     def transcribe(self, recordings: Sequence[np.ndarray | torch.Tensor]) -> list[str]:
         """Transcripts of recordings, each float32 (T,) at 16 kHz, without SenseVoice's tags.
@@ -138,7 +141,7 @@ class SenseVoice:
         """Probability of each tag that the vocabulary has, in the network's answers (B, T, V)."""
         answers = logits[:, 1:3].float().softmax(-1).cpu()
         return [
-            {tag: float(one[0 if tag in EMOTIONS else 1, number]) for tag, number in self._tags.items()}
+            {tag: float(one[0 if tag in EMOTIONS else 1, number]) for tag, number in self.tags.items()}
             for one in answers
         ]
 
