@@ -80,12 +80,13 @@ def test_reward_wait_starts_at_the_end_of_the_last_generation(found):
 
 
 def test_shares_of_rollouts_are_logged(found):
-    shares, of_another_reward = found["shares"]
+    shares, with_a_truncated_one, of_another_reward = found["shares"]
     assert shares == {
         "rollouts/bad_rollout": 0.5, "rollouts/unscored_rollout": 0.0, "rollouts/retried_rollout": 1.0,
         "rollouts/rescored_rollout": 0.0, "rollouts/empty_transcript": 0.5,
         "rollouts/other_tokens": (4 + 3) / 16,  # without the end tokens
     }  # fmt: skip
+    assert with_a_truncated_one["rollouts/other_tokens"] == (4 + 4) / 16  # the second has no end token
     assert of_another_reward == {}
 
 
