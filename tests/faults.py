@@ -33,8 +33,7 @@ from pathlib import Path
 
 from scripts import checkpoints
 from tests.conftest import ROOT, RewardServer, free_ports
-from tools.record_results import replace_tables
-from tts_grpo.evaluation.provenance import git_commit, provenance
+from tts_grpo.evaluation.provenance import git_commit, provenance, replace_tables
 from tts_grpo.reward.client import RewardClient, RewardServerError
 from tts_grpo.text.jsonl import dump_line, read_jsonl, write_json
 from tts_grpo.training.verl_log import read_steps
