@@ -92,12 +92,13 @@ def test_statistics_of_the_parts_of_the_reward_are_logged(found):
 
 
 def test_shares_of_rollouts_are_logged(found):
-    shares, of_another_reward = found["shares"]
+    shares, with_a_truncated_one, of_another_reward = found["shares"]
     assert shares == {
         "rollouts/bad_rollout": 0.5, "rollouts/unscored_rollout": 0.0, "rollouts/retried_rollout": 1.0,
         "rollouts/rescored_rollout": 0.0, "rollouts/empty_transcript": 0.5,
         "rollouts/other_tokens": (4 + 3) / 16,  # without the end tokens
     }  # fmt: skip
+    assert with_a_truncated_one["rollouts/other_tokens"] == (4 + 4) / 16  # the second has no end token
     assert of_another_reward == {}
 
 

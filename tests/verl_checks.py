@@ -164,7 +164,10 @@ def shares(folder):
         {"bad_rollout": 0.0, "unscored_rollout": 0.0, "retried_rollout": 1.0, "rescored_rollout": 0.0,
          "empty_transcript": 0.0, "num_speech_tokens": 7.0},
     ]  # fmt: skip
-    return [trainer.rollout_shares(infos, [5, 11]), trainer.rollout_shares([{}, {}], [5, 11])]
+    return [
+        trainer.rollout_shares(infos, [5, 11], 12), trainer.rollout_shares(infos, [5, 11], 11),
+        trainer.rollout_shares([{}, {}], [5, 11], 12),
+    ]  # fmt: skip
 
 
 def checked_servers(folder):

@@ -154,12 +154,14 @@ def part_statistics(infos: list[dict], uids: Iterable[str]) -> dict[str, float]:
     return found
 
 
-def rollout_shares(infos: list[dict], num_tokens: list[int]) -> dict[str, float]:
+def rollout_shares(infos: list[dict], num_tokens: list[int], max_tokens: int) -> dict[str, float]:
     """Return the share of a step's rollouts of which each of ``ROLLOUT_COUNTS`` is true, and of tokens of other kinds.
 
     Args:
         infos: what the reward function returned for each rollout; those of another reward may lack the numbers.
         num_tokens: number of generated tokens of each rollout, the end token included.
+        max_tokens: largest number of tokens that a rollout may have. A rollout of this length counts as truncated, and
+            thus as one without an end token, as in veRL's ``response_length/clip_ratio``.
     """
     shares = {
         f"rollouts/{name}": float(np.mean([info[name] for info in infos]))
@@ -167,7 +169,10 @@ def rollout_shares(infos: list[dict], num_tokens: list[int]) -> dict[str, float]
         if all(name in info for info in infos)
     }
     if infos and all("num_speech_tokens" in info for info in infos):
-        others = [max(0.0, n - 1 - info["num_speech_tokens"]) for info, n in zip(infos, num_tokens, strict=True)]
+        others = [
+            max(0.0, n - (n < max_tokens) - info["num_speech_tokens"])
+            for info, n in zip(infos, num_tokens, strict=True)
+        ]
         shares["rollouts/other_tokens"] = float(sum(others) / sum(num_tokens))
     return shares
 
@@ -292,7 +297,8 @@ class SpeechGRPOTrainer(PPOTrainerSync):
         rows = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
         timing_raw.update(rollout_seconds(rows["metrics"]))
         infos = [(extra or {}).get("reward_extra_info", {}) for extra in rows["extra_fields"]]
-        metrics.update(rollout_shares(infos, [len(row) for row in rows["rm_scores"].unbind()]))
+        num_tokens = [len(row) for row in rows["rm_scores"].unbind()]
+        metrics.update(rollout_shares(infos, num_tokens, self.config.data.max_response_length))
         metrics.update(part_statistics(infos, list(rows["uid"])))
         return super()._compute_metrics(batch, metrics, timing_raw, **kwargs)
 
