@@ -6,6 +6,9 @@ each veRL process import this module before the registry lookup. The subclass ad
 - Credit by syllable (``credit=syllable``): advantages are computed from the errors per syllable that the reward
   function returns (tts_grpo/training/credit.py). ``critic/advantages/nonzero`` is the fraction of tokens with a nonzero
   advantage. Settings that this would silently override are rejected at the start.
+- GDPO's advantages (``algorithm.adv_estimator=gdpo``): veRL 0.9.1 has the estimator, but its trainer does not pass the
+  parts of the reward to it. Here, they are read from what the reward function returns, by the names in
+  ``algorithm.gdpo_reward_keys``.
 - Failed rollouts stop the training. veRL itself logs the exception and trains on the rest of the group; with
   ``algorithm.filter_groups`` it may also discard the group.
 - A metric for the time spent waiting for rewards. veRL scores a rollout as soon as it ends, while others are still
@@ -43,7 +46,8 @@ from tts_grpo.training.verl_version import require_verl
 
 require_verl(verl.__version__)
 
-from verl.trainer.ppo.v1 import PPOTrainerSync, register_trainer  # noqa: E402  # imported after the version check
+from verl.trainer.ppo.core_algos import compute_gdpo_outcome_advantage  # noqa: E402  # after the version check
+from verl.trainer.ppo.v1 import PPOTrainerSync, register_trainer  # noqa: E402
 
 NAME = "tts_grpo"
 POLL_S = 0.1
@@ -122,6 +126,40 @@ def group_advantages(
     return advantages
 
 
+def gdpo_advantages(
+    uids: list[str], infos: list[dict], num_tokens: list[int], algorithm: DictConfig
+) -> list[np.ndarray]:
+    """Compute GDPO's advantages (arXiv 2601.05242) for the rollouts of a step, by veRL's estimator.
+
+    Args:
+        uids: n names of prompts; rollouts with the same one form a group.
+        infos: what the reward function returned for each rollout.
+        num_tokens: n response lengths in tokens.
+        algorithm: veRL's settings ``algorithm``: ``gdpo_reward_keys`` has the names of the reward's parts in ``infos``,
+            ``gdpo_reward_weights`` their weights.
+
+    Returns:
+        n float32 arrays of shape (T,), where T is the length of the response.
+
+    Raises:
+        ValueError: the reward function returned no such part for a rollout.
+    """
+    for name in algorithm.gdpo_reward_keys:
+        if lacking := sum(name not in info for info in infos):
+            raise ValueError(
+                f"the reward of {lacking} of {len(infos)} rollouts has no part {name!r}, which algorithm=gdpo needs, "
+                f"but {', '.join(sorted(infos[0]))}. Return the part for each rollout as reward_tts.py does"
+            )
+    mask = (torch.arange(max(num_tokens)) < torch.tensor(num_tokens)[:, None]).long()
+    advantages, _ = compute_gdpo_outcome_advantage(
+        mask.float(), mask, np.array(uids, dtype=object), config=algorithm,
+        norm_adv_by_std_in_grpo=algorithm.norm_adv_by_std_in_grpo,
+        non_tensor_batch={name: [info[name] for info in infos] for name in algorithm.gdpo_reward_keys},
+        batch={"prompts": mask[:, :0], "attention_mask": mask},  # it finds each response's last token by them
+    )  # fmt: skip
+    return [row[:size].numpy() for row, size in zip(advantages, num_tokens, strict=True)]
+
+
 def rollout_shares(infos: list[dict], num_tokens: list[int]) -> dict[str, float]:
     """Return the share of a step's rollouts of which each of ``ROLLOUT_COUNTS`` is true, and of tokens of other kinds.
 
@@ -161,8 +199,13 @@ class SpeechGRPOTrainer(PPOTrainerSync):
 
     def __init__(self, config: DictConfig):
         check_credit(config)
-        with open_dict(config):  # veRL checks this name for synchronous or asynchronous mode
-            config.trainer.v1.trainer_mode = "sync"
+        self._gdpo = config.algorithm.adv_estimator == "gdpo"
+        if self._gdpo and config.algorithm.use_kl_in_reward:
+            raise ValueError("GDPO does not see algorithm.use_kl_in_reward=True: set kl_loss_coef instead")
+        with open_dict(config):
+            config.trainer.v1.trainer_mode = "sync"  # veRL checks this name for synchronous or asynchronous mode
+            if self._gdpo:
+                config.algorithm.adv_estimator = "grpo"  # _compute_advantage replaces its advantages
         super().__init__(config)
 
     def _build_replay_buffer(self):
@@ -242,14 +285,17 @@ class SpeechGRPOTrainer(PPOTrainerSync):
         infos = [(extra or {}).get("reward_extra_info", {}) for extra in rows["extra_fields"]]
         self._check_identity(infos)
         batch = super()._compute_advantage(batch, metrics)
-        if not credits_syllables(self.config):
-            return batch
-        encoded_errors = [info.get(KEY) for info in infos]
         scores = rows["rm_scores"].unbind()  # one value per token
-        advantages = group_advantages(
-            list(rows["uid"]), encoded_errors, [row.sum().item() for row in scores], [len(row) for row in scores],
-            self.config.algorithm.get("norm_adv_by_std_in_grpo", True),
-        )  # fmt: skip
+        uids, num_tokens = list(rows["uid"]), [len(row) for row in scores]
+        if credits_syllables(self.config):
+            advantages = group_advantages(
+                uids, [info.get(KEY) for info in infos], [row.sum().item() for row in scores], num_tokens,
+                self.config.algorithm.get("norm_adv_by_std_in_grpo", True),
+            )  # fmt: skip
+        elif self._gdpo:
+            advantages = gdpo_advantages(uids, infos, num_tokens, self.config.algorithm)
+        else:
+            return batch
         metrics["critic/advantages/nonzero"] = float(np.mean(np.concatenate(advantages) != 0))
         nested = torch.nested.as_nested_tensor([torch.from_numpy(row) for row in advantages], layout=torch.jagged)
         output = TensorDict({"advantages": nested, "returns": nested}, batch_size=len(advantages))
