@@ -12,9 +12,9 @@
 #
 # The defaults are the training settings of the newest published recipe (conf/recipes/mair-hub.sh).
 #
-# Set them in the environment, or in conf/recipes/$recipe.sh, conf/algorithms/$algorithm.sh and conf/$profile.sh, which
-# hold only values that differ from the defaults, as name=${name:-value}; where several set a value, the first in this
-# order counts. "bash run.sh --settings" prints all values and where they come from.
+# Set them in the environment, or in conf/recipes/$recipe.sh, conf/algorithms/$algorithm.sh and conf/$profile.sh, as
+# name=${name:-value}; where several set a value, the first in this order counts. A profile holds only values that differ
+# from the defaults. "bash run.sh --settings" prints all values and where they come from.
 
 # experiment
 setting profile tiny - name 'conf/$profile.sh: tiny (CPU, offline) or cosyvoice2 (GPUs)'

@@ -5,6 +5,7 @@ import os
 import shlex
 import subprocess
 
+import numpy as np
 import pytest
 
 from tests.conftest import ROOT
@@ -71,6 +72,35 @@ def test_advantages_are_written_back_group_by_group(found):
     assert metrics == {"critic/advantages/nonzero": pytest.approx(3 / 13)}
     assert "1 of 2 rollouts has no syllable_errors" in found["missing_errors"]
     assert "credit=utterance" in found["missing_errors"]
+
+
+def test_each_algorithm_reaches_veRLs_loss_and_reward_manager(found):
+    clipped, seq_clipped = [-1.2, -1, -1, 0.9], [-1.0004, 0.9997]
+    expected = {
+        "grpo": [sum(clipped) / 4, None],
+        "dr_grpo": [sum(clipped) / 2 / 160, None],
+        "dapo": [(sum(clipped) - 0.05) / 4, [160, 32]],  # 1.25 is below 1 + clip_ratio_high
+        "gspo": [sum(seq_clipped) / 2, None],
+        "gdpo": [sum(clipped) / 4, None],
+    }
+    assert found["algorithms"] == {
+        name: [pytest.approx(loss, abs=1e-6), overlong] for name, (loss, overlong) in expected.items()
+    }
+
+
+def test_gdpo_normalises_each_part_of_the_reward_in_its_group(found):
+    advantages, missing, refused = found["gdpo"]
+    summed = np.zeros(4)
+    for weight, part in ((1.0, (1, 0, 0.5, 0)), (0.3, (0.2, 0.9, 0.4, 0.8))):
+        groups = np.reshape(part, (2, 2))  # rollouts 0 and 2 are of text a, 1 and 3 of text b
+        normalised = (groups - groups.mean(0)) / (groups.std(0, ddof=1) + 1e-6)
+        summed += weight * normalised.ravel()
+    tokens = np.repeat(summed, (3, 3, 4, 3))
+    whitened = (tokens - tokens.mean()) / tokens.std(ddof=1)
+    np.testing.assert_allclose(np.concatenate(advantages), whitened, atol=1e-5)
+    assert [len(row) for row in advantages] == [3, 3, 4, 3]
+    assert "the reward of 1 of 4 rollouts has no part 'voice'" in missing and "reward_server" not in missing
+    assert "set kl_loss_coef instead" in refused
 
 
 def test_reward_wait_starts_at_the_end_of_the_last_generation(found):

@@ -8,7 +8,10 @@ Prints a JSON object with the result, or the error, of each check function below
 import asyncio
 import collections
 import json
+import os
+import shlex
 import shutil
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -17,11 +20,15 @@ import torch
 import verl.trainer.main_ppo  # noqa: F401  # the module that run.sh starts
 from hydra import compose, initialize_config_module
 from safetensors.torch import save_file
+from verl.experimental.reward_loop.reward_manager import get_reward_manager_cls
+from verl.trainer.ppo.core_algos import get_policy_loss_fn
 from verl.trainer.ppo.v1 import PPOTrainer, PPOTrainerSync, get_trainer_cls, replay_buffer
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
+from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.experimental.torch_functional import FusedLinearForPPO
 
-LLM = Path(__file__).resolve().parent.parent / "assets/tiny/llm"
+ROOT = Path(__file__).resolve().parent.parent
+LLM = ROOT / "assets/tiny/llm"
 TRAINER = get_trainer_cls("tts_grpo")  # veRL imported the trainer: this file has not imported tts_grpo yet
 DEFINED = {
     f"{owner.__name__}.{name}": function.__module__
@@ -141,6 +148,57 @@ def advantages(folder):
 
 def missing_errors(folder):
     return trainer.group_advantages("ab", [None, encode((0, 0), (0, 2))], [1.0, 0.5], [3, 3], False)
+
+
+def verl_overrides(**settings: str) -> list[str]:
+    """The overrides that run.sh passes to veRL."""
+    command = ["bash", "run.sh", "--dry-run", "2", "2"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | settings, check=True)
+    (words,) = (words for line in run.stdout.splitlines() if "verl.trainer.main_ppo" in (words := shlex.split(line)))
+    overrides = words[words.index("verl.trainer.main_ppo") + 1 :]
+    return [override for override in overrides if not override.startswith("hydra.")]
+
+
+def algorithms(folder):
+    """For each algorithm, the loss of two rollouts with 3 and 1 tokens, and where the reward begins to fall.
+
+    The ratios of probabilities are 1.25, 1, 1 and 0.9; the first rollout's advantage is 1, the second's -1.
+    """
+    ratios, mask = torch.tensor([[1.25, 1, 1], [0.9, 1, 1]]), torch.tensor([[1, 1, 1], [1, 0, 0]])
+    found = {}
+    for path in sorted((ROOT / "conf/algorithms").glob("*.sh")):
+        with initialize_config_module("verl.trainer.config", version_base=None):
+            full = compose("ppo_trainer", verl_overrides(algorithm=path.stem, profile="tiny", exp_dir=folder))
+        TRAINER(full)
+        actor = omega_conf_to_dataclass(full.actor_rollout_ref.actor)
+        actor.global_batch_info.update(  # veRL's ppo_loss sets them
+            dp_size=1, batch_num_tokens=4, global_batch_size=2, loss_scale_factor=actor.loss_scale_factor
+        )
+        loss, _ = get_policy_loss_fn(actor.policy_loss.loss_mode)(
+            torch.zeros(2, 3), ratios.log(), torch.tensor([[1.0] * 3, [-1.0] * 3]), mask, actor.loss_agg_mode, actor
+        )
+        manager = get_reward_manager_cls(full.reward.reward_manager.name)(full, None, lambda: None)
+        overlong = getattr(manager, "overlong_buffer_cfg", None)
+        found[path.stem] = [loss.item(), overlong and [manager.max_resp_len, overlong.len]]
+    return found
+
+
+def gdpo(folder):
+    """Advantages of two groups of two rollouts; the parts are found in what the reward function returned."""
+    options = ["algorithm.adv_estimator=gdpo", "+algorithm.gdpo_reward_keys=[words,voice]",
+               "+algorithm.gdpo_reward_weights=[1.0,0.3]", "algorithm.norm_adv_by_std_in_grpo=True"]  # fmt: skip
+    ppo_trainer = TRAINER(config(*options, by_syllable=False))
+    trainer.tq = queue = rollouts(False, False, True, False)
+    for extra, words, voice in zip(queue.columns["extra_fields"], (1, 0, 0.5, 0), (0.2, 0.9, 0.4, 0.8), strict=True):
+        extra["reward_extra_info"] |= {"words": words, "voice": voice}
+    PPOTrainerSync._compute_advantage = lambda self, batch, metrics: BATCH
+    ppo_trainer._compute_advantage(BATCH, {})
+    advantages = [row.tolist() for row in queue.columns["advantages"].unbind()]
+    del queue.columns["extra_fields"][1]["reward_extra_info"]["voice"]
+    try:
+        ppo_trainer._compute_advantage(BATCH, {})
+    except ValueError as error:
+        return [advantages, str(error), refusal(*options, "algorithm.use_kl_in_reward=True", by_syllable=False)]
 
 
 def wait_for_rewards(folder):
@@ -334,7 +392,8 @@ def result(check, folder: str):
 
 
 if __name__ == "__main__":
-    checks = (patched, constructed, refused, not_refused, seconds, advantages, missing_errors, wait_for_rewards, shares,
+    checks = (patched, constructed, refused, not_refused, seconds, advantages, missing_errors, algorithms, gdpo,
+              wait_for_rewards, shares,
               checked_servers, identities, failed_rollout, failed_validation, dump, engines, head_without_a_bias,
               unfused_head_with_a_bias, other_kernel_with_a_bias, head_with_a_bias, rollout_seeds)  # fmt: skip
     sys.stdout.write(json.dumps({check.__name__: result(check, sys.argv[1]) for check in checks}) + "\n")
