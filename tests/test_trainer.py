@@ -154,6 +154,12 @@ def test_only_a_head_with_a_bias_changes_the_log_probabilities(found):
         assert "has a bias, which training would ignore" in found[name] and "impl_backend=torch" in found[name]
 
 
+def test_a_lora_adapter_is_added_to_the_weights_when_merging(found):
+    relative, change, others, dtype, unknown_scale = found["lora_merge"]
+    assert relative < 2**-7 and change > 0.01 and others == [] and dtype == "torch.bfloat16"
+    assert "lora_alpha is unknown" in unknown_scale
+
+
 def test_rollouts_on_a_cpu_draw_by_step_prompt_and_request(found):
     step_0, step_1, resumed = found["rollout_seeds"]
     assert len({*step_0, *step_1}) == 4 and resumed == step_1

@@ -7,6 +7,7 @@ Prints a JSON object with the result, or the error, of each check function below
 
 import asyncio
 import collections
+import importlib.util
 import json
 import os
 import shlex
@@ -365,6 +366,37 @@ def head_with_a_bias(folder):
     return [head_bias_engine._build_module(), FusedLinearForPPO.forward is not before]
 
 
+def lora_merge(folder):
+    """Deviation of a merged weight from W + alpha / rank * B @ A, its change, and other weights that changed."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    spec = importlib.util.spec_from_file_location("merge", ROOT / "scripts/merge.py")
+    merge = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(merge)
+    folder = Path(folder) / "merged"
+    base = AutoModelForCausalLM.from_pretrained(LLM, dtype=torch.bfloat16)
+    base.save_pretrained(folder)
+    before = {name: value.float().clone() for name, value in base.state_dict().items()}
+    tuned = get_peft_model(base, LoraConfig(r=4, lora_alpha=16, target_modules="all-linear"))
+    (name,) = (name for name in before if name.endswith("layers.1.mlp.up_proj.weight"))
+    layer = tuned.get_submodule("base_model.model." + name.removesuffix(".weight"))
+    torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.1)
+    tuned.save_pretrained(folder / "lora_adapter")
+    expected = before[name] + 4 * (layer.lora_B["default"].weight @ layer.lora_A["default"].weight).float()
+    merge.merge_adapter(folder)
+    merged = AutoModelForCausalLM.from_pretrained(folder)
+    value = merged.state_dict()[name].float()
+    others = [n for n, v in merged.state_dict().items() if n != name and not torch.equal(v.float(), before[n])]
+    relative = ((value - expected).abs() / expected.abs().clamp(min=1e-2)).max().item()
+    config_file = folder / "lora_adapter/adapter_config.json"
+    config_file.write_text(json.dumps(json.loads(config_file.read_text()) | {"lora_alpha": 0}))
+    try:
+        merge.merge_adapter(folder)
+    except ValueError as error:
+        return [relative, (value - before[name]).abs().mean().item(), others, str(merged.dtype), str(error)]
+
+
 def rollout_seeds(folder):
     """Seeds of a prompt's two requests in step 0, in step 1, and in step 1 of a training that was resumed there."""
     from tts_grpo.training.verl_cpu import rollout  # on a CPU, it patches veRL's engine: the last check
@@ -393,7 +425,7 @@ def result(check, folder: str):
 
 if __name__ == "__main__":
     checks = (patched, constructed, refused, not_refused, seconds, advantages, missing_errors, algorithms, gdpo,
-              wait_for_rewards, shares,
-              checked_servers, identities, failed_rollout, failed_validation, dump, engines, head_without_a_bias,
-              unfused_head_with_a_bias, other_kernel_with_a_bias, head_with_a_bias, rollout_seeds)  # fmt: skip
+              wait_for_rewards, shares, checked_servers, identities, failed_rollout, failed_validation, dump, engines,
+              head_without_a_bias, unfused_head_with_a_bias, other_kernel_with_a_bias, head_with_a_bias, lora_merge,
+              rollout_seeds)  # fmt: skip
     sys.stdout.write(json.dumps({check.__name__: result(check, sys.argv[1]) for check in checks}) + "\n")

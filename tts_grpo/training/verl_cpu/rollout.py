@@ -157,6 +157,8 @@ def _patch_engine() -> None:
         initialize_global_process_group_ray, backend="cpu:gloo"
     )
     transformer_impl.load_fsdp_model_to_gpu = lambda model: None  # the model stays on the CPU
+    offload = transformer_impl.CPUOffloadPolicy  # of the reference model; only a GPU needs pinned memory
+    transformer_impl.CPUOffloadPolicy = lambda pin_memory: offload(pin_memory=False)
     FusedLinearForPPO.forward = fused_linear  # faster on a CPU; a head bias wraps it (tts_grpo/training/engine.py)
 
 
