@@ -388,6 +388,7 @@ configure() {
     actor_rollout_ref.actor.optim.lr="$learning_rate" actor_rollout_ref.actor.use_kl_loss="$use_kl"
     actor_rollout_ref.actor.kl_loss_coef="$kl_loss_coef" actor_rollout_ref.actor.kl_loss_type="$kl_loss_type"
     actor_rollout_ref.model.lora_rank="$lora_rank" actor_rollout_ref.model.lora_alpha="$lora_alpha"
+    actor_rollout_ref.actor.fsdp_config.seed="$seed"
     actor_rollout_ref.model.lora.merge=True # rollouts with the sum of weights and adapters
     actor_rollout_ref.model.target_modules="$([[ $lora_modules == all-linear ]] && echo all-linear || echo "[${lora_modules// /,}]")"
     actor_rollout_ref.actor.optim.lr_scheduler_type="$learning_rate_schedule"

@@ -360,6 +360,7 @@ def head_with_a_bias(folder):
     before = FusedLinearForPPO.forward
     engine.FSDPEngineWithLMHead._build_module = lambda self: "the model"
     head_bias_engine = object.__new__(engine.HeadBiasEngine)
+    head_bias_engine.engine_config = types.SimpleNamespace(seed=42)
     head_bias_engine.model_config = types.SimpleNamespace(
         local_path=model_with_bias(folder), use_fused_kernels=True, fused_kernel_options={"impl_backend": "torch"}
     )

@@ -22,6 +22,9 @@ each veRL process import this module before the registry lookup. The subclass ad
   that passed.
 - All rewards of a training, also after a restart, come from servers with the same models and settings. Their hash is in
   the file ``reward_server`` beside the checkpoints.
+- On a CPU, equal settings and seed give equal weights, in whichever order rollouts and rewards are finished: the
+  rollouts of a step are sorted; generation waits for all requests of a step (tts_grpo/training/verl_cpu/rollout.py);
+  with ``algorithm.filter_groups``, groups are replaced only when no other group is being generated.
 - A shorter polling interval for the rollouts of a step. veRL polls every 2 s, which adds 1 s per step on average.
 - Validation dumps in ``trainer.validation_data_dir`` are written atomically.
 """
@@ -33,6 +36,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
+import ray
 import torch
 import transfer_queue as tq
 import verl
@@ -48,6 +52,7 @@ require_verl(verl.__version__)
 
 from verl.trainer.ppo.core_algos import compute_gdpo_outcome_advantage  # noqa: E402  # after the version check
 from verl.trainer.ppo.v1 import PPOTrainerSync, register_trainer  # noqa: E402
+from verl.utils import tensordict_utils as tu  # noqa: E402
 
 NAME = "tts_grpo"
 POLL_S = 0.1
@@ -199,6 +204,7 @@ class SpeechGRPOTrainer(PPOTrainerSync):
 
     def __init__(self, config: DictConfig):
         check_credit(config)
+        self._on_cpu, self._num_prompts = config.trainer.device == "cpu", 0
         self._gdpo = config.algorithm.adv_estimator == "gdpo"
         if self._gdpo and config.algorithm.use_kl_in_reward:
             raise ValueError("GDPO does not see algorithm.use_kl_in_reward=True: set kl_loss_coef instead")
@@ -211,6 +217,17 @@ class SpeechGRPOTrainer(PPOTrainerSync):
     def _build_replay_buffer(self):
         replay_buffer = super()._build_replay_buffer()
         replay_buffer.poll_interval = POLL_S
+        select, read = replay_buffer._select_prompt_uids, replay_buffer._sync_metadata_from_transfer_queue
+        replay_buffer._select_prompt_uids = lambda partition, uids, size: select(partition, sorted(uids), size)
+
+        def read_when_settled():
+            read()
+            while replay_buffer.pending_keys["train"] or replay_buffer.running_keys["train"]:
+                time.sleep(POLL_S)
+                read()
+
+        if self._on_cpu and self.config.algorithm.filter_groups.enable:
+            replay_buffer._sync_metadata_from_transfer_queue = read_when_settled
         reasons = replay_buffer._terminal_eviction_reasons  # veRL calls it at each poll, before it discards anything
 
         def stop_at_failures(global_steps, partition_id):
@@ -222,6 +239,31 @@ class SpeechGRPOTrainer(PPOTrainerSync):
 
         replay_buffer._terminal_eviction_reasons = stop_at_failures
         return replay_buffer
+
+    def _fetch_one_gen_batch(self):
+        """Name prompts by their order, so that sorting by name does not depend on chance."""
+        batch = super()._fetch_one_gen_batch()
+        numbers = range(self._num_prompts, self._num_prompts + len(batch))
+        self._num_prompts += len(batch)
+        tu.assign_non_tensor_stack(batch, "uid", [f"{number:012d}" for number in numbers])
+        return batch
+
+    def _submit_batch_to_rollout(self, batch):
+        replicas = self.llm_server_manager.get_replicas() if self._on_cpu else []
+        if len(replicas) == 1:  # veRL distributes the requests to several by their load
+            count = len(batch) * self.config.actor_rollout_ref.rollout.n
+            ray.get([server.expect.remote(count) for server in replicas[0].servers])
+        return super()._submit_batch_to_rollout(batch)
+
+    def _balance_batch(self, batch, metrics, *args, **kwargs):
+        """Sort the rollouts of a step by prompt and content; veRL has them in the order in which they were finished."""
+        fields = ["responses", "rollout_log_probs"]
+        rows = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
+        found = [field for field in fields if field in rows.keys()]  # noqa: SIM118  # a TensorDict
+        columns = [[row.tolist() for row in rows[field].unbind()] for field in found]
+        places = [(key.split("_")[0], *(column[i] for column in columns)) for i, key in enumerate(batch.keys)]
+        batch.reorder(sorted(range(len(places)), key=places.__getitem__))
+        return super()._balance_batch(batch, metrics, *args, **kwargs)
 
     def step(self, metrics, timing_raw):
         batch = super().step(metrics, timing_raw)
