@@ -52,7 +52,10 @@ COMMANDS = "command line from run.sh and conf"  # key of the command lines in ``
 
 
 class Setting(NamedTuple):
-    """A setting declared in conf/settings.sh; ``origin`` is environment, recipe, profile, command line or default."""
+    """A setting declared in conf/settings.sh.
+
+    ``origin`` is environment, recipe, algorithm, profile, command line or default.
+    """
 
     name: str
     stages: str

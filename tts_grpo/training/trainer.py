@@ -7,6 +7,9 @@ each veRL process import this module before the registry lookup. The subclass ad
   function returns (tts_grpo/training/credit.py). ``critic/advantages/nonzero`` is the fraction of tokens with a nonzero
   advantage, and ``critic/advantages/mismatched`` the share of rollouts with another number of syllables than the others
   of their group. Settings that this would silently override are rejected at the start.
+- GDPO's advantages (``algorithm.adv_estimator=gdpo``): veRL 0.9.1 has the estimator, but its trainer does not pass the
+  parts of the reward to it. Here, they are read from what the reward function returns, by the names in
+  ``algorithm.gdpo_reward_keys``.
 - Failed rollouts stop the training. veRL itself logs the exception and trains on the rest of the group; with
   ``algorithm.filter_groups`` it may also discard the group.
 - A metric for the time spent waiting for rewards. veRL scores a rollout as soon as it ends, while others are still
@@ -22,6 +25,9 @@ each veRL process import this module before the registry lookup. The subclass ad
   that passed.
 - All rewards of a training, also after a restart, come from servers with the same models and settings. Their hash is in
   the file ``reward_server`` beside the checkpoints.
+- On a CPU, equal settings and seed give equal weights, in whichever order rollouts and rewards are finished: the
+  rollouts of a step are sorted; generation waits for all requests of a step (tts_grpo/training/verl_cpu/rollout.py);
+  with ``algorithm.filter_groups``, groups are replaced only when no other group is being generated.
 - A shorter polling interval for the rollouts of a step. veRL polls every 2 s, which adds 1 s per step on average.
 - Validation dumps in ``trainer.validation_data_dir`` are written atomically.
 """
@@ -33,6 +39,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
+import ray
 import torch
 import transfer_queue as tq
 import verl
@@ -46,7 +53,9 @@ from tts_grpo.training.verl_version import require_verl
 
 require_verl(verl.__version__)
 
-from verl.trainer.ppo.v1 import PPOTrainerSync, register_trainer  # noqa: E402  # imported after the version check
+from verl.trainer.ppo.core_algos import compute_gdpo_outcome_advantage  # noqa: E402  # after the version check
+from verl.trainer.ppo.v1 import PPOTrainerSync, register_trainer  # noqa: E402
+from verl.utils import tensordict_utils as tu  # noqa: E402
 
 NAME = "tts_grpo"
 POLL_S = 0.1
@@ -154,6 +163,40 @@ def part_statistics(infos: list[dict], uids: Iterable[str]) -> dict[str, float]:
     return found
 
 
+def gdpo_advantages(
+    uids: list[str], infos: list[dict], num_tokens: list[int], algorithm: DictConfig
+) -> list[np.ndarray]:
+    """Compute GDPO's advantages (arXiv 2601.05242) for the rollouts of a step, by veRL's estimator.
+
+    Args:
+        uids: n names of prompts; rollouts with the same one form a group.
+        infos: what the reward function returned for each rollout.
+        num_tokens: n response lengths in tokens.
+        algorithm: veRL's settings ``algorithm``: ``gdpo_reward_keys`` has the names of the reward's parts in ``infos``,
+            ``gdpo_reward_weights`` their weights.
+
+    Returns:
+        n float32 arrays of shape (T,), where T is the length of the response.
+
+    Raises:
+        ValueError: the reward function returned no such part for a rollout.
+    """
+    for name in algorithm.gdpo_reward_keys:
+        if lacking := sum(name not in info for info in infos):
+            raise ValueError(
+                f"the reward of {lacking} of {len(infos)} rollouts has no part {name!r}, which algorithm=gdpo needs, "
+                f"but {', '.join(sorted(infos[0]))}. Return the part for each rollout as reward_tts.py does"
+            )
+    mask = (torch.arange(max(num_tokens)) < torch.tensor(num_tokens)[:, None]).long()
+    advantages, _ = compute_gdpo_outcome_advantage(
+        mask.float(), mask, np.array(uids, dtype=object), config=algorithm,
+        norm_adv_by_std_in_grpo=algorithm.norm_adv_by_std_in_grpo,
+        non_tensor_batch={name: [info[name] for info in infos] for name in algorithm.gdpo_reward_keys},
+        batch={"prompts": mask[:, :0], "attention_mask": mask},  # it finds each response's last token by them
+    )  # fmt: skip
+    return [row[:size].numpy() for row, size in zip(advantages, num_tokens, strict=True)]
+
+
 def rollout_shares(infos: list[dict], num_tokens: list[int], max_tokens: int) -> dict[str, float]:
     """Return the share of a step's rollouts of which each of ``ROLLOUT_COUNTS`` is true, and of tokens of other kinds.
 
@@ -198,13 +241,30 @@ class SpeechGRPOTrainer(PPOTrainerSync):
 
     def __init__(self, config: DictConfig):
         check_credit(config)
-        with open_dict(config):  # veRL checks this name for synchronous or asynchronous mode
-            config.trainer.v1.trainer_mode = "sync"
+        self._on_cpu, self._num_prompts = config.trainer.device == "cpu", 0
+        self._gdpo = config.algorithm.adv_estimator == "gdpo"
+        if self._gdpo and config.algorithm.use_kl_in_reward:
+            raise ValueError("GDPO does not see algorithm.use_kl_in_reward=True: set kl_loss_coef instead")
+        with open_dict(config):
+            config.trainer.v1.trainer_mode = "sync"  # veRL checks this name for synchronous or asynchronous mode
+            if self._gdpo:
+                config.algorithm.adv_estimator = "grpo"  # _compute_advantage replaces its advantages
         super().__init__(config)
 
     def _build_replay_buffer(self):
         replay_buffer = super()._build_replay_buffer()
         replay_buffer.poll_interval = POLL_S
+        select, read = replay_buffer._select_prompt_uids, replay_buffer._sync_metadata_from_transfer_queue
+        replay_buffer._select_prompt_uids = lambda partition, uids, size: select(partition, sorted(uids), size)
+
+        def read_when_settled():
+            read()
+            while replay_buffer.pending_keys["train"] or replay_buffer.running_keys["train"]:
+                time.sleep(POLL_S)
+                read()
+
+        if self._on_cpu and self.config.algorithm.filter_groups.enable:
+            replay_buffer._sync_metadata_from_transfer_queue = read_when_settled
         reasons = replay_buffer._terminal_eviction_reasons  # veRL calls it at each poll, before it discards anything
 
         def stop_at_failures(global_steps, partition_id):
@@ -216,6 +276,31 @@ class SpeechGRPOTrainer(PPOTrainerSync):
 
         replay_buffer._terminal_eviction_reasons = stop_at_failures
         return replay_buffer
+
+    def _fetch_one_gen_batch(self):
+        """Name prompts by their order, so that sorting by name does not depend on chance."""
+        batch = super()._fetch_one_gen_batch()
+        numbers = range(self._num_prompts, self._num_prompts + len(batch))
+        self._num_prompts += len(batch)
+        tu.assign_non_tensor_stack(batch, "uid", [f"{number:012d}" for number in numbers])
+        return batch
+
+    def _submit_batch_to_rollout(self, batch):
+        replicas = self.llm_server_manager.get_replicas() if self._on_cpu else []
+        if len(replicas) == 1:  # veRL distributes the requests to several by their load
+            count = len(batch) * self.config.actor_rollout_ref.rollout.n
+            ray.get([server.expect.remote(count) for server in replicas[0].servers])
+        return super()._submit_batch_to_rollout(batch)
+
+    def _balance_batch(self, batch, metrics, *args, **kwargs):
+        """Sort the rollouts of a step by prompt and content; veRL has them in the order in which they were finished."""
+        fields = ["responses", "rollout_log_probs"]
+        rows = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
+        found = [field for field in fields if field in rows.keys()]  # noqa: SIM118  # a TensorDict
+        columns = [[row.tolist() for row in rows[field].unbind()] for field in found]
+        places = [(key.split("_")[0], *(column[i] for column in columns)) for i, key in enumerate(batch.keys)]
+        batch.reorder(sorted(range(len(places)), key=places.__getitem__))
+        return super()._balance_batch(batch, metrics, *args, **kwargs)
 
     def step(self, metrics, timing_raw):
         batch = super().step(metrics, timing_raw)
@@ -279,14 +364,17 @@ class SpeechGRPOTrainer(PPOTrainerSync):
         infos = [(extra or {}).get("reward_extra_info", {}) for extra in rows["extra_fields"]]
         self._check_identity(infos)
         batch = super()._compute_advantage(batch, metrics)
-        if not credits_syllables(self.config):
-            return batch
-        encoded_losses = [info.get(KEY) for info in infos]
         scores = rows["rm_scores"].unbind()  # one value per token
-        advantages, metrics["critic/advantages/mismatched"] = group_advantages(
-            list(rows["uid"]), encoded_losses, [row.sum().item() for row in scores], [len(row) for row in scores],
-            self.config.algorithm.get("norm_adv_by_std_in_grpo", True),
-        )  # fmt: skip
+        uids, num_tokens = list(rows["uid"]), [len(row) for row in scores]
+        if credits_syllables(self.config):
+            advantages, metrics["critic/advantages/mismatched"] = group_advantages(
+                uids, [info.get(KEY) for info in infos], [row.sum().item() for row in scores], num_tokens,
+                self.config.algorithm.get("norm_adv_by_std_in_grpo", True),
+            )  # fmt: skip
+        elif self._gdpo:
+            advantages = gdpo_advantages(uids, infos, num_tokens, self.config.algorithm)
+        else:
+            return batch
         metrics["critic/advantages/nonzero"] = float(np.mean(np.concatenate(advantages) != 0))
         nested = torch.nested.as_nested_tensor([torch.from_numpy(row) for row in advantages], layout=torch.jagged)
         output = TensorDict({"advantages": nested, "returns": nested}, batch_size=len(advantages))
