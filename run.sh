@@ -423,10 +423,6 @@ configure() {
     hydra.run.dir="$(hydra "$exp_dir/log/hydra")"                # Hydra's copy of the settings, by default in the working folder
     trainer.val_before_train=True trainer.total_epochs="$total_steps" trainer.total_training_steps="$total_steps"
   )
-  # parts of the reward, keys of what reward_tts.py returns, and their weights
-  local reward_keys=score reward_weights=1.0
-  [[ $adv_estimator != gdpo ]] ||
-    verl_args+=("+algorithm.gdpo_reward_keys=[$reward_keys]" "+algorithm.gdpo_reward_weights=[$reward_weights]")
   ((overlong_percent * max_response_length < 100)) || verl_args+=(
     reward.reward_manager.name=dapo
     "+reward.reward_kwargs={max_resp_len: $max_response_length, overlong_buffer_cfg: {enable: True, len: $((max_response_length * overlong_percent / 100)), penalty_factor: 1.0, log: False}}"

@@ -193,20 +193,22 @@ def algorithms(folder):
 
 def gdpo(folder):
     """Advantages of two groups of two rollouts; the parts are found in what the reward function returned."""
-    options = ["algorithm.adv_estimator=gdpo", "+algorithm.gdpo_reward_keys=[words,voice]",
-               "+algorithm.gdpo_reward_weights=[1.0,0.3]", "algorithm.norm_adv_by_std_in_grpo=True"]  # fmt: skip
+    options = ["algorithm.adv_estimator=gdpo", "algorithm.norm_adv_by_std_in_grpo=True",
+               "+reward.custom_reward_function.reward_kwargs.rewards='intelligibility:1 pauses:0.3'"]  # fmt: skip
     ppo_trainer = TRAINER(config(*options, by_syllable=False))
     trainer.tq = queue = rollouts(False, False, True, False)
     for extra, words, voice in zip(queue.columns["extra_fields"], (1, 0, 0.5, 0), (0.2, 0.9, 0.4, 0.8), strict=True):
-        extra["reward_extra_info"] |= {"words": words, "voice": voice}
+        extra["reward_extra_info"] |= {"reward_parts/intelligibility": words, "reward_parts/pauses": voice}
     PPOTrainerSync._compute_advantage = lambda self, batch, metrics: BATCH
     ppo_trainer._compute_advantage(BATCH, {})
     advantages = [row.tolist() for row in queue.columns["advantages"].unbind()]
-    del queue.columns["extra_fields"][1]["reward_extra_info"]["voice"]
+    del queue.columns["extra_fields"][1]["reward_extra_info"]["reward_parts/pauses"]
     try:
         ppo_trainer._compute_advantage(BATCH, {})
     except ValueError as error:
-        return [advantages, str(error), refusal(*options, "algorithm.use_kl_in_reward=True", by_syllable=False)]
+        optional = [*options[:2], options[2].replace("0.3", "0.3,required=0")]
+        return [advantages, str(error), refusal(*options, "algorithm.use_kl_in_reward=True", by_syllable=False),
+                refusal(*optional, by_syllable=False)]  # fmt: skip
 
 
 def wait_for_rewards(folder):

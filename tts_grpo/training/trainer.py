@@ -9,7 +9,7 @@ each veRL process import this module before the registry lookup. The subclass ad
   of their group. Settings that this would silently override are rejected at the start.
 - GDPO's advantages (``algorithm.adv_estimator=gdpo``): veRL 0.9.1 has the estimator, but its trainer does not pass the
   parts of the reward to it. Here, they are read from what the reward function returns, by the names in
-  ``algorithm.gdpo_reward_keys``.
+  ``algorithm.gdpo_reward_keys``: by default the parts and weights of the setting ``rewards``.
 - Failed rollouts stop the training. veRL itself logs the exception and trains on the rest of the group; with
   ``algorithm.filter_groups`` it may also discard the group.
 - A metric for the time spent waiting for rewards. veRL scores a rollout as soon as it ends, while others are still
@@ -47,6 +47,8 @@ from omegaconf import DictConfig, open_dict
 from tensordict import TensorDict
 
 from tts_grpo.reward.protocol import PART_KEY, ROLLOUT_COUNTS, SERVER_KEY
+from tts_grpo.reward.rewards import DEFAULT as DEFAULT_REWARDS
+from tts_grpo.reward.rewards import parse_rewards
 from tts_grpo.text.jsonl import write_text
 from tts_grpo.training.credit import KEY, mismatched, syllable_advantages
 from tts_grpo.training.verl_version import require_verl
@@ -245,7 +247,17 @@ class SpeechGRPOTrainer(PPOTrainerSync):
         self._gdpo = config.algorithm.adv_estimator == "gdpo"
         if self._gdpo and config.algorithm.use_kl_in_reward:
             raise ValueError("GDPO does not see algorithm.use_kl_in_reward=True: set kl_loss_coef instead")
+        options = config.reward.custom_reward_function.get("reward_kwargs") or {}
         with open_dict(config):
+            if self._gdpo and not config.algorithm.get("gdpo_reward_keys"):
+                specs = parse_rewards(options.get("rewards", DEFAULT_REWARDS))
+                if optional := [spec.name for spec in specs if not spec.required]:
+                    raise ValueError(
+                        "algorithm=gdpo needs a score of each part of the reward: leave out required=0 of "
+                        f"{optional[0]}"
+                    )
+                config.algorithm.gdpo_reward_keys = [PART_KEY + spec.name for spec in specs]
+                config.algorithm.gdpo_reward_weights = [spec.weight for spec in specs]
             config.trainer.v1.trainer_mode = "sync"  # veRL checks this name for synchronous or asynchronous mode
             if self._gdpo:
                 config.algorithm.adv_estimator = "grpo"  # _compute_advantage replaces its advantages
