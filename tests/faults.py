@@ -48,7 +48,8 @@ SETTINGS = {
 }  # fmt: skip
 NUM_EVALUATION, NUM_VALIDATION, NUM_SCORED = 12, 4, 64
 READY = "/v2/models/token2wav_asr/ready"
-NOT_COMPARED = ("stage_seconds", "peak_rss_gib", "git_commit")  # of summary.json
+NOT_COMPARED = ("stage_seconds", "peak_rss_gib", "git_commit")  # of summary.json, and of its settings:
+PORTS = ("http_port", "grpc_port", "metrics_port", "server_urls")  # free ones are drawn at each start of this program
 BATCH_TIMEOUT_S = 8  # after which the server kills a hung instance
 
 
@@ -147,7 +148,7 @@ class Laboratory:
             files[name] = work_dir / f"{source}.jsonl"
             files[name].write_text("".join(lines[:count]), encoding="utf-8")
         self.http_port, *others = free_ports(3)
-        ports = zip(("http_port", "grpc_port", "metrics_port"), (self.http_port, *others), strict=True)
+        ports = zip(PORTS[:3], (self.http_port, *others), strict=True)
         own = {"exp_dir": self.exp_dir, "venv_root": work_dir / "venv", **files, **dict(ports)}
         self.environment = os.environ | SETTINGS | {name: str(value) for name, value in own.items()}
 
@@ -226,13 +227,14 @@ class Laboratory:
 
 
 def digests(exp_dir: Path, patterns: tuple[str, ...]) -> dict[str, str]:
-    """Return the SHA-256 of each result; without times, memory and the commit, which differ."""
+    """Return the SHA-256 of each result; without times, memory, ports and the commit, which differ."""
     found = {}
     for path in sorted(path for pattern in patterns for path in exp_dir.glob(pattern) if path.is_file()):
         content = path.read_bytes()
         if path.name == "summary.json":
-            summary = json.loads(content)
-            content = json.dumps({key: value for key, value in summary.items() if key not in NOT_COMPARED}).encode()
+            summary = {key: value for key, value in json.loads(content).items() if key not in NOT_COMPARED}
+            settings = {key: value for key, value in summary["settings"].items() if key not in PORTS}
+            content = json.dumps(summary | {"settings": settings}).encode()
         if path.parent.name == ".done":
             content = b"".join(line for line in content.splitlines() if not line.startswith(b"commit "))
         found[str(path.relative_to(exp_dir))] = hashlib.sha256(content).hexdigest()
