@@ -353,7 +353,7 @@ def score_when_ready(lab: Laboratory, process: subprocess.Popen, limit_s: float)
 
 
 def score(url: str, count: int, patience_s: float = 120.0) -> list:
-    """Return reward, error rate, transcript and errors of ``count`` recordings, all requests in flight at once."""
+    """Return reward, error rate, transcript and losses of ``count`` recordings, all requests in flight at once."""
     rows = read_jsonl(ROOT / "assets/tiny/data/dev.jsonl")[:NUM_SCORED]
 
     async def all_scores():
@@ -364,7 +364,7 @@ def score(url: str, count: int, patience_s: float = 120.0) -> list:
         finally:
             await client.close()
 
-    return [[s.reward, s.error_rate, s.transcript, list(s.unit_errors)] for s in asyncio.run(all_scores())]
+    return [[s.reward, s.error_rate, s.transcript, list(s.unit_losses)] for s in asyncio.run(all_scores())]
 
 
 def stop_server(lab: Laboratory, process: subprocess.Popen) -> None:

@@ -4,6 +4,7 @@ FUZZ_EXAMPLES is the number of cases per test; tests/run.sh explains it. The cas
 """
 
 import json
+import math
 import os
 import random
 import re
@@ -240,7 +241,7 @@ def test_no_text_breaks_the_report(language):
 def random_answer(rng: random.Random):
     """Return a server's answer with a few values replaced, or another JSON value."""
     data = {name: [1.0] if name in ("REWARDS", "ERROR_RATES") else [0] for name in OUTPUT_NAMES}
-    data |= {"TRANSCRIPTS": ["好"], "SERVER": ["x"], "ERRORS": [""]}
+    data |= {"TRANSCRIPTS": ["好"], "SERVER": ["x"], "ERRORS": [""], "PART_NAMES": ["intelligibility"], "PARTS": [1.0]}
     outputs = [{"name": name, "data": values} for name, values in data.items()]
     for _ in range(rng.randint(0, 2)):
         place = rng.randrange(len(outputs))
@@ -263,5 +264,7 @@ def test_an_answer_is_a_score_or_an_error_that_the_client_handles():
         scores += 1
         assert isinstance(score, RolloutScore) and 0 <= score.reward <= 1, ascii(body)
         assert isinstance(score.transcript, str) and isinstance(score.server, str), ascii(body)
-        assert all(isinstance(n, int) for n in (*score.unit_errors, *score.unit_starts)), ascii(body)
+        assert all(isinstance(n, int) for n in score.unit_starts), ascii(body)
+        assert all(0 <= n < math.inf for n in score.unit_losses), ascii(body)
+        assert all(n == -1 or 0 <= n <= 1 for n in score.parts.values()), ascii(body)
     assert scores > 0.05 * EXAMPLES

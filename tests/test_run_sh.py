@@ -315,6 +315,80 @@ def test_every_preset_is_tested_and_an_unknown_one_is_refused(recipe):
     assert done.returncode == 1 and "recipe=seed is for profile=cosyvoice2" in done.stderr
 
 
+ALGORITHMS = {  # per algorithm: arguments of veRL
+    "grpo": [
+        "adv_estimator=grpo ", "norm_adv_by_std_in_grpo=False ", "loss_mode=vanilla ", "loss_agg_mode=token-mean ",
+        "clip_ratio_low=0.2 ", "clip_ratio_high=0.2 ", "filter_groups.enable=False ", "by_syllable: true,",
+        "bypass_mode=True ", "use_kl_loss=False ", "model.lora_rank=0 ",
+    ],
+    "dr_grpo": [
+        "adv_estimator=grpo ", "norm_adv_by_std_in_grpo=False ", "loss_agg_mode=seq-mean-token-sum-norm ",
+        "loss_scale_factor=160 ", "use_kl_loss=False ", "by_syllable: false,",
+    ],
+    "dapo": [
+        "adv_estimator=grpo ", "norm_adv_by_std_in_grpo=True ", "clip_ratio_low=0.2 ", "clip_ratio_high=0.28 ",
+        "clip_ratio_c=10.0 ", "loss_agg_mode=token-mean ", "filter_groups.enable=True ", "use_kl_loss=False ",
+        "reward_manager.name=dapo ", "reward_kwargs={max_resp_len: 160, ",
+        "{enable: True, len: 32, penalty_factor: 1.0,",
+    ],
+    "gspo": [
+        "adv_estimator=grpo ", "norm_adv_by_std_in_grpo=True ", "loss_mode=gspo ", "loss_agg_mode=seq-mean-token-mean ",
+        "clip_ratio_low=3e-4 ", "clip_ratio_high=4e-4 ", "use_kl_loss=False ", "bypass_mode=False ",
+    ],
+    "gdpo": [
+        "adv_estimator=gdpo ", "norm_adv_by_std_in_grpo=True ", "+algorithm.gdpo_reward_keys=[score] ",
+        "+algorithm.gdpo_reward_weights=[1.0] ", "loss_agg_mode=token-mean ", "by_syllable: false,",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_an_algorithm_is_chosen_by_name_and_single_values_take_precedence(recipe, name):
+    done = recipe.run("--dry-run", "2", "2", algorithm=name)
+    assert done.returncode == 0, done.stderr
+    shown = done.stdout.replace("\\", "")
+    for text in ALGORITHMS[name]:
+        assert text in shown, text
+    assert ("reward_manager" in shown) == (name == "dapo") and ("gdpo_" in shown) == (name == "gdpo")
+    shown = recipe.run("--dry-run", "2", "2", algorithm=name, clip_ratio_high="0.3", norm_adv_by_std="True").stdout
+    assert "clip_ratio_high=0.3 " in shown and "norm_adv_by_std_in_grpo=True " in shown
+
+
+def test_every_algorithm_is_tested_and_an_unknown_one_is_refused(recipe):
+    names = sorted(path.stem for path in (ROOT / "conf/algorithms").glob("*.sh"))
+    assert names == sorted(ALGORITHMS)
+    for arguments in (("0", "0"), ("--check",), ("--settings",)):
+        done = recipe.run(*arguments, algorithm="ppo")
+        assert done.returncode == 1 and "algorithm=ppo is unknown: choose one of " in done.stderr
+        assert sorted(done.stderr.split("one of ")[1].split()) == names
+    (meaning,) = re.findall(r'^setting algorithm .*"(.*?), as published', (ROOT / "conf/settings.sh").read_text(), re.M)
+    assert sorted(re.split(", | or ", meaning)) == names
+    assert recipe.calls() == []
+
+
+def test_credit_by_syllable_is_refused_where_the_algorithm_would_lose_something(recipe):
+    for name in ("dr_grpo", "gspo"):
+        assert "by_syllable: true" in recipe.run(
+            "--dry-run", "2", "2", algorithm=name, credit="syllable"
+        ).stdout.replace("\\", "")
+    done = recipe.run("0", "0", algorithm="gdpo", credit="syllable")
+    assert done.returncode == 1 and "but adv_estimator=gdpo (algorithm=gdpo): set credit=utterance" in done.stderr
+    done = recipe.run("0", "0", algorithm="dapo", credit="syllable")
+    assert done.returncode == 1 and "overlong_percent=20 among syllables: set credit=utterance, or" in done.stderr
+    assert recipe.run("--dry-run", "2", "2", algorithm="dapo", credit="syllable", overlong_percent="0").returncode == 0
+
+
+def test_kl_and_lora_are_settings(recipe):
+    for none in ("0", "0.0", "0e5"):
+        assert "use_kl_loss=False " in recipe.run("--dry-run", "2", "2", kl_loss_coef=none).stdout
+    shown = recipe.run("--dry-run", "2", "2", kl_loss_coef="1e-3", kl_loss_type="kl").stdout
+    assert "use_kl_loss=True " in shown and "kl_loss_coef=1e-3 " in shown and "kl_loss_type=kl " in shown
+    shown = recipe.run("--dry-run", "2", "2", lora_rank="8", lora_alpha="32", lora_modules="q_proj v_proj").stdout
+    shown = shown.replace("\\", "")
+    assert "lora_rank=8 " in shown and "lora_alpha=32 " in shown and "target_modules=[q_proj,v_proj] " in shown
+    assert "lora.merge=True " in shown and "bypass_mode=False " in shown
+
+
 @pytest.mark.parametrize(
     ("settings", "reused"),
     [
@@ -621,7 +695,9 @@ def shown_settings(copy, *arguments, **variables) -> dict[str, tuple[str, str]]:
     done = copy.run("--settings", *arguments, **variables)
     assert done.returncode == 0 and copy.calls() == [], done.stderr
     rows = re.findall(
-        r"^(?!setting )(\w+) +(.*?)\s+(environment|recipe|profile|default|command line) ", done.stdout, re.MULTILINE
+        r"^(?!setting )(\w+) +(.*?)\s+(environment|recipe|algorithm|profile|default|command line) ",
+        done.stdout,
+        re.MULTILINE,
     )
     return {name: (value, origin) for name, value, origin in rows}
 
@@ -638,6 +714,9 @@ def test_settings_are_shown_with_their_origin(recipe):
     assert full["rollout_n"] == ("4", "recipe") and full["num_gpus"] == ("2", "environment")
     assert full["text_excludes"] == ("''", "environment") and full["train_batch_size"] == ("32", "profile")
     assert full["infer_precision"] == ("fp32", "profile"), "there is no fp16 on a CPU"
+    dapo = shown_settings(recipe, algorithm="dapo", clip_ratio_low="0.1")
+    assert dapo["clip_ratio_low"] == ("0.1", "environment") and dapo["clip_ratio_high"] == ("0.28", "algorithm")
+    assert dapo["credit"] == ("utterance", "algorithm") and tiny["credit"] == ("syllable", "profile")
     assert set(tiny) < set(full)
 
 

@@ -210,7 +210,8 @@ def recogniser(experiment: Experiment) -> str:
 def same_recogniser(summary: dict) -> bool:
     """Whether evaluation and reward use the same recogniser."""
     settings = summary.get("settings", {})
-    return settings.get("reward_asr_dir", "") != "" and settings["reward_asr_dir"] == settings.get("eval_asr_dir")
+    of_reward = settings.get("reward_asr_dirs") or settings.get("reward_asr_dir", "")
+    return settings.get("eval_asr_dir", "") in of_reward.split(" ") if of_reward else False
 
 
 def render(experiment: Experiment, examples: int) -> str:
