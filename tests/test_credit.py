@@ -40,6 +40,14 @@ def test_division_by_the_groups_standard_deviation():
     np.testing.assert_allclose(divided[0], plain[0] / np.std([1.0, 0.4], ddof=1), rtol=1e-4)
 
 
+def test_errors_in_speech_that_a_rollout_continues_are_charged_to_no_token():
+    """Syllables that begin before the response have negative positions."""
+    right, wrong = encode((0, 0, 0), (-6, -2, 4)), encode((1, 1, 0), (-6, -2, 4))
+    first, second = syllable_advantages([right, wrong], [1.0, 0.4], [9, 9])
+    np.testing.assert_allclose(first, [0.15] * 4 + [0] * 5, atol=1e-7)
+    np.testing.assert_allclose(second, [-0.15] * 4 + [0] * 5, atol=1e-7)
+
+
 def test_rollouts_of_different_texts_are_an_error():
     with pytest.raises(ValueError, match="the same"):
         syllable_advantages([encode((0, 1), (0, 4)), encode((0, 0, 0), STARTS)], [0.5, 1.0], [8, 12])
