@@ -121,12 +121,15 @@ def test_equal_settings_give_equal_weights_in_spite_of_a_kill_and_of_other_load(
 
 
 def test_a_server_that_dies_in_mid_training_stops_it(recipe, tmp_path):
-    dying = recipe | {"exp_dir": str(tmp_path), "total_steps": "50", "save_freq": "50", "test_freq": "50"}
+    """The algorithm is the one whose steps, unlike those of test_full_profile.py, need rewards that differ."""
+    dying = recipe | {
+        "exp_dir": str(tmp_path), "total_steps": "50", "save_freq": "50", "test_freq": "50", "algorithm": "dapo"
+    }  # fmt: skip
     assert run_sh(dying, "0", "0").returncode == 0
     process = subprocess.Popen(["bash", str(ROOT / "run.sh"), "1", "2"], env=dying, stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, text=True)  # fmt: skip
     shown = ""
-    while "step 1/50" not in shown:
+    while "step 2/50" not in shown:
         line = process.stdout.readline()
         assert line, shown
         shown += line
