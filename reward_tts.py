@@ -9,6 +9,7 @@ with digits (``written``) must score about as high as in words.
 
 import argparse
 import asyncio
+import dataclasses
 import functools
 import json
 import logging
@@ -44,7 +45,8 @@ async def compute_score(
         data_source: data source of the sample; not used.
         solution_str: the response as text, with ``<|s_N|>`` for each speech token.
         ground_truth: the reference text.
-        extra_info: further data of the sample; not used.
+        extra_info: further data of the sample. The response continues the speech tokens in ``speech_prefix``, if any
+            (speech_prefix=recording): they are decoded and transcribed together.
         server_urls: URLs of the reward servers, separated by commas or spaces.
         failure_file: file to which every exception is reported. scripts/train.py watches it and stops the training at
             once; veRL itself would log the exception and let the other rollouts finish.
@@ -67,8 +69,10 @@ async def compute_score(
             there and the call never returns.
     """
     try:
+        prefix = (extra_info or {}).get("speech_prefix")
+        prefix = [] if prefix is None else [int(token) for token in prefix]
         return await _score(
-            solution_str, ground_truth, server_urls, by_syllable, patience_s, max_unscored_share, rewards
+            solution_str, prefix, ground_truth, server_urls, by_syllable, patience_s, max_unscored_share, rewards
         )
     except Exception as error:
         if failure_file is None:
@@ -82,8 +86,8 @@ def _part_names(rewards: str) -> tuple[str, ...]:
 
 
 async def _score(
-    solution_str: str, ground_truth: str, server_urls: str, by_syllable: bool, patience_s: float, max_share: float,
-    rewards: str,
+    solution_str: str, prefix: list[int], ground_truth: str, server_urls: str, by_syllable: bool, patience_s: float,
+    max_share: float, rewards: str,
 ) -> dict[str, float | str]:  # fmt: skip
     global _client, _rollouts, _unscored_rollouts
     _rollouts += 1
@@ -97,12 +101,14 @@ async def _score(
     if _client is None:
         _client = RewardClient(server_urls.replace(",", " ").split(), patience_s=patience_s)
     try:
-        score = await _client.score(speech_tokens, ground_truth)
+        score = await _client.score([*prefix, *speech_tokens], ground_truth)
         if set(score.parts) != set(names):
             raise RewardServerError(
                 f"the reward server's reward has the parts {', '.join(score.parts)}, this training's "
                 f"{', '.join(names)}: start the server with the same setting rewards"
             )
+        # syllables that begin in the prefix have negative positions in the response
+        score = dataclasses.replace(score, unit_starts=tuple(start - len(prefix) for start in score.unit_starts))
         return _result(score, len(speech_tokens), by_syllable)
     except UnscoredRolloutError as error:
         _unscored_rollouts += 1

@@ -76,7 +76,11 @@ stage_0() {
   state=$(state_of 0)
   [[ -e $sft_model/config.json ]] && done_with 0 "$state" && skip && return
   work_on "$state"
-  run "$trainer_bin/python" "$root/scripts/prepare_llm.py" --sft-path "$sft_path" --output-dir "$sft_model"
+  local speech_role=()
+  [[ $speech_prefix == none ]] || speech_role=(--speech-role)
+  run "$trainer_bin/python" "$root/scripts/prepare_llm.py" --sft-path "$sft_path" --output-dir "$sft_model" "${speech_role[@]}"
+  [[ $speech_prefix != voice ]] || run "$speech_bin/python" "$root/scripts/encode_prompts.py" --voices "$prompt_list" \
+    --token2wav-dir "$token2wav_dir" --output "$voices_jsonl"
   run "$trainer_bin/python" "$root/prepare_data.py" --train-file "$train_jsonl" --test-file "$test_jsonl" \
     --output-dir "$exp_dir/data" --llm-path "$sft_model" "${data_flags[@]}"
   mark_done 0 "$state"
@@ -240,6 +244,7 @@ state_of() {
   ((dry_run)) && return
   local stages=("$1") read=() made_from=()
   case $1${2:+model} in
+  0) [[ $speech_prefix != voice ]] || read=(prompt_list="$prompt_list" token2wav_dir="$token2wav_dir") made_from=(seed="$seed") ;;
   2) made_from=(data="$(checksum "$exp_dir/.done/0")") ;;
   3) [[ -n $llm_path ]] || made_from=(training="$(checksum "$exp_dir/checkpoints/settings")" checkpoint="$(basename "$(last_checkpoint)")") ;;
   4)
@@ -318,6 +323,10 @@ contradictions() {
     echo "credit=syllable shares GRPO's advantages among syllables, but adv_estimator=$adv_estimator (algorithm=$algorithm): set credit=utterance"
   [[ $credit == utterance || $overlong_percent == 0 ]] ||
     echo "credit=syllable cannot share the length penalty of overlong_percent=$overlong_percent among syllables: set credit=utterance, or overlong_percent=0"
+  [[ $speech_prefix != recording ]] || ((max_response_length + 125 <= 2048)) ||
+    echo "speech_prefix=recording adds up to 125 tokens, and the reward server takes 2048: lower max_response_length=$max_response_length"
+  [[ $speech_prefix != voice || (-n $prompt_list && $prompt_voice_per == text) ]] ||
+    echo "speech_prefix=voice needs a prompt_list, and prompt_voice_per=text, so that the reward has the voice of the prompt: set both"
   ((num_nodes == 1)) || [[ -n $ray_address ]] ||
     echo "num_nodes=$num_nodes needs ray_address: start Ray on each machine (ray start), see docs/full_size.md"
 }
@@ -362,6 +371,11 @@ configure() {
     --eval-set "$eval_jsonl" "${text_flags[@]}" --max-prompt-length "$max_prompt_length" --max-bad-ratio "$max_bad_ratio"
     --max-test-overlap "$max_test_overlap" --batch-size "$train_batch_size" --max-new-tokens "$max_new_tokens"
   )
+  voices_jsonl=$exp_dir/voices.jsonl # stage 0 makes it from prompt_list, with speech_prefix=voice
+  case $speech_prefix in
+  recording) data_flags+=(--speech-prefix recording) ;;
+  voice) data_flags+=(--speech-prefix voice --voices "$voices_jsonl" --seed "$seed") ;;
+  esac
   prompt_flags=()
   [[ -z $prompt_audio ]] || prompt_flags=(--prompt-audio "$prompt_audio" --prompt-text "$prompt_text")
   if [[ -n $prompt_list ]]; then

@@ -13,7 +13,7 @@ eval_asr_dir=${eval_asr_dir:-$root/assets/tiny/asr_eval}
 train_jsonl=${train_jsonl:-$root/assets/tiny/data/grpo.jsonl} # texts on which none of the tiny models was trained
 test_jsonl=${test_jsonl:-$root/assets/tiny/data/dev.jsonl}
 known_answer_jsonl=${known_answer_jsonl:-$root/assets/tiny/data/dev.jsonl}
-max_prompt_length=${max_prompt_length:-64}
+max_prompt_length=${max_prompt_length:-$([[ ${speech_prefix:-none} == none ]] && echo 64 || echo 224)}
 llm_text=${llm_text:-spoken} # the tiny language model was trained on spoken forms (numbers in words)
 
 # reward server (stage 1)

@@ -61,6 +61,14 @@ def test_a_rollout_with_other_syllables_gets_the_credit_of_the_utterance():
     assert mismatched(group) == 1 and mismatched([encode((), ()), *group[1:]]) == 0
 
 
+def test_errors_in_speech_that_a_rollout_continues_are_charged_to_no_token():
+    """Syllables that begin before the response have negative positions."""
+    right, wrong = encode((0, 0, 0), (-6, -2, 4)), encode((0.3, 0.3, 0), (-6, -2, 4))
+    first, second = syllable_advantages([right, wrong], [1.0, 0.4], [9, 9])
+    np.testing.assert_allclose(first, [0.15] * 4 + [0] * 5, atol=1e-7)
+    np.testing.assert_allclose(second, [-0.15] * 4 + [0] * 5, atol=1e-7)
+
+
 @pytest.mark.parametrize(
     ("hypothesis", "onsets_s", "errors", "times_s"),
     [

@@ -177,6 +177,29 @@ def test_compute_score(reward_server, rows, monkeypatch):
         assert bad["reward_parts/intelligibility"] == 0.0
 
 
+def test_a_response_that_continues_its_recording_is_scored_with_it(reward_server, rows, monkeypatch):
+    tokens, size = rows[0]["speech_tokens"], 20
+
+    async def go():
+        monkeypatch.setattr(reward_tts, "_client", None)
+        splits = [(tokens, None), (tokens[size:], {"speech_prefix": tokens[:size]}), ([], {"speech_prefix": tokens})]
+        results = [
+            await reward_tts.compute_score(
+                "", format_speech_tokens(response), rows[0]["text"], extra_info=extra, server_urls=reward_server.url,
+                by_syllable=True,
+            )
+            for response, extra in splits
+        ]  # fmt: skip
+        await reward_tts._client.close()
+        return results
+
+    whole, continued, empty = asyncio.run(go())
+    assert continued["score"] == whole["score"] > 0.3 and continued["num_speech_tokens"] == len(tokens) - size
+    (errors, starts), (same, shifted) = (json.loads(r["syllable_errors"]) for r in (whole, continued))
+    assert same == errors and shifted == [start - size for start in starts] and shifted[0] < 0
+    assert (empty["score"], empty["bad_rollout"]) == (0.0, 1.0)
+
+
 @pytest.mark.parametrize(
     ("arguments", "reported"),
     [

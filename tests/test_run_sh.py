@@ -390,6 +390,31 @@ def test_kl_and_lora_are_settings(recipe):
     assert "lora.merge=True " in shown and "bypass_mode=False " in shown
 
 
+def test_rollouts_may_continue_speech(recipe):
+    shown = recipe.run("--dry-run", "0", "0").stdout
+    assert "--speech-" not in shown and "encode_prompts.py" not in shown
+    shown = recipe.run("--dry-run", "0", "0", speech_prefix="recording").stdout
+    assert "--speech-role" in shown and "--speech-prefix recording" in shown and "encode_prompts.py" not in shown
+    assert "--max-prompt-length 224 " in shown
+    done = recipe.run("0", "0", speech_prefix="recording", max_response_length="2000")
+    assert done.returncode == 1 and "lower max_response_length=2000" in done.stderr
+    done = recipe.run("0", "0", speech_prefix="voice")
+    assert done.returncode == 1 and "speech_prefix=voice needs a prompt_list" in done.stderr
+    voices = recipe.root / "voices list.jsonl"
+    voices.write_text("one")
+    given = {"speech_prefix": "voice", "prompt_list": str(voices)}
+    assert "needs a prompt_list" in recipe.run("0", "0", **given, prompt_voice_per="rollout").stderr
+    assert recipe.run("0", "0", **given).returncode == 0
+    calls = recipe.calls_path.read_text()
+    assert f"encode_prompts.py --voices {voices} " in calls and f"--output {recipe.exp_dir}/voices.jsonl" in calls
+    assert f"--speech-prefix voice --voices {recipe.exp_dir}/voices.jsonl --seed 42" in calls
+    assert recipe.run("0", "0", **given).returncode == 0 and recipe.calls() == []
+    for change in ({"seed": "43"}, {}):
+        voices.write_text(f"{change}")
+        assert recipe.run("0", "0", **given, **change).returncode == 0
+        assert recipe.calls() == ["prepare_llm.py", "prepare_data.py"], change
+
+
 @pytest.mark.parametrize(
     ("settings", "reused"),
     [

@@ -4,7 +4,9 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -58,12 +60,29 @@ def kill_trainer_after_first_checkpoint(recipe) -> None:
     assert process.wait(timeout=120) != 0
 
 
-def test_trains_survives_a_kill_and_merges(recipe):
+@pytest.fixture(scope="module")
+def resumed(recipe) -> subprocess.CompletedProcess:
+    """The second part of a training that was killed after the first step, and its merge."""
     done = run_sh(recipe, "0", "0")
     assert done.returncode == 0, done.stderr
     kill_trainer_after_first_checkpoint(recipe)
     done = run_sh(recipe, "1", "3")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+def weights(exp_dir: Path) -> dict[str, bytes]:
+    """The data of the tensors in a checkpoint and its optimizer; the rest of these files differs at each writing."""
+    found = {}
+    for kind in ("model", "optim"):
+        (path,) = exp_dir.glob(f"checkpoints/global_step_2/actor/{kind}_*.pt")
+        with zipfile.ZipFile(path) as archive:
+            found |= {f"{kind} {name}": archive.read(name) for name in archive.namelist() if "/data/" in name}
+    return found
+
+
+def test_trains_survives_a_kill_and_merges(recipe, resumed):
+    done = resumed
     exp_dir = Path(recipe["exp_dir"])
     assert (exp_dir / "log/hydra/.hydra/config.yaml").exists() and not (ROOT / "outputs").exists()
     log = (exp_dir / "log/train.log").read_text()
@@ -86,13 +105,31 @@ def test_trains_survives_a_kill_and_merges(recipe):
     assert run_sh(recipe, "0", "3").stdout.count("already done") == 3
 
 
+def test_equal_settings_give_equal_weights_in_spite_of_a_kill_and_of_other_load(recipe, resumed, tmp_path):
+    load = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
+    try:
+        again = recipe | {"exp_dir": str(tmp_path)}
+        done = run_sh(again, "0", "2")
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    finally:
+        for process in load:
+            process.kill()
+            process.wait()
+    first, second = weights(Path(recipe["exp_dir"])), weights(tmp_path)
+    assert len(first) > 100 and [name for name in first | second if first.get(name) != second.get(name)] == []
+    assert "did not arrive" not in (tmp_path / "log/train.log").read_text()
+
+
 def test_a_server_that_dies_in_mid_training_stops_it(recipe, tmp_path):
-    dying = recipe | {"exp_dir": str(tmp_path), "total_steps": "50", "save_freq": "50", "test_freq": "50"}
+    """The algorithm is the one whose steps, unlike those of test_full_profile.py, need rewards that differ."""
+    dying = recipe | {
+        "exp_dir": str(tmp_path), "total_steps": "50", "save_freq": "50", "test_freq": "50", "algorithm": "dapo"
+    }  # fmt: skip
     assert run_sh(dying, "0", "0").returncode == 0
     process = subprocess.Popen(["bash", str(ROOT / "run.sh"), "1", "2"], env=dying, stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, text=True)  # fmt: skip
     shown = ""
-    while "step 1/50" not in shown:
+    while "step 2/50" not in shown:
         line = process.stdout.readline()
         assert line, shown
         shown += line
