@@ -180,7 +180,7 @@ infer() {
 
 # score NAME: compute error rates and quality metrics of eval/NAME, on one core, in parallel with the other model's.
 score() {
-  in_background env OMP_NUM_THREADS=1 python="$speech_bin/python" eval_asr_dir="$eval_asr_dir" device="$infer_device" language="$language" text_tags="$text_tags" \
+  in_background env OMP_NUM_THREADS=1 python="$speech_bin/python" eval_asr_dir="$eval_asr_dir" judge_asr_dir="$judge_asr_dir" device="$infer_device" language="$language" text_tags="$text_tags" \
     seeds="$seeds" quality_utterances="$quality_utterances" reference_audio="$reference_audio" speaker_model_dir="$speaker_model_dir" \
     bash "$root/scripts/compute_wer.sh" "$exp_dir/eval/$1" "$eval_jsonl"
 }

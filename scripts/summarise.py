@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tts_grpo.evaluation.aggregate import compare_quality, compare_rates, read_utterances
+from tts_grpo.evaluation.aggregate import JUDGE_ERRORS, compare_quality, compare_rates, read_utterances
 from tts_grpo.evaluation.provenance import git_commit
 from tts_grpo.text.jsonl import read_jsonl, write_json
 from tts_grpo.training.verl_log import read_steps
@@ -71,6 +71,12 @@ def summarise(exp_dir: Path, settings: dict) -> dict:
     scores = {m: json.loads((exp_dir / "eval" / m / "scores.json").read_text(encoding="utf-8")) for m in MODELS}
     utterances = [read_utterances(exp_dir / "eval" / m) for m in MODELS]
     changes = compare_rates(*utterances, scores["sft"]["language"])
+    judge = {}
+    if all("judge" in scores[m] for m in MODELS):
+        judge = {
+            "asr": scores["grpo"]["judge"]["asr"], **{m: scores[m]["judge"]["pooled"] for m in MODELS},
+            "change": compare_rates(*utterances, scores["sft"]["language"], JUDGE_ERRORS),
+        }  # fmt: skip
     return {
         **{m: {key: scores[m][key] for key in ("pooled", "seeds", "quality", "quality_sample")} for m in MODELS},
         "metrics": scores["grpo"]["metrics"],
@@ -80,6 +86,7 @@ def summarise(exp_dir: Path, settings: dict) -> dict:
         "quality_change": compare_quality(*utterances),
         "reward_parts": reward_parts(exp_dir),
         "asr": scores["grpo"]["asr"],
+        "judge": judge,
         **costs(exp_dir),
         "versions": scores["grpo"]["versions"] | {"python": platform.python_version()},
         "git_commit": git_commit(),
@@ -96,6 +103,12 @@ def rate_lines(summary: dict) -> list[str]:
         shown = f"{drop:.1%}" if drop is not None else "-"
         shown += f" ({ci[0]:.1%} to {ci[1]:.1%})" if ci else ""
         lines.append(f"{about['title']:36} {before:8.2%} {after:8.2%}   {shown}: {summary['verdict'][metric]}")
+        if judge := summary.get("judge"):
+            change, (before, after) = judge["change"][metric], (judge[m][metric]["rate"] for m in MODELS)
+            drop, ci = change["relative_drop"], change["relative_drop_ci"]
+            shown = f"{drop:.1%}" + (f" ({ci[0]:.1%} to {ci[1]:.1%})" if ci else "") if drop is not None else "-"
+            by = f"  by {judge['asr']['model']}"
+            lines.append(f"{by:36} {before:8.2%} {after:8.2%}   {shown}: {change['verdict']}")
     return lines
 
 

@@ -77,6 +77,14 @@ def error_rows(experiment: Experiment) -> list[dict]:
             "drop": _with_interval(drop, ci, ".1%"),
             "verdict": summary.get("verdict", {}).get(name, ""),
         })  # fmt: skip
+        if judge := summary.get("judge"):
+            change = judge["change"][name]
+            rows.append({
+                "title": f"{title}, by {judge['asr']['model']}", "main": False,
+                "models": [_with_interval(judge[m][name]["rate"], judge[m][name]["ci"], ".2%") for m in MODELS],
+                "drop": _with_interval(change["relative_drop"], change["relative_drop_ci"], ".1%"),
+                "verdict": change["verdict"],
+            })  # fmt: skip
     return rows
 
 
