@@ -347,15 +347,22 @@ configure() {
   [[ ${kl_loss_coef%%[eE]*} != *[1-9]* ]] || use_kl=True
   local device_list
   read -ra device_list <<<"$server_devices"
+  local asr_dirs=("$reward_asr_dir") more_asr_dirs
+  # shellcheck disable=SC2162  # without -r, "\ " is a space within a path
+  [[ -z $reward_asr_dirs ]] || read -a asr_dirs <<<"$reward_asr_dirs"
+  more_asr_dirs=("${asr_dirs[@]:1}")
   read -ra seed_list <<<"$seeds"
   sft_model=$exp_dir/sft_model # stage 0 makes it from sft_path, in a form that veRL can train
   speech_bin=$venv_root/speech/bin trainer_bin=$venv_root/trainer/bin
   server_command=(
-    "$speech_bin/python" "$root/token2wav_asr_server.py" --token2wav-dir "$token2wav_dir" --asr-dir "$reward_asr_dir"
+    "$speech_bin/python" "$root/token2wav_asr_server.py" --token2wav-dir "$token2wav_dir" --asr-dir "${asr_dirs[0]}"
     --instances "$server_instances" --threads "$server_threads" --max-batch-size "$server_batch_size"
     --reward-curve "$reward_curve" --address "$server_address" --http-port "$http_port" --grpc-port "$grpc_port"
     --metrics-port "$metrics_port" --batch-timeout-s "$batch_timeout_s" --precision "$token2wav_precision" --devices "${device_list[@]}"
+    --rewards "$rewards" --asr-pool "$reward_asr_pool"
   )
+  ((${#more_asr_dirs[@]} == 0)) || server_command+=(--more-asr-dirs "${more_asr_dirs[@]}")
+  ((check_reward == 0)) || server_command+=(--known-answers "$known_answer_jsonl")
   ((reward_tones)) || server_command+=(--no-tones)
   [[ -z $server_secret_file ]] || server_command+=(--secret-file "$server_secret_file")
   server_command+=(--language "$language")
@@ -420,7 +427,7 @@ configure() {
     actor_rollout_ref.rollout.calculate_log_probs=True algorithm.rollout_correction.bypass_mode="$reuse_log_probs"
     actor_rollout_ref.actor.calculate_entropy=True # logged only: entropy_coeff is 0
     reward.custom_reward_function.path="$(hydra "$root/reward_tts.py")" reward.custom_reward_function.name=compute_score
-    "+reward.custom_reward_function.reward_kwargs={server_urls: $(hydra "$server_urls"), failure_file: $(hydra "$exp_dir/reward_failure"), by_syllable: $by_syllable, patience_s: $reward_patience_s, max_unscored_share: $max_unscored_share, check_freq: $check_freq, known_answer_jsonl: $(hydra "$(realpath -m "$known_answer_jsonl")")}"
+    "+reward.custom_reward_function.reward_kwargs={server_urls: $(hydra "$server_urls"), failure_file: $(hydra "$exp_dir/reward_failure"), by_syllable: $by_syllable, patience_s: $reward_patience_s, max_unscored_share: $max_unscored_share, rewards: $(hydra "$rewards"), check_freq: $check_freq, known_answer_jsonl: $(hydra "$(realpath -m "$known_answer_jsonl")")}"
     trainer.n_gpus_per_node="$num_gpus" trainer.nnodes="$num_nodes"
     "trainer.logger=[console,tensorboard]" trainer.project_name=tts_grpo trainer.experiment_name="$(hydra "$exp_name")"
     trainer.default_local_dir="$(hydra "$exp_dir/checkpoints")" trainer.resume_mode=auto
@@ -430,10 +437,6 @@ configure() {
     hydra.run.dir="$(hydra "$exp_dir/log/hydra")"                # Hydra's copy of the settings, by default in the working folder
     trainer.val_before_train=True trainer.total_epochs="$total_steps" trainer.total_training_steps="$total_steps"
   )
-  # parts of the reward, keys of what reward_tts.py returns, and their weights
-  local reward_keys=score reward_weights=1.0
-  [[ $adv_estimator != gdpo ]] ||
-    verl_args+=("+algorithm.gdpo_reward_keys=[$reward_keys]" "+algorithm.gdpo_reward_weights=[$reward_weights]")
   ((overlong_percent * max_response_length < 100)) || verl_args+=(
     reward.reward_manager.name=dapo
     "+reward.reward_kwargs={max_resp_len: $max_response_length, overlong_buffer_cfg: {enable: True, len: $((max_response_length * overlong_percent / 100)), penalty_factor: 1.0, log: False}}"

@@ -8,7 +8,8 @@
 #            4s its scores; -1 what is downloaded; "-" none: it may change at any time
 #   KIND     allowed values: int or number with bounds (int>=1, number>0<=1), choices (zh|en), ints (several, separated
 #            by spaces), devices (cpu, cuda:0 ...), name, text, path, folder (for results), input (a file or folder
-#            that is read: results depend on its content, too). With "?", it may be empty
+#            that is read: results depend on its content, too), inputs (several, separated by spaces; "\ " is a space in
+#            a path), rewards (see tts_grpo/reward/rewards.py). With "?", it may be empty
 #
 # The defaults are the training settings of the newest published recipe (conf/recipes/mair-hub.sh).
 #
@@ -63,6 +64,9 @@ setting token2wav_precision fp16 2 "fp32|fp16|bf16" "precision of the server's t
 setting max_unscored_share 0.001 - "number>=0<=1" "largest share of rollouts that servers may fail to score, counted as bad; 0: none"
 setting check_reward_freq 50 - "int>=0" "steps between known-answer checks of the reward servers in training, which precede each checkpoint, too; 0: none"
 setting check_reward 1 - "0|1" "0: train even if the known-answer check of the reward fails"
+setting rewards intelligibility:1 2 rewards "parts of the reward with weights and options, see docs/rewards.md"
+setting reward_asr_dirs '' 2 inputs? "several recognisers of the reward, separated by spaces, instead of reward_asr_dir"
+setting reward_asr_pool mean 2 "mean|worst" "error rate of several recognisers: their mean, or the worst"
 setting reward_curve exp 2 "exp|tanh" "maps the error rate to the reward, see tts_grpo/reward/curves.py"
 setting reward_tones 0 2 "0|1" "1: tones count in the reward's pinyin error rate"
 setting prompt_audio '' 2 input? "recording of the voice of stages 1 and 5"

@@ -7,6 +7,7 @@ such as "not significant (95%)".
 import argparse
 import json
 import platform
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,11 @@ import numpy as np
 from tts_grpo.evaluation.aggregate import compare_quality, compare_rates, read_utterances
 from tts_grpo.evaluation.provenance import git_commit
 from tts_grpo.text.jsonl import read_jsonl, write_json
+from tts_grpo.training.verl_log import read_steps
 
 MODELS = ("sft", "grpo")
+PART = re.compile(r"reward_parts/(.+)/mean")  # metric of a part of the reward in each step's log
+STEPS = 5  # steps at the beginning and the end of the training whose mean is shown
 
 
 def get_args(argv=None):
@@ -49,6 +53,19 @@ def costs(exp_dir: Path) -> dict:
     }  # fmt: skip
 
 
+def reward_parts(exp_dir: Path) -> dict[str, dict[str, float]]:
+    """Mean score of each part of the reward in the first and the last steps of the training, by name."""
+    log = exp_dir / "log/train.log"
+    steps = [metrics for _, metrics in sorted(read_steps(log, 0).items())] if log.exists() else []
+    found = {}
+    for key in dict.fromkeys(key for metrics in steps for key in metrics if PART.fullmatch(key)):
+        values = [metrics[key] for metrics in steps if key in metrics]
+        found[PART.fullmatch(key)[1]] = {
+            "first": float(np.mean(values[:STEPS])), "last": float(np.mean(values[-STEPS:]))
+        }  # fmt: skip
+    return found
+
+
 def summarise(exp_dir: Path, settings: dict) -> dict:
     """The contents of summary.json."""
     scores = {m: json.loads((exp_dir / "eval" / m / "scores.json").read_text(encoding="utf-8")) for m in MODELS}
@@ -61,6 +78,7 @@ def summarise(exp_dir: Path, settings: dict) -> dict:
         "relative_drop_ci": {metric: change["relative_drop_ci"] for metric, change in changes.items()},
         "verdict": {metric: change["verdict"] for metric, change in changes.items()},
         "quality_change": compare_quality(*utterances),
+        "reward_parts": reward_parts(exp_dir),
         "asr": scores["grpo"]["asr"],
         **costs(exp_dir),
         "versions": scores["grpo"]["versions"] | {"python": platform.python_version()},
@@ -94,6 +112,9 @@ def table(summary: dict) -> str:
     for name, form in (("tokens_per_character", ".2f"), ("failed", ".0f")):
         means = [np.mean([seed[name] for seed in summary[m]["seeds"].values()]) for m in MODELS]
         lines.append(f"{name.replace('_', ' '):36} {means[0]:>8{form}} {means[1]:>8{form}}")
+    if summary["reward_parts"]:
+        shown = (f"{name} {mean['first']:.3f} -> {mean['last']:.3f}" for name, mean in summary["reward_parts"].items())
+        lines.append(f"parts of the reward in the first and the last {STEPS} steps: {', '.join(shown)}")
     asr = summary["asr"]
     lines.append(f"recogniser: {asr['model']} by {asr['backend']}, {asr['sha256'][:12]}")
     return "\n".join(lines)

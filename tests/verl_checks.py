@@ -127,10 +127,10 @@ class FakeTransferQueue:
 def rollouts(*with_errors: bool) -> FakeTransferQueue:
     """Two prompts with two rollouts each, of 3, 3, 4 and 3 tokens; all rewards are 1, except the third."""
     scores = [torch.tensor([0.0] * (size - 1) + [score]) for size, score in ((3, 1.0), (3, 1.0), (4, 0.5), (3, 1.0))]
-    syllable_errors = [encode((0, int(errors)), (0, 2)) for errors in with_errors]
+    syllable_losses = [encode((0, 0.5 * errors), (0, 2)) for errors in with_errors]
     return FakeTransferQueue(
         uid=list("abab"), rm_scores=torch.nested.as_nested_tensor(scores, layout=torch.jagged),
-        extra_fields=[{"reward_extra_info": {"syllable_errors": value}} for value in syllable_errors],
+        extra_fields=[{"reward_extra_info": {"syllable_losses": value}} for value in syllable_losses],
         metrics=[{"generate_sequences": 2.0, "compute_score": 1.5}] * 4, advantages="GRPO's",
     )  # fmt: skip
 
@@ -149,6 +149,13 @@ def advantages(folder):
 
 def missing_errors(folder):
     return trainer.group_advantages("ab", [None, encode((0, 0), (0, 2))], [1.0, 0.5], [3, 3], False)
+
+
+def part_statistics(folder):
+    """Two groups of two rollouts; ``mine`` failed once, and ``pace`` is the same within each group."""
+    scores = {"pace": (0.5, 0.5, 1.0, 1.0), "mine": (0.0, 0.4, 0.8, -1.0)}
+    infos = [{f"reward_parts/{name}": values[i] for name, values in scores.items()} for i in range(4)]
+    return [trainer.part_statistics(infos, "aabb"), trainer.part_statistics([{"score": 1.0}], "a")]
 
 
 def verl_overrides(**settings: str) -> list[str]:
@@ -186,20 +193,27 @@ def algorithms(folder):
 
 def gdpo(folder):
     """Advantages of two groups of two rollouts; the parts are found in what the reward function returned."""
-    options = ["algorithm.adv_estimator=gdpo", "+algorithm.gdpo_reward_keys=[words,voice]",
-               "+algorithm.gdpo_reward_weights=[1.0,0.3]", "algorithm.norm_adv_by_std_in_grpo=True"]  # fmt: skip
+    rewards = "'intelligibility:1 pace:0.3,units_per_s=4,floor=0.1,required=0'"
+    options = ["algorithm.adv_estimator=gdpo", "algorithm.norm_adv_by_std_in_grpo=True",
+               f"+reward.custom_reward_function.reward_kwargs.rewards={rewards}"]  # fmt: skip
     ppo_trainer = TRAINER(config(*options, by_syllable=False))
-    trainer.tq = queue = rollouts(False, False, True, False)
-    for extra, words, voice in zip(queue.columns["extra_fields"], (1, 0, 0.5, 0), (0.2, 0.9, 0.4, 0.8), strict=True):
-        extra["reward_extra_info"] |= {"words": words, "voice": voice}
     PPOTrainerSync._compute_advantage = lambda self, batch, metrics: BATCH
-    ppo_trainer._compute_advantage(BATCH, {})
-    advantages = [row.tolist() for row in queue.columns["advantages"].unbind()]
-    del queue.columns["extra_fields"][1]["reward_extra_info"]["voice"]
+    trainer.tq = queue = rollouts(False, False, True, False)
+
+    def advantages(words, pace):
+        for extra, *parts, score in zip(queue.columns["extra_fields"], words, pace, (0.9, 0, 0.6, 0.8), strict=True):
+            names = ("reward_parts/intelligibility", "reward_parts/pace", "score")
+            extra["reward_extra_info"] |= dict(zip(names, (*parts, score), strict=True))
+        ppo_trainer._compute_advantage(BATCH, {})
+        return [row.tolist() for row in queue.columns["advantages"].unbind()]
+
+    # the second rollout's reward is 0, because its pace is below the floor; that of the third is missing
+    found = [advantages((1, 0.7, 0.5, 0.2), (0.2, 0.05, 0.4, 0.8)), advantages((1, 0, 0.5, 0.2), (0.2, 0, -1, 0.8))]
+    del queue.columns["extra_fields"][1]["reward_extra_info"]["reward_parts/pace"]
     try:
         ppo_trainer._compute_advantage(BATCH, {})
     except ValueError as error:
-        return [advantages, str(error), refusal(*options, "algorithm.use_kl_in_reward=True", by_syllable=False)]
+        return [*found, str(error), refusal(*options, "algorithm.use_kl_in_reward=True", by_syllable=False)]
 
 
 def wait_for_rewards(folder):
@@ -216,7 +230,10 @@ def shares(folder):
         {"bad_rollout": 0.0, "unscored_rollout": 0.0, "retried_rollout": 1.0, "rescored_rollout": 0.0,
          "empty_transcript": 0.0, "num_speech_tokens": 7.0},
     ]  # fmt: skip
-    return [trainer.rollout_shares(infos, [5, 11]), trainer.rollout_shares([{}, {}], [5, 11])]
+    return [
+        trainer.rollout_shares(infos, [5, 11], 12), trainer.rollout_shares(infos, [5, 11], 11),
+        trainer.rollout_shares([{}, {}], [5, 11], 12),
+    ]  # fmt: skip
 
 
 def checked_servers(folder):
@@ -425,7 +442,8 @@ def result(check, folder: str):
 
 
 if __name__ == "__main__":
-    checks = (patched, constructed, refused, not_refused, seconds, advantages, missing_errors, algorithms, gdpo,
+    checks = (patched, constructed, refused, not_refused, seconds, advantages, missing_errors, part_statistics,
+              algorithms, gdpo,
               wait_for_rewards, shares, checked_servers, identities, failed_rollout, failed_validation, dump, engines,
               head_without_a_bias, unfused_head_with_a_bias, other_kernel_with_a_bias, head_with_a_bias, lora_merge,
               rollout_seeds)  # fmt: skip

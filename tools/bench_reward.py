@@ -264,7 +264,7 @@ def precision_effect(fp32: RewardScorer, half: RewardScorer, pairs, voice: Promp
     transcripts = []
     for scorer in (fp32, half):
         torch.manual_seed(0)  # the same random numbers for both
-        transcripts.append([one.text for one in scorer.synthesise_and_transcribe(tokens, voices)[0]])
+        transcripts.append([one.text for one in scorer.synthesise_and_transcribe(tokens, voices)])
     differences = [align_texts(*pair, "toned") for pair in zip(*transcripts, strict=True)]
     return {
         "mel_relative_error": relative(*mels), "waveform_relative_error": relative(*waveforms),

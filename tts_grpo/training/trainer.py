@@ -3,12 +3,13 @@
 veRL selects it from its trainer registry by ``trainer.v1.trainer_mode=tts_grpo``. ``VERL_USE_EXTERNAL_MODULES`` makes
 each veRL process import this module before the registry lookup. The subclass adds:
 
-- Credit by syllable (``credit=syllable``): advantages are computed from the errors per syllable that the reward
+- Credit by syllable (``credit=syllable``): advantages are computed from the losses per syllable that the reward
   function returns (tts_grpo/training/credit.py). ``critic/advantages/nonzero`` is the fraction of tokens with a nonzero
-  advantage. Settings that this would silently override are rejected at the start.
+  advantage, and ``critic/advantages/mismatched`` the share of rollouts with another number of syllables than the others
+  of their group. Settings that this would silently override are rejected at the start.
 - GDPO's advantages (``algorithm.adv_estimator=gdpo``): veRL 0.9.1 has the estimator, but its trainer does not pass the
-  parts of the reward to it. Here, they are read from what the reward function returns, by the names in
-  ``algorithm.gdpo_reward_keys``.
+  parts of the reward to it. Here, they are read from what the reward function returns, by the names and with the
+  weights of the setting ``rewards``.
 - Failed rollouts stop the training. veRL itself logs the exception and trains on the rest of the group; with
   ``algorithm.filter_groups`` it may also discard the group.
 - A metric for the time spent waiting for rewards. veRL scores a rollout as soon as it ends, while others are still
@@ -17,6 +18,8 @@ each veRL process import this module before the registry lookup. The subclass ad
   the seconds that veRL's agent loop records per rollout, and assume that all rollouts of a step start together.
 - Counts of rollouts that are bad, could not be scored, were tried again, and so on, as shares of a step's rollouts
   (``rollouts/...``).
+- Statistics of each part of the reward (``reward_parts/...``): its mean, its standard deviation, and the share of
+  groups in which all rollouts have the same score, so that the part teaches nothing.
 - The known-answer check of the reward servers again after every ``check_reward_freq`` steps, and before a checkpoint is
   saved: a server that no longer tells right from wrong stops the training. No checkpoint has steps after the last check
   that passed.
@@ -43,9 +46,10 @@ import verl
 from omegaconf import DictConfig, open_dict
 from tensordict import TensorDict
 
-from tts_grpo.reward.protocol import ROLLOUT_COUNTS, SERVER_KEY
+from tts_grpo.reward.protocol import PART_KEY, ROLLOUT_COUNTS, SERVER_KEY
+from tts_grpo.reward.rewards import parse_rewards
 from tts_grpo.text.jsonl import write_text
-from tts_grpo.training.credit import KEY, syllable_advantages
+from tts_grpo.training.credit import KEY, mismatched, syllable_advantages
 from tts_grpo.training.verl_version import require_verl
 
 require_verl(verl.__version__)
@@ -102,39 +106,71 @@ def rollout_seconds(rollouts: Iterable[dict[str, float]]) -> dict[str, float]:
     return {"generation": generated, "reward_wait": scored - generated}
 
 
-def group_advantages(
-    uids: Iterable[str], encoded_errors: list[str | None], scores: list[float], num_tokens: list[int], by_std: bool
-) -> list[np.ndarray]:
-    """Compute advantages per syllable for the rollouts of a step; rollouts with the same ``uid`` form a group.
-
-    Args and return value are those of :func:`tts_grpo.training.credit.syllable_advantages`, over all groups of a step.
-
-    Raises:
-        ValueError: the reward function returned no syllable errors for a rollout.
-    """
-    lacking = encoded_errors.count(None)
-    if lacking:
-        raise ValueError(
-            f"the reward of {lacking} of {len(encoded_errors)} rollouts has no {KEY}, which credit=syllable needs: "
-            "return it as reward_tts.py does, or set credit=utterance"
-        )
+def groups_of(uids: Iterable[str]) -> list[list[int]]:
+    """Return the rows of each group; rollouts with the same ``uid`` form a group."""
     groups = defaultdict(list)
     for row, uid in enumerate(uids):
         groups[uid].append(row)
-    advantages = [None] * len(encoded_errors)
-    for rows in groups.values():
-        of_group = syllable_advantages(
-            *([values[row] for row in rows] for values in (encoded_errors, scores, num_tokens)), by_std
+    return list(groups.values())
+
+
+def group_advantages(
+    uids: Iterable[str], encoded_losses: list[str | None], scores: list[float], num_tokens: list[int], by_std: bool
+) -> tuple[list[np.ndarray], float]:
+    """Compute advantages per syllable for the rollouts of a step; rollouts with the same ``uid`` form a group.
+
+    Args are those of :func:`tts_grpo.training.credit.syllable_advantages`, over all groups of a step.
+
+    Returns:
+        Its result, over all groups, and the share of rollouts with another number of syllables than their group.
+
+    Raises:
+        ValueError: the reward function returned no syllable losses for a rollout.
+    """
+    lacking = encoded_losses.count(None)
+    if lacking:
+        raise ValueError(
+            f"the reward of {lacking} of {len(encoded_losses)} rollouts has no {KEY}, which credit=syllable needs: "
+            "return it as reward_tts.py does, or set credit=utterance"
         )
-        for row, values in zip(rows, of_group, strict=True):
+    advantages, others = [None] * len(encoded_losses), 0
+    for rows in groups_of(uids):
+        losses, *rest = ([values[row] for row in rows] for values in (encoded_losses, scores, num_tokens))
+        others += mismatched(losses)
+        for row, values in zip(rows, syllable_advantages(losses, *rest, by_std), strict=True):
             advantages[row] = values
-    return advantages
+    return advantages, others / len(advantages)
+
+
+def part_statistics(infos: list[dict], uids: Iterable[str]) -> dict[str, float]:
+    """Return mean and standard deviation of each part of the reward, and its share of groups without a difference.
+
+    A part that is not required has the score -1 where it failed; this is left out, and the share of it is ``missing``.
+
+    Args:
+        infos: what the reward function returned for each rollout; those of another reward may have no parts.
+        uids: group of each rollout.
+    """
+    found, groups = {}, groups_of(uids)
+    names = [name for name in infos[0] if name.startswith(PART_KEY)] if infos else []
+    for name in names:
+        scores = np.array([info.get(name, -1.0) for info in infos], dtype=float)
+        present = scores >= 0
+        if present.any():
+            found[f"{name}/mean"], found[f"{name}/std"] = float(scores[present].mean()), float(scores[present].std())
+        found[f"{name}/equal_groups"] = float(np.mean([np.ptp(scores[rows]) < 1e-6 for rows in groups]))
+        if not present.all():
+            found[f"{name}/missing"] = float(1 - present.mean())
+    return found
 
 
 def gdpo_advantages(
     uids: list[str], infos: list[dict], num_tokens: list[int], algorithm: DictConfig
 ) -> list[np.ndarray]:
     """Compute GDPO's advantages (arXiv 2601.05242) for the rollouts of a step, by veRL's estimator.
+
+    A rollout whose reward is 0 (a bad one, or one below the floor of a part) has 0 in each part. A part that is not
+    required and failed has no effect on the rollout's advantage.
 
     Args:
         uids: n names of prompts; rollouts with the same one form a group.
@@ -149,28 +185,35 @@ def gdpo_advantages(
     Raises:
         ValueError: the reward function returned no such part for a rollout.
     """
+    parts = {}
     for name in algorithm.gdpo_reward_keys:
         if lacking := sum(name not in info for info in infos):
             raise ValueError(
-                f"the reward of {lacking} of {len(infos)} rollouts has no part {name!r}, which algorithm=gdpo needs, "
-                f"but {', '.join(sorted(infos[0]))}. Return the part for each rollout as reward_tts.py does"
+                f"the reward of {lacking} of {len(infos)} rollouts has no {name}, which algorithm=gdpo needs: return "
+                "it as reward_tts.py does, or set another algorithm"
             )
+        scores = np.array([info[name] if info["score"] else 0.0 for info in infos], dtype=float)
+        for rows in groups_of(uids):
+            missing = scores[rows] < 0
+            scores[np.array(rows)[missing]] = 0.0 if missing.all() else scores[rows][~missing].mean()
+        parts[name] = scores
     mask = (torch.arange(max(num_tokens)) < torch.tensor(num_tokens)[:, None]).long()
     advantages, _ = compute_gdpo_outcome_advantage(
-        mask.float(), mask, np.array(uids, dtype=object), config=algorithm,
+        mask.float(), mask, np.array(uids, dtype=object), config=algorithm, non_tensor_batch=parts,
         norm_adv_by_std_in_grpo=algorithm.norm_adv_by_std_in_grpo,
-        non_tensor_batch={name: [info[name] for info in infos] for name in algorithm.gdpo_reward_keys},
         batch={"prompts": mask[:, :0], "attention_mask": mask},  # it finds each response's last token by them
     )  # fmt: skip
     return [row[:size].numpy() for row, size in zip(advantages, num_tokens, strict=True)]
 
 
-def rollout_shares(infos: list[dict], num_tokens: list[int]) -> dict[str, float]:
+def rollout_shares(infos: list[dict], num_tokens: list[int], max_tokens: int) -> dict[str, float]:
     """Return the share of a step's rollouts of which each of ``ROLLOUT_COUNTS`` is true, and of tokens of other kinds.
 
     Args:
         infos: what the reward function returned for each rollout; those of another reward may lack the numbers.
         num_tokens: number of generated tokens of each rollout, the end token included.
+        max_tokens: largest number of tokens that a rollout may have. A rollout of this length counts as truncated, and
+            thus as one without an end token, as in veRL's ``response_length/clip_ratio``.
     """
     shares = {
         f"rollouts/{name}": float(np.mean([info[name] for info in infos]))
@@ -178,7 +221,10 @@ def rollout_shares(infos: list[dict], num_tokens: list[int]) -> dict[str, float]
         if all(name in info for info in infos)
     }
     if infos and all("num_speech_tokens" in info for info in infos):
-        others = [max(0.0, n - 1 - info["num_speech_tokens"]) for info, n in zip(infos, num_tokens, strict=True)]
+        others = [
+            max(0.0, n - (n < max_tokens) - info["num_speech_tokens"])
+            for info, n in zip(infos, num_tokens, strict=True)
+        ]
         shares["rollouts/other_tokens"] = float(sum(others) / sum(num_tokens))
     return shares
 
@@ -212,6 +258,9 @@ class SpeechGRPOTrainer(PPOTrainerSync):
             config.trainer.v1.trainer_mode = "sync"  # veRL checks this name for synchronous or asynchronous mode
             if self._gdpo:
                 config.algorithm.adv_estimator = "grpo"  # _compute_advantage replaces its advantages
+                parts = parse_rewards(config.reward.custom_reward_function.reward_kwargs.rewards)
+                config.algorithm.gdpo_reward_keys = [PART_KEY + part.name for part in parts]
+                config.algorithm.gdpo_reward_weights = [part.weight for part in parts]
         super().__init__(config)
 
     def _build_replay_buffer(self):
@@ -330,7 +379,7 @@ class SpeechGRPOTrainer(PPOTrainerSync):
         scores = rows["rm_scores"].unbind()  # one value per token
         uids, num_tokens = list(rows["uid"]), [len(row) for row in scores]
         if credits_syllables(self.config):
-            advantages = group_advantages(
+            advantages, metrics["critic/advantages/mismatched"] = group_advantages(
                 uids, [info.get(KEY) for info in infos], [row.sum().item() for row in scores], num_tokens,
                 self.config.algorithm.get("norm_adv_by_std_in_grpo", True),
             )  # fmt: skip
@@ -344,11 +393,13 @@ class SpeechGRPOTrainer(PPOTrainerSync):
         return tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=output)
 
     def _compute_metrics(self, batch, metrics, timing_raw, **kwargs):
-        fields = ["metrics", "rm_scores", "extra_fields"]
+        fields = ["uid", "metrics", "rm_scores", "extra_fields"]
         rows = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
         timing_raw.update(rollout_seconds(rows["metrics"]))
         infos = [(extra or {}).get("reward_extra_info", {}) for extra in rows["extra_fields"]]
-        metrics.update(rollout_shares(infos, [len(row) for row in rows["rm_scores"].unbind()]))
+        num_tokens = [len(row) for row in rows["rm_scores"].unbind()]
+        metrics.update(rollout_shares(infos, num_tokens, self.config.data.max_response_length))
+        metrics.update(part_statistics(infos, list(rows["uid"])))
         return super()._compute_metrics(batch, metrics, timing_raw, **kwargs)
 
     @staticmethod
