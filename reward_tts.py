@@ -102,13 +102,13 @@ async def _score(
         _client = RewardClient(server_urls.replace(",", " ").split(), patience_s=patience_s)
     try:
         score = await _client.score([*prefix, *speech_tokens], ground_truth)
-        # syllables that begin in the prefix have negative positions in the response
-        score = dataclasses.replace(score, unit_starts=tuple(start - len(prefix) for start in score.unit_starts))
         if set(score.parts) != set(names):
             raise RewardServerError(
                 f"the reward server's reward has the parts {', '.join(score.parts)}, this training's "
                 f"{', '.join(names)}: start the server with the same setting rewards"
             )
+        # syllables that begin in the prefix have negative positions in the response
+        score = dataclasses.replace(score, unit_starts=tuple(start - len(prefix) for start in score.unit_starts))
         return _result(score, len(speech_tokens), by_syllable)
     except UnscoredRolloutError as error:
         _unscored_rollouts += 1

@@ -48,6 +48,8 @@ SETTINGS = {
 }  # fmt: skip
 NUM_EVALUATION, NUM_VALIDATION, NUM_SCORED = 12, 4, 64
 READY = "/v2/models/token2wav_asr/ready"
+NOT_COMPARED = ("stage_seconds", "peak_rss_gib", "git_commit")  # of summary.json, and of its settings:
+PORTS = ("http_port", "grpc_port", "metrics_port", "server_urls")  # free ones are drawn at each start of this program
 BATCH_TIMEOUT_S = 8  # after which the server kills a hung instance
 
 
@@ -146,7 +148,7 @@ class Laboratory:
             files[name] = work_dir / f"{source}.jsonl"
             files[name].write_text("".join(lines[:count]), encoding="utf-8")
         self.http_port, *others = free_ports(3)
-        ports = zip(("http_port", "grpc_port", "metrics_port"), (self.http_port, *others), strict=True)
+        ports = zip(PORTS[:3], (self.http_port, *others), strict=True)
         own = {"exp_dir": self.exp_dir, "venv_root": work_dir / "venv", **files, **dict(ports)}
         self.environment = os.environ | SETTINGS | {name: str(value) for name, value in own.items()}
 
@@ -223,17 +225,20 @@ class Laboratory:
             time.sleep(0.2)
         raise LossError(f"processes left behind: {[command_of(pid) for pid in left]}")
 
-    def digests(self, patterns: tuple[str, ...]) -> dict[str, str]:
-        """Return the SHA-256 of each result; of summary.json without times and memory, which differ."""
-        found = {}
-        for path in sorted(path for pattern in patterns for path in self.exp_dir.glob(pattern) if path.is_file()):
-            content = path.read_bytes()
-            if path.name == "summary.json":
-                summary = json.loads(content)
-                content = json.dumps({k: v for k, v in summary.items() if k not in ("stage_seconds", "peak_rss_gib")})
-                content = content.encode()
-            found[str(path.relative_to(self.exp_dir))] = hashlib.sha256(content).hexdigest()
-        return found
+
+def digests(exp_dir: Path, patterns: tuple[str, ...]) -> dict[str, str]:
+    """Return the SHA-256 of each result; without times, memory, ports and the commit, which differ."""
+    found = {}
+    for path in sorted(path for pattern in patterns for path in exp_dir.glob(pattern) if path.is_file()):
+        content = path.read_bytes()
+        if path.name == "summary.json":
+            summary = {key: value for key, value in json.loads(content).items() if key not in NOT_COMPARED}
+            settings = {key: value for key, value in summary["settings"].items() if key not in PORTS}
+            content = json.dumps(summary | {"settings": settings}).encode()
+        if path.parent.name == ".done":
+            content = b"".join(line for line in content.splitlines() if not line.startswith(b"commit "))
+        found[str(path.relative_to(exp_dir))] = hashlib.sha256(content).hexdigest()
+    return found
 
 
 def unmount(folder: Path) -> None:
@@ -254,13 +259,11 @@ class Reference:
     Attributes:
         commit: commit of the code.
         seconds: seconds per part, and "checkpoint write": of one checkpoint.
-        digests: SHA-256 of the results, per state.
         scores: scores of known recordings by the reward server of stage 1.
     """
 
     commit: str
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
-    digests: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
     scores: list = dataclasses.field(default_factory=list)
 
 
@@ -311,8 +314,8 @@ def measure_part(lab: Laboratory, reference: Reference, name: str) -> None:
     reference.seconds[name] = time.monotonic() - start
     if status:
         raise SystemExit(f"faults.py: the undisturbed run of {name} ended with status {status}: {lab.tail()}")
-    digests = lab.digests(part.results)
-    if reference.digests.setdefault(part.after, digests) != digests:
+    state = lab.states / part.after
+    if state.exists() and digests(state, part.results) != digests(lab.exp_dir, part.results):
         raise SystemExit(f"faults.py: two undisturbed runs of {name} differ")
     lab.save(part.after)
     if name == "inference":
@@ -458,7 +461,7 @@ def run_again(lab: Laboratory, trial: Trial, reference: Reference) -> None:
     if part.before == "data":
         check_training(lab, int(complete.name.removeprefix("global_step_")) if complete else 0, logged)
         return
-    found, wanted = lab.digests(part.results), reference.digests[part.after]
+    found, wanted = digests(lab.exp_dir, part.results), digests(lab.states / part.after, part.results)
     different = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
     if different:
         raise LossError(f"results differ from the reference: {different}")

@@ -53,20 +53,20 @@ def test_division_by_the_groups_standard_deviation():
     np.testing.assert_allclose(divided[0], plain[0] / np.std([1.0, 0.4], ddof=1), rtol=1e-4)
 
 
-def test_errors_in_speech_that_a_rollout_continues_are_charged_to_no_token():
-    """Syllables that begin before the response have negative positions."""
-    right, wrong = encode((0, 0, 0), (-6, -2, 4)), encode((0.3, 0.3, 0), (-6, -2, 4))
-    first, second = syllable_advantages([right, wrong], [1.0, 0.4], [9, 9])
-    np.testing.assert_allclose(first, [0.15] * 4 + [0] * 5, atol=1e-7)
-    np.testing.assert_allclose(second, [-0.15] * 4 + [0] * 5, atol=1e-7)
-
-
 def test_a_rollout_with_other_syllables_gets_the_credit_of_the_utterance():
     group = [encode((0, 0.5), (0, 4)), encode((0, 0, 0), STARTS), encode((0, 0, 0), STARTS)]
     first, *others = syllable_advantages(group, [0.5, 1.0, 1.0], [8, 12, 12])
     np.testing.assert_allclose(first, [(0.5 - 2.5 / 3) / 3] * 8, atol=1e-6)
     np.testing.assert_allclose(others, [[0.5 / 9] * 12] * 2, atol=1e-6)
     assert mismatched(group) == 1 and mismatched([encode((), ()), *group[1:]]) == 0
+
+
+def test_errors_in_speech_that_a_rollout_continues_are_charged_to_no_token():
+    """Syllables that begin before the response have negative positions."""
+    right, wrong = encode((0, 0, 0), (-6, -2, 4)), encode((0.3, 0.3, 0), (-6, -2, 4))
+    first, second = syllable_advantages([right, wrong], [1.0, 0.4], [9, 9])
+    np.testing.assert_allclose(first, [0.15] * 4 + [0] * 5, atol=1e-7)
+    np.testing.assert_allclose(second, [-0.15] * 4 + [0] * 5, atol=1e-7)
 
 
 @pytest.mark.parametrize(

@@ -151,7 +151,14 @@ def _next(logits, warpers, recent, uniform, sampling: Sampling) -> tuple[torch.T
         uniform: (B, 2) numbers in [0, 1), the second for a repeated draw; None for greedy decoding.
         sampling: sampling settings.
     """
-    choice, log_probs = _choose(warpers(None, logits), None if uniform is None else uniform[:, 0])
+    first_uniform = None if uniform is None else uniform[:, 0]
+    if uniform is not None and sampling.top_k > 0 and not sampling.repetition_window:
+        # Sorting the whole vocabulary for top_p would take longer than the network. More candidates than top_k: ids
+        # whose logit equals the last one's are kept, as by TopKLogitsWarper.
+        likely = logits.topk(min(4 * sampling.top_k, logits.shape[1])).indices.sort().values
+        choice, log_probs = _choose(warpers(None, logits.gather(1, likely)), first_uniform)
+        return likely.gather(1, choice[:, None])[:, 0], log_probs
+    choice, log_probs = _choose(warpers(None, logits), first_uniform)
     if sampling.repetition_window and uniform is not None:
         repeated = (recent == choice[:, None]).any(1)
         other, other_log_probs = _choose(logits.scatter(1, choice[:, None], -torch.inf), uniform[:, 1])

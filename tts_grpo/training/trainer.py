@@ -8,8 +8,8 @@ each veRL process import this module before the registry lookup. The subclass ad
   advantage, and ``critic/advantages/mismatched`` the share of rollouts with another number of syllables than the others
   of their group. Settings that this would silently override are rejected at the start.
 - GDPO's advantages (``algorithm.adv_estimator=gdpo``): veRL 0.9.1 has the estimator, but its trainer does not pass the
-  parts of the reward to it. Here, they are read from what the reward function returns, by the names and with the
-  weights of the setting ``rewards``.
+  parts of the reward to it. Here, they are read from what the reward function returns, by the names in
+  ``algorithm.gdpo_reward_keys``: by default the parts and weights of the setting ``rewards``.
 - Failed rollouts stop the training. veRL itself logs the exception and trains on the rest of the group; with
   ``algorithm.filter_groups`` it may also discard the group.
 - A metric for the time spent waiting for rewards. veRL scores a rollout as soon as it ends, while others are still
@@ -47,6 +47,7 @@ from omegaconf import DictConfig, open_dict
 from tensordict import TensorDict
 
 from tts_grpo.reward.protocol import PART_KEY, ROLLOUT_COUNTS, SERVER_KEY
+from tts_grpo.reward.rewards import DEFAULT as DEFAULT_REWARDS
 from tts_grpo.reward.rewards import parse_rewards
 from tts_grpo.text.jsonl import write_text
 from tts_grpo.training.credit import KEY, mismatched, syllable_advantages
@@ -192,7 +193,7 @@ def gdpo_advantages(
                 f"the reward of {lacking} of {len(infos)} rollouts has no {name}, which algorithm=gdpo needs: return "
                 "it as reward_tts.py does, or set another algorithm"
             )
-        scores = np.array([info[name] if info["score"] else 0.0 for info in infos], dtype=float)
+        scores = np.array([info[name] if info.get("score", 1.0) else 0.0 for info in infos], dtype=float)
         for rows in groups_of(uids):
             missing = scores[rows] < 0
             scores[np.array(rows)[missing]] = 0.0 if missing.all() else scores[rows][~missing].mean()
@@ -258,9 +259,11 @@ class SpeechGRPOTrainer(PPOTrainerSync):
             config.trainer.v1.trainer_mode = "sync"  # veRL checks this name for synchronous or asynchronous mode
             if self._gdpo:
                 config.algorithm.adv_estimator = "grpo"  # _compute_advantage replaces its advantages
-                parts = parse_rewards(config.reward.custom_reward_function.reward_kwargs.rewards)
-                config.algorithm.gdpo_reward_keys = [PART_KEY + part.name for part in parts]
-                config.algorithm.gdpo_reward_weights = [part.weight for part in parts]
+            if self._gdpo and not config.algorithm.get("gdpo_reward_keys"):
+                options = config.reward.custom_reward_function.get("reward_kwargs") or {}
+                specs = parse_rewards(options.get("rewards", DEFAULT_REWARDS))
+                config.algorithm.gdpo_reward_keys = [PART_KEY + spec.name for spec in specs]
+                config.algorithm.gdpo_reward_weights = [spec.weight for spec in specs]
         super().__init__(config)
 
     def _build_replay_buffer(self):
