@@ -1,5 +1,6 @@
 """GRPO with the real veRL and reward server, by run.sh: two steps with few rollouts, with a kill and resume between."""
 
+import json
 import os
 import re
 import signal
@@ -19,6 +20,16 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT_S = 400
+OWN_REWARD = '''"""Reward short rollouts."""
+
+
+class Reward:
+    def __init__(self, context, limit_s=10.0):
+        self.limit_s = limit_s
+
+    def __call__(self, batch):
+        return [min(1.0, self.limit_s / seconds) for seconds in batch.seconds]
+'''
 
 
 @pytest.fixture(scope="module")
@@ -28,15 +39,20 @@ def recipe(venv_root, tmp_path_factory):
     small = {
         "total_steps": "2", "train_batch_size": "2", "rollout_n": "2", "max_response_length": "48", "save_freq": "1",
         "test_freq": "2", "micro_batch_size": "4", "server_instances": "1", "server_batch_size": "4",
-        "check_reward_freq": "1",
+        "check_reward_freq": "1", "seeds": "0", "quality_utterances": "0", "infer_procs": "1", "max_new_tokens": "60",
     }  # fmt: skip
     test_jsonl = folder / "dev.jsonl"
     lines = (ROOT / "assets/tiny/data/dev.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     test_jsonl.write_text("".join(lines[:4]), encoding="utf-8")
     ports = {"http_port": http, "grpc_port": grpc, "metrics_port": metrics}
-    return os.environ | small | ports | {
-        "venv_root": str(venv_root), "exp_dir": str(folder / "exp"), "test_jsonl": str(test_jsonl)
+    own = folder / "my rewards/short.py"
+    own.parent.mkdir()
+    own.write_text(OWN_REWARD)
+    files = {
+        "venv_root": venv_root, "exp_dir": folder / "exp", "test_jsonl": test_jsonl, "eval_jsonl": test_jsonl,
+        "rewards": f'intelligibility:1 pace:0.2,units_per_s=3.9 "{own}":0.3,limit_s=1.5',
     }  # fmt: skip
+    return os.environ | small | ports | {name: str(value) for name, value in files.items()}
 
 
 def run_sh(recipe, *arguments) -> subprocess.CompletedProcess:
@@ -103,6 +119,23 @@ def test_trains_survives_a_kill_and_merges(recipe, resumed):
     assert len(model.generation_config.eos_token_id) == 2
     assert tokenizer.chat_template.count("SPEECH_GENERATION_START") == 1
     assert run_sh(recipe, "0", "3").stdout.count("already done") == 3
+
+
+def test_a_reward_of_the_users_own_is_in_log_summary_and_report(recipe, resumed):
+    exp_dir = Path(recipe["exp_dir"])
+    metrics = dict(filter(None, map(parse_step, (exp_dir / "log/train.log").read_text().splitlines())))[2]
+    for name in ("intelligibility", "pace", "short"):
+        assert 0 <= metrics[f"reward_parts/{name}/mean"] <= 1 and 0 <= metrics[f"reward_parts/{name}/equal_groups"] <= 1
+    done = run_sh(recipe, "4", "4")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    summary = json.loads((exp_dir / "summary.json").read_text(encoding="utf-8"))
+    assert summary["reward_parts"]["short"]["last"] > 0 and "short " in done.stdout
+    assert "Reward: short" in (exp_dir / "report.html").read_text(encoding="utf-8")
+    own = exp_dir.parent / "my rewards/short.py"
+    own.write_text(OWN_REWARD.replace("min(1.0,", "min(0.9,"))
+    done = run_sh(recipe, "2", "2")
+    own.write_text(OWN_REWARD)
+    assert done.returncode and f"(rewards: {own} has changed)" in done.stderr
 
 
 def test_equal_settings_give_equal_weights_in_spite_of_a_kill_and_of_other_load(recipe, resumed, tmp_path):
