@@ -195,7 +195,7 @@ def test_a_response_that_continues_its_recording_is_scored_with_it(reward_server
 
     whole, continued, empty = asyncio.run(go())
     assert continued["score"] == whole["score"] > 0.3 and continued["num_speech_tokens"] == len(tokens) - size
-    (errors, starts), (same, shifted) = (json.loads(r["syllable_errors"]) for r in (whole, continued))
+    (errors, starts), (same, shifted) = (json.loads(r["syllable_losses"]) for r in (whole, continued))
     assert same == errors and shifted == [start - size for start in starts] and shifted[0] < 0
     assert (empty["score"], empty["bad_rollout"]) == (0.0, 1.0)
 

@@ -193,22 +193,27 @@ def algorithms(folder):
 
 def gdpo(folder):
     """Advantages of two groups of two rollouts; the parts are found in what the reward function returned."""
+    rewards = "'intelligibility:1 pace:0.3,units_per_s=4,floor=0.1,required=0'"
     options = ["algorithm.adv_estimator=gdpo", "algorithm.norm_adv_by_std_in_grpo=True",
-               "+reward.custom_reward_function.reward_kwargs.rewards='intelligibility:1 pauses:0.3'"]  # fmt: skip
+               f"+reward.custom_reward_function.reward_kwargs.rewards={rewards}"]  # fmt: skip
     ppo_trainer = TRAINER(config(*options, by_syllable=False))
-    trainer.tq = queue = rollouts(False, False, True, False)
-    for extra, words, voice in zip(queue.columns["extra_fields"], (1, 0, 0.5, 0), (0.2, 0.9, 0.4, 0.8), strict=True):
-        extra["reward_extra_info"] |= {"reward_parts/intelligibility": words, "reward_parts/pauses": voice}
     PPOTrainerSync._compute_advantage = lambda self, batch, metrics: BATCH
-    ppo_trainer._compute_advantage(BATCH, {})
-    advantages = [row.tolist() for row in queue.columns["advantages"].unbind()]
-    del queue.columns["extra_fields"][1]["reward_extra_info"]["reward_parts/pauses"]
+    trainer.tq = queue = rollouts(False, False, True, False)
+
+    def advantages(words, pace):
+        for extra, *parts, score in zip(queue.columns["extra_fields"], words, pace, (0.9, 0, 0.6, 0.8), strict=True):
+            names = ("reward_parts/intelligibility", "reward_parts/pace", "score")
+            extra["reward_extra_info"] |= dict(zip(names, (*parts, score), strict=True))
+        ppo_trainer._compute_advantage(BATCH, {})
+        return [row.tolist() for row in queue.columns["advantages"].unbind()]
+
+    # the second rollout's reward is 0, because its pace is below the floor; that of the third is missing
+    found = [advantages((1, 0.7, 0.5, 0.2), (0.2, 0.05, 0.4, 0.8)), advantages((1, 0, 0.5, 0.2), (0.2, 0, -1, 0.8))]
+    del queue.columns["extra_fields"][1]["reward_extra_info"]["reward_parts/pace"]
     try:
         ppo_trainer._compute_advantage(BATCH, {})
     except ValueError as error:
-        optional = [*options[:2], options[2].replace("0.3", "0.3,required=0")]
-        return [advantages, str(error), refusal(*options, "algorithm.use_kl_in_reward=True", by_syllable=False),
-                refusal(*optional, by_syllable=False)]  # fmt: skip
+        return [*found, str(error), refusal(*options, "algorithm.use_kl_in_reward=True", by_syllable=False)]
 
 
 def wait_for_rewards(folder):

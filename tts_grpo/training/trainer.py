@@ -170,6 +170,9 @@ def gdpo_advantages(
 ) -> list[np.ndarray]:
     """Compute GDPO's advantages (arXiv 2601.05242) for the rollouts of a step, by veRL's estimator.
 
+    A rollout whose reward is 0 (a bad one, or one below the floor of a part) has 0 in each part. A part that is not
+    required and failed has no effect on the rollout's advantage.
+
     Args:
         uids: n names of prompts; rollouts with the same one form a group.
         infos: what the reward function returned for each rollout.
@@ -183,17 +186,22 @@ def gdpo_advantages(
     Raises:
         ValueError: the reward function returned no such part for a rollout.
     """
+    parts = {}
     for name in algorithm.gdpo_reward_keys:
         if lacking := sum(name not in info for info in infos):
             raise ValueError(
-                f"the reward of {lacking} of {len(infos)} rollouts has no part {name!r}, which algorithm=gdpo needs, "
-                f"but {', '.join(sorted(infos[0]))}. Return the part for each rollout as reward_tts.py does"
+                f"the reward of {lacking} of {len(infos)} rollouts has no {name}, which algorithm=gdpo needs: return "
+                "it as reward_tts.py does, or set another algorithm"
             )
+        scores = np.array([info[name] if info.get("score", 1.0) else 0.0 for info in infos], dtype=float)
+        for rows in groups_of(uids):
+            missing = scores[rows] < 0
+            scores[np.array(rows)[missing]] = 0.0 if missing.all() else scores[rows][~missing].mean()
+        parts[name] = scores
     mask = (torch.arange(max(num_tokens)) < torch.tensor(num_tokens)[:, None]).long()
     advantages, _ = compute_gdpo_outcome_advantage(
-        mask.float(), mask, np.array(uids, dtype=object), config=algorithm,
+        mask.float(), mask, np.array(uids, dtype=object), config=algorithm, non_tensor_batch=parts,
         norm_adv_by_std_in_grpo=algorithm.norm_adv_by_std_in_grpo,
-        non_tensor_batch={name: [info[name] for info in infos] for name in algorithm.gdpo_reward_keys},
         batch={"prompts": mask[:, :0], "attention_mask": mask},  # it finds each response's last token by them
     )  # fmt: skip
     return [row[:size].numpy() for row, size in zip(advantages, num_tokens, strict=True)]
@@ -247,20 +255,15 @@ class SpeechGRPOTrainer(PPOTrainerSync):
         self._gdpo = config.algorithm.adv_estimator == "gdpo"
         if self._gdpo and config.algorithm.use_kl_in_reward:
             raise ValueError("GDPO does not see algorithm.use_kl_in_reward=True: set kl_loss_coef instead")
-        options = config.reward.custom_reward_function.get("reward_kwargs") or {}
         with open_dict(config):
-            if self._gdpo and not config.algorithm.get("gdpo_reward_keys"):
-                specs = parse_rewards(options.get("rewards", DEFAULT_REWARDS))
-                if optional := [spec.name for spec in specs if not spec.required]:
-                    raise ValueError(
-                        "algorithm=gdpo needs a score of each part of the reward: leave out required=0 of "
-                        f"{optional[0]}"
-                    )
-                config.algorithm.gdpo_reward_keys = [PART_KEY + spec.name for spec in specs]
-                config.algorithm.gdpo_reward_weights = [spec.weight for spec in specs]
             config.trainer.v1.trainer_mode = "sync"  # veRL checks this name for synchronous or asynchronous mode
             if self._gdpo:
                 config.algorithm.adv_estimator = "grpo"  # _compute_advantage replaces its advantages
+            if self._gdpo and not config.algorithm.get("gdpo_reward_keys"):
+                options = config.reward.custom_reward_function.get("reward_kwargs") or {}
+                specs = parse_rewards(options.get("rewards", DEFAULT_REWARDS))
+                config.algorithm.gdpo_reward_keys = [PART_KEY + spec.name for spec in specs]
+                config.algorithm.gdpo_reward_weights = [spec.weight for spec in specs]
         super().__init__(config)
 
     def _build_replay_buffer(self):
