@@ -1030,11 +1030,13 @@ def test_the_evaluation_is_refused_on_another_merged_model(recipe):
 
 RESULTS_DEPEND_ON = {
     "0": "sft_path train_jsonl test_jsonl max_prompt_length max_bad_ratio max_test_overlap text_tags llm_text language "
-    "train_batch_size",
+    "train_batch_size speech_prefix",
     "2": "seed token2wav_dir reward_asr_dir rewards reward_asr_dirs reward_asr_pool token2wav_precision reward_curve "
     "reward_tones prompt_audio prompt_text prompt_list prompt_voice_per num_gpus num_nodes train_device total_steps "
     "train_batch_size mini_batch_size rollout_n rollout_temperature rollout_top_p rollout_top_k max_response_length "
-    "learning_rate learning_rate_schedule adam_eps credit norm_adv_by_std recipe_args overrides language",
+    "learning_rate learning_rate_schedule adam_eps credit norm_adv_by_std recipe_args overrides language algorithm "
+    "adv_estimator loss_mode loss_agg_mode clip_ratio_low clip_ratio_high clip_ratio_c filter_groups overlong_percent "
+    "kl_loss_coef kl_loss_type lora_rank lora_alpha lora_modules",
     "3": "llm_path",
     "4": "token2wav_dir infer_batch_size infer_precision infer_lm_precision temperature top_p top_k "
     "repetition_penalty max_new_tokens language text_tags llm_text",
