@@ -931,7 +931,7 @@ RESULTS_DEPEND_ON = {
     "rollout_n rollout_temperature rollout_top_p rollout_top_k max_response_length learning_rate "
     "learning_rate_schedule adam_eps credit norm_adv_by_std recipe_args overrides language",
     "3": "llm_path",
-    "4": "token2wav_dir infer_batch_size infer_precision infer_lm_precision temperature top_p top_k "
+    "4": "token2wav_dir infer_engine infer_batch_size infer_precision infer_lm_precision temperature top_p top_k "
     "repetition_penalty max_new_tokens language text_tags llm_text",
     "4s": "eval_asr_dir eval_jsonl language text_tags seeds quality_utterances reference_audio speaker_model_dir",
 }
