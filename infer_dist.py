@@ -10,13 +10,16 @@ The set is a JSONL file with ``id``, ``target_text`` and, for zero-shot promptin
 is no audio; ``error`` has the reason), ``num_speech_tokens``, ``finish_reason`` ("eos", or "length" if truncated),
 ``duration_s`` and ``seed``.
 
-The batches are the same for any number of processes, and an utterance's random numbers depend only on the seed and its
-id. The audio is therefore reproducible to the byte on a CPU; on a GPU, waveforms differ by rounding from run to run.
+An utterance's random numbers depend only on the seed and its id. On a GPU, continuous batching generates the speech
+tokens (--engine continuous, tts_grpo/speech/continuous_batching.py): they do not depend on the number of processes, on
+interruptions or on the rest of the set, but the waveforms, which are decoded in batches, differ by rounding. On a CPU,
+whole batches are generated (--engine batches), which are the same for any number of processes, so that the audio is
+reproducible to the byte.
 
 ``utterances.rankN.jsonl`` records each utterance with a fingerprint of its text and prompt, and the checksum of its
 audio. Another run with the same model and sampling synthesises only the missing utterances: after a crash, after lines
-of the set were changed, added or removed, or if a WAV file was deleted or modified. An utterance synthesised in another
-batch than before may differ by rounding from an uninterrupted run.
+of the set were changed, added or removed, or if a WAV file was deleted or modified. With --engine batches, an utterance
+synthesised in another batch than before may differ by rounding from an uninterrupted run.
 """
 
 import argparse
@@ -24,6 +27,10 @@ import dataclasses
 import hashlib
 import json
 import logging
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tqdm import tqdm
@@ -46,12 +53,21 @@ def get_args(argv=None):
         "--seeds", type=int, nargs="+", default=[0], help="random seeds; the set is synthesised once per seed"
     )
     parser.add_argument("--batch-size", type=int, default=32, help="utterances per batch")
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--engine",
+        choices=("auto", "continuous", "batches"),
+        default="auto",
+        help="generation: continuous batching, or whole batches; auto: continuous on a GPU, batches on a CPU",
+    )
+    args = parser.parse_args(argv)
+    if args.engine == "auto":
+        args.engine = "batches" if args.device == "cpu" else "continuous"
+    return args
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Utterances that are generated and decoded together."""
+    """Utterances that are synthesised together with --engine batches."""
 
     seed: int
     rows: list[dict]
@@ -81,18 +97,32 @@ def make_batches(rows: list[dict], seeds: list[int], batch_size: int) -> list[Ba
     return [Batch(seed, [rows[i] for i in part]) for part in parts for seed in seeds]
 
 
-def synthesise_batch(synthesiser: synthesis.Synthesiser, batch: Batch, output_dir: Path) -> list[dict]:
-    """Synthesise a batch, write its audio, and return its manifest lines."""
-    rate, lines = synthesiser.token2wav.sample_rate_hz, []
-    for row, speech in zip(batch.rows, synthesiser.synthesise(batch.rows, batch.seed), strict=True):
+def finished_batches(
+    args, synthesiser: synthesis.Synthesiser, batches: list[Batch]
+) -> Iterator[tuple[int, list[dict], list[synthesis.Synthesised]]]:
+    """Synthesise batches, and yield the seed, the utterances and the speech of what is finished."""
+    if args.engine == "continuous":
+        utterances = [(batch.seed, row) for batch in batches for row in batch.rows]
+        yield from synthesiser.synthesise_all(utterances, args.batch_size)
+    else:
+        for batch in batches:
+            yield batch.seed, batch.rows, synthesiser.synthesise(batch.rows, batch.seed)
+
+
+def save_batch(
+    seed: int, rows: list[dict], speeches: list[synthesis.Synthesised], sample_rate_hz: int, output_dir: Path
+) -> list[dict]:
+    """Write the audio of finished utterances, and return their manifest lines."""
+    lines = []
+    for row, speech in zip(rows, speeches, strict=True):
         line = row | {
-            "seed": batch.seed, "num_speech_tokens": speech.num_speech_tokens,
+            "seed": seed, "num_speech_tokens": speech.num_speech_tokens,
             "finish_reason": speech.finish_reason, "wav": None, "duration_s": 0.0, "error": "no speech tokens",
         }  # fmt: skip
         if len(speech.waveform):
             line |= {"wav": f"wavs/{row['id']}.wav", "error": None}
-            line["duration_s"] = round(len(speech.waveform) / rate, 3)
-            save_audio(output_dir / f"seed_{batch.seed}" / line["wav"], speech.waveform, rate)
+            line["duration_s"] = round(len(speech.waveform) / sample_rate_hz, 3)
+            save_audio(output_dir / f"seed_{seed}" / line["wav"], speech.waveform, sample_rate_hz)
         lines.append(line)
     return lines
 
@@ -205,6 +235,44 @@ def write_manifests(rows: list[dict], seeds: list[int], done: dict[tuple[int, st
         write_jsonl(output_dir / f"seed_{seed}" / "manifest.jsonl", lines)
 
 
+def share_of(args, todo: list[Batch], rank: int, world_size: int) -> list[Batch]:
+    """The part of the work of one process: utterances with --engine continuous, whole batches otherwise."""
+    if args.engine == "continuous":
+        todo = [Batch(batch.seed, [row]) for batch in todo for row in batch.rows]
+        todo.sort(key=lambda batch: args.seeds.index(batch.seed))  # fewer unfinished batches after a crash
+    return todo[rank::world_size]
+
+
+def synthesise(args, synthesiser: synthesis.Synthesiser, batches: list[Batch], wanted: dict[str, str], rank: int):
+    """Synthesise the work of one process, and record each utterance as soon as its audio is written."""
+    started, rate = time.perf_counter(), synthesiser.token2wav.sample_rate_hz
+    total = sum(len(batch.rows) for batch in batches)
+    progress = tqdm(total=total, desc=f"{args.output_dir.name}, process {rank}", disable=rank > 0)
+    with (
+        progress,
+        (args.output_dir / f"utterances.rank{rank}.jsonl").open("a", encoding="utf-8") as record,
+        ThreadPoolExecutor(1) as writer,  # files are written while the next utterances are synthesised
+    ):
+        record.write("\n")  # ends a line that a crash truncated
+
+        def save(*batch) -> None:
+            lines = save_batch(*batch, rate, args.output_dir)
+            record.write(record_of(lines, wanted, args.output_dir))
+            record.flush()
+            progress.update(len(lines))
+
+        saves = deque()
+        for batch in finished_batches(args, synthesiser, batches):
+            saves.append(writer.submit(save, *batch))
+            if len(saves) > 2:
+                saves.popleft().result()
+        for saved in saves:
+            saved.result()
+    parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in synthesiser.seconds.items())
+    elapsed_s = time.perf_counter() - started
+    logger.info("process %d: %d utterances in %.1f s (%s); --engine %s", rank, total, elapsed_s, parts, args.engine)
+
+
 def main(argv=None):
     args = get_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s: %(message)s")
@@ -217,20 +285,14 @@ def main(argv=None):
     wanted = fingerprints(rows, args.eval_set.parent)
     todo = to_do(make_batches(rows, args.seeds, args.batch_size), finished(args.output_dir, wanted))
     distributed.barrier()  # all processes read the records before any process appends to them
-    mine = todo[rank::world_size]
+    mine = share_of(args, todo, rank, world_size)
     if mine:
         synthesiser = synthesis.Synthesiser(args, device, args.eval_set.parent)
         try:
             synthesiser.check(rows)
         except ValueError as error:
             raise SystemExit(f"infer_dist.py: {args.eval_set}: {error}") from error
-        progress = tqdm(mine, desc=f"{args.output_dir.name}, process {rank}", unit="batch", disable=rank > 0)
-        with (args.output_dir / f"utterances.rank{rank}.jsonl").open("a", encoding="utf-8") as record:
-            record.write("\n")  # ends a line that a crash truncated
-            for batch in progress:
-                lines = synthesise_batch(synthesiser, batch, args.output_dir)
-                record.write(record_of(lines, wanted, args.output_dir))
-                record.flush()
+        synthesise(args, synthesiser, mine, wanted, rank)
     distributed.barrier()
     if rank == 0:
         write_manifests(rows, args.seeds, finished(args.output_dir, wanted), args.output_dir)

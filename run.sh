@@ -175,7 +175,7 @@ infer() {
   fi
   run_long env OMP_NUM_THREADS=1 "$speech_bin/torchrun" --standalone --nproc-per-node "$infer_procs" "$root/infer_dist.py" \
     --llm-path "$2" "${synthesis_flags[@]}" --eval-set "$eval_jsonl" --output-dir "$folder" --seeds "${seed_list[@]}" \
-    --batch-size "$infer_batch_size"
+    --batch-size "$infer_batch_size" --engine "$infer_engine"
 }
 
 # score NAME: compute error rates and quality metrics of eval/NAME, on one core, in parallel with the other model's.

@@ -132,6 +132,7 @@ setting reference_audio '' 4s input? "recordings of the voice, for sets without 
 setting speaker_model_dir '' 4s input? "WavLM folder for speaker similarity; empty: Resemblyzer"
 setting infer_procs '$num_gpus' - "int>=1" "torchrun processes, one per GPU"
 setting infer_device cuda - "cpu|cuda" "device of the evaluation"
+setting infer_engine auto 4 "auto|continuous|batches" "generation in the evaluation: continuous batching, or whole batches; auto: continuous on a GPU"
 setting infer_batch_size 128 4 "int>=1" "utterances per batch"
 setting infer_precision fp32 4 "fp32|fp16|bf16" "precision of token2wav in the evaluation"
 setting infer_lm_precision bf16 4 "fp32|bf16" "precision of the language model"

@@ -23,16 +23,7 @@ from tts_grpo.text.jsonl import read_jsonl
 
 pytestmark = pytest.mark.slow
 
-MINE = '''"""Reward short rollouts."""
-
-
-class Reward:
-    def __init__(self, context, limit_s=2.0):
-        self.limit_s = limit_s
-
-    def __call__(self, batch):
-        return [min(1.0, self.limit_s / seconds) for seconds in batch.seconds]
-'''
+MINE = (Path(__file__).parent.parent / "docs/my_reward.py").read_text(encoding="utf-8")
 OPTIONS = {
     "pace": ",units_per_s=4.0", "pitch": ",semitones=3.2", "ending": ",limit=160", "emotion": ",tag=NEUTRAL",
     "remote": ",url=http://127.0.0.1:9/score",

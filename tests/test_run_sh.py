@@ -1038,7 +1038,7 @@ RESULTS_DEPEND_ON = {
     "loss_agg_mode clip_ratio_low clip_ratio_high clip_ratio_c filter_groups overlong_percent kl_loss_coef "
     "kl_loss_type lora_rank lora_alpha lora_modules recipe_args overrides language",
     "3": "llm_path",
-    "4": "token2wav_dir infer_batch_size infer_precision infer_lm_precision temperature top_p top_k "
+    "4": "token2wav_dir infer_engine infer_batch_size infer_precision infer_lm_precision temperature top_p top_k "
     "repetition_penalty max_new_tokens language text_tags llm_text",
     "4s": "eval_asr_dir judge_asr_dir eval_jsonl language text_tags seeds quality_utterances reference_audio "
     "speaker_model_dir",

@@ -129,9 +129,7 @@ class ContinuousBatching:
         self.ends = torch.as_tensor(model.generation_config.eos_token_id, device=device).reshape(-1)
         self.graph = None
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int]
-    ) -> Iterator[tuple[int, Response]]:  # fmt: skip
+    def generate(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> Iterator[tuple[int, Response]]:
         """Generate a response to each prompt, in the given order.
 
         Args:

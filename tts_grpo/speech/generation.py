@@ -282,7 +282,11 @@ def generate_speech_tokens(
             text_lens=[text_lens[i] for i in batch] if texts else None,
         )  # fmt: skip
         for i, response in zip(batch, responses, strict=True):
-            tokens = [id_ - first_speech_id for id_ in response.token_ids]
-            tokens = [token for token in tokens if 0 <= token < NUM_SPEECH_TOKENS]
-            utterances[i] = Utterance(tokens, response.finish_reason)
+            utterances[i] = utterance_of(response, first_speech_id)
     return utterances
+
+
+def utterance_of(response: Response, first_speech_id: int) -> Utterance:
+    """The speech tokens of a response; ``first_speech_id`` is the vocabulary id of speech token 0."""
+    tokens = [id_ - first_speech_id for id_ in response.token_ids]
+    return Utterance([token for token in tokens if 0 <= token < NUM_SPEECH_TOKENS], response.finish_reason)

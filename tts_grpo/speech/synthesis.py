@@ -6,21 +6,33 @@ one of the evaluation; in another batch it may differ by rounding.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from tts_grpo.speech.continuous_batching import ContinuousBatching
 from tts_grpo.speech.decoder import PromptVoice
-from tts_grpo.speech.generation import LM_PRECISIONS, Sampling, generate_speech_tokens, load_lm
+from tts_grpo.speech.generation import (
+    LM_PRECISIONS,
+    Sampling,
+    Utterance,
+    generate_speech_tokens,
+    load_lm,
+    utterance_of,
+)
 from tts_grpo.speech.token2wav import decode, load_token2wav
 from tts_grpo.speech.voices import load_prompt_voice
 from tts_grpo.text.prompts import render_prompt
 from tts_grpo.text.rules import TextRules, model_text
 from tts_grpo.text.spoken import LANGUAGES
 from tts_grpo.text.tags import find_control_tokens
+from tts_grpo.text.tokens import speech_token_str
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,6 +94,9 @@ class Synthesiser:
         args: the flags of :func:`add_arguments`.
         device: torch device.
         prompt_dir: folder that the paths of prompt recordings are relative to.
+
+    Attributes:
+        seconds: total time so far in ``prompts``, ``generation`` and ``token2wav``, in seconds.
     """
 
     def __init__(self, args: argparse.Namespace, device: str, prompt_dir: Path):
@@ -93,6 +108,14 @@ class Synthesiser:
         )
         self.rules = TextRules(args.language, args.text_tags, args.llm_text)
         self.prompt_dir, self.voices = prompt_dir, {}
+        self.seconds = dict.fromkeys(("prompts", "generation", "token2wav"), 0.0)
+
+    @contextlib.contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Context whose duration is added to a part of ``seconds``."""
+        start = time.perf_counter()
+        yield
+        self.seconds[part] += time.perf_counter() - start
 
     def texts(self, row: dict) -> tuple[str, str]:
         """An utterance's texts of prompt and target, as the language model reads them."""
@@ -124,17 +147,67 @@ class Synthesiser:
             self.voices[key] = load_prompt_voice(self.token2wav, self.prompt_dir / key[0], key[1])
         return self.voices[key]
 
+    def prompts(self, utterances: Sequence[dict]) -> list[str]:
+        """What the language model reads for each utterance."""
+        with self.timed("prompts"):
+            voices = [self.voice(row) for row in utterances]
+            return [
+                render_prompt(self.tokenizer, target, prompt, voice.prompt_speech_tokens if voice else ())
+                for (prompt, target), voice in zip(map(self.texts, utterances), voices, strict=True)
+            ]
+
     def synthesise(self, utterances: Sequence[dict], seed: int) -> list[Synthesised]:
         """Synthesise utterances as one batch."""
-        voices = [self.voice(row) for row in utterances]
-        prompts = [
-            render_prompt(self.tokenizer, target, prompt, v.prompt_speech_tokens if v else ())
-            for (prompt, target), v in zip(map(self.texts, utterances), voices, strict=True)
-        ]
+        prompts = self.prompts(utterances)
         seeds = [utterance_seed(seed, row["id"]) for row in utterances]
-        generated = generate_speech_tokens(self.model, self.tokenizer, prompts, seeds, self.sampling, len(prompts))
+        with self.timed("generation"):
+            generated = generate_speech_tokens(self.model, self.tokenizer, prompts, seeds, self.sampling, len(prompts))
+        return self.decode(utterances, generated, seed)
+
+    def synthesise_all(
+        self, utterances: Sequence[tuple[int, dict]], batch_size: int
+    ) -> Iterator[tuple[int, list[dict], list[Synthesised]]]:
+        """Synthesise utterances with continuous batching, which replaces the attention of this object's model.
+
+        Args:
+            utterances: seeds and utterances; similar lengths should follow one another.
+            batch_size: number of utterances that are generated at the same time, and that are decoded as a batch.
+
+        Yields:
+            Batches of finished utterances: their seed, the utterances and their speech.
+        """
+        prompts = self.prompts([row for _, row in utterances])
+        encoded = [self.tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+        seeds = [utterance_seed(seed, row["id"]) for seed, row in utterances]
+        with self.timed("generation"):
+            engine = ContinuousBatching(self.model, self.sampling, batch_size, max(map(len, encoded)))
+        first_speech_id = self.tokenizer.convert_tokens_to_ids(speech_token_str(0))
+        responses, ended = engine.generate(encoded, seeds), defaultdict(list)
+        while True:
+            with self.timed("generation"):
+                i, response = next(responses, (None, None))
+            if i is None:
+                break
+            seed, row = utterances[i]
+            ended[seed].append((row, utterance_of(response, first_speech_id)))
+            if len(ended[seed]) == batch_size:
+                yield self._finished(seed, ended.pop(seed))
+        for seed, batch in ended.items():
+            yield self._finished(seed, batch)
+
+    def _finished(
+        self, seed: int, batch: Sequence[tuple[dict, Utterance]]
+    ) -> tuple[int, list[dict], list[Synthesised]]:
+        """A batch of :meth:`synthesise_all`."""
+        rows, generated = map(list, zip(*batch, strict=True))
+        return seed, rows, self.decode(rows, generated, seed)
+
+    def decode(self, utterances: Sequence[dict], generated: Sequence[Utterance], seed: int) -> list[Synthesised]:
+        """Decode the speech tokens of utterances, as one batch."""
+        voices = [self.voice(row) for row in utterances]
         tokens = [utterance.speech_tokens for utterance in generated]
-        waveforms = decode(self.token2wav, tokens, voices, seed, len(prompts))
+        with self.timed("token2wav"):
+            waveforms = decode(self.token2wav, tokens, voices, seed, len(tokens))
         return [
             Synthesised(waveform, len(utterance.speech_tokens), utterance.finish_reason)
             for utterance, waveform in zip(generated, waveforms, strict=True)
