@@ -182,6 +182,16 @@ def test_rollouts_on_a_cpu_draw_by_step_prompt_and_request(found):
     assert len({*step_0, *step_1}) == 4 and resumed == step_1
 
 
+def test_rollouts_are_summed_in_an_order_that_does_not_depend_on_their_speed(found):
+    """By prompt, tokens and log-probabilities: which rollout of a group is the first depends on chance."""
+    assert [key[11:14] for key in found["rollout_order"]] == ["0_1", "0_0", "1_0", "1_1"]
+
+
+def test_generation_on_a_cpu_waits_for_announced_requests_and_sorts_them(found):
+    unannounced, announced, incomplete = found["gathered_requests"]
+    assert unannounced == [[[2]], [[1]]] and announced == incomplete == [[[1], [2]]]
+
+
 def test_another_version_of_verl_is_refused():
     require_verl(SUPPORTED)
     require_verl(SUPPORTED + "+cpu")

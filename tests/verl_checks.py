@@ -216,6 +216,24 @@ def gdpo(folder):
         return [*found, str(error), refusal(*options, "algorithm.use_kl_in_reward=True", by_syllable=False)]
 
 
+def rollout_order(folder):
+    """Rollouts of two prompts in the order in which they are finished, and the order in which they are summed."""
+
+    class Batch:
+        keys, partition_id = [f"00000000000{prompt}_{i}_0" for prompt, i in ((1, 1), (0, 0), (1, 0), (0, 1))], "train"
+
+        def reorder(self, order):
+            self.keys = [self.keys[i] for i in order]
+
+    nested = lambda rows: torch.nested.as_nested_tensor([torch.tensor(row) for row in rows], layout=torch.jagged)  # noqa: E731
+    trainer.tq = FakeTransferQueue(
+        responses=nested([[5, 1], [3, 2, 2], [5, 1], [3, 2, 1]]),
+        rollout_log_probs=nested([[-0.5, -0.1], [-0.2] * 3, [-0.7, -0.1], [-0.3] * 3]),
+    )
+    PPOTrainerSync._balance_batch = lambda self, batch, metrics: batch.keys
+    return make_trainer()._balance_batch(Batch(), {})
+
+
 def wait_for_rewards(folder):
     ppo_trainer, timing = make_trainer(), {"step": 9.0}
     trainer.tq = rollouts(False, False, True, False)
@@ -434,6 +452,34 @@ def rollout_seeds(folder):
     return [drawn(first), drawn(first, 1), drawn(server(), 1)]
 
 
+def gathered_requests(folder):
+    """Prompts of the batches that are generated of late requests, with and without an announcement."""
+    from tts_grpo.training.verl_cpu import rollout
+
+    def generate(model, prompts, seeds, sampling, on_end):
+        batches.append(prompts)
+        for i in range(len(prompts)):
+            on_end(i, types.SimpleNamespace(token_ids=[], log_probs=[]))
+
+    async def serve(expected: int):
+        server = object.__new__(rollout.TransformersServer)
+        server.config = types.SimpleNamespace(seed=42, response_length=9, max_num_seqs=8)
+        server.model, server.global_steps, server.request_counts = None, 0, collections.Counter()
+        server.waiting, server.task, server.expected = [], None, 0
+        await server.expect(expected)
+        first = asyncio.create_task(server.generate([2], {}, "a"))
+        await asyncio.sleep(4 * rollout.GATHER_S)
+        await asyncio.gather(first, server.generate([1], {}, "b"))
+
+    rollout.generate, found = generate, []
+    for expected in (0, 2, 3):
+        rollout.EXPECTED_S = 1.0  # a third request never arrives
+        batches = []
+        asyncio.run(serve(expected))
+        found.append(batches)
+    return found
+
+
 def result(check, folder: str):
     try:
         return check(folder)
@@ -446,5 +492,5 @@ if __name__ == "__main__":
               algorithms, gdpo,
               wait_for_rewards, shares, checked_servers, identities, failed_rollout, failed_validation, dump, engines,
               head_without_a_bias, unfused_head_with_a_bias, other_kernel_with_a_bias, head_with_a_bias, lora_merge,
-              rollout_seeds)  # fmt: skip
+              rollout_order, rollout_seeds, gathered_requests)  # fmt: skip
     sys.stdout.write(json.dumps({check.__name__: result(check, sys.argv[1]) for check in checks}) + "\n")
