@@ -8,7 +8,12 @@ lines are unusable, if there are fewer texts than a batch has, if too many test 
 evaluation set has a fault. Keys other than ``text`` are ignored.
 
 Columns: ``data_source``, ``prompt`` (chat messages; the checkpoint's template renders them), ``ability``,
-``reward_model`` (``ground_truth`` is the text), ``extra_info`` (split, index, text).
+``reward_model`` (``ground_truth`` is the text), ``extra_info`` (split, index, text; see below for speech_prefix).
+
+A rollout can continue speech. With --speech-prefix recording, the prompt ends with the first 1 to 5 s, and at most
+half, of the text's own recording, whose ``speech_tokens`` each line must have; the reward decodes prefix and response
+together. With --speech-prefix voice, the prompt has transcript and speech of one of --voices, drawn per text as the
+reward server draws its voices; the reward decodes the response alone, in that voice.
 
     python prepare_data.py --preview 20 --train-file train.jsonl
 
@@ -22,15 +27,15 @@ import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from tts_grpo.text.input_files import checked_text
+from tts_grpo.text.input_files import checked_speech_tokens, checked_text, read_known_answers
 from tts_grpo.text.jsonl import as_object, dump_line, numbered_rows
-from tts_grpo.text.prompts import chat_messages, load_tokenizer, render_prompt
+from tts_grpo.text.prompts import chat_messages, choose, load_tokenizer, render_prompt, with_speech_role
 from tts_grpo.text.rules import (
     TextRules,
     comparison_key,
@@ -42,19 +47,23 @@ from tts_grpo.text.rules import (
     warnings_of,
 )
 from tts_grpo.text.tags import control_tokens, find_control_tokens, find_tags
+from tts_grpo.text.tokens import TOKEN_HZ
 
 SPLITS = ("train", "test")
 BATCH_LINES = 4096
 NUM_EXAMPLES = 10
+PREFIX_LENGTHS = range(TOKEN_HZ, 5 * TOKEN_HZ + 1)  # 1 to 5 s, as in mair-hub (prepare_data.py:54 at 374bc49)
 CHANGED = "changed"
-SCHEMA = pa.schema(
-    [
-        ("data_source", pa.string()),
-        ("prompt", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
-        ("ability", pa.string()),
-        ("reward_model", pa.struct([("style", pa.string()), ("ground_truth", pa.string())])),
-        ("extra_info", pa.struct([("split", pa.string()), ("index", pa.int64()), ("text", pa.string())])),
-    ]
+EXTRA_INFO = [("split", pa.string()), ("index", pa.int64()), ("text", pa.string())]
+COLUMNS = [
+    ("data_source", pa.string()),
+    ("prompt", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
+    ("ability", pa.string()),
+    ("reward_model", pa.struct([("style", pa.string()), ("ground_truth", pa.string())])),
+]
+SCHEMA = pa.schema([*COLUMNS, ("extra_info", pa.struct(EXTRA_INFO))])
+SCHEMA_WITH_PREFIX = pa.schema(
+    [*COLUMNS, ("extra_info", pa.struct([*EXTRA_INFO, ("speech_prefix", pa.list_(pa.int32()))]))]
 )
 CONTENT_PATTERNS = {"digits": re.compile(r"\d"), "Latin letters": re.compile("[A-Za-zＡ-Ｚａ-ｚ]")}
 
@@ -72,6 +81,10 @@ def get_args(argv=None):
                         "as [laughter]: leave them out, or remove the tags")  # fmt: skip
     parser.add_argument("--llm-text", choices=("raw", "spoken"), default="raw", help="what the language model reads: "
                         "the text as it is, or its numbers in words")  # fmt: skip
+    parser.add_argument("--speech-prefix", choices=("none", "recording", "voice"), default="none", help="what the "
+                        "rollout of a text continues: nothing, the text's recording, or one of --voices")  # fmt: skip
+    parser.add_argument("--voices", type=Path, help="JSONL of voices, of scripts/encode_prompts.py")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the reward server, for the choice of a voice")
     parser.add_argument("--max-prompt-length", type=int, default=512, help="maximum prompt length in tokens")
     parser.add_argument(
         "--max-new-tokens", type=int, default=2048, help="maximum number of tokens per utterance in the evaluation"
@@ -111,6 +124,27 @@ def parse_row(row: Any, rules: TextRules) -> tuple[str, str]:
         return "", str(reason)
 
 
+class Prefixes:
+    """What the rollouts of texts continue; the prefix of a text depends on the text and the seed only."""
+
+    def __init__(self, args):
+        self.kind, self.seed, self.voices = args.speech_prefix, args.seed, []
+        if self.kind == "voice" and not (args.check and not args.voices.is_file()):  # stage 0 makes the file
+            self.voices = read_known_answers(args.voices)
+
+    def of(self, row: dict, text: str) -> tuple[str, list[int]]:
+        """Return the transcript that precedes a text in its prompt, and the speech tokens that a rollout continues.
+
+        Raises:
+            ValueError: the text's recording is to be continued, and the line has none.
+        """
+        if self.kind == "recording":
+            tokens = checked_speech_tokens(row)
+            return "", tokens[: min(choose(PREFIX_LENGTHS, text), len(tokens) // 2)]
+        voice = choose(self.voices, text, self.seed)
+        return (voice["text"], voice["speech_tokens"]) if voice else ("", [])
+
+
 class Prompts:
     """Checks the prompts of texts for length and control tokens, with one tokenizer."""
 
@@ -127,15 +161,16 @@ class Prompts:
     def _num_control(self, ids: list[int]) -> int:
         return sum(i in self.control for i in ids)
 
-    def faults(self, texts: list[str]) -> list[str]:
-        """Return the fault of each text's prompt, or "" if it has none."""
-        return [self._fault(text, ids) for text, ids in zip(texts, self._ids(texts), strict=True)]
+    def faults(self, texts: list[str], num_speech_tokens: list[int]) -> list[str]:
+        """Return the fault of each text's prompt, or "" if it has none; speech tokens are added to its length."""
+        return [self._fault(*found) for found in zip(texts, self._ids(texts), num_speech_tokens, strict=True)]
 
-    def _fault(self, text: str, ids: list[int]) -> str:
+    def _fault(self, text: str, ids: list[int], num_speech_tokens: int) -> str:
         if self._num_control(ids) > self.num_template_control:
             (token,) = find_control_tokens(self.tokenizer, [text])
             return f"the prompt would contain the control token {token}"
-        return f"the prompt has more than {self.max_length} tokens" if len(ids) > self.max_length else ""
+        length = len(ids) + num_speech_tokens
+        return f"the prompt has more than {self.max_length} tokens" if length > self.max_length else ""
 
 
 class Tally:
@@ -186,14 +221,32 @@ def without_punctuation(text: str) -> str:
     return re.sub(r"[\W_]+", "", text).lower()
 
 
-def sample(tokenizer, text: str, prompt_text: str, split: str, index: int, data_source: str) -> dict:
-    """Return one row of the parquet file; ``prompt_text`` is the text that the language model reads."""
+class Usable(NamedTuple):
+    """A usable text.
+
+    Attributes:
+        text: the text.
+        prompt_text: what the language model reads.
+        speech: speech tokens at the end of the prompt.
+        own_speech: those of them that are speech of the text itself.
+    """
+
+    text: str
+    prompt_text: str
+    speech: list[int]
+    own_speech: list[int]
+
+
+def sample(tokenizer, usable: Usable, split: str, index: int, data_source: str) -> dict:
+    """Return one row of the parquet file."""
+    text = usable.text
     return {
         "data_source": data_source,
-        "prompt": chat_messages(tokenizer, prompt_text),
+        "prompt": chat_messages(tokenizer, usable.prompt_text, speech=usable.speech),
         "ability": "text-to-speech",
         "reward_model": {"style": "rule", "ground_truth": text},
-        "extra_info": {"split": split, "index": index, "text": text},
+        "extra_info": {"split": split, "index": index, "text": text}
+        | ({"speech_prefix": usable.own_speech} if usable.own_speech else {}),
     }
 
 
@@ -202,37 +255,50 @@ class Converter:
 
     def __init__(self, args, tokenizer):
         self.args, self.tokenizer, self.rules = args, tokenizer, rules_of(args)
-        self.prompts = Prompts(tokenizer, args.max_prompt_length)
+        self.prompts, self.prefixes = Prompts(tokenizer, args.max_prompt_length), Prefixes(args)
         self.tallies = {split: Tally(self.rules) for split in SPLITS}
 
     def convert(self, path: Path, split: str, output: Path, rejects) -> None:
         """Stream one file to ``output``; rejected lines are written to the file object ``rejects``."""
-        tally = self.tallies[split]
-        with pq.ParquetWriter(output, SCHEMA) as writer:
+        tally, schema = self.tallies[split], SCHEMA_WITH_PREFIX if self.prefixes.kind == "recording" else SCHEMA
+        with pq.ParquetWriter(output, schema) as writer:
             for batch in batched(rows_with_progress(path), BATCH_LINES):
-                pairs = self._usable(batch, path, tally, rejects)
+                texts = self._usable(batch, path, tally, rejects)
                 rows = [
-                    sample(self.tokenizer, text, prompt_text, split, tally.kept + i, self.args.data_source)
-                    for i, (text, prompt_text) in enumerate(pairs)
+                    sample(self.tokenizer, usable, split, tally.kept + i, self.args.data_source)
+                    for i, usable in enumerate(texts)
                 ]
-                tally.keep([text for text, _ in pairs])
+                tally.keep([usable.text for usable in texts])
                 if rows:
-                    writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
+                    writer.write_table(pa.Table.from_pylist(rows, schema=schema))
 
-    def _usable(self, batch, path: Path, tally: Tally, rejects) -> list[tuple[str, str]]:
-        """Return the usable texts of a batch, each with the text that the language model reads."""
-        parsed = [(number, row, *parse_row(row, self.rules)) for number, row in batch]
-        prompt_texts = [model_text(text, self.rules) for _, _, text, _ in parsed if text]
-        pairs, checked = [], iter(zip(prompt_texts, self.prompts.faults(prompt_texts), strict=True))
-        for number, row, text, reason in parsed:
-            prompt_text, fault = next(checked) if text else ("", reason)
-            tally.add(row.get("text") if isinstance(row, dict) else None, "" if fault else text)
+    def _parse(self, row: Any) -> tuple[Usable | None, str]:
+        """Return ``(usable, "")`` for a usable line, or ``(None, reason)``; its prompt has not been checked."""
+        text, reason = parse_row(row, self.rules)
+        if not text:
+            return None, reason
+        try:
+            before, speech = self.prefixes.of(row, text)
+        except ValueError as error:
+            return None, str(error)
+        own_speech = [] if before else speech
+        return Usable(text, model_text(before + text, self.rules), speech, own_speech), ""
+
+    def _usable(self, batch, path: Path, tally: Tally, rejects) -> list[Usable]:
+        """Return the usable texts of a batch."""
+        parsed = [(number, row, *self._parse(row)) for number, row in batch]
+        found = [usable for _, _, usable, _ in parsed if usable]
+        faults = iter(self.prompts.faults([u.prompt_text for u in found], [len(u.speech) for u in found]))
+        texts = []
+        for number, row, usable, reason in parsed:
+            fault = next(faults) if usable else reason
+            tally.add(row.get("text") if isinstance(row, dict) else None, "" if fault else usable.text)
             if fault:
                 tally.reject(number, fault)
                 rejects.write(dump_line({"file": str(path), "line": number, "reason": fault}))
             else:
-                pairs.append((text, prompt_text))
-        return pairs
+                texts.append(usable)
+        return texts
 
     def check(self, split: str, path: Path, rejects_path: Path) -> None:
         """Check the number of usable lines of a split.
@@ -355,6 +421,8 @@ def main(argv=None):
             if not path.is_file():
                 raise SystemExit(f"prepare_data.py: {path} is missing")
         tokenizer = load_tokenizer(args.llm_path)
+        if args.speech_prefix != "none":
+            tokenizer.chat_template = with_speech_role(tokenizer.chat_template)
     except (ValueError, OSError) as error:
         raise SystemExit(f"prepare_data.py: {error}") from error
     with tempfile.TemporaryDirectory() as scratch:

@@ -9,13 +9,17 @@ with digits (``written``) must score about as high as in words.
 
 import argparse
 import asyncio
+import dataclasses
+import functools
 import json
 import logging
 import random
 from pathlib import Path
 
 from tts_grpo.reward.client import RewardClient, RewardServerError, UnscoredRolloutError
-from tts_grpo.reward.protocol import ROLLOUT_COUNTS, SERVER_KEY, RolloutScore
+from tts_grpo.reward.protocol import PART_KEY, ROLLOUT_COUNTS, SERVER_KEY, RolloutScore
+from tts_grpo.reward.rewards import DEFAULT as DEFAULT_REWARDS
+from tts_grpo.reward.rewards import parse_rewards
 from tts_grpo.text.input_files import read_known_answers
 from tts_grpo.text.jsonl import write_jsonl, write_text
 from tts_grpo.text.tokens import parse_speech_tokens
@@ -33,7 +37,7 @@ _bad_rollouts = _unscored_rollouts = _rollouts = 0  # of this worker
 
 async def compute_score(
     data_source, solution_str, ground_truth, extra_info=None, server_urls=DEFAULT_URL, failure_file=None,
-    by_syllable=False, patience_s=180.0, max_unscored_share=0.0, **_
+    by_syllable=False, patience_s=180.0, max_unscored_share=0.0, rewards=DEFAULT_REWARDS, **_
 ):  # fmt: skip
     """Score one rollout.
 
@@ -41,49 +45,71 @@ async def compute_score(
         data_source: data source of the sample; not used.
         solution_str: the response as text, with ``<|s_N|>`` for each speech token.
         ground_truth: the reference text.
-        extra_info: further data of the sample; not used.
+        extra_info: further data of the sample. The response continues the speech tokens in ``speech_prefix``, if any
+            (speech_prefix=recording): they are decoded and transcribed together.
         server_urls: URLs of the reward servers, separated by commas or spaces.
         failure_file: file to which every exception is reported. scripts/train.py watches it and stops the training at
             once; veRL itself would log the exception and let the other rollouts finish.
         patience_s: time in seconds for which failed requests are retried before the training is stopped.
-        by_syllable: whether to return the errors of each syllable too, for tts_grpo/training/credit.py.
+        by_syllable: whether to return the losses of each syllable too, for tts_grpo/training/credit.py.
         max_unscored_share: largest share of this worker's rollouts that servers may fail to score although they score
             others; one more is allowed. Each of these is counted, and scores 0 like a bad one. With 0, the first one
             stops the training.
+        rewards: the setting ``rewards``, with the parts that the server's rewards must have.
 
     Returns:
-        ``score`` in [0, 1]; for the metrics, ``pinyin_error_rate``, ``num_speech_tokens`` and the numbers of
-        ``ROLLOUT_COUNTS``; ``reward_server``, the hash that the server sent, or "" for a rollout without an answer; and
-        ``syllable_errors`` with ``by_syllable``. A rollout without speech tokens, or with an id
-        outside the codebook, is given a score of 0 and counts as bad.
+        ``score`` in [0, 1]; for the metrics, ``pinyin_error_rate``, ``num_speech_tokens``, the numbers of
+        ``ROLLOUT_COUNTS``, and ``reward_parts/NAME`` for each part of the reward; ``reward_server``, the hash that the
+        server sent, or "" for a rollout without an answer; and ``syllable_losses`` with ``by_syllable``. A rollout
+        without speech tokens, or with an id outside the codebook, is given a score of 0, also for each part, and counts
+        as bad.
 
     Raises:
         Exception: any error that prevented a reward, if there is no ``failure_file``. With one, the error is reported
             there and the call never returns.
     """
     try:
-        return await _score(solution_str, ground_truth, server_urls, by_syllable, patience_s, max_unscored_share)
+        prefix = (extra_info or {}).get("speech_prefix")
+        prefix = [] if prefix is None else [int(token) for token in prefix]
+        return await _score(
+            solution_str, prefix, ground_truth, server_urls, by_syllable, patience_s, max_unscored_share, rewards
+        )
     except Exception as error:
         if failure_file is None:
             raise
         await _stop_training(error, ground_truth, failure_file)
 
 
+@functools.cache
+def _part_names(rewards: str) -> tuple[str, ...]:
+    return tuple(spec.name for spec in parse_rewards(rewards))
+
+
 async def _score(
-    solution_str: str, ground_truth: str, server_urls: str, by_syllable: bool, patience_s: float, max_share: float
-) -> dict[str, float | str]:
+    solution_str: str, prefix: list[int], ground_truth: str, server_urls: str, by_syllable: bool, patience_s: float,
+    max_share: float, rewards: str,
+) -> dict[str, float | str]:  # fmt: skip
     global _client, _rollouts, _unscored_rollouts
     _rollouts += 1
+    names = _part_names(rewards)
     try:
         speech_tokens = parse_speech_tokens(solution_str)
     except ValueError as error:
-        return _bad_rollout(str(error), ground_truth, by_syllable)
+        return _bad_rollout(str(error), ground_truth, by_syllable, names)
     if not speech_tokens:
-        return _bad_rollout("no speech tokens", ground_truth, by_syllable)
+        return _bad_rollout("no speech tokens", ground_truth, by_syllable, names)
     if _client is None:
         _client = RewardClient(server_urls.replace(",", " ").split(), patience_s=patience_s)
     try:
-        return _result(await _client.score(speech_tokens, ground_truth), len(speech_tokens), by_syllable)
+        score = await _client.score([*prefix, *speech_tokens], ground_truth)
+        if set(score.parts) != set(names):
+            raise RewardServerError(
+                f"the reward server's reward has the parts {', '.join(score.parts)}, this training's "
+                f"{', '.join(names)}: start the server with the same setting rewards"
+            )
+        # syllables that begin in the prefix have negative positions in the response
+        score = dataclasses.replace(score, unit_starts=tuple(start - len(prefix) for start in score.unit_starts))
+        return _result(score, len(speech_tokens), by_syllable)
     except UnscoredRolloutError as error:
         _unscored_rollouts += 1
         if max_share == 0 or _unscored_rollouts > 1 + max_share * _rollouts:
@@ -93,7 +119,8 @@ async def _score(
                 "share; the same command then resumes from the last checkpoint"
             ) from error
         logger.warning("unscored rollout %d of %d scores 0: %s", _unscored_rollouts, _rollouts, error)
-        return _result(RolloutScore(0.0, 1.0), len(speech_tokens), by_syllable, bad_rollout=1.0, unscored_rollout=1.0)
+        score = RolloutScore(0.0, 1.0, parts=dict.fromkeys(names, 0.0))
+        return _result(score, len(speech_tokens), by_syllable, bad_rollout=1.0, unscored_rollout=1.0)
 
 
 async def _stop_training(error: Exception, ground_truth: str, failure_file: str) -> None:
@@ -106,11 +133,13 @@ async def _stop_training(error: Exception, ground_truth: str, failure_file: str)
     await asyncio.Event().wait()
 
 
-def _bad_rollout(reason: str, ground_truth: str, by_syllable: bool) -> dict[str, float | str]:
+def _bad_rollout(
+    reason: str, ground_truth: str, by_syllable: bool, names: tuple[str, ...]
+) -> dict[str, float | str]:  # fmt: skip
     global _bad_rollouts
     _bad_rollouts += 1
     logger.warning("bad rollout %d of this worker (%s) for %r scores 0", _bad_rollouts, reason, ground_truth[:40])
-    return _result(RolloutScore(reward=0.0, error_rate=1.0), 0, by_syllable, bad_rollout=1.0)
+    return _result(RolloutScore(0.0, 1.0, parts=dict.fromkeys(names, 0.0)), 0, by_syllable, bad_rollout=1.0)
 
 
 def _result(score: RolloutScore, num_speech_tokens: int, by_syllable: bool, **counts: float) -> dict[str, float | str]:
@@ -124,9 +153,10 @@ def _result(score: RolloutScore, num_speech_tokens: int, by_syllable: bool, **co
         "rescored_rollout": float(score.rescored),
         "empty_transcript": float(not score.transcript.strip()),
         **counts,
+        **{PART_KEY + name: value for name, value in score.parts.items()},
         SERVER_KEY: score.server,
     }
-    return result | ({credit.KEY: credit.encode(score.unit_errors, score.unit_starts)} if by_syllable else {})
+    return result | ({credit.KEY: credit.encode(score.unit_losses, score.unit_starts)} if by_syllable else {})
 
 
 def get_args(argv=None):

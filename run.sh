@@ -76,7 +76,11 @@ stage_0() {
   state=$(state_of 0)
   [[ -e $sft_model/config.json ]] && done_with 0 "$state" && skip && return
   work_on "$state"
-  run "$trainer_bin/python" "$root/scripts/prepare_llm.py" --sft-path "$sft_path" --output-dir "$sft_model"
+  local speech_role=()
+  [[ $speech_prefix == none ]] || speech_role=(--speech-role)
+  run "$trainer_bin/python" "$root/scripts/prepare_llm.py" --sft-path "$sft_path" --output-dir "$sft_model" "${speech_role[@]}"
+  [[ $speech_prefix != voice ]] || run "$speech_bin/python" "$root/scripts/encode_prompts.py" --voices "$prompt_list" \
+    --token2wav-dir "$token2wav_dir" --output "$voices_jsonl"
   run "$trainer_bin/python" "$root/prepare_data.py" --train-file "$train_jsonl" --test-file "$test_jsonl" \
     --output-dir "$exp_dir/data" --llm-path "$sft_model" "${data_flags[@]}"
   mark_done 0 "$state"
@@ -176,7 +180,7 @@ infer() {
 
 # score NAME: compute error rates and quality metrics of eval/NAME, on one core, in parallel with the other model's.
 score() {
-  in_background env OMP_NUM_THREADS=1 python="$speech_bin/python" eval_asr_dir="$eval_asr_dir" device="$infer_device" language="$language" text_tags="$text_tags" \
+  in_background env OMP_NUM_THREADS=1 python="$speech_bin/python" eval_asr_dir="$eval_asr_dir" judge_asr_dir="$judge_asr_dir" device="$infer_device" language="$language" text_tags="$text_tags" \
     seeds="$seeds" quality_utterances="$quality_utterances" reference_audio="$reference_audio" speaker_model_dir="$speaker_model_dir" \
     bash "$root/scripts/compute_wer.sh" "$exp_dir/eval/$1" "$eval_jsonl"
 }
@@ -240,6 +244,7 @@ state_of() {
   ((dry_run)) && return
   local stages=("$1") read=() made_from=()
   case $1${2:+model} in
+  0) [[ $speech_prefix != voice ]] || read=(prompt_list="$prompt_list" token2wav_dir="$token2wav_dir") made_from=(seed="$seed") ;;
   2) made_from=(data="$(checksum "$exp_dir/.done/0")") ;;
   3) [[ -n $llm_path ]] || made_from=(training="$(checksum "$exp_dir/checkpoints/settings")" checkpoint="$(basename "$(last_checkpoint)")") ;;
   4)
@@ -314,6 +319,14 @@ contradictions() {
     echo "pack_tokens=$pack_tokens holds no rollout of max_prompt_length + max_response_length = $((max_prompt_length + max_response_length)) tokens: enlarge it, or set pack_tokens=0"
   [[ $server_address =~ ^(127\..*|localhost|::1)$ || -n $server_secret_file ]] ||
     echo "server_address=$server_address serves other machines: set server_secret_file to a file with a secret, the same for servers and training (SECURITY.md)"
+  [[ $credit == utterance || $adv_estimator == grpo ]] ||
+    echo "credit=syllable shares GRPO's advantages among syllables, but adv_estimator=$adv_estimator (algorithm=$algorithm): set credit=utterance"
+  [[ $credit == utterance || $overlong_percent == 0 ]] ||
+    echo "credit=syllable cannot share the length penalty of overlong_percent=$overlong_percent among syllables: set credit=utterance, or overlong_percent=0"
+  [[ $speech_prefix != recording ]] || ((max_response_length + 125 <= 2048)) ||
+    echo "speech_prefix=recording adds up to 125 tokens, and the reward server takes 2048: lower max_response_length=$max_response_length"
+  [[ $speech_prefix != voice || (-n $prompt_list && $prompt_voice_per == text) ]] ||
+    echo "speech_prefix=voice needs a prompt_list, and prompt_voice_per=text, so that the reward has the voice of the prompt: set both"
   ((num_nodes == 1)) || [[ -n $ray_address ]] ||
     echo "num_nodes=$num_nodes needs ray_address: start Ray on each machine (ray start), see docs/full_size.md"
 }
@@ -327,17 +340,29 @@ configure() {
   # truncated distribution, which the trainer does not compute. It then recomputes the old policy's log-probabilities.
   local reuse_log_probs=False
   [[ ! $rollout_top_p =~ ^1(\.0*)?$ ]] || ((rollout_top_k > 0)) || reuse_log_probs=True
+  # GSPO's clip range is narrower than the difference between the log-probabilities of rollout engine and trainer, and
+  # with LoRA, the rollout engine gets merged weights in bfloat16.
+  [[ $loss_mode != gspo ]] && ((lora_rank == 0)) || reuse_log_probs=False
+  local use_kl=False
+  [[ ${kl_loss_coef%%[eE]*} != *[1-9]* ]] || use_kl=True
   local device_list
   read -ra device_list <<<"$server_devices"
+  local asr_dirs=("$reward_asr_dir") more_asr_dirs
+  # shellcheck disable=SC2162  # without -r, "\ " is a space within a path
+  [[ -z $reward_asr_dirs ]] || read -a asr_dirs <<<"$reward_asr_dirs"
+  more_asr_dirs=("${asr_dirs[@]:1}")
   read -ra seed_list <<<"$seeds"
   sft_model=$exp_dir/sft_model # stage 0 makes it from sft_path, in a form that veRL can train
   speech_bin=$venv_root/speech/bin trainer_bin=$venv_root/trainer/bin
   server_command=(
-    "$speech_bin/python" "$root/token2wav_asr_server.py" --token2wav-dir "$token2wav_dir" --asr-dir "$reward_asr_dir"
+    "$speech_bin/python" "$root/token2wav_asr_server.py" --token2wav-dir "$token2wav_dir" --asr-dir "${asr_dirs[0]}"
     --instances "$server_instances" --threads "$server_threads" --max-batch-size "$server_batch_size"
     --reward-curve "$reward_curve" --address "$server_address" --http-port "$http_port" --grpc-port "$grpc_port"
     --metrics-port "$metrics_port" --batch-timeout-s "$batch_timeout_s" --precision "$token2wav_precision" --devices "${device_list[@]}"
+    --rewards "$rewards" --asr-pool "$reward_asr_pool"
   )
+  ((${#more_asr_dirs[@]} == 0)) || server_command+=(--more-asr-dirs "${more_asr_dirs[@]}")
+  ((check_reward == 0)) || server_command+=(--known-answers "$known_answer_jsonl")
   ((reward_tones)) || server_command+=(--no-tones)
   [[ -z $server_secret_file ]] || server_command+=(--secret-file "$server_secret_file")
   server_command+=(--language "$language")
@@ -346,6 +371,11 @@ configure() {
     --eval-set "$eval_jsonl" "${text_flags[@]}" --max-prompt-length "$max_prompt_length" --max-bad-ratio "$max_bad_ratio"
     --max-test-overlap "$max_test_overlap" --batch-size "$train_batch_size" --max-new-tokens "$max_new_tokens"
   )
+  voices_jsonl=$exp_dir/voices.jsonl # stage 0 makes it from prompt_list, with speech_prefix=voice
+  case $speech_prefix in
+  recording) data_flags+=(--speech-prefix recording) ;;
+  voice) data_flags+=(--speech-prefix voice --voices "$voices_jsonl" --seed "$seed") ;;
+  esac
   prompt_flags=()
   [[ -z $prompt_audio ]] || prompt_flags=(--prompt-audio "$prompt_audio" --prompt-text "$prompt_text")
   if [[ -n $prompt_list ]]; then
@@ -364,18 +394,30 @@ configure() {
   )
   verl_args=(
     trainer.v1.trainer_mode=tts_grpo # tts_grpo/training/trainer.py
-    algorithm.adv_estimator=grpo algorithm.norm_adv_by_std_in_grpo="$norm_adv_by_std"
+    algorithm.adv_estimator="$adv_estimator" algorithm.norm_adv_by_std_in_grpo="$norm_adv_by_std"
+    algorithm.filter_groups.enable="$filter_groups"
+    actor_rollout_ref.actor.policy_loss.loss_mode="$loss_mode" actor_rollout_ref.actor.loss_agg_mode="$loss_agg_mode"
+    # by default, veRL divides the loss by the longest rollout of each micro-batch
+    actor_rollout_ref.actor.loss_scale_factor="$max_response_length"
+    actor_rollout_ref.actor.clip_ratio_low="$clip_ratio_low" actor_rollout_ref.actor.clip_ratio_high="$clip_ratio_high"
+    actor_rollout_ref.actor.clip_ratio_c="$clip_ratio_c"
     data.train_files="$(hydra "$exp_dir/data/train.parquet")" data.val_files="$(hydra "$exp_dir/data/test.parquet")"
     data.train_batch_size="$train_batch_size" data.seed="$seed"
     data.max_prompt_length="$max_prompt_length" data.max_response_length="$max_response_length"
     data.truncation=error data.filter_overlong_prompts=False data.dataloader_num_workers=0
     actor_rollout_ref.model.path="$(hydra "$sft_model")"
-    actor_rollout_ref.actor.optim.lr="$learning_rate" actor_rollout_ref.actor.use_kl_loss=False
+    actor_rollout_ref.actor.optim.lr="$learning_rate" actor_rollout_ref.actor.use_kl_loss="$use_kl"
+    actor_rollout_ref.actor.kl_loss_coef="$kl_loss_coef" actor_rollout_ref.actor.kl_loss_type="$kl_loss_type"
+    actor_rollout_ref.model.lora_rank="$lora_rank" actor_rollout_ref.model.lora_alpha="$lora_alpha"
+    actor_rollout_ref.actor.fsdp_config.seed="$seed"
+    actor_rollout_ref.model.lora.merge=True # rollouts with the sum of weights and adapters
+    actor_rollout_ref.model.target_modules="$([[ $lora_modules == all-linear ]] && echo all-linear || echo "[${lora_modules// /,}]")"
     actor_rollout_ref.actor.optim.lr_scheduler_type="$learning_rate_schedule"
     "actor_rollout_ref.actor.optim.override_optimizer_config={eps: $adam_eps}"
     actor_rollout_ref.actor.ppo_mini_batch_size="$mini_batch_size"
     actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu="$micro_batch_size"
     actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu="$micro_batch_size"
+    actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu="$micro_batch_size"
     actor_rollout_ref.rollout.tensor_model_parallel_size=1
     actor_rollout_ref.rollout.n="$rollout_n" actor_rollout_ref.rollout.seed="$seed"
     actor_rollout_ref.rollout.temperature="$rollout_temperature" actor_rollout_ref.rollout.top_p="$rollout_top_p"
@@ -385,7 +427,7 @@ configure() {
     actor_rollout_ref.rollout.calculate_log_probs=True algorithm.rollout_correction.bypass_mode="$reuse_log_probs"
     actor_rollout_ref.actor.calculate_entropy=True # logged only: entropy_coeff is 0
     reward.custom_reward_function.path="$(hydra "$root/reward_tts.py")" reward.custom_reward_function.name=compute_score
-    "+reward.custom_reward_function.reward_kwargs={server_urls: $(hydra "$server_urls"), failure_file: $(hydra "$exp_dir/reward_failure"), by_syllable: $by_syllable, patience_s: $reward_patience_s, max_unscored_share: $max_unscored_share, check_freq: $check_freq, known_answer_jsonl: $(hydra "$(realpath -m "$known_answer_jsonl")")}"
+    "+reward.custom_reward_function.reward_kwargs={server_urls: $(hydra "$server_urls"), failure_file: $(hydra "$exp_dir/reward_failure"), by_syllable: $by_syllable, patience_s: $reward_patience_s, max_unscored_share: $max_unscored_share, rewards: $(hydra "$rewards"), check_freq: $check_freq, known_answer_jsonl: $(hydra "$(realpath -m "$known_answer_jsonl")")}"
     trainer.n_gpus_per_node="$num_gpus" trainer.nnodes="$num_nodes"
     "trainer.logger=[console,tensorboard]" trainer.project_name=tts_grpo trainer.experiment_name="$(hydra "$exp_name")"
     trainer.default_local_dir="$(hydra "$exp_dir/checkpoints")" trainer.resume_mode=auto
@@ -394,6 +436,10 @@ configure() {
     trainer.validation_data_dir="$(hydra "$exp_dir/validation")" # validation responses, for TensorBoard's audio
     hydra.run.dir="$(hydra "$exp_dir/log/hydra")"                # Hydra's copy of the settings, by default in the working folder
     trainer.val_before_train=True trainer.total_epochs="$total_steps" trainer.total_training_steps="$total_steps"
+  )
+  ((overlong_percent * max_response_length < 100)) || verl_args+=(
+    reward.reward_manager.name=dapo
+    "+reward.reward_kwargs={max_resp_len: $max_response_length, overlong_buffer_cfg: {enable: True, len: $((max_response_length * overlong_percent / 100)), penalty_factor: 1.0, log: False}}"
   )
 }
 

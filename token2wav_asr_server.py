@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Reward server: speech tokens -> 16 kHz waveform -> transcript -> reward, behind Triton (PyTriton).
+"""Reward server: speech tokens -> 16 kHz waveform -> transcript -> parts of the reward, behind Triton (PyTriton).
 
 The tensors are described in tts_grpo/reward/protocol.py. A second Triton model, token2wav, returns the waveform of a
 rollout for listening. Each instance is a process with its own token2wav and ASR model on one of --devices, so that
 instances do not share a Python interpreter lock. Triton collects concurrent requests of one length bucket into batches
 and sends each batch to a free instance.
 
-The server is ready only when every instance has scored a batch. A sample that overflows in half precision is scored
+The server is ready only when every instance has scored a batch, and each part of the reward has passed its known-answer
+check on --known-answers. A sample that overflows in half precision is scored
 again in fp32. A batch that fails for a reason of the machine, such as too little memory, is answered with status 500,
 and the client sends it again. An instance that takes longer than --batch-timeout-s for a batch is killed. An instance
 that dies (out of memory, a CUDA error) is restarted, and the clients retry the batch that it had; no reward is ever
@@ -44,8 +45,9 @@ from tts_grpo.reward.protocol import (
     read_secret,
     text_tensor,
 )
+from tts_grpo.reward.rewards import DEFAULT, files, parse_rewards
 from tts_grpo.speech.model_folders import TOKEN2WAV_FILES, token2wav_kind
-from tts_grpo.text.input_files import read_voices
+from tts_grpo.text.input_files import read_known_answers, read_voices
 from tts_grpo.text.tokens import NUM_SPEECH_TOKENS
 
 logger = logging.getLogger(__name__)
@@ -54,6 +56,7 @@ START_TIMEOUT_S = 600.0  # time limit for an instance to load and warm up
 # How torch words errors after which a CUDA context is unusable; too little memory is worded "CUDA out of memory".
 FATAL_CUDA_ERRORS = re.compile("CUDA error|CUBLAS_STATUS_|CUDNN_STATUS_")
 MAX_DEATHS = 5  # over all instances; more deaths indicate a systematic fault
+KNOWN_ANSWERS = 8  # entries of --known-answers with which each instance checks the parts of the reward
 WARM_UP_TOKENS = (40, 75)  # numbers of speech tokens in the two warm-up batches
 
 
@@ -83,6 +86,17 @@ def get_args(argv=None):
     parser.add_argument(
         "--batch-timeout-s", type=float, default=240.0, help="an instance that takes longer for a batch is restarted"
     )
+    parser.add_argument("--rewards", default=DEFAULT, help="parts of the reward, see tts_grpo/reward/rewards.py")
+    parser.add_argument("--more-asr-dirs", type=Path, nargs="*", default=[], help="further recognisers of the reward")
+    parser.add_argument(
+        "--asr-pool", choices=("mean", "worst"), default="mean", help="error rate of several recognisers"
+    )
+    parser.add_argument(
+        "--known-answers",
+        type=Path,
+        default=None,
+        help="JSONL of real speech (text, speech_tokens) that checks the parts",
+    )
     parser.add_argument("--reward-curve", choices=("tanh", "exp"), default="tanh", help="see tts_grpo/reward/curves.py")
     parser.add_argument("--no-tones", dest="tones", action="store_false", help="compare pinyin without tones")
     parser.add_argument("--language", choices=("zh", "en"), default="zh", help="language of texts and recogniser")
@@ -98,6 +112,10 @@ def get_args(argv=None):
         parser.error("a voice prompt needs both --prompt-audio and --prompt-text")
     if args.prompt_list and args.prompt_audio:
         parser.error("--prompt-list and --prompt-audio exclude each other")
+    try:
+        args.specs = parse_rewards(args.rewards)
+    except ValueError as error:
+        parser.error(f"--{error}")
     try:
         args.secret = read_secret(args.secret_file) if args.secret_file else None
     except (OSError, ValueError) as error:
@@ -128,6 +146,7 @@ def serve_instance(pipe, args, device: str) -> None:
     try:
         scorer = load_scorer(args, device)
         warm_up(scorer, args.max_batch_size)
+        check_parts(scorer, args.known_answers)
     except Exception as error:
         pipe.send(f"{type(error).__name__}: {error}")
         return
@@ -152,6 +171,7 @@ def load_scorer(args, device: str):
     """Load the scorer of an instance according to the flags."""
     import torch
 
+    from tts_grpo.reward.parts.interface import Context, load_parts
     from tts_grpo.reward.scorer import RewardScorer
     from tts_grpo.speech.asr.sensevoice import SenseVoice
     from tts_grpo.speech.token2wav import load_token2wav
@@ -166,10 +186,25 @@ def load_scorer(args, device: str):
         voices = load_prompt_voices(token2wav, args.prompt_list)
     elif args.prompt_audio:
         voices = [load_prompt_voice(token2wav, args.prompt_audio, args.prompt_text)]
-    asr = SenseVoice(args.asr_dir, device, language=args.language)
+    asr, *more_asrs = (SenseVoice(path, device, language=args.language) for path in (args.asr_dir, *args.more_asr_dirs))
+    parts = load_parts(args.specs, Context(device, args.language, args.reward_curve, asr, args.token2wav_dir))
     return RewardScorer(
-        token2wav, asr, args.tones, args.reward_curve, voices, args.seed, args.prompt_voice_per, args.language
-    )
+        token2wav, asr, args.tones, args.reward_curve, voices, args.seed, args.prompt_voice_per, args.language, parts,
+        more_asrs, args.asr_pool,
+    )  # fmt: skip
+
+
+def check_parts(scorer, known_answers: Path | None) -> None:
+    """Run the known-answer checks of the parts of the reward.
+
+    Raises:
+        RuntimeError: a part failed; the message says how.
+        ValueError: the file has no line, or a line of it is not as it should be.
+    """
+    if known_answers:
+        rows = read_known_answers(known_answers, KNOWN_ANSWERS)
+        if faults := scorer.check([row["speech_tokens"] for row in rows], [row["text"] for row in rows]):
+            raise RuntimeError("; ".join(faults))
 
 
 def warm_up(scorer, max_batch_size: int) -> None:
@@ -330,18 +365,20 @@ def call_with_valid(instance, method: str, failed: Callable[[str], object], toke
 
 def identity(args) -> str:
     """Return a hash of all that a reward depends on besides the request (see ``SERVER`` in the protocol)."""
-    files = [Path(args.token2wav_dir, name) for name in TOKEN2WAV_FILES[token2wav_kind(args.token2wav_dir)]]
-    files += sorted(path for path in args.asr_dir.iterdir() if path.is_file() and path.suffix != ".md")
+    paths = [Path(args.token2wav_dir, name) for name in TOKEN2WAV_FILES[token2wav_kind(args.token2wav_dir)]]
+    for folder in (args.asr_dir, *args.more_asr_dirs):
+        paths += sorted(path for path in folder.iterdir() if path.is_file() and path.suffix != ".md")
+    paths += files(args.specs)
     if args.prompt_audio:
-        files.append(args.prompt_audio)
+        paths.append(args.prompt_audio)
     if args.prompt_list:
-        files += [args.prompt_list, *sorted({Path(voice["prompt_audio"]) for voice in read_voices(args.prompt_list)})]
+        paths += [args.prompt_list, *sorted({Path(voice["prompt_audio"]) for voice in read_voices(args.prompt_list)})]
     options = (
         VERSION, args.prompt_text, args.prompt_voice_per, args.seed, args.precision, args.reward_curve, args.tones,
-        args.language,
+        args.language, args.rewards, args.asr_pool,
     )  # fmt: skip
     digest = hashlib.sha256(repr(options).encode())
-    for path in files:
+    for path in paths:
         with path.open("rb") as file:
             digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]
@@ -427,6 +464,7 @@ def bind_models(triton, instances: list[Instance], config) -> None:
     # Triton loads models in this order; clients wait for the readiness of the scoring model, so it comes last.
     triton.bind(
         model_name=SPEECH_MODEL_NAME,
+        model_version=VERSION,
         infer_func=speech_function(instances[0]),
         inputs=tokens,
         outputs=[
@@ -440,13 +478,16 @@ def bind_models(triton, instances: list[Instance], config) -> None:
     )
     triton.bind(
         model_name=MODEL_NAME,
+        model_version=VERSION,
         infer_func=[infer_function(instance) for instance in instances],
         inputs=[*tokens, Tensor(name="GT_TEXT", dtype=bytes, shape=(1,))],
         outputs=[
             Tensor(name="REWARDS", dtype=np.float32, shape=(1,)),
             Tensor(name="ERROR_RATES", dtype=np.float32, shape=(1,)),
             Tensor(name="TRANSCRIPTS", dtype=bytes, shape=(1,)),
-            Tensor(name="UNIT_ERRORS", dtype=np.int32, shape=(-1,)),
+            Tensor(name="PART_NAMES", dtype=bytes, shape=(-1,)),
+            Tensor(name="PARTS", dtype=np.float32, shape=(-1,)),
+            Tensor(name="UNIT_LOSSES", dtype=np.float32, shape=(-1,)),
             Tensor(name="UNIT_STARTS", dtype=np.int32, shape=(-1,)),
             Tensor(name="SERVER", dtype=bytes, shape=(1,)),
             Tensor(name="RESCORED", dtype=np.int32, shape=(1,)),

@@ -8,12 +8,14 @@
 #            4s its scores; -1 what is downloaded; "-" none: it may change at any time
 #   KIND     allowed values: int or number with bounds (int>=1, number>0<=1), choices (zh|en), ints (several, separated
 #            by spaces), devices (cpu, cuda:0 ...), name, text, path, folder (for results), input (a file or folder
-#            that is read: results depend on its content, too). With "?", it may be empty
+#            that is read: results depend on its content, too), inputs (several, separated by spaces; "\ " is a space in
+#            a path), rewards (see tts_grpo/reward/rewards.py). With "?", it may be empty
 #
 # The defaults are the training settings of the newest published recipe (conf/recipes/mair-hub.sh).
 #
-# Set them in the environment, or in conf/$profile.sh and conf/recipes/$recipe.sh, which hold only values that differ
-# from the defaults, as name=${name:-value}. "bash run.sh --settings" prints all values and where they come from.
+# Set them in the environment, or in conf/recipes/$recipe.sh, conf/algorithms/$algorithm.sh and conf/$profile.sh, as
+# name=${name:-value}; where several set a value, the first in this order counts. A profile holds only values that differ
+# from the defaults. "bash run.sh --settings" prints all values and where they come from.
 
 # experiment
 setting profile tiny - name 'conf/$profile.sh: tiny (CPU, offline) or cosyvoice2 (GPUs)'
@@ -38,6 +40,7 @@ setting train_jsonl '' 0 input "training texts, JSONL"
 setting test_jsonl '' 0 input "validation texts, JSONL"
 setting known_answer_jsonl '' - path "JSONL of real speech (text, speech_tokens) for the known-answer check of the reward"
 setting max_prompt_length 512 0 "int>=1" "longest prompt, in tokens"
+setting speech_prefix none 0 "none|recording|voice" "what a rollout continues: nothing, 1 to 5 s of the text's own recording (speech_tokens in the files), or a voice of prompt_list"
 setting max_bad_ratio 0.01 0 "number>=0<=1" "largest tolerated share of unusable lines in the data"
 setting max_test_overlap 0.1 0 "number>=0<=1" "largest tolerated share of test texts that are trained on"
 setting text_tags reject "0 4 4s" "reject|remove" "texts with tags such as [laughter] or <|im_end|>: leave them out, or remove the tags"
@@ -61,6 +64,9 @@ setting token2wav_precision fp16 2 "fp32|fp16|bf16" "precision of the server's t
 setting max_unscored_share 0.001 - "number>=0<=1" "largest share of rollouts that servers may fail to score, counted as bad; 0: none"
 setting check_reward_freq 50 - "int>=0" "steps between known-answer checks of the reward servers in training, which precede each checkpoint, too; 0: none"
 setting check_reward 1 - "0|1" "0: train even if the known-answer check of the reward fails"
+setting rewards intelligibility:1 2 rewards "parts of the reward with weights and options, see docs/rewards.md"
+setting reward_asr_dirs '' 2 inputs? "several recognisers of the reward, separated by spaces, instead of reward_asr_dir"
+setting reward_asr_pool mean 2 "mean|worst" "error rate of several recognisers: their mean, or the worst"
 setting reward_curve exp 2 "exp|tanh" "maps the error rate to the reward, see tts_grpo/reward/curves.py"
 setting reward_tones 0 2 "0|1" "1: tones count in the reward's pinyin error rate"
 setting prompt_audio '' 2 input? "recording of the voice of stages 1 and 5"
@@ -87,8 +93,7 @@ setting max_response_length 1024 2 "int>=1<=2048" "longest rollout, in tokens; t
 setting learning_rate 1e-6 2 "number>0" "learning rate of AdamW"
 setting learning_rate_schedule constant 2 "constant|cosine" "cosine decays to 0 at total_steps"
 setting adam_eps 1e-8 2 "number>0" "epsilon of AdamW; a large value keeps weights with almost no gradient unchanged"
-setting credit utterance 2 "syllable|utterance" "advantages per utterance (veRL's GRPO) or per syllable (tts_grpo/training/credit.py)"
-setting norm_adv_by_std False 2 "True|False" "True: divide advantages by the standard deviation of the group's rewards"
+setting credit utterance 2 "syllable|utterance" "advantages per utterance (adv_estimator) or per syllable (tts_grpo/training/credit.py)"
 setting recipe_args '' 2 text? "veRL overrides of the recipe, its recipe_verl_args"
 setting overrides '' 2 text? "veRL overrides of the command line, those after --"
 setting vllm_memory_share 0.4 - "number>0<=1" "share of a GPU's memory for vLLM's weights and cache"
@@ -98,10 +103,30 @@ setting max_checkpoints 4 - "int>=1" "checkpoints that are kept; at least the la
 setting train_threads 4 - "int>=1" "torch threads of the training"
 setting llm_path '' 3 path? "checkpoint that stage 3 merges, .../global_step_N; empty: the last one"
 
+# algorithm (stage 2): conf/algorithms/$algorithm.sh has the values that differ from these
+setting algorithm grpo 2 name "grpo, dr_grpo, dapo, gspo or gdpo, as published; a single value below takes precedence"
+setting adv_estimator grpo 2 name "advantage estimator of veRL, for credit=utterance"
+setting norm_adv_by_std False 2 "True|False" "True: divide advantages by the standard deviation of the group's rewards"
+setting loss_mode vanilla 2 "vanilla|gspo|sapo|geo_mean|cispo|clip_cov|kl_cov|gpg" "policy loss of veRL; vanilla: PPO's, clipped per token"
+setting loss_agg_mode token-mean 2 "token-mean|token-sum|seq-mean-token-mean|seq-mean-token-sum|seq-mean-token-sum-norm" "how the loss is averaged over tokens and rollouts; -norm: divided by max_response_length"
+setting clip_ratio_low 0.2 2 "number>=0" "the ratio of probabilities is clipped at 1 - this"
+setting clip_ratio_high 0.2 2 "number>=0" "the ratio of probabilities is clipped at 1 + this"
+setting clip_ratio_c 3.0 2 "number>1" "largest ratio for negative advantages (dual clip)"
+setting filter_groups False 2 "True|False" "True: replace groups whose rewards are all equal (dynamic sampling)"
+setting overlong_percent 0 2 "int>=0<=100" "last part of max_response_length, in percent, in which the reward falls by up to 1; 0: none"
+setting kl_loss_coef 0 2 "number>=0" "weight of the KL divergence from the SFT model in the loss; 0: none"
+setting kl_loss_type low_var_kl 2 "kl|abs|mse|low_var_kl" "estimator of this divergence: k1, absolute value of k1, k2 or k3"
+
+# LoRA (stage 2)
+setting lora_rank 0 2 "int>=0" "rank of LoRA adapters; 0: all weights are trained"
+setting lora_alpha 16 2 "int>=1" "scale of LoRA adapters: alpha / rank"
+setting lora_modules all-linear 2 text "modules with LoRA adapters, separated by spaces, such as q_proj v_proj"
+
 # evaluation (stages 4 and 5)
 setting eval_jsonl '' 4s input "test set, JSONL; infer_dist.py synthesises what has changed in it"
 setting language zh "0 2 4 4s" "zh|en" "language of texts and recognisers; zh: Chinese, which may contain English words"
 setting seeds "0 1 2 3 4" 4s ints "random seeds; the set is synthesised once with each"
+setting judge_asr_dir '' 4s input? "a further recogniser that nothing was trained or chosen by, for a second opinion"
 setting quality_utterances 100 4s "int>=0" "utterances for speaker similarity, DNSMOS and F0; 0: none"
 setting reference_audio '' 4s input? "recordings of the voice, for sets without prompts"
 setting speaker_model_dir '' 4s input? "WavLM folder for speaker similarity; empty: Resemblyzer"

@@ -13,7 +13,7 @@ eval_asr_dir=${eval_asr_dir:-$root/assets/tiny/asr_eval}
 train_jsonl=${train_jsonl:-$root/assets/tiny/data/grpo.jsonl} # texts on which none of the tiny models was trained
 test_jsonl=${test_jsonl:-$root/assets/tiny/data/dev.jsonl}
 known_answer_jsonl=${known_answer_jsonl:-$root/assets/tiny/data/dev.jsonl}
-max_prompt_length=${max_prompt_length:-64}
+max_prompt_length=${max_prompt_length:-$([[ ${speech_prefix:-none} == none ]] && echo 64 || echo 224)}
 llm_text=${llm_text:-spoken} # the tiny language model was trained on spoken forms (numbers in words)
 
 # reward server (stage 1)
@@ -21,6 +21,9 @@ server_threads=${server_threads:-1}
 server_batch_size=${server_batch_size:-16}
 token2wav_precision=${token2wav_precision:-fp32}
 reward_curve=${reward_curve:-tanh}
+# Pace and pitch are held near those of the SFT model (3.9 syllables per second and 3.1 semitones on the training texts;
+# the reference of the pitch is a little higher, because intelligibility alone makes it flatter).
+rewards=${rewards:-intelligibility:1 pace:0.2,units_per_s=3.9 pitch:0.2,semitones=3.3,width=0.5}
 
 # GRPO (stage 2)
 train_device=${train_device:-cpu}

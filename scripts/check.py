@@ -121,15 +121,27 @@ def check_pins(requirements: Path) -> Iterator[Finding]:
 def check_files(s: dict) -> Iterator[Finding]:
     kind = token2wav_kind(s["token2wav_dir"]) or "cosyvoice2"
     missing = missing_files(s["token2wav_dir"], TOKEN2WAV_FILES[kind])
-    missing += missing_files(s["reward_asr_dir"], SENSEVOICE_FILES)
+    asr_dirs = [s["reward_asr_dir"]]
+    if s["reward_asr_dirs"]:
+        asr_dirs = [path.replace("\\ ", " ") for path in re.split(r"(?<!\\) +", s["reward_asr_dirs"].strip())]
+    for folder in asr_dirs:
+        missing += missing_files(folder, SENSEVOICE_FILES)
     # the evaluation supports several ASR backends (tts_grpo/speech/asr/loading.py)
-    others = (Path(s[name]) for name in ("eval_asr_dir", "eval_jsonl", "prompt_audio", "prompt_list") if s[name])
+    others = (
+        Path(s[name])
+        for name in ("eval_asr_dir", "judge_asr_dir", "eval_jsonl", "prompt_audio", "prompt_list")
+        if s[name]
+    )
     missing += [path for path in others if not path.exists()]
     yield from (
         (False, f"{path} is missing: run bash run.sh -1 -1 to download it, or set its variable") for path in missing
     )
-    if Path(s["reward_asr_dir"]).resolve() == Path(s["eval_asr_dir"]).resolve():
+    if Path(s["eval_asr_dir"]).resolve() in [Path(folder).resolve() for folder in asr_dirs]:
         yield False, "reward_asr_dir is eval_asr_dir: the evaluation needs a recogniser that the reward does not use"
+    if s["judge_asr_dir"] and Path(s["judge_asr_dir"]).resolve() in [
+        Path(folder).resolve() for folder in (*asr_dirs, s["eval_asr_dir"])
+    ]:
+        yield False, "judge_asr_dir is a recogniser of the reward or the evaluation: a second opinion needs another"
     if bool(s["prompt_audio"]) != bool(s["prompt_text"]):
         yield False, "a voice needs both prompt_audio and prompt_text"
     if kind == "cosyvoice2":

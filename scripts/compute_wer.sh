@@ -11,7 +11,7 @@
 # Variables: python (the speech environment's), eval_asr_dir (a model folder for funasr, sherpa-onnx or faster-whisper),
 # device (cpu or cuda), language (zh or en), text_tags (reject or remove: tags such as [laughter] in the set's texts),
 # seeds (seeds to score, separated by spaces; empty: all), quality_utterances (number for speaker similarity, DNSMOS and
-# F0; 0: none), reference_audio (the voice, if the set has no prompts), speaker_model_dir (a WavLM; empty: Resemblyzer).
+# F0; 0: none), judge_asr_dir (a further recogniser, as eval_asr_dir; empty: none), reference_audio (the voice, if the set has no prompts), speaker_model_dir (a WavLM; empty: Resemblyzer).
 set -euo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -29,4 +29,4 @@ PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec "$python" "$root/scripts/score.
   --eval-set "$2" --asr-dir "$eval_asr_dir" --device "${device:-cpu}" --language "${language:-zh}" \
   --text-tags "${text_tags:-reject}" \
   --quality-utterances "${quality_utterances:-80}" ${reference_audio:+--reference-audio "$reference_audio"} \
-  ${seeds:+--seeds ${seeds}} ${speaker_model_dir:+--speaker-model-dir "$speaker_model_dir"}
+  ${judge_asr_dir:+--judge-asr-dir "$judge_asr_dir"} ${seeds:+--seeds ${seeds}} ${speaker_model_dir:+--speaker-model-dir "$speaker_model_dir"}

@@ -1,8 +1,11 @@
-"""Make the data for the known-answer check of the reward: texts and speech tokens of recordings.
+"""Write texts and speech tokens of recordings.
 
     python scripts/encode_prompts.py --eval-set data/zero_shot_zh.jsonl --token2wav-dir DIR --output known_answer.jsonl
+    python scripts/encode_prompts.py --voices voices.jsonl --token2wav-dir DIR --output exp/NAME/voices.jsonl
 
-The recordings are the prompts of an evaluation set: their tokens encode real speech, so rewards must be high.
+The first makes the data for the known-answer check of the reward. The recordings are the prompts of an evaluation set:
+their tokens encode real speech, so rewards must be high. The second makes the prompts of rollouts with
+speech_prefix=voice: all voices, in order.
 """
 
 import argparse
@@ -12,15 +15,17 @@ from tqdm import tqdm
 
 from tts_grpo.speech.audio import load_audio
 from tts_grpo.speech.token2wav import load_token2wav
-from tts_grpo.text.input_files import read_eval_set
+from tts_grpo.text.input_files import read_eval_set, read_voices
 from tts_grpo.text.jsonl import write_jsonl
 
 
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--eval-set", type=Path, required=True, help="JSONL with prompt_text and prompt_audio")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--eval-set", type=Path, help="JSONL with prompt_text and prompt_audio, and with ids")
+    source.add_argument("--voices", type=Path, help="JSONL with prompt_text and prompt_audio")
     parser.add_argument("--token2wav-dir", type=Path, required=True, help="folder with the speech tokenizer")
-    parser.add_argument("--limit", type=int, default=64, help="maximum number of recordings")
+    parser.add_argument("--limit", type=int, default=64, help="maximum number of recordings of the set")
     parser.add_argument("--device", default="cpu", help="torch device")
     parser.add_argument("--output", type=Path, required=True, help="JSONL to write, with text and speech_tokens")
     return parser.parse_args(argv)
@@ -29,15 +34,19 @@ def get_args(argv=None):
 def main(argv=None):
     args = get_args(argv)
     try:
-        rows = [row for row in read_eval_set(args.eval_set) if row["prompt_audio"]][: args.limit]
+        if args.voices:
+            rows = read_voices(args.voices)
+        else:
+            rows = [row for row in read_eval_set(args.eval_set) if row["prompt_audio"]][: args.limit]
     except (ValueError, OSError) as error:
         raise SystemExit(f"encode_prompts.py: {error}") from error
     if not rows:
         raise SystemExit(f"encode_prompts.py: {args.eval_set} has no utterance with a prompt_audio")
+    folder = (args.voices or args.eval_set).parent
     token2wav = load_token2wav(args.token2wav_dir, args.device)
     lines = []
     for row in tqdm(rows, desc="speech tokens", unit="recording"):
-        (tokens,) = token2wav.encode([load_audio(args.eval_set.parent / row["prompt_audio"])])
+        (tokens,) = token2wav.encode([load_audio(folder / row["prompt_audio"])])
         lines.append({"text": row["prompt_text"], "speech_tokens": tokens})
     write_jsonl(args.output, lines)
     print(f"{len(lines)} recordings: {args.output}")

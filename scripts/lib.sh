@@ -104,7 +104,8 @@ print_only() {
 # checksum FILE: print the checksum of the state in FILE, or nothing if the file does not exist.
 checksum() { [[ ! -f $1 ]] || head -n 1 "$1" | sha256sum | cut -c 1-16; }
 
-# load_settings: declare the settings and set them from the environment, the recipe, the profile and the defaults.
+# load_settings: declare the settings and set them from the environment, the recipe, the algorithm, the profile and the
+# defaults.
 load_settings() {
   local given=${profile:+yes}
   profile=${profile:-tiny}
@@ -119,6 +120,8 @@ load_settings() {
   # shellcheck disable=SC2034 # read by name
   [[ ${#recipe_verl_args[@]} -eq 0 ]] || recipe_args=${recipe_verl_args[*]}
   mark recipe
+  load_algorithm "${algorithm-}"
+  mark algorithm
   if ((${#verl_overrides[@]})); then
     # shellcheck disable=SC2034 # read by name
     overrides=${verl_overrides[*]}
@@ -133,15 +136,28 @@ load_settings() {
   resolve "${setting_names[@]}"
 }
 
+# presets FOLDER: print the names of the files in a folder of conf/.
+presets() {
+  local names=("$root/conf/$1"/*.sh)
+  names=("${names[@]##*/}")
+  echo "${names[*]%.sh}"
+}
+
 # load_recipe NAME: load a published recipe's settings, if NAME is not empty. The environment's values take precedence.
 load_recipe() {
   [[ -n $1 ]] || return 0
-  local names=("$root"/conf/recipes/*.sh)
-  names=("${names[@]##*/}")
-  [[ -f $root/conf/recipes/$1.sh ]] || die "recipe=$1 is unknown: choose one of ${names[*]%.sh}"
+  [[ -f $root/conf/recipes/$1.sh ]] || die "recipe=$1 is unknown: choose one of $(presets recipes)"
   [[ $profile == cosyvoice2 ]] || die "recipe=$1 is for profile=cosyvoice2, not for profile=$profile"
   # shellcheck source=conf/recipes/mair-hub.sh
   source "$root/conf/recipes/$1.sh"
+}
+
+# load_algorithm NAME: load an algorithm's settings. Those of the environment and of the recipe take precedence.
+load_algorithm() {
+  local name=${1:-${setting_default[algorithm]}}
+  [[ -f $root/conf/algorithms/$name.sh ]] || die "algorithm=$name is unknown: choose one of $(presets algorithms)"
+  # shellcheck source=conf/algorithms/dapo.sh
+  source "$root/conf/algorithms/$name.sh"
 }
 
 # adapt_to_machine: work around properties of some machines (proxies, no home folder, long paths, other load) that would

@@ -1,11 +1,14 @@
 """Merge veRL's FSDP shards into a Hugging Face folder with the SFT model's tokenizer and generation config.
 
-veRL's merger writes the weights. Tokenizer, chat template, generation config (all end tokens) and, if there is one, the
-bias of the LM head (tts_grpo/speech/head_bias.py) are copied from the folder that was trained (scripts/prepare_llm.py).
+veRL's merger writes the weights. Of a training with LoRA, it writes the weights before the training and, in the folder
+lora_adapter, the adapter: they are added up here. Tokenizer, chat template, generation config (all end tokens) and, if
+there is one, the bias of the LM head (tts_grpo/speech/head_bias.py) are copied from the folder that was trained
+(scripts/prepare_llm.py).
 The merged folder is loaded once to check it.
 """
 
 import argparse
+import json
 import shutil
 import subprocess
 import sys
@@ -26,6 +29,27 @@ def get_args(argv=None):
     parser.add_argument("--sft-path", type=Path, required=True, help="the folder that was trained, exp/NAME/sft_model")
     parser.add_argument("--output-dir", type=Path, required=True, help="folder to write")
     return parser.parse_args(argv)
+
+
+def merge_adapter(folder: Path) -> None:
+    """Add the LoRA adapter in ``folder/lora_adapter`` to the weights in ``folder``; the adapter's folder is kept.
+
+    Raises:
+        ValueError: the adapter's scale is unknown, because the checkpoint has no lora_train_meta.json.
+    """
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    adapter = folder / "lora_adapter"
+    if not json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["lora_alpha"]:
+        raise ValueError(
+            f"{folder}: lora_alpha is unknown, because the checkpoint has no lora_train_meta.json: restore it"
+        )
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    dtype = model.dtype
+    model = PeftModel.from_pretrained(model.to(torch.float32), adapter).merge_and_unload()
+    model.to(dtype).save_pretrained(folder)
 
 
 def check(folder: Path, sft_path: Path) -> None:
@@ -52,6 +76,8 @@ def main(argv=None):
     args = get_args(argv)
     merger = [sys.executable, "-m", "verl.model_merger", "merge", "--backend", "fsdp"]
     subprocess.run([*merger, "--local_dir", args.checkpoint, "--target_dir", args.output_dir], check=True)
+    if (args.output_dir / "lora_adapter").exists():
+        merge_adapter(args.output_dir)
     for name in TOKENIZER_FILES:
         (args.output_dir / name).unlink(missing_ok=True)
         if (args.sft_path / name).exists():

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tts_grpo.speech.model_folders import as_list, check_llm_folder, generation_config, read_json
 from tts_grpo.text.jsonl import write_json, write_text
-from tts_grpo.text.prompts import load_tokenizer
+from tts_grpo.text.prompts import load_tokenizer, with_speech_role
 
 REWRITTEN = ("chat_template.jinja", "tokenizer_config.json", "generation_config.json")
 
@@ -29,17 +29,22 @@ def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sft-path", type=Path, required=True, help="Hugging Face folder of the language model")
     parser.add_argument("--output-dir", type=Path, required=True, help="folder to write; replaced if it exists")
+    parser.add_argument("--speech-role", action="store_true", help="render speech tokens that a response continues")
     return parser.parse_args(argv)
 
 
-def prepare(sft_path: Path, output_dir: Path) -> dict:
+def prepare(sft_path: Path, output_dir: Path, speech_role: bool = False) -> dict:
     """Write the folder; returns the changes.
+
+    With ``speech_role``, the template renders messages of the role "speech" (tts_grpo/text/prompts.py).
 
     Raises:
         ValueError: ``sft_path`` is not the folder of a language model that can be trained; the message says why.
     """
     check_llm_folder(sft_path)
     tokenizer, source = load_tokenizer(sft_path), sft_path.resolve()
+    if speech_role:
+        tokenizer.chat_template = with_speech_role(tokenizer.chat_template)
     generation, dropped = generation_config(source, tokenizer)
     tokenizer_config = read_json(source / "tokenizer_config.json")
     template_path = source / "chat_template.jinja"
@@ -69,7 +74,7 @@ def prepare(sft_path: Path, output_dir: Path) -> dict:
 def main(argv=None):
     args = get_args(argv)
     try:
-        changed = prepare(args.sft_path, args.output_dir)
+        changed = prepare(args.sft_path, args.output_dir, args.speech_role)
     except (ValueError, OSError) as error:
         raise SystemExit(f"prepare_llm.py: {error}") from error
     print(json.dumps(changed, ensure_ascii=False))

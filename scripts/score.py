@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tts_grpo.evaluation.aggregate import quality, rates
+from tts_grpo.evaluation.aggregate import ERRORS, JUDGE_ERRORS, quality, rates
 from tts_grpo.evaluation.protocols import MAIN_METRIC, METRICS, align_units, count_all, prepare_hypothesis
 from tts_grpo.speech.asr.loading import load_asr
 from tts_grpo.speech.audio import ASR_HZ, load_audio
@@ -42,6 +42,7 @@ def get_args(argv=None):
     parser.add_argument("--text-tags", choices=("reject", "remove"), default="reject", help="texts with tags such "
                         "as [laughter]: reject the set, or remove the tags")  # fmt: skip
     parser.add_argument("--asr-dir", type=Path, required=True, help="folder of the evaluation recogniser")
+    parser.add_argument("--judge-asr-dir", type=Path, help="folder of a further recogniser, for a second opinion")
     parser.add_argument("--device", default="cpu", help="torch device")
     parser.add_argument("--quality-utterances", type=int, default=80, help="number of utterances, evenly "
                         "spaced in the first seed, for speaker similarity, DNSMOS and F0; 0: none")  # fmt: skip
@@ -101,12 +102,15 @@ def units_of(text: str, language: str) -> list[str]:
 
 
 def measure(utterance: dict, speech: np.ndarray | None, language: str, networks: NetworkMetrics | None) -> None:
-    """Add ``errors`` and ``quality`` to an utterance that has its ``hypothesis``."""
-    try:
-        counts = count_all(utterance["target_text"], utterance["hypothesis"], language)
-    except ValueError as error:
-        raise ValueError(f"{utterance['id']}: {error}") from error
-    utterance["errors"] = {metric: vars(count) for metric, count in counts.items()}
+    """Add ``errors`` and ``quality`` to an utterance that has its ``hypothesis``, and ``judge_errors`` likewise."""
+    for hypothesis, errors in (("hypothesis", ERRORS), ("judge_hypothesis", JUDGE_ERRORS)):
+        if hypothesis not in utterance:
+            continue
+        try:
+            counts = count_all(utterance["target_text"], utterance[hypothesis], language)
+        except ValueError as error:
+            raise ValueError(f"{utterance['id']}: {error}") from error
+        utterance[errors] = {metric: vars(count) for metric, count in counts.items()}
     if speech is None:
         utterance["quality"] = worst_values(networks)
         return
@@ -117,16 +121,22 @@ def measure(utterance: dict, speech: np.ndarray | None, language: str, networks:
 
 
 def score(
-    utterances: list[dict], asr, language: str, networks: NetworkMetrics | None, network_positions: set[int]
+    utterances: list[dict], asr, language: str, networks: NetworkMetrics | None, network_positions: set[int], judge=None
 ) -> None:
-    """Add ``hypothesis``, ``errors`` and ``quality`` to the utterances; network metrics at ``network_positions``."""
+    """Add ``hypothesis``, ``errors`` and ``quality`` to the utterances; network metrics at ``network_positions``.
+
+    With a further recogniser ``judge``, also ``judge_hypothesis`` and ``judge_errors``.
+    """
     for first in range(0, len(utterances), CHUNK):
         part = utterances[first : first + CHUNK]
         recordings = [read_recording(utterance) for utterance in part]
-        transcripts = iter(asr.transcribe([speech for speech in recordings if speech is not None]))
+        usable = [speech for speech in recordings if speech is not None]
+        transcripts = {"hypothesis": iter(asr.transcribe(usable))}
+        if judge:
+            transcripts["judge_hypothesis"] = iter(judge.transcribe(usable))
         for position, (utterance, speech) in enumerate(zip(part, recordings, strict=True), first):
-            text = "" if speech is None else next(transcripts)
-            utterance["hypothesis"] = prepare_hypothesis(text, language)
+            for name, texts in transcripts.items():
+                utterance[name] = prepare_hypothesis("" if speech is None else next(texts), language)
             measure(utterance, speech, language, networks if position in network_positions else None)
 
 
@@ -191,6 +201,9 @@ def table(scores: dict) -> str:
         counts = ", ".join(f"{entry[kind]} {kind}" for kind in ("substitutions", "deletions", "insertions"))
         lines.append(f"{metric['title']:36} {entry['rate']:7.2%} ({low:.2%} to {high:.2%})  {counts}, "
                      f"{entry['length']} units")  # fmt: skip
+        if "judge" in scores:
+            entry, title = scores["judge"]["pooled"][name], f"  by {scores['judge']['asr']['model']}"
+            lines.append(f"{title:36} {entry['rate']:7.2%} ({entry['ci'][0]:.2%} to {entry['ci'][1]:.2%})")
     for entry in scores["quality"].values():
         ci = f"({entry['ci'][0]:.3f} to {entry['ci'][1]:.3f})" if entry["ci"] else ""
         model = f"  by {entry['model']}" if entry["model"] else ""
@@ -241,6 +254,7 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         raise SystemExit(f"score.py: {error}") from error
     asr = load_asr(args.asr_dir, args.device, args.language)
+    judge = load_asr(args.judge_asr_dir, args.device, args.language) if args.judge_asr_dir else None
     reference, networks = references(args.reference_audio), None
     if args.quality_utterances:
         networks = NetworkMetrics(args.device, args.speaker_model_dir, reference)
@@ -248,13 +262,17 @@ def main(argv=None):
     for manifest in manifests:
         utterances = utterances_of(manifest, eval_set, args.eval_set.parent)
         network_positions = set() if by_seed else set(evenly_spaced(args.quality_utterances, len(utterances)))
-        score(utterances, asr.recogniser, args.language, networks, network_positions)
+        opinion = judge.recogniser if judge else None
+        score(utterances, asr.recogniser, args.language, networks, network_positions, opinion)
         write_jsonl(manifest.parent / "utterances.jsonl", utterances)
         write_text(manifest.parent / "alignment.txt", alignment_text(utterances, args.language))
         by_seed[manifest.parent.name[5:]] = utterances
     scores = system_scores(by_seed, args, networks)
     about = asr.describe()
     scores |= {"asr": about, "asr_dir": str(args.asr_dir), "asr_sha256": about["sha256"]}
+    if judge:
+        pooled = [utterance for utterances in by_seed.values() for utterance in utterances]
+        scores["judge"] = {"asr": judge.describe(), "pooled": rates(pooled, args.language, JUDGE_ERRORS)}
     write_json(args.output_dir / "scores.json", scores)
     print(table(scores))
     failed = sum(seed["failed"] for seed in scores["seeds"].values())

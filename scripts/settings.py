@@ -25,11 +25,15 @@ import tokenize
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from tts_grpo.reward import rewards  # it needs only the standard library
+
 INT = re.compile(r"-?(0|[1-9][0-9]*)")
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 BOUND = re.compile(r"(>=|<=|>)(-?[0-9.]+)")
 DEVICES = re.compile(r"(cpu|cuda(:[0-9]+)?)( +(cpu|cuda(:[0-9]+)?))*")
 WIDTH = 120  # width of the table, in characters
+ESCAPED_SPACE = re.compile(r"(?<!\\) +")  # between the paths of a setting of kind inputs
 HAVE_DOCSTRINGS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 ROOT = Path(__file__).resolve().parent.parent
 CODE = {  # programs that make each stage's result; "4" is the evaluation's speech and "4s" its scores
@@ -48,7 +52,10 @@ COMMANDS = "command line from run.sh and conf"  # key of the command lines in ``
 
 
 class Setting(NamedTuple):
-    """A setting declared in conf/settings.sh; ``origin`` is environment, recipe, profile, command line or default."""
+    """A setting declared in conf/settings.sh.
+
+    ``origin`` is environment, recipe, algorithm, profile, command line or default.
+    """
 
     name: str
     stages: str
@@ -106,6 +113,7 @@ def expectation(kind: str) -> str:
         "path": "a path without ${",
         "folder": "a path without ${, [ or ]",
         "input": "the path of a file or folder, without ${",
+        "inputs": "paths of files or folders, separated by spaces, without ${",
     }.get(kind, "not empty")
 
 
@@ -132,11 +140,32 @@ def allowed(kind: str, value: str) -> bool:
 
 def faults(settings: list[Setting]) -> list[str]:
     """One error message per value that is not allowed."""
-    return [
-        f"{s.name}={s.value}: expected {expectation(s.kind)} ({s.meaning})"
-        for s in settings
-        if not allowed(s.kind, s.value)
-    ]
+    found = []
+    for s in settings:
+        if not allowed(s.kind, s.value):
+            found.append(f"{s.name}={s.value}: expected {expectation(s.kind)} ({s.meaning})")
+        elif s.kind == "rewards":
+            try:
+                rewards.parse_rewards(s.value)
+            except ValueError as error:
+                found.append(str(error))
+    return found
+
+
+def inputs_of(s: Setting) -> dict[str, str]:
+    """The files and folders that a setting names, by a name for each."""
+    if not s.value or not s.kind.startswith(("input", "rewards")):
+        return {}
+    if s.kind.startswith("inputs"):
+        paths = [path.replace("\\ ", " ") for path in ESCAPED_SPACE.split(s.value.strip())]
+        return {f"{s.name} {number}": path for number, path in enumerate(paths)}
+    if s.kind == "rewards":  # this recipe's parts count as code
+        return {
+            f"{s.name}: {path}": str(path)
+            for path in rewards.files(rewards.parse_rewards(s.value))
+            if ROOT not in path.parents
+        }
+    return {s.name: s.value}
 
 
 def table(settings: list[Setting]) -> str:
@@ -262,11 +291,17 @@ def state(args, settings: list[Setting], digests: Digests) -> dict:
     """The state that the results of some stages depend on."""
     stages, read = args.stages, pairs(args.read)
     used = [s for s in settings if set(stages) & set(s.stages.split())]
-    inputs = {s.name: s.value for s in used if s.kind.startswith("input") and s.value} | read
+    inputs = {name: path for s in used for name, path in inputs_of(s).items()} | read
+    programs = [path for stage in stages for path in CODE[stage]]
+    for s in used:
+        if s.kind == "rewards":
+            own = [path for path in rewards.files(rewards.parse_rewards(s.value)) if ROOT in path.parents]
+            programs += [path.relative_to(ROOT).as_posix() for path in own if path.suffix == ".py"]
+
     return {
         "settings": {s.name: normalised(s.kind, s.value) for s in used},
         "read": {name: digests.of(Path(path)) for name, path in inputs.items()},
-        "code": digests.of_code([path for stage in stages for path in CODE[stage]]) | {COMMANDS: args.commands},
+        "code": digests.of_code(programs) | {COMMANDS: args.commands},
         "made_from": pairs(args.made_from),
     }
 

@@ -7,15 +7,19 @@ such as "not significant (95%)".
 import argparse
 import json
 import platform
+import re
 from pathlib import Path
 
 import numpy as np
 
-from tts_grpo.evaluation.aggregate import compare_quality, compare_rates, read_utterances
+from tts_grpo.evaluation.aggregate import JUDGE_ERRORS, compare_quality, compare_rates, read_utterances
 from tts_grpo.evaluation.provenance import git_commit
 from tts_grpo.text.jsonl import read_jsonl, write_json
+from tts_grpo.training.verl_log import read_steps
 
 MODELS = ("sft", "grpo")
+PART = re.compile(r"reward_parts/(.+)/mean")  # metric of a part of the reward in each step's log
+STEPS = 5  # steps at the beginning and the end of the training whose mean is shown
 
 
 def get_args(argv=None):
@@ -49,11 +53,30 @@ def costs(exp_dir: Path) -> dict:
     }  # fmt: skip
 
 
+def reward_parts(exp_dir: Path) -> dict[str, dict[str, float]]:
+    """Mean score of each part of the reward in the first and the last steps of the training, by name."""
+    log = exp_dir / "log/train.log"
+    steps = [metrics for _, metrics in sorted(read_steps(log, 0).items())] if log.exists() else []
+    found = {}
+    for key in dict.fromkeys(key for metrics in steps for key in metrics if PART.fullmatch(key)):
+        values = [metrics[key] for metrics in steps if key in metrics]
+        found[PART.fullmatch(key)[1]] = {
+            "first": float(np.mean(values[:STEPS])), "last": float(np.mean(values[-STEPS:]))
+        }  # fmt: skip
+    return found
+
+
 def summarise(exp_dir: Path, settings: dict) -> dict:
     """The contents of summary.json."""
     scores = {m: json.loads((exp_dir / "eval" / m / "scores.json").read_text(encoding="utf-8")) for m in MODELS}
     utterances = [read_utterances(exp_dir / "eval" / m) for m in MODELS]
     changes = compare_rates(*utterances, scores["sft"]["language"])
+    judge = {}
+    if all("judge" in scores[m] for m in MODELS):
+        judge = {
+            "asr": scores["grpo"]["judge"]["asr"], **{m: scores[m]["judge"]["pooled"] for m in MODELS},
+            "change": compare_rates(*utterances, scores["sft"]["language"], JUDGE_ERRORS),
+        }  # fmt: skip
     return {
         **{m: {key: scores[m][key] for key in ("pooled", "seeds", "quality", "quality_sample")} for m in MODELS},
         "metrics": scores["grpo"]["metrics"],
@@ -61,7 +84,9 @@ def summarise(exp_dir: Path, settings: dict) -> dict:
         "relative_drop_ci": {metric: change["relative_drop_ci"] for metric, change in changes.items()},
         "verdict": {metric: change["verdict"] for metric, change in changes.items()},
         "quality_change": compare_quality(*utterances),
+        "reward_parts": reward_parts(exp_dir),
         "asr": scores["grpo"]["asr"],
+        "judge": judge,
         **costs(exp_dir),
         "versions": scores["grpo"]["versions"] | {"python": platform.python_version()},
         "git_commit": git_commit(),
@@ -78,6 +103,12 @@ def rate_lines(summary: dict) -> list[str]:
         shown = f"{drop:.1%}" if drop is not None else "-"
         shown += f" ({ci[0]:.1%} to {ci[1]:.1%})" if ci else ""
         lines.append(f"{about['title']:36} {before:8.2%} {after:8.2%}   {shown}: {summary['verdict'][metric]}")
+        if judge := summary.get("judge"):
+            change, (before, after) = judge["change"][metric], (judge[m][metric]["rate"] for m in MODELS)
+            drop, ci = change["relative_drop"], change["relative_drop_ci"]
+            shown = f"{drop:.1%}" + (f" ({ci[0]:.1%} to {ci[1]:.1%})" if ci else "") if drop is not None else "-"
+            by = f"  by {judge['asr']['model']}"
+            lines.append(f"{by:36} {before:8.2%} {after:8.2%}   {shown}: {change['verdict']}")
     return lines
 
 
@@ -94,6 +125,9 @@ def table(summary: dict) -> str:
     for name, form in (("tokens_per_character", ".2f"), ("failed", ".0f")):
         means = [np.mean([seed[name] for seed in summary[m]["seeds"].values()]) for m in MODELS]
         lines.append(f"{name.replace('_', ' '):36} {means[0]:>8{form}} {means[1]:>8{form}}")
+    if summary["reward_parts"]:
+        shown = (f"{name} {mean['first']:.3f} -> {mean['last']:.3f}" for name, mean in summary["reward_parts"].items())
+        lines.append(f"parts of the reward in the first and the last {STEPS} steps: {', '.join(shown)}")
     asr = summary["asr"]
     lines.append(f"recogniser: {asr['model']} by {asr['backend']}, {asr['sha256'][:12]}")
     return "\n".join(lines)

@@ -20,6 +20,9 @@ configure_cpu_training() {
     actor_rollout_ref.actor.fsdp_config.use_torch_compile=False
     actor_rollout_ref.actor.fsdp_config.dtype=float32
     "+actor_rollout_ref.actor.fsdp_config.mixed_precision={param_dtype: fp32, reduce_dtype: fp32, buffer_dtype: fp32}"
+    actor_rollout_ref.ref.fsdp_config.use_torch_compile=False
+    actor_rollout_ref.ref.fsdp_config.dtype=float32
+    "+actor_rollout_ref.ref.fsdp_config.mixed_precision={param_dtype: fp32, reduce_dtype: fp32, buffer_dtype: fp32}"
     actor_rollout_ref.rollout.name=transformers_cpu
     actor_rollout_ref.rollout.dtype=float32
     actor_rollout_ref.rollout.free_cache_engine=False

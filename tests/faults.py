@@ -9,7 +9,8 @@ loss. Moments and victims are drawn with the trial's number as seed. Full disks 
 temporary file systems, so those trials need root and are left out without it.
 
 Each trial is appended to DIR/trials.jsonl as soon as it is done, and is not repeated by the next call; a trial with a
-loss is repeated once the code is another commit. Without --only, docs/results/reliability.json and the table of
+loss is repeated once the code is another commit. The reference is made again if anything but docs, tests and tools has
+changed. Without --only, docs/results/reliability.json and the table of
 docs/reliability.md are renewed at the end, unless the code has changes that are not committed.
 """
 
@@ -33,8 +34,7 @@ from pathlib import Path
 
 from scripts import checkpoints
 from tests.conftest import ROOT, RewardServer, free_ports
-from tools.record_results import replace_tables
-from tts_grpo.evaluation.provenance import git_commit, provenance
+from tts_grpo.evaluation.provenance import git_commit, provenance, replace_tables
 from tts_grpo.reward.client import RewardClient, RewardServerError
 from tts_grpo.text.jsonl import dump_line, read_jsonl, write_json
 from tts_grpo.training.verl_log import read_steps
@@ -48,6 +48,8 @@ SETTINGS = {
 }  # fmt: skip
 NUM_EVALUATION, NUM_VALIDATION, NUM_SCORED = 12, 4, 64
 READY = "/v2/models/token2wav_asr/ready"
+NOT_COMPARED = ("stage_seconds", "peak_rss_gib", "git_commit")  # of summary.json, and of its settings:
+PORTS = ("http_port", "grpc_port", "metrics_port", "server_urls")  # free ones are drawn at each start of this program
 BATCH_TIMEOUT_S = 8  # after which the server kills a hung instance
 
 
@@ -146,7 +148,7 @@ class Laboratory:
             files[name] = work_dir / f"{source}.jsonl"
             files[name].write_text("".join(lines[:count]), encoding="utf-8")
         self.http_port, *others = free_ports(3)
-        ports = zip(("http_port", "grpc_port", "metrics_port"), (self.http_port, *others), strict=True)
+        ports = zip(PORTS[:3], (self.http_port, *others), strict=True)
         own = {"exp_dir": self.exp_dir, "venv_root": work_dir / "venv", **files, **dict(ports)}
         self.environment = os.environ | SETTINGS | {name: str(value) for name, value in own.items()}
 
@@ -223,17 +225,20 @@ class Laboratory:
             time.sleep(0.2)
         raise LossError(f"processes left behind: {[command_of(pid) for pid in left]}")
 
-    def digests(self, patterns: tuple[str, ...]) -> dict[str, str]:
-        """Return the SHA-256 of each result; of summary.json without times and memory, which differ."""
-        found = {}
-        for path in sorted(path for pattern in patterns for path in self.exp_dir.glob(pattern) if path.is_file()):
-            content = path.read_bytes()
-            if path.name == "summary.json":
-                summary = json.loads(content)
-                content = json.dumps({k: v for k, v in summary.items() if k not in ("stage_seconds", "peak_rss_gib")})
-                content = content.encode()
-            found[str(path.relative_to(self.exp_dir))] = hashlib.sha256(content).hexdigest()
-        return found
+
+def digests(exp_dir: Path, patterns: tuple[str, ...]) -> dict[str, str]:
+    """Return the SHA-256 of each result; without times, memory, ports and the commit, which differ."""
+    found = {}
+    for path in sorted(path for pattern in patterns for path in exp_dir.glob(pattern) if path.is_file()):
+        content = path.read_bytes()
+        if path.name == "summary.json":
+            summary = {key: value for key, value in json.loads(content).items() if key not in NOT_COMPARED}
+            settings = {key: value for key, value in summary["settings"].items() if key not in PORTS}
+            content = json.dumps(summary | {"settings": settings}).encode()
+        if path.parent.name == ".done":
+            content = b"".join(line for line in content.splitlines() if not line.startswith(b"commit "))
+        found[str(path.relative_to(exp_dir))] = hashlib.sha256(content).hexdigest()
+    return found
 
 
 def unmount(folder: Path) -> None:
@@ -242,9 +247,9 @@ def unmount(folder: Path) -> None:
 
 
 def size_of(folder: Path) -> int:
-    """Return the bytes that a folder needs on a file system with blocks of 4 KiB."""
-    sizes = [path.lstat().st_size for path in folder.rglob("*")]
-    return sum(-(-size // 4096) * 4096 + 4096 for size in sizes)
+    """Return the bytes that the files of a folder take on a temporary file system, in blocks of 4 KiB."""
+    files = (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    return sum(-(-path.stat().st_size // 4096) * 4096 for path in files)
 
 
 @dataclasses.dataclass
@@ -254,20 +259,25 @@ class Reference:
     Attributes:
         commit: commit of the code.
         seconds: seconds per part, and "checkpoint write": of one checkpoint.
-        digests: SHA-256 of the results, per state.
         scores: scores of known recordings by the reward server of stage 1.
     """
 
     commit: str
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
-    digests: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
     scores: list = dataclasses.field(default_factory=list)
 
 
+def same_recipe(commit: str) -> bool:
+    """Return whether all that runs in a trial is as in a commit: docs, tests and tools do not count."""
+    others = (":!docs", ":!*.md", ":!tests", ":!tools")
+    command = ["git", "-C", str(ROOT), "diff", "--quiet", commit, "--", ".", *others]
+    return subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0
+
+
 def load_reference(lab: Laboratory) -> Reference:
-    """Return the reference so far; empty if there is none or the code has changed since."""
+    """Return the reference so far; empty if there is none or the code of the recipe has changed since."""
     path, commit = lab.work_dir / "reference.json", str(git_commit())
-    if path.exists() and (saved := json.loads(path.read_text()))["commit"] == commit:
+    if path.exists() and same_recipe((saved := json.loads(path.read_text()))["commit"]):
         return Reference(**saved)
     shutil.rmtree(lab.states, ignore_errors=True)
     (lab.states / "nothing").mkdir(parents=True)
@@ -304,8 +314,8 @@ def measure_part(lab: Laboratory, reference: Reference, name: str) -> None:
     reference.seconds[name] = time.monotonic() - start
     if status:
         raise SystemExit(f"faults.py: the undisturbed run of {name} ended with status {status}: {lab.tail()}")
-    digests = lab.digests(part.results)
-    if reference.digests.setdefault(part.after, digests) != digests:
+    state = lab.states / part.after
+    if state.exists() and digests(state, part.results) != digests(lab.exp_dir, part.results):
         raise SystemExit(f"faults.py: two undisturbed runs of {name} differ")
     lab.save(part.after)
     if name == "inference":
@@ -343,7 +353,7 @@ def score_when_ready(lab: Laboratory, process: subprocess.Popen, limit_s: float)
 
 
 def score(url: str, count: int, patience_s: float = 120.0) -> list:
-    """Return reward, error rate, transcript and errors of ``count`` recordings, all requests in flight at once."""
+    """Return reward, error rate, transcript and losses of ``count`` recordings, all requests in flight at once."""
     rows = read_jsonl(ROOT / "assets/tiny/data/dev.jsonl")[:NUM_SCORED]
 
     async def all_scores():
@@ -354,7 +364,7 @@ def score(url: str, count: int, patience_s: float = 120.0) -> list:
         finally:
             await client.close()
 
-    return [[s.reward, s.error_rate, s.transcript, list(s.unit_errors)] for s in asyncio.run(all_scores())]
+    return [[s.reward, s.error_rate, s.transcript, list(s.unit_losses)] for s in asyncio.run(all_scores())]
 
 
 def stop_server(lab: Laboratory, process: subprocess.Popen) -> None:
@@ -451,7 +461,7 @@ def run_again(lab: Laboratory, trial: Trial, reference: Reference) -> None:
     if part.before == "data":
         check_training(lab, int(complete.name.removeprefix("global_step_")) if complete else 0, logged)
         return
-    found, wanted = lab.digests(part.results), reference.digests[part.after]
+    found, wanted = digests(lab.exp_dir, part.results), digests(lab.states / part.after, part.results)
     different = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
     if different:
         raise LossError(f"results differ from the reference: {different}")
@@ -505,6 +515,12 @@ def remount(folder: Path, options: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True)
 
 
+def used_bytes(folder: Path) -> int:
+    """Return the bytes that are used on a mounted file system."""
+    disk = os.statvfs(folder)
+    return (disk.f_blocks - disk.f_bfree) * disk.f_frsize
+
+
 def can_mount(folder: Path) -> bool:
     """Return whether this user may mount temporary file systems."""
     try:
@@ -517,18 +533,23 @@ def can_mount(folder: Path) -> bool:
 def fill_disk(lab: Laboratory, trial: Trial, reference: Reference, rng: random.Random) -> str:
     """Run a part on a disk that has room for a random share of what it writes, then again with enough room."""
     part = PARTS[trial.part]
-    before = size_of(lab.states / part.before)
-    after = size_of(lab.states / part.after)
-    room = int(rng.uniform(0, 0.9) * max(after - before, 8192))
-    unmount(lab.exp_dir)
-    with temporary_disk(lab.exp_dir, before + room):
-        shutil.copytree(lab.states / part.before, lab.exp_dir, symlinks=True, dirs_exist_ok=True)
-        status = lab.wait(lab.start(part.stages), limit_of(reference, trial.part))
-        if status and f"the disk of {lab.exp_dir} has only" not in lab.said():
-            raise LossError(f"status {status}, and the full disk is not named: {lab.tail()}")
-        remount(lab.exp_dir, f"size={before + (1 << 30)}")
-        run_again(lab, trial, reference)
-    return f"room for {room} bytes: status {status}"
+    before, after = (size_of(lab.states / state) for state in (part.before, part.after))
+    room = int(rng.uniform(0, 0.9) * max(after - before, 8192)) // 4096 * 4096
+    while True:  # a part that replaces files may need less room, so that the disk does not become full
+        unmount(lab.exp_dir)
+        with temporary_disk(lab.exp_dir, before + room + (1 << 20)):
+            shutil.copytree(lab.states / part.before, lab.exp_dir, symlinks=True, dirs_exist_ok=True)
+            remount(lab.exp_dir, f"size={used_bytes(lab.exp_dir) + room}")
+            status = lab.wait(lab.start(part.stages), limit_of(reference, trial.part))
+            if status and f"the disk of {lab.exp_dir} has only" not in lab.said():
+                raise LossError(f"status {status}, and the full disk is not named: {lab.tail()}")
+            if status:
+                remount(lab.exp_dir, f"size={before + (1 << 30)}")
+                run_again(lab, trial, reference)
+                return f"room for {room} bytes: status {status}"
+        if not room:
+            raise LossError("the disk did not become full: the part needs no room")
+        room = room // 8192 * 4096
 
 
 def make_read_only(lab: Laboratory, trial: Trial, reference: Reference, rng: random.Random) -> str:
@@ -578,8 +599,8 @@ FAULTS: dict[str, Callable] = {
 }  # fmt: skip
 
 
-def run_trial(lab: Laboratory, trial: Trial, reference: Reference) -> dict:
-    """Run one trial. Returns its line of trials.jsonl, with the reason of a loss."""
+def run_trial(lab: Laboratory, trial: Trial, reference: Reference, commit: str) -> dict:
+    """Run one trial of the code of a commit. Returns its line of trials.jsonl, with the reason of a loss."""
     rng, start, loss, what = random.Random(trial.name), time.monotonic(), "", ""
     try:
         what = FAULTS[trial.fault](lab, trial, reference, rng)
@@ -587,7 +608,7 @@ def run_trial(lab: Laboratory, trial: Trial, reference: Reference) -> dict:
         loss = str(error)
         shutil.copytree(lab.exp_dir, lab.work_dir / "losses" / trial.name, symlinks=True, dirs_exist_ok=True)
     return dataclasses.asdict(trial) | {
-        "commit": reference.commit, "what": what, "seconds": round(time.monotonic() - start, 1), "loss": loss
+        "commit": commit, "what": what, "seconds": round(time.monotonic() - start, 1), "loss": loss
     }  # fmt: skip
 
 
@@ -641,7 +662,7 @@ def main(argv=None):
         left = [trial for trial in left if trial.fault not in ("full disk", "read-only folder")]
     reference = make_reference(lab, {trial.part for trial in left} & PARTS.keys())
     for count, trial in enumerate(left, 1):
-        row = run_trial(lab, trial, reference)
+        row = run_trial(lab, trial, reference, commit)
         with path.open("a", encoding="utf-8") as file:
             file.write(dump_line(row))
         rows.append(row)

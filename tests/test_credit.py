@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 
 from tts_grpo.text.errors import align_texts, locate_errors
-from tts_grpo.training.credit import encode, syllable_advantages
+from tts_grpo.training.credit import encode, mismatched, syllable_advantages
 
 # Three syllables that begin with tokens 0, 4 and 9.
 STARTS = (0, 4, 9)
 
 
 def test_an_error_is_charged_to_the_tokens_of_its_syllable():
-    right, wrong = encode((0, 0, 0), STARTS), encode((0, 1, 0), (0, 3, 7))
+    right, wrong = encode((0, 0, 0), STARTS), encode((0, 0.6, 0), (0, 3, 7))
     first, second = syllable_advantages([right, wrong], [1.0, 0.4], [12, 10])
     np.testing.assert_allclose(first, [0] * 4 + [0.3] * 5 + [0] * 3, atol=1e-7)
     np.testing.assert_allclose(second, [0] * 3 + [-0.3] * 4 + [0] * 3, atol=1e-7)
@@ -19,30 +19,54 @@ def test_an_error_is_charged_to_the_tokens_of_its_syllable():
 
 def test_syllable_advantages_sum_to_grpos_advantage():
     rng = np.random.default_rng(0)
-    errors = rng.integers(0, 3, (8, 3))
-    scores = np.where(errors.any(1), rng.uniform(0, 0.9, 8), 1.0)
-    advantages = syllable_advantages([encode(row.tolist(), STARTS) for row in errors], scores, [12] * 8)
+    losses = rng.uniform(0, 0.2, (8, 3))
+    scores = rng.uniform(0, 1, 8) * (1 - losses.sum(1))  # some of the loss belongs to no syllable
+    advantages = syllable_advantages([encode(row.tolist(), STARTS) for row in losses], scores, [12] * 8)
     totals = [row[list(STARTS)].sum() for row in advantages]
     np.testing.assert_allclose(totals, scores - scores.mean(), atol=1e-6)
 
 
 def test_a_bad_rollout_has_a_loss_at_each_syllable():
-    bad, right = encode((), ()), encode((0, 0, 0), STARTS)
+    """It weighs as much as a rollout that lost everything at its syllables."""
+    bad, right, wrong = encode((), ()), encode((0, 0, 0), STARTS), encode((1 / 3, 1 / 3, 1 / 3), STARTS)
     first, second = syllable_advantages([bad, right], [0.0, 1.0], [2, 12])
-    np.testing.assert_allclose(first, [-0.5] * 2, atol=1e-6)
+    np.testing.assert_allclose(first, [-1 / 6] * 2, atol=1e-6)
     np.testing.assert_allclose(second, [1 / 6] * 12, atol=1e-6)
+    third, fourth = syllable_advantages([wrong, right], [0.0, 1.0], [12, 12])
+    np.testing.assert_allclose([*third, *fourth], [-1 / 6] * 12 + [1 / 6] * 12, atol=1e-6)
     assert not np.concatenate(syllable_advantages([bad, bad], [0.0, 0.0], [2, 3])).any()
 
 
+def test_a_loss_that_belongs_to_no_syllable_is_shared_evenly():
+    """Rollouts without recognition errors that differ in another part of the reward, such as the pace."""
+    right = encode((0, 0, 0), STARTS)
+    first, second = syllable_advantages([right, right], [1.0, 0.4], [12, 12])
+    np.testing.assert_allclose([*first, *second], [0.1] * 12 + [-0.1] * 12, atol=1e-6)
+    some = encode((0, 0.3, 0), STARTS)  # half of the loss is at the second syllable
+    _, third = syllable_advantages([right, some], [1.0, 0.4], [12, 12])
+    np.testing.assert_allclose(third, [-0.05] * 4 + [-0.2] * 5 + [-0.05] * 3, atol=1e-6)
+
+
 def test_division_by_the_groups_standard_deviation():
-    encoded = [encode((0, 0, 0), STARTS), encode((0, 1, 0), STARTS)]
+    encoded = [encode((0, 0, 0), STARTS), encode((0, 0.6, 0), STARTS)]
     plain, divided = (syllable_advantages(encoded, [1.0, 0.4], [12, 12], by_std) for by_std in (False, True))
     np.testing.assert_allclose(divided[0], plain[0] / np.std([1.0, 0.4], ddof=1), rtol=1e-4)
 
 
-def test_rollouts_of_different_texts_are_an_error():
-    with pytest.raises(ValueError, match="the same"):
-        syllable_advantages([encode((0, 1), (0, 4)), encode((0, 0, 0), STARTS)], [0.5, 1.0], [8, 12])
+def test_a_rollout_with_other_syllables_gets_the_credit_of_the_utterance():
+    group = [encode((0, 0.5), (0, 4)), encode((0, 0, 0), STARTS), encode((0, 0, 0), STARTS)]
+    first, *others = syllable_advantages(group, [0.5, 1.0, 1.0], [8, 12, 12])
+    np.testing.assert_allclose(first, [(0.5 - 2.5 / 3) / 3] * 8, atol=1e-6)
+    np.testing.assert_allclose(others, [[0.5 / 9] * 12] * 2, atol=1e-6)
+    assert mismatched(group) == 1 and mismatched([encode((), ()), *group[1:]]) == 0
+
+
+def test_errors_in_speech_that_a_rollout_continues_are_charged_to_no_token():
+    """Syllables that begin before the response have negative positions."""
+    right, wrong = encode((0, 0, 0), (-6, -2, 4)), encode((0.3, 0.3, 0), (-6, -2, 4))
+    first, second = syllable_advantages([right, wrong], [1.0, 0.4], [9, 9])
+    np.testing.assert_allclose(first, [0.15] * 4 + [0] * 5, atol=1e-7)
+    np.testing.assert_allclose(second, [-0.15] * 4 + [0] * 5, atol=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -83,8 +107,7 @@ def test_onsets_are_accepted_for_any_transcript(transcript):
     assert len(found) == 5
 
 
-@pytest.mark.parametrize(("errors", "score"), [((0, 0, 0), 0.8), ((0, 1, 0), -0.2), ((0, 0, 0), 1.5)])
-def test_a_reward_that_does_not_depend_on_errors_alone_is_refused(errors, score):
-    """Credit by syllable would ignore any other penalty, or assign it to the syllables with errors."""
-    with pytest.raises(ValueError, match=f"{sum(errors)} syllable errors has the reward .*credit=utterance"):
-        syllable_advantages([encode(errors, STARTS), encode((0, 0, 0), STARTS)], [score, 1.0], [12, 12])
+@pytest.mark.parametrize(("losses", "score"), [((0, 0.3, 0), 0.8), ((0, 0, 0), -0.2), ((0, 0, 0), 1.5)])
+def test_losses_that_do_not_fit_the_reward_are_refused(losses, score):
+    with pytest.raises(ValueError, match=f"the reward {score} has a loss of .*credit=utterance"):
+        syllable_advantages([encode(losses, STARTS), encode((0, 0, 0), STARTS)], [score, 1.0], [12, 12])

@@ -164,7 +164,8 @@ def test_commands_of_the_recipe_run_as_printed(exports_and_command):
     done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout, f"{script}: {done.stderr}"
     settings = (ROOT / "conf/settings.sh").read_text("utf-8")
-    for name in re.findall(r"(\w+)=", exports + command.split("bash run.sh")[0]):
+    unquoted = re.sub(r'"[^"]*"', "", exports + command.split("bash run.sh")[0])
+    for name in re.findall(r"(\w+)=", unquoted):
         assert f"setting {name} " in settings, f"{name} is no setting: {command}"
 
 

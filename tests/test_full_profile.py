@@ -73,14 +73,24 @@ def model_variables(llm: str, shared: dict[str, str], folder: Path) -> dict[str,
     return {"sft_path": str(hub_repositories.make_cosyvoice2_llm(folder / "my-model", official))}
 
 
-@pytest.mark.parametrize(("llm", "seeds"), [("llasa", "0 1"), ("official", "0"), ("own", "0")])
-def test_all_stages(shared, tmp_path, llm, seeds):
-    """The evaluation of the own folder is left out: its form is that of the official model after its conversion."""
+@pytest.mark.parametrize(
+    ("llm", "seeds", "settings"),
+    [
+        ("llasa", "0 1", {"algorithm": "gspo"}),
+        ("official", "0", {"algorithm": "gdpo"}),
+        ("own", "0", {"algorithm": "dr_grpo", "lora_rank": "4", "kl_loss_coef": "0.01"}),
+    ],
+)
+def test_all_stages(shared, tmp_path, llm, seeds, settings):
+    """Each model is trained with another algorithm. dapo needs real rewards, so test_training.py tests it, and grpo.
+
+    The evaluation of the own folder is left out: its form is that of the official model after its conversion.
+    """
     http, grpc, metrics = map(str, free_ports(3))
     own = {"workspace": str(tmp_path / "workspace"), "exp_dir": str(tmp_path / "exp"), "seeds": seeds,
            "http_port": http, "grpc_port": grpc, "metrics_port": metrics}  # fmt: skip
     environment = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "PYTHONPATH")}
-    environment |= shared | own | model_variables(llm, shared, tmp_path)
+    environment |= shared | own | settings | model_variables(llm, shared, tmp_path)
 
     def run(*arguments: str) -> subprocess.CompletedProcess:
         command = ["bash", str(ROOT / "run.sh"), *arguments]
@@ -95,6 +105,7 @@ def test_all_stages(shared, tmp_path, llm, seeds):
     if llm != "llasa":
         check_trained_with_bias(tmp_path / "exp")
         check_exported(tmp_path / "exp/llm.pt", tmp_path / "workspace/CosyVoice2-0.5B/llm.pt", llm == "official")
+    assert (tmp_path / "exp/merged_hf_model/lora_adapter").exists() == ("lora_rank" in settings)
     preflight = run("--check")
     assert preflight.returncode == 0 and "WRONG" not in preflight.stdout, preflight.stdout
     if llm == "llasa":

@@ -4,6 +4,7 @@ FUZZ_EXAMPLES is the number of cases per test; tests/run.sh explains it. The cas
 """
 
 import json
+import math
 import os
 import random
 import re
@@ -197,30 +198,36 @@ class Elements(HTMLParser):
             self.texts.append(data)
 
 
-def experiment_of(pairs: list[tuple[str, str]]) -> Experiment:
+def experiment_of(pairs: list[tuple[str, str]], language: str) -> Experiment:
     """Return an experiment whose utterances have these texts and transcripts, without audio."""
+    name, published = ("pinyin_error_rate_toneless", "cer") if language == "zh" else ("wer", "wer")
     utterances = []
     for i, (text, hypothesis) in enumerate(pairs):
-        counts = count_all(text, hypothesis, "zh")
-        sample = Sample(None, hypothesis[:20] or None, hypothesis, counts["pinyin_error_rate_toneless"].errors, 1.0,
-                        counts["cer"].errors, counts["spoken"].errors)  # fmt: skip
+        counts = count_all(text, hypothesis, language)
+        sample = Sample(None, hypothesis[:20] or None, hypothesis, counts[name].errors, 1.0, counts[published].errors,
+                        counts["spoken"].errors)  # fmt: skip
         better = Sample(None, None, text, 0, 1.0)
         samples = {"sft": {"0": sample}, "grpo": {"0": better if i % 2 else sample}}
-        utterances.append(Utterance(f"utt{i}", text, counts["pinyin_error_rate_toneless"].length, samples))
-    name = "pinyin_error_rate_toneless"
+        utterances.append(Utterance(f"utt{i}", text, counts[name].length, samples))
     rates = {name: {"rate": 0.5, "substitutions": 1, "deletions": 1, "insertions": 0, "length": 4}}
-    scores = {"pooled": rates, "seeds": {"0": rates}, "asr_dir": "asr"}
+    scores = {"pooled": rates, "seeds": {"0": rates}, "asr_dir": "asr", "language": language}
     summary = {"relative_drop": {name: 0.1}, "relative_drop_ci": {}, "settings": {"text": pairs[0][0]}}
     return Experiment("x", summary, {"sft": scores, "grpo": scores}, {name: name}, name, utterances, ["0"], {})
 
 
+def test_the_report_aligns_by_the_rules_of_the_language():
+    page = render(experiment_of([("He paid $5", "he paid five dollars")], "en"), 1)
+    assert '<span class="u same"><b>dollars</b>' in page and '<span class="u other">' not in page
+
+
 @pytest.mark.slow
-def test_no_text_breaks_the_report():
-    pairs = [("一会", "一会儿"), ("一会儿", "一会")]  # 儿 is optional
-    pairs += [(text, prepare_hypothesis(transcript, "zh")) for text, transcript in random_pairs(4, "zh")]
-    plain = Elements(render(experiment_of([("今天", "今天")]), 1))
+@pytest.mark.parametrize("language", ["zh", "en"])
+def test_no_text_breaks_the_report(language):
+    pairs = [("一会", "一会儿"), ("一会儿", "一会")] if language == "zh" else []  # 儿 is optional
+    pairs += [(text, prepare_hypothesis(transcript, language)) for text, transcript in random_pairs(4, language)]
+    plain = Elements(render(experiment_of([("今天", "今天")], language), 1))
     for first in range(0, len(pairs), 200):
-        page = render(experiment_of(pairs[first : first + 200]), 200)
+        page = render(experiment_of(pairs[first : first + 200], language), 200)
         elements = Elements(page)
         for tag in ("script", "style", "html", "body", "iframe", "link"):
             assert elements.tags.count(tag) == plain.tags.count(tag), (tag, first)
@@ -234,7 +241,7 @@ def test_no_text_breaks_the_report():
 def random_answer(rng: random.Random):
     """Return a server's answer with a few values replaced, or another JSON value."""
     data = {name: [1.0] if name in ("REWARDS", "ERROR_RATES") else [0] for name in OUTPUT_NAMES}
-    data |= {"TRANSCRIPTS": ["好"], "SERVER": ["x"], "ERRORS": [""]}
+    data |= {"TRANSCRIPTS": ["好"], "SERVER": ["x"], "ERRORS": [""], "PART_NAMES": ["intelligibility"], "PARTS": [1.0]}
     outputs = [{"name": name, "data": values} for name, values in data.items()]
     for _ in range(rng.randint(0, 2)):
         place = rng.randrange(len(outputs))
@@ -257,5 +264,7 @@ def test_an_answer_is_a_score_or_an_error_that_the_client_handles():
         scores += 1
         assert isinstance(score, RolloutScore) and 0 <= score.reward <= 1, ascii(body)
         assert isinstance(score.transcript, str) and isinstance(score.server, str), ascii(body)
-        assert all(isinstance(n, int) for n in (*score.unit_errors, *score.unit_starts)), ascii(body)
+        assert all(isinstance(n, int) for n in score.unit_starts), ascii(body)
+        assert all(0 <= n < math.inf for n in score.unit_losses), ascii(body)
+        assert all(n == -1 or 0 <= n <= 1 for n in score.parts.values()), ascii(body)
     assert scores > 0.05 * EXAMPLES

@@ -9,8 +9,9 @@ from tts_grpo.text.jsonl import numbered_rows, read_jsonl, write_jsonl
 
 def response(reward=0.5, error=""):
     values = {"REWARDS": reward, "ERROR_RATES": 0.25, "TRANSCRIPTS": "你好", "ERRORS": error}
-    units = {"UNIT_ERRORS": [0, 1, -1], "UNIT_STARTS": [0, 7, -1], "SERVER": ["hash"], "RESCORED": [1]}
-    values = units | {name: [value] for name, value in values.items()}
+    units = {"UNIT_LOSSES": [0.0, 0.25, -1], "UNIT_STARTS": [0, 7, -1], "SERVER": ["hash"], "RESCORED": [1]}
+    parts = {"PART_NAMES": ["intelligibility", "mine"], "PARTS": [0.5, -1]}
+    values = parts | units | {name: [value] for name, value in values.items()}
     return {"outputs": [{"name": name, "data": data} for name, data in values.items()]}
 
 
@@ -73,7 +74,23 @@ def test_request_is_padded_to_its_bucket():
 
 def test_response():
     assert decode_response(response()).server == "hash"
-    assert decode_response(response()) == RolloutScore(0.5, 0.25, "你好", (0, 1), (0, 7), rescored=True)
+    parts = {"intelligibility": 0.5, "mine": -1.0}
+    assert decode_response(response()) == RolloutScore(0.5, 0.25, "你好", (0.0, 0.25), (0, 7), parts, rescored=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("PARTS", [0.5, 1.5]), ("PARTS", [0.5]), ("PARTS", [0.5, None]), ("PART_NAMES", [1, 2]), ("UNIT_STARTS", [0]),
+        ("UNIT_LOSSES", [0.0, math.inf]), ("UNIT_LOSSES", "ab"),
+    ],
+)  # fmt: skip
+def test_parts_and_losses_of_another_form_are_errors(name, data):
+    body = response()
+    for output in body["outputs"]:
+        output["data"] = data if output["name"] == name else output["data"]
+    with pytest.raises(ValueError):
+        decode_response(body)
 
 
 @pytest.mark.parametrize("reward", [math.nan, -0.1, 1.1, None])

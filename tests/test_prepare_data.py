@@ -239,3 +239,50 @@ def test_voxbox_is_read_as_it_is(worker, trainer_python, tmp_path, assets):
 def test_missing_file(worker, tmp_path):
     done = prepare(worker, tmp_path, [line("你好")], [line("你好")], "--test-file", str(tmp_path / "no.jsonl"))
     assert done.returncode == 1 and "no.jsonl is missing" in done.stderr
+
+
+RECORDING = [(7 * i) % 6561 for i in range(300)]
+
+
+def test_a_rollout_continues_its_own_recording(worker, tmp_path, trainer_python):
+    """1 to 5 s of it, at most half, equal at each run; prompt and reward get the same tokens."""
+    texts = ["你好。", "你们好。", "他们好。", "天气很好。"]
+    lines = [json.dumps({"text": text, "speech_tokens": RECORDING[: 300 if i else 40]}) for i, text in enumerate(texts)]
+    lines.append(json.dumps({"text": "没有声音。"}))
+    flags = ["--speech-prefix", "recording", "--max-prompt-length", "224", "--max-bad-ratio", "0.5"]
+    for _ in range(2):
+        done = prepare(worker, tmp_path, lines, lines[1:2], *flags, "--max-test-overlap", "1")
+        assert done.returncode == 0, done.stderr
+        rows = rows_of(trainer_python, tmp_path / "out/train.parquet")
+        prefixes = [row["extra_info"]["speech_prefix"] for row in rows]
+        assert [len(prefix) for prefix in prefixes] == [20, 48, 26, 38]
+        for row, prefix in zip(rows, prefixes, strict=True):
+            assert prefix == RECORDING[: len(prefix)]
+            user, speech = row["prompt"]
+            assert user["content"].endswith(row["extra_info"]["text"])
+            assert speech == {"role": "speech", "content": "".join(f"<|s_{token}|>" for token in prefix)}
+    assert "speech_tokens is not a list" in (tmp_path / "out/rejects.jsonl").read_text()
+    done = prepare(worker, tmp_path, lines, lines[1:2], *flags[:2], "--max-prompt-length", "50")
+    assert done.returncode == 1 and "the prompt has more than 50 tokens" in done.stderr
+
+
+def test_a_rollout_continues_a_voice_that_the_reward_server_has_drawn_too(worker, tmp_path, trainer_python):
+    from tts_grpo.speech.voices import choose_voice
+
+    voices = [{"text": f"声音{name}。", "speech_tokens": RECORDING[: 9 + i]} for i, name in enumerate("甲乙丙")]
+    (tmp_path / "voices.jsonl").write_text("".join(json.dumps(voice) + "\n" for voice in voices))
+    texts = [f"{word}好。" for word in ("你", "我", "他", "天气", "今天", "大家")]
+    lines = [json.dumps({"text": text}) for text in texts]
+    flags = ["--speech-prefix", "voice", "--voices", str(tmp_path / "voices.jsonl"), "--seed", "7"]
+    done = prepare(worker, tmp_path, lines, [json.dumps({"text": "再见。"})], *flags)
+    assert done.returncode == 0, done.stderr
+    drawn = []
+    for row, text in zip(rows_of(trainer_python, tmp_path / "out/train.parquet"), texts, strict=True):
+        voice = choose_voice(voices, text, 7)
+        assert row["prompt"][0]["content"].endswith(f": {voice['text']}{text}")
+        assert row["prompt"][1]["content"].count("<|s_") == len(voice["speech_tokens"])
+        assert row["reward_model"]["ground_truth"] == text and "speech_prefix" not in row["extra_info"]
+        drawn.append(voice["text"])
+    assert len(set(drawn)) > 1
+    (tmp_path / "voices.jsonl").unlink()  # --check runs before stage 0 makes the file
+    assert prepare(worker, tmp_path, lines, lines[:1], *flags, "--check", "--max-test-overlap", "1").returncode == 0

@@ -38,6 +38,11 @@ def test_seed_tts_list(assets, tmp_path):
     assert [r["text"] for r in read_jsonl(known)] == [r["prompt_text"] for r in rows]
     assert all(50 < len(r["speech_tokens"]) < 120 for r in read_jsonl(known))
 
+    voices = tmp_path / "voices.jsonl"  # of speech_prefix=voice: all, in order
+    source = str(assets / "prompts/prompts.jsonl")
+    encode_prompts.main(["--voices", source, "--token2wav-dir", str(assets / "token2wav"), "--output", str(voices)])
+    assert read_jsonl(voices) == read_jsonl(known)
+
 
 def test_quotes_and_brackets_are_removed_on_request(assets, tmp_path):
     audio = sorted((assets / "prompts").glob("*.ogg"))[0]

@@ -1,5 +1,6 @@
 """Preparation of the published SFT model for training, in both environments, without changing it."""
 
+import copy
 import hashlib
 import json
 import subprocess
@@ -11,7 +12,13 @@ from transformers import AutoTokenizer, GenerationConfig
 from scripts import prepare_llm
 from tests.conftest import ROOT
 from tools.random_llm import DEFAULT_CHAT_TEMPLATE
-from tts_grpo.text.prompts import chat_messages, load_tokenizer, render_prompt
+from tts_grpo.text.prompts import (
+    COSYVOICE2_CHAT_TEMPLATE,
+    chat_messages,
+    load_tokenizer,
+    render_prompt,
+    with_speech_role,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -94,6 +101,29 @@ def test_matching_template_is_kept_and_existing_output_replaced(assets, tmp_path
     assert changed["chat_template"] == "kept" and not (tmp_path / "out/stale").exists()
     assert (tmp_path / "out/model.safetensors").resolve() == (assets / "llm/model.safetensors").resolve()
     assert render_prompt(AutoTokenizer.from_pretrained(tmp_path / "out"), "好").endswith("GENERATION_START|>")
+
+
+@pytest.mark.parametrize("official", [False, True])
+def test_speech_that_a_rollout_continues_ends_the_prompt(assets, tokenizer, tmp_path, official):
+    """All other prompts stay the same, those of messages without a role, which veRL renders, too."""
+    plain, wrapped = copy.deepcopy(tokenizer), copy.deepcopy(tokenizer)
+    if official:
+        plain.chat_template = COSYVOICE2_CHAT_TEMPLATE
+        wrapped.chat_template = with_speech_role(COSYVOICE2_CHAT_TEMPLATE)
+    else:
+        prepare_llm.main(["--sft-path", str(assets / "llm"), "--output-dir", str(tmp_path / "out"), "--speech-role"])
+        wrapped = load_tokenizer(tmp_path / "out")
+    assert wrapped.chat_template == with_speech_role(wrapped.chat_template) != plain.chat_template
+
+    def render(tokenizer, messages):
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    assert render(wrapped, [{}]) == render(plain, [{}])
+    for before in ("", "我是"):
+        prompt = render(plain, chat_messages(plain, "你好", before))
+        assert render(wrapped, chat_messages(wrapped, "你好", before)) == prompt
+        assert render(wrapped, chat_messages(wrapped, "你好", before, [1, 22])) == f"{prompt}<|s_1|><|s_22|>"
+    assert render_prompt(wrapped, "你好", "我是", [1, 22]) == f"{prompt}<|s_1|><|s_22|>"
 
 
 def test_folders_that_cannot_be_trained_are_refused(sft_checkpoint, tmp_path):

@@ -30,7 +30,7 @@ speech_tokens = st.lists(st.integers(0, NUM_SPEECH_TOKENS - 1), min_size=1, max_
 
 @st.composite
 def groups(draw):
-    """Rollouts of one text: errors and starts of its syllables, rewards, numbers of tokens."""
+    """Rollouts of one text: losses and starts of its syllables, rewards, numbers of tokens."""
     syllables, rollouts = draw(st.integers(1, 12)), draw(st.integers(2, 6))
     encoded, scores, sizes = [], [], []
     for _ in range(rollouts):
@@ -39,10 +39,10 @@ def groups(draw):
             scores.append(0.0)
             sizes.append(draw(st.integers(1, 40)))
             continue
-        errors = draw(st.lists(st.integers(0, 2), min_size=syllables, max_size=syllables))
+        losses = draw(st.lists(st.floats(0, 1 / syllables), min_size=syllables, max_size=syllables))
         starts = sorted(draw(st.lists(st.integers(0, 30), min_size=syllables, max_size=syllables, unique=True)))
-        encoded.append(encode(errors, starts))
-        scores.append(1.0 if not any(errors) else draw(st.floats(0, 1)))
+        encoded.append(encode(losses, starts))
+        scores.append(draw(st.floats(0, 1)) * max(0.0, 1 - sum(losses)))
         sizes.append(max(starts) + draw(st.integers(1, 10)))
     return encoded, scores, sizes
 
@@ -58,8 +58,8 @@ def test_credit_adds_up_to_grpos_advantage(group):
         assert not np.concatenate(advantages).any()
         return
     for one, score, advantage in zip(encoded, scores, advantages, strict=True):
-        starts = json.loads(one)[1]
-        total = advantage[0] if one == bad else sum(advantage[max(0, start) :][0] for start in [0, *starts[1:]])
+        starts, syllables = json.loads(one)[1], max(len(json.loads(other)[1]) for other in encoded)
+        total = syllables * advantage[0] if one == bad else sum(advantage[start:][0] for start in [0, *starts[1:]])
         assert total == pytest.approx(score - np.mean(scores), abs=1e-5)
 
 
@@ -116,8 +116,8 @@ def test_requests_keep_tokens_and_text(tokens, text):
 
 @given(st.one_of(st.floats(), st.none(), st.text(), st.booleans(), st.integers()))
 def test_only_rewards_from_0_to_1_are_accepted(reward):
-    values = {"REWARDS": [reward], "ERROR_RATES": [0.5], "TRANSCRIPTS": ["好"], "UNIT_ERRORS": [0], "UNIT_STARTS": [0]}
-    values |= {"RESCORED": [0], "SERVER": ["hash"]}
+    values = {"REWARDS": [reward], "ERROR_RATES": [0.5], "TRANSCRIPTS": ["好"], "UNIT_LOSSES": [0], "UNIT_STARTS": [0]}
+    values |= {"RESCORED": [0], "SERVER": ["hash"], "PART_NAMES": ["one"], "PARTS": [0.5]}
     values |= {name: [""] for name in OUTPUT_NAMES if name not in values}
     body = {"outputs": [{"name": name, "data": data} for name, data in values.items()]}
     if isinstance(reward, int | float) and 0 <= reward <= 1:
@@ -127,17 +127,29 @@ def test_only_rewards_from_0_to_1_are_accepted(reward):
             decode_response(body)
 
 
-unit_counts = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2000)), max_size=8)
-scores = st.builds(
-    lambda reward, transcript, units, rescored: RolloutScore(
-        reward, 0.5, transcript, *(tuple(zip(*units)) or ((), ())), rescored
+unit_losses = st.lists(st.tuples(st.floats(0, 1, width=32), st.integers(0, 2000)), max_size=8)
+names = st.lists(st.sampled_from(("intelligibility", "pitch", "我的")), min_size=1, unique=True)
+part_scores = st.one_of(st.floats(0, 1, width=32), st.just(-1.0))
+batches = st.tuples(
+    names,
+    st.lists(
+        st.tuples(
+            st.floats(0, 1, width=32), st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")),
+            unit_losses, st.lists(part_scores, min_size=3, max_size=3), st.booleans(),
+        ),
+        min_size=1, max_size=5,
     ),
-    st.floats(0, 1, width=32), st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")), unit_counts,
-    st.booleans(),
+).map(
+    lambda drawn: [
+        RolloutScore(
+            reward, 0.5, transcript, *(tuple(zip(*units)) or ((), ())), dict(zip(drawn[0], parts)), rescored
+        )
+        for reward, transcript, units, parts, rescored in drawn[1]
+    ]
 )  # fmt: skip
 
 
-@given(st.lists(scores, min_size=1, max_size=5))
+@given(batches)
 def test_scores_survive_the_round_trip(sent):
     """Each rollout of a batch is returned as its own response, in Triton's JSON format."""
     tensors = encode_response(sent, "hash")

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from tools.record_results import MAIN_RATE, RESULTS, ROOT, main, read_summary, replace_tables, tables
+from tools.record_results import MAIN_RATE, RESULTS, ROOT, main, read_summary, tables
+from tts_grpo.evaluation.provenance import replace_tables
 
 
 def summary(sft: float, grpo: float, commit: str = "c" * 40) -> dict:

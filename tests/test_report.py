@@ -200,24 +200,25 @@ def test_quality_metrics_and_verdicts_are_shown(exp_dir, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("target", "transcript", "kinds"),
+    ("target", "transcript", "kinds", "language"),
     [
-        ("今天好", "今天好", ["same"] * 3),
-        ("他买花", "她卖画", ["homophone", "tone", "tone"]),
-        ("很好吃", "很吃", ["same", "missing", "same"]),
-        ("很吃", "很好吃", ["same", "extra", "same"]),
-        ("好", "", ["missing"]),
-        ("用 GPU 算", "用 CPU 算", ["same", "other", "same", "same", "same"]),  # by letter
-        ("一会儿", "一会", ["same", "same", "optional"]),
+        ("今天好", "今天好", ["same"] * 3, "zh"),
+        ("他买花", "她卖画", ["homophone", "tone", "tone"], "zh"),
+        ("很好吃", "很吃", ["same", "missing", "same"], "zh"),
+        ("很吃", "很好吃", ["same", "extra", "same"], "zh"),
+        ("好", "", ["missing"], "zh"),
+        ("用 GPU 算", "用 CPU 算", ["same", "other", "same", "same", "same"], "zh"),  # by letter
+        ("一会儿", "一会", ["same", "same", "optional"], "zh"),
+        ("He paid $5", "he paid five dollars", ["same"] * 4, "en"),
     ],
 )
-def test_alignment(target, transcript, kinds):
-    assert [cell.kind for cell in cells(target, transcript)] == kinds
+def test_alignment(target, transcript, kinds, language):
+    assert [cell.kind for cell in cells(target, transcript, language)] == kinds
 
 
 def test_alignments_agree_with_the_error_counts(exp_dir):
     for row in read_jsonl(exp_dir / "eval/sft/seed_0/utterances.jsonl"):
-        aligned = cells(row["target_text"], row["hypothesis"])
+        aligned = cells(row["target_text"], row["hypothesis"], "zh")
         errors = sum(cell.kind in ("other", "missing", "extra") for cell in aligned)
         assert errors == ErrorCounts(**row["errors"]["pinyin_error_rate_toneless"]).errors
 

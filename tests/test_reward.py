@@ -120,7 +120,8 @@ class FakeClient:
     async def score(self, speech_tokens, text):
         reward = self.right if self.texts[tuple(speech_tokens)] == text else 1.0 - self.right
         answer = asyncio.get_running_loop().create_future()
-        self.waiting.append((answer, RolloutScore(reward, 1.0 - reward, text, server=self.server)))
+        self.waiting.append((answer, RolloutScore(reward, 1.0 - reward, text, parts={"intelligibility": reward},
+                                                  server=self.server)))  # fmt: skip
         if len(self.waiting) == 8:
             answers, scores = zip(*self.waiting)
             self.waiting = []
@@ -166,12 +167,37 @@ def test_compute_score(reward_server, rows, monkeypatch):
     good, silent, out_of_range = asyncio.run(go())
     assert good["score"] > 0.3 and good["bad_rollout"] == 0.0
     assert re.fullmatch("[0-9a-f]{16}", good["reward_server"]) and silent["reward_server"] == ""
-    errors, starts = json.loads(good["syllable_errors"])
+    losses, starts = json.loads(good["syllable_losses"])
     syllables = pinyin(rows[0]["text"], tones=False)
-    assert len(errors) == len(starts) == len(syllables) and sum(errors) / len(errors) == good["pinyin_error_rate"]
+    assert len(losses) == len(starts) == len(syllables) and sum(losses) == pytest.approx(1 - good["score"], abs=1e-5)
+    assert good["reward_parts/intelligibility"] == pytest.approx(good["score"])
     assert starts == sorted(starts) and 0 <= starts[0] < starts[-1] < len(rows[0]["speech_tokens"])
     for bad in (silent, out_of_range):
-        assert (bad["score"], bad["bad_rollout"], bad["syllable_errors"]) == (0.0, 1.0, "[[], []]")
+        assert (bad["score"], bad["bad_rollout"], bad["syllable_losses"]) == (0.0, 1.0, "[[], []]")
+        assert bad["reward_parts/intelligibility"] == 0.0
+
+
+def test_a_response_that_continues_its_recording_is_scored_with_it(reward_server, rows, monkeypatch):
+    tokens, size = rows[0]["speech_tokens"], 20
+
+    async def go():
+        monkeypatch.setattr(reward_tts, "_client", None)
+        splits = [(tokens, None), (tokens[size:], {"speech_prefix": tokens[:size]}), ([], {"speech_prefix": tokens})]
+        results = [
+            await reward_tts.compute_score(
+                "", format_speech_tokens(response), rows[0]["text"], extra_info=extra, server_urls=reward_server.url,
+                by_syllable=True,
+            )
+            for response, extra in splits
+        ]  # fmt: skip
+        await reward_tts._client.close()
+        return results
+
+    whole, continued, empty = asyncio.run(go())
+    assert continued["score"] == whole["score"] > 0.3 and continued["num_speech_tokens"] == len(tokens) - size
+    (errors, starts), (same, shifted) = (json.loads(r["syllable_losses"]) for r in (whole, continued))
+    assert same == errors and shifted == [start - size for start in starts] and shifted[0] < 0
+    assert (empty["score"], empty["bad_rollout"]) == (0.0, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +232,7 @@ def test_unscored_rollouts_are_counted_up_to_a_small_share(monkeypatch):
     async def score(client, tokens, text):
         if tokens == [0]:
             raise UnscoredRolloutError("not finite")
-        return RolloutScore(0.5, 0.1, "好")
+        return RolloutScore(0.5, 0.1, "好", parts={"intelligibility": 0.5})
 
     monkeypatch.setattr(RewardClient, "score", score)
     monkeypatch.setattr(reward_tts, "_client", None)
@@ -313,9 +339,13 @@ def test_a_server_that_computes_other_rewards_is_refused(monkeypatch, assets, tm
     changed = [[*flags, str(tmp_path / "asr")]]
     changed += [
         [*flags, str(assets / "asr_reward"), *extra]
-        for extra in (["--no-tones"], ["--language", "en"], ["--reward-curve", "exp"], ["--precision", "fp16"])
-    ]
-    assert len({token2wav_asr_server.identity(get_args(arguments)) for arguments in changed} | {same}) == 6
+        for extra in (
+            ["--no-tones"], ["--language", "en"], ["--reward-curve", "exp"], ["--precision", "fp16"],
+            ["--rewards", "intelligibility:2 pauses"], ["--more-asr-dirs", str(assets / "asr_eval")],
+            ["--asr-pool", "worst"],
+        )
+    ]  # fmt: skip
+    assert len({token2wav_asr_server.identity(get_args(arguments)) for arguments in changed} | {same}) == 9
 
 
 def test_patience_begins_with_the_first_failure(monkeypatch):
@@ -502,7 +532,9 @@ def run_instance(monkeypatch, score) -> list:
             raise EOFError from None
 
     pipe = types.SimpleNamespace(recv=receive, send=sent.append)
-    token2wav_asr_server.serve_instance(pipe, types.SimpleNamespace(threads=1, max_batch_size=1), "cpu")
+    token2wav_asr_server.serve_instance(
+        pipe, types.SimpleNamespace(threads=1, max_batch_size=1, known_answers=None), "cpu"
+    )
     assert sent[0] == ""
     return sent[1:]
 

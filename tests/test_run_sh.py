@@ -81,7 +81,9 @@ class Recipe:
         for name in ("lib.sh", "verl_cpu.sh", "settings.py", "checkpoints.py"):
             shutil.copy(ROOT / "scripts" / name, self.root / "scripts")
         (self.root / "tts_grpo/reward").mkdir(parents=True)
-        shutil.copy(ROOT / "tts_grpo/reward/libpython.py", self.root / "tts_grpo/reward")
+        for name in ("libpython.py", "rewards.py"):
+            shutil.copy(ROOT / "tts_grpo/reward" / name, self.root / "tts_grpo/reward")
+        shutil.copytree(ROOT / "tts_grpo/reward/parts", self.root / "tts_grpo/reward/parts")
         (self.root / "scripts/make_env.sh").write_text('echo "make_env $1" >>"$CALLS"\n')
         (self.root / "scripts/compute_wer.sh").write_text('echo "compute_wer $1 seeds=$seeds" >>"$CALLS"\n')
         for name, text in (("venv/speech/bin/python", STUB), ("venv/trainer/bin/python", STUB),
@@ -313,6 +315,104 @@ def test_every_preset_is_tested_and_an_unknown_one_is_refused(recipe):
     assert sorted(done.stderr.split("one of ")[1].split()) == names
     done = recipe.run("0", "0", profile="tiny", recipe="seed")
     assert done.returncode == 1 and "recipe=seed is for profile=cosyvoice2" in done.stderr
+
+
+ALGORITHMS = {  # per algorithm: arguments of veRL
+    "grpo": [
+        "adv_estimator=grpo ", "norm_adv_by_std_in_grpo=False ", "loss_mode=vanilla ", "loss_agg_mode=token-mean ",
+        "clip_ratio_low=0.2 ", "clip_ratio_high=0.2 ", "filter_groups.enable=False ", "by_syllable: true,",
+        "bypass_mode=True ", "use_kl_loss=False ", "model.lora_rank=0 ",
+    ],
+    "dr_grpo": [
+        "adv_estimator=grpo ", "norm_adv_by_std_in_grpo=False ", "loss_agg_mode=seq-mean-token-sum-norm ",
+        "loss_scale_factor=160 ", "use_kl_loss=False ", "by_syllable: false,",
+    ],
+    "dapo": [
+        "adv_estimator=grpo ", "norm_adv_by_std_in_grpo=True ", "clip_ratio_low=0.2 ", "clip_ratio_high=0.28 ",
+        "clip_ratio_c=10.0 ", "loss_agg_mode=token-mean ", "filter_groups.enable=True ", "use_kl_loss=False ",
+        "reward_manager.name=dapo ", "reward_kwargs={max_resp_len: 160, ",
+        "{enable: True, len: 32, penalty_factor: 1.0,",
+    ],
+    "gspo": [
+        "adv_estimator=grpo ", "norm_adv_by_std_in_grpo=True ", "loss_mode=gspo ", "loss_agg_mode=seq-mean-token-mean ",
+        "clip_ratio_low=3e-4 ", "clip_ratio_high=4e-4 ", "use_kl_loss=False ", "bypass_mode=False ",
+    ],
+    "gdpo": [
+        "adv_estimator=gdpo ", "norm_adv_by_std_in_grpo=True ", "loss_agg_mode=token-mean ", "by_syllable: false,",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_an_algorithm_is_chosen_by_name_and_single_values_take_precedence(recipe, name):
+    done = recipe.run("--dry-run", "2", "2", algorithm=name)
+    assert done.returncode == 0, done.stderr
+    shown = done.stdout.replace("\\", "")
+    for text in ALGORITHMS[name]:
+        assert text in shown, text
+    assert ("reward_manager" in shown) == (name == "dapo")
+    shown = recipe.run("--dry-run", "2", "2", algorithm=name, clip_ratio_high="0.3", norm_adv_by_std="True").stdout
+    assert "clip_ratio_high=0.3 " in shown and "norm_adv_by_std_in_grpo=True " in shown
+
+
+def test_every_algorithm_is_tested_and_an_unknown_one_is_refused(recipe):
+    names = sorted(path.stem for path in (ROOT / "conf/algorithms").glob("*.sh"))
+    assert names == sorted(ALGORITHMS)
+    for arguments in (("0", "0"), ("--check",), ("--settings",)):
+        done = recipe.run(*arguments, algorithm="ppo")
+        assert done.returncode == 1 and "algorithm=ppo is unknown: choose one of " in done.stderr
+        assert sorted(done.stderr.split("one of ")[1].split()) == names
+    (meaning,) = re.findall(r'^setting algorithm .*"(.*?), as published', (ROOT / "conf/settings.sh").read_text(), re.M)
+    assert sorted(re.split(", | or ", meaning)) == names
+    assert recipe.calls() == []
+
+
+def test_credit_by_syllable_is_refused_where_the_algorithm_would_lose_something(recipe):
+    for name in ("dr_grpo", "gspo"):
+        assert "by_syllable: true" in recipe.run(
+            "--dry-run", "2", "2", algorithm=name, credit="syllable"
+        ).stdout.replace("\\", "")
+    done = recipe.run("0", "0", algorithm="gdpo", credit="syllable")
+    assert done.returncode == 1 and "but adv_estimator=gdpo (algorithm=gdpo): set credit=utterance" in done.stderr
+    done = recipe.run("0", "0", algorithm="dapo", credit="syllable")
+    assert done.returncode == 1 and "overlong_percent=20 among syllables: set credit=utterance, or" in done.stderr
+    assert recipe.run("--dry-run", "2", "2", algorithm="dapo", credit="syllable", overlong_percent="0").returncode == 0
+
+
+def test_kl_and_lora_are_settings(recipe):
+    for none in ("0", "0.0", "0e5"):
+        assert "use_kl_loss=False " in recipe.run("--dry-run", "2", "2", kl_loss_coef=none).stdout
+    shown = recipe.run("--dry-run", "2", "2", kl_loss_coef="1e-3", kl_loss_type="kl").stdout
+    assert "use_kl_loss=True " in shown and "kl_loss_coef=1e-3 " in shown and "kl_loss_type=kl " in shown
+    shown = recipe.run("--dry-run", "2", "2", lora_rank="8", lora_alpha="32", lora_modules="q_proj v_proj").stdout
+    shown = shown.replace("\\", "")
+    assert "lora_rank=8 " in shown and "lora_alpha=32 " in shown and "target_modules=[q_proj,v_proj] " in shown
+    assert "lora.merge=True " in shown and "bypass_mode=False " in shown
+
+
+def test_rollouts_may_continue_speech(recipe):
+    shown = recipe.run("--dry-run", "0", "0").stdout
+    assert "--speech-" not in shown and "encode_prompts.py" not in shown
+    shown = recipe.run("--dry-run", "0", "0", speech_prefix="recording").stdout
+    assert "--speech-role" in shown and "--speech-prefix recording" in shown and "encode_prompts.py" not in shown
+    assert "--max-prompt-length 224 " in shown
+    done = recipe.run("0", "0", speech_prefix="recording", max_response_length="2000")
+    assert done.returncode == 1 and "lower max_response_length=2000" in done.stderr
+    done = recipe.run("0", "0", speech_prefix="voice")
+    assert done.returncode == 1 and "speech_prefix=voice needs a prompt_list" in done.stderr
+    voices = recipe.root / "voices list.jsonl"
+    voices.write_text("one")
+    given = {"speech_prefix": "voice", "prompt_list": str(voices)}
+    assert "needs a prompt_list" in recipe.run("0", "0", **given, prompt_voice_per="rollout").stderr
+    assert recipe.run("0", "0", **given).returncode == 0
+    calls = recipe.calls_path.read_text()
+    assert f"encode_prompts.py --voices {voices} " in calls and f"--output {recipe.exp_dir}/voices.jsonl" in calls
+    assert f"--speech-prefix voice --voices {recipe.exp_dir}/voices.jsonl --seed 42" in calls
+    assert recipe.run("0", "0", **given).returncode == 0 and recipe.calls() == []
+    for change in ({"seed": "43"}, {}):
+        voices.write_text(f"{change}")
+        assert recipe.run("0", "0", **given, **change).returncode == 0
+        assert recipe.calls() == ["prepare_llm.py", "prepare_data.py"], change
 
 
 @pytest.mark.parametrize(
@@ -621,7 +721,9 @@ def shown_settings(copy, *arguments, **variables) -> dict[str, tuple[str, str]]:
     done = copy.run("--settings", *arguments, **variables)
     assert done.returncode == 0 and copy.calls() == [], done.stderr
     rows = re.findall(
-        r"^(?!setting )(\w+) +(.*?)\s+(environment|recipe|profile|default|command line) ", done.stdout, re.MULTILINE
+        r"^(?!setting )(\w+) +(.*?)\s+(environment|recipe|algorithm|profile|default|command line) ",
+        done.stdout,
+        re.MULTILINE,
     )
     return {name: (value, origin) for name, value, origin in rows}
 
@@ -638,6 +740,9 @@ def test_settings_are_shown_with_their_origin(recipe):
     assert full["rollout_n"] == ("4", "recipe") and full["num_gpus"] == ("2", "environment")
     assert full["text_excludes"] == ("''", "environment") and full["train_batch_size"] == ("32", "profile")
     assert full["infer_precision"] == ("fp32", "profile"), "there is no fp16 on a CPU"
+    dapo = shown_settings(recipe, algorithm="dapo", clip_ratio_low="0.1")
+    assert dapo["clip_ratio_low"] == ("0.1", "environment") and dapo["clip_ratio_high"] == ("0.28", "algorithm")
+    assert dapo["credit"] == ("utterance", "algorithm") and tiny["credit"] == ("syllable", "profile")
     assert set(tiny) < set(full)
 
 
@@ -925,15 +1030,18 @@ def test_the_evaluation_is_refused_on_another_merged_model(recipe):
 
 RESULTS_DEPEND_ON = {
     "0": "sft_path train_jsonl test_jsonl max_prompt_length max_bad_ratio max_test_overlap text_tags llm_text language "
-    "train_batch_size",
-    "2": "seed token2wav_dir reward_asr_dir token2wav_precision reward_curve reward_tones prompt_audio prompt_text "
-    "prompt_list prompt_voice_per num_gpus num_nodes train_device total_steps train_batch_size mini_batch_size "
-    "rollout_n rollout_temperature rollout_top_p rollout_top_k max_response_length learning_rate "
-    "learning_rate_schedule adam_eps credit norm_adv_by_std recipe_args overrides language",
+    "train_batch_size speech_prefix",
+    "2": "seed token2wav_dir reward_asr_dir rewards reward_asr_dirs reward_asr_pool token2wav_precision reward_curve "
+    "reward_tones prompt_audio prompt_text prompt_list prompt_voice_per num_gpus num_nodes train_device total_steps "
+    "train_batch_size mini_batch_size rollout_n rollout_temperature rollout_top_p rollout_top_k max_response_length "
+    "learning_rate learning_rate_schedule adam_eps credit norm_adv_by_std recipe_args overrides language algorithm "
+    "adv_estimator loss_mode loss_agg_mode clip_ratio_low clip_ratio_high clip_ratio_c filter_groups overlong_percent "
+    "kl_loss_coef kl_loss_type lora_rank lora_alpha lora_modules",
     "3": "llm_path",
     "4": "token2wav_dir infer_engine infer_batch_size infer_precision infer_lm_precision temperature top_p top_k "
     "repetition_penalty max_new_tokens language text_tags llm_text",
-    "4s": "eval_asr_dir eval_jsonl language text_tags seeds quality_utterances reference_audio speaker_model_dir",
+    "4s": "eval_asr_dir judge_asr_dir eval_jsonl language text_tags seeds quality_utterances reference_audio "
+    "speaker_model_dir",
 }
 
 

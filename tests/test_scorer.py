@@ -100,7 +100,8 @@ def test_speech_that_is_not_finite_is_an_error_of_its_rollout_alone():
 
 def test_errors_are_placed_at_the_speech_tokens_of_their_syllable():
     (score,) = RewardScorer(RecordingDecoder(), FixedAsr("你早", (0.08, 0.24))).score([[1] * 20], ["你好吗"])
-    assert score.unit_errors == (0, 1, 1) and score.error_rate == 2 / 3
+    lost = (1 - score.reward) / 2
+    assert score.unit_losses == (0, lost, lost) and score.error_rate == 2 / 3
     assert score.unit_starts == (1, 5, 12)  # 25 per second, minus the ASR's delay of 1; the third is between 5 and 20
 
 

@@ -141,6 +141,7 @@ def test_the_program_writes_all_figures(evaluate, spoken, truth, assets, tmp_pat
     arguments = [
         "--output-dir", str(output_dir), "--eval-set", str(set_path), "--asr-dir", str(assets / "asr_eval"),
         "--quality-utterances", "3", "--reference-audio", str(assets / "prompts"),
+        "--judge-asr-dir", str(assets / "asr_reward"),
     ]  # fmt: skip
     score.main(arguments)
     written = [output_dir / name for name in ("scores.json", "seed_0/utterances.jsonl", "seed_0/alignment.txt")]
@@ -150,6 +151,12 @@ def test_the_program_writes_all_figures(evaluate, spoken, truth, assets, tmp_pat
     scores = json.loads((output_dir / "scores.json").read_text())
     assert scores["asr"]["backend"] == "funasr" and len(scores["asr"]["sha256"]) == 64
     assert scores["pooled"][PER]["rate"] == truth[0][PER]["rate"]
+    rows = read_jsonl(output_dir / "seed_0/utterances.jsonl")
+    judged = [row["judge_errors"][PER] for row in rows]
+    errors = sum(one[kind] for one in judged for kind in ("substitutions", "deletions", "insertions"))
+    assert scores["judge"]["pooled"][PER]["rate"] == errors / sum(one["length"] for one in judged)
+    assert scores["judge"]["asr"]["sha256"] != scores["asr"]["sha256"]
+    assert [row["judge_hypothesis"] for row in rows] != [row["hypothesis"] for row in rows]
     assert scores["pooled"][PER]["ci"][0] <= scores["pooled"][PER]["rate"] <= scores["pooled"][PER]["ci"][1]
     assert scores["quality_sample"] == {"seed": "0", "utterances": 3} and scores["quality"]["dnsmos_ovrl"]["n"] == 3
     assert scores["quality"]["dnsmos_ovrl"]["model"].startswith("DNSMOS P.835")

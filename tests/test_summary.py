@@ -3,9 +3,9 @@ import json
 import pytest
 
 from scripts.summarise import main, stage_seconds, summarise, table
-from tts_grpo.evaluation.aggregate import quality, rates
+from tts_grpo.evaluation.aggregate import JUDGE_ERRORS, quality, rates
 from tts_grpo.evaluation.protocols import METRICS
-from tts_grpo.text.jsonl import write_json, write_jsonl
+from tts_grpo.text.jsonl import read_jsonl, write_json, write_jsonl
 
 
 def utterance(number, errors, mos):
@@ -42,6 +42,23 @@ def test_summary(exp_dir):
     assert summary["quality_change"]["dnsmos_ovrl"]["difference"] == pytest.approx(-0.5)
     assert summary["quality_change"]["duration_s"]["verdict"] == "not significant (95%)"
     assert stage_seconds(exp_dir) == {"0": 5, "2": 53} == summary["stage_seconds"]
+
+
+def test_a_second_opinion_is_compared_and_shown(exp_dir):
+    """The judge has 3 and 2.5 errors of 10, where the evaluation's recogniser has 4.5 and 2.5."""
+    for model, errors in (("sft", 3), ("grpo", 2)):
+        folder = exp_dir / "eval" / model
+        judged = [utterance(i, errors + i % 2 * (model == "grpo"), 3.0)["errors"] for i in range(20)]
+        own = read_jsonl(folder / "seed_0/utterances.jsonl")
+        rows = [row | {JUDGE_ERRORS: one} for row, one in zip(own, judged, strict=True)]
+        write_jsonl(folder / "seed_0/utterances.jsonl", rows)
+        scores = json.loads((folder / "scores.json").read_text())
+        scores["judge"] = {"asr": {"model": "Outsider"}, "pooled": rates(rows, "zh", JUDGE_ERRORS)}
+        write_json(folder / "scores.json", scores)
+    summary = summarise(exp_dir, {})
+    assert summary["relative_drop"]["cer"] == pytest.approx(1 - 2.5 / 4.5)
+    assert summary["judge"]["change"]["cer"]["relative_drop"] == pytest.approx(1 / 6)
+    assert "by Outsider" in table(summary) and "30.00%   25.00%   16.7%" in table(summary)
 
 
 def test_costs_of_later_stages_are_added_to_an_existing_summary(exp_dir):

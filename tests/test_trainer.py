@@ -5,6 +5,7 @@ import os
 import shlex
 import subprocess
 
+import numpy as np
 import pytest
 
 from tests.conftest import ROOT
@@ -68,9 +69,44 @@ def test_advantages_are_written_back_group_by_group(found):
     returned, advantages, metrics = found["advantages"]
     assert returned == "batch after writing"
     assert advantages == [[0.0, 0.0, 0.25], [0.0, 0.0, 0.0], [0.0, 0.0, -0.25, -0.25], [0.0, 0.0, 0.0]]
-    assert metrics == {"critic/advantages/nonzero": pytest.approx(3 / 13)}
-    assert "1 of 2 rollouts has no syllable_errors" in found["missing_errors"]
+    assert metrics == {
+        "critic/advantages/nonzero": pytest.approx(3 / 13), "critic/advantages/mismatched": 0.0,
+    }  # fmt: skip
+    assert "1 of 2 rollouts has no syllable_losses" in found["missing_errors"]
     assert "credit=utterance" in found["missing_errors"]
+
+
+def test_each_algorithm_reaches_veRLs_loss_and_reward_manager(found):
+    clipped, seq_clipped = [-1.2, -1, -1, 0.9], [-1.0004, 0.9997]
+    expected = {
+        "grpo": [sum(clipped) / 4, None],
+        "dr_grpo": [sum(clipped) / 2 / 160, None],
+        "dapo": [(sum(clipped) - 0.05) / 4, [160, 32]],  # 1.25 is below 1 + clip_ratio_high
+        "gspo": [sum(seq_clipped) / 2, None],
+        "gdpo": [sum(clipped) / 4, None],
+    }
+    assert found["algorithms"] == {
+        name: [pytest.approx(loss, abs=1e-6), overlong] for name, (loss, overlong) in expected.items()
+    }
+
+
+def test_gdpo_normalises_each_part_of_the_reward_in_its_group(found):
+    floored, incomplete, no_part, refused = found["gdpo"]
+
+    def expected(words, pace):
+        summed = np.zeros(4)
+        for weight, part in ((1.0, words), (0.3, pace)):
+            groups = np.reshape(part, (2, 2))  # rollouts 0 and 2 are of text a, 1 and 3 of text b
+            normalised = (groups - groups.mean(0)) / (groups.std(0, ddof=1) + 1e-6)
+            summed += weight * normalised.ravel()
+        tokens = np.repeat(summed, (3, 3, 4, 3))
+        return (tokens - tokens.mean()) / tokens.std(ddof=1)
+
+    np.testing.assert_allclose(np.concatenate(floored), expected((1, 0, 0.5, 0.2), (0.2, 0, 0.4, 0.8)), atol=1e-5)
+    np.testing.assert_allclose(np.concatenate(incomplete), expected((1, 0, 0.5, 0.2), (0.2, 0, 0.2, 0.8)), atol=1e-5)
+    assert [len(row) for row in floored] == [3, 3, 4, 3]
+    assert "the reward of 1 of 4 rollouts has no reward_parts/pace" in no_part
+    assert "set kl_loss_coef instead" in refused
 
 
 def test_reward_wait_starts_at_the_end_of_the_last_generation(found):
@@ -79,13 +115,24 @@ def test_reward_wait_starts_at_the_end_of_the_last_generation(found):
     assert found["wait_for_rewards"] == {"step": 9.0, "generation": 2.0, "reward_wait": 1.5}
 
 
+def test_statistics_of_the_parts_of_the_reward_are_logged(found):
+    statistics, of_another_reward = found["part_statistics"]
+    assert statistics == {
+        "reward_parts/pace/mean": 0.75, "reward_parts/pace/std": 0.25, "reward_parts/pace/equal_groups": 1.0,
+        "reward_parts/mine/mean": pytest.approx(0.4), "reward_parts/mine/std": pytest.approx(0.32660, abs=1e-4),
+        "reward_parts/mine/equal_groups": 0.0, "reward_parts/mine/missing": 0.25,
+    }  # fmt: skip
+    assert of_another_reward == {}
+
+
 def test_shares_of_rollouts_are_logged(found):
-    shares, of_another_reward = found["shares"]
+    shares, with_a_truncated_one, of_another_reward = found["shares"]
     assert shares == {
         "rollouts/bad_rollout": 0.5, "rollouts/unscored_rollout": 0.0, "rollouts/retried_rollout": 1.0,
         "rollouts/rescored_rollout": 0.0, "rollouts/empty_transcript": 0.5,
         "rollouts/other_tokens": (4 + 3) / 16,  # without the end tokens
     }  # fmt: skip
+    assert with_a_truncated_one["rollouts/other_tokens"] == (4 + 4) / 16  # the second has no end token
     assert of_another_reward == {}
 
 
@@ -122,6 +169,12 @@ def test_only_a_head_with_a_bias_changes_the_log_probabilities(found):
     assert found["head_with_a_bias"] == ["the model", True]
     for name in ("unfused_head_with_a_bias", "other_kernel_with_a_bias"):
         assert "has a bias, which training would ignore" in found[name] and "impl_backend=torch" in found[name]
+
+
+def test_a_lora_adapter_is_added_to_the_weights_when_merging(found):
+    relative, change, others, dtype, unknown_scale = found["lora_merge"]
+    assert relative < 2**-7 and change > 0.01 and others == [] and dtype == "torch.bfloat16"
+    assert "lora_alpha is unknown" in unknown_scale
 
 
 def test_rollouts_on_a_cpu_draw_by_step_prompt_and_request(found):

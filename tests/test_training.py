@@ -1,10 +1,13 @@
 """GRPO with the real veRL and reward server, by run.sh: two steps with few rollouts, with a kill and resume between."""
 
+import json
 import os
 import re
 import signal
 import subprocess
+import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT_S = 400
+OWN_REWARD = (ROOT / "docs/my_reward.py").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -26,15 +30,20 @@ def recipe(venv_root, tmp_path_factory):
     small = {
         "total_steps": "2", "train_batch_size": "2", "rollout_n": "2", "max_response_length": "48", "save_freq": "1",
         "test_freq": "2", "micro_batch_size": "4", "server_instances": "1", "server_batch_size": "4",
-        "check_reward_freq": "1",
+        "check_reward_freq": "1", "seeds": "0", "quality_utterances": "0", "infer_procs": "1", "max_new_tokens": "60",
     }  # fmt: skip
     test_jsonl = folder / "dev.jsonl"
     lines = (ROOT / "assets/tiny/data/dev.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     test_jsonl.write_text("".join(lines[:4]), encoding="utf-8")
     ports = {"http_port": http, "grpc_port": grpc, "metrics_port": metrics}
-    return os.environ | small | ports | {
-        "venv_root": str(venv_root), "exp_dir": str(folder / "exp"), "test_jsonl": str(test_jsonl)
+    own = folder / "my rewards/short.py"
+    own.parent.mkdir()
+    own.write_text(OWN_REWARD)
+    files = {
+        "venv_root": venv_root, "exp_dir": folder / "exp", "test_jsonl": test_jsonl, "eval_jsonl": test_jsonl,
+        "rewards": f'intelligibility:1 pace:0.2,units_per_s=3.9 "{own}":0.3,limit_s=1.5',
     }  # fmt: skip
+    return os.environ | small | ports | {name: str(value) for name, value in files.items()}
 
 
 def run_sh(recipe, *arguments) -> subprocess.CompletedProcess:
@@ -58,12 +67,29 @@ def kill_trainer_after_first_checkpoint(recipe) -> None:
     assert process.wait(timeout=120) != 0
 
 
-def test_trains_survives_a_kill_and_merges(recipe):
+@pytest.fixture(scope="module")
+def resumed(recipe) -> subprocess.CompletedProcess:
+    """The second part of a training that was killed after the first step, and its merge."""
     done = run_sh(recipe, "0", "0")
     assert done.returncode == 0, done.stderr
     kill_trainer_after_first_checkpoint(recipe)
     done = run_sh(recipe, "1", "3")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+def weights(exp_dir: Path) -> dict[str, bytes]:
+    """The data of the tensors in a checkpoint and its optimizer; the rest of these files differs at each writing."""
+    found = {}
+    for kind in ("model", "optim"):
+        (path,) = exp_dir.glob(f"checkpoints/global_step_2/actor/{kind}_*.pt")
+        with zipfile.ZipFile(path) as archive:
+            found |= {f"{kind} {name}": archive.read(name) for name in archive.namelist() if "/data/" in name}
+    return found
+
+
+def test_trains_survives_a_kill_and_merges(recipe, resumed):
+    done = resumed
     exp_dir = Path(recipe["exp_dir"])
     assert (exp_dir / "log/hydra/.hydra/config.yaml").exists() and not (ROOT / "outputs").exists()
     log = (exp_dir / "log/train.log").read_text()
@@ -86,13 +112,48 @@ def test_trains_survives_a_kill_and_merges(recipe):
     assert run_sh(recipe, "0", "3").stdout.count("already done") == 3
 
 
+def test_a_reward_of_the_users_own_is_in_log_summary_and_report(recipe, resumed):
+    exp_dir = Path(recipe["exp_dir"])
+    metrics = dict(filter(None, map(parse_step, (exp_dir / "log/train.log").read_text().splitlines())))[2]
+    for name in ("intelligibility", "pace", "short"):
+        assert 0 <= metrics[f"reward_parts/{name}/mean"] <= 1 and 0 <= metrics[f"reward_parts/{name}/equal_groups"] <= 1
+    done = run_sh(recipe, "4", "4")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    summary = json.loads((exp_dir / "summary.json").read_text(encoding="utf-8"))
+    assert summary["reward_parts"]["short"]["last"] > 0 and "short " in done.stdout
+    assert "Reward: short" in (exp_dir / "report.html").read_text(encoding="utf-8")
+    own = exp_dir.parent / "my rewards/short.py"
+    own.write_text(OWN_REWARD.replace("min(1.0,", "min(0.9,"))
+    done = run_sh(recipe, "2", "2")
+    own.write_text(OWN_REWARD)
+    assert done.returncode and f"(rewards: {own} has changed)" in done.stderr
+
+
+def test_equal_settings_give_equal_weights_in_spite_of_a_kill_and_of_other_load(recipe, resumed, tmp_path):
+    load = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
+    try:
+        again = recipe | {"exp_dir": str(tmp_path)}
+        done = run_sh(again, "0", "2")
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    finally:
+        for process in load:
+            process.kill()
+            process.wait()
+    first, second = weights(Path(recipe["exp_dir"])), weights(tmp_path)
+    assert len(first) > 100 and [name for name in first | second if first.get(name) != second.get(name)] == []
+    assert "did not arrive" not in (tmp_path / "log/train.log").read_text()
+
+
 def test_a_server_that_dies_in_mid_training_stops_it(recipe, tmp_path):
-    dying = recipe | {"exp_dir": str(tmp_path), "total_steps": "50", "save_freq": "50", "test_freq": "50"}
+    """The algorithm is the one whose steps, unlike those of test_full_profile.py, need rewards that differ."""
+    dying = recipe | {
+        "exp_dir": str(tmp_path), "total_steps": "50", "save_freq": "50", "test_freq": "50", "algorithm": "dapo"
+    }  # fmt: skip
     assert run_sh(dying, "0", "0").returncode == 0
     process = subprocess.Popen(["bash", str(ROOT / "run.sh"), "1", "2"], env=dying, stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, text=True)  # fmt: skip
     shown = ""
-    while "step 1/50" not in shown:
+    while "step 2/50" not in shown:
         line = process.stdout.readline()
         assert line, shown
         shown += line

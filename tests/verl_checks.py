@@ -7,8 +7,12 @@ Prints a JSON object with the result, or the error, of each check function below
 
 import asyncio
 import collections
+import importlib.util
 import json
+import os
+import shlex
 import shutil
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -17,11 +21,15 @@ import torch
 import verl.trainer.main_ppo  # noqa: F401  # the module that run.sh starts
 from hydra import compose, initialize_config_module
 from safetensors.torch import save_file
+from verl.experimental.reward_loop.reward_manager import get_reward_manager_cls
+from verl.trainer.ppo.core_algos import get_policy_loss_fn
 from verl.trainer.ppo.v1 import PPOTrainer, PPOTrainerSync, get_trainer_cls, replay_buffer
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
+from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.experimental.torch_functional import FusedLinearForPPO
 
-LLM = Path(__file__).resolve().parent.parent / "assets/tiny/llm"
+ROOT = Path(__file__).resolve().parent.parent
+LLM = ROOT / "assets/tiny/llm"
 TRAINER = get_trainer_cls("tts_grpo")  # veRL imported the trainer: this file has not imported tts_grpo yet
 DEFINED = {
     f"{owner.__name__}.{name}": function.__module__
@@ -119,10 +127,10 @@ class FakeTransferQueue:
 def rollouts(*with_errors: bool) -> FakeTransferQueue:
     """Two prompts with two rollouts each, of 3, 3, 4 and 3 tokens; all rewards are 1, except the third."""
     scores = [torch.tensor([0.0] * (size - 1) + [score]) for size, score in ((3, 1.0), (3, 1.0), (4, 0.5), (3, 1.0))]
-    syllable_errors = [encode((0, int(errors)), (0, 2)) for errors in with_errors]
+    syllable_losses = [encode((0, 0.5 * errors), (0, 2)) for errors in with_errors]
     return FakeTransferQueue(
         uid=list("abab"), rm_scores=torch.nested.as_nested_tensor(scores, layout=torch.jagged),
-        extra_fields=[{"reward_extra_info": {"syllable_errors": value}} for value in syllable_errors],
+        extra_fields=[{"reward_extra_info": {"syllable_losses": value}} for value in syllable_losses],
         metrics=[{"generate_sequences": 2.0, "compute_score": 1.5}] * 4, advantages="GRPO's",
     )  # fmt: skip
 
@@ -143,6 +151,71 @@ def missing_errors(folder):
     return trainer.group_advantages("ab", [None, encode((0, 0), (0, 2))], [1.0, 0.5], [3, 3], False)
 
 
+def part_statistics(folder):
+    """Two groups of two rollouts; ``mine`` failed once, and ``pace`` is the same within each group."""
+    scores = {"pace": (0.5, 0.5, 1.0, 1.0), "mine": (0.0, 0.4, 0.8, -1.0)}
+    infos = [{f"reward_parts/{name}": values[i] for name, values in scores.items()} for i in range(4)]
+    return [trainer.part_statistics(infos, "aabb"), trainer.part_statistics([{"score": 1.0}], "a")]
+
+
+def verl_overrides(**settings: str) -> list[str]:
+    """The overrides that run.sh passes to veRL."""
+    command = ["bash", "run.sh", "--dry-run", "2", "2"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | settings, check=True)
+    (words,) = (words for line in run.stdout.splitlines() if "verl.trainer.main_ppo" in (words := shlex.split(line)))
+    overrides = words[words.index("verl.trainer.main_ppo") + 1 :]
+    return [override for override in overrides if not override.startswith("hydra.")]
+
+
+def algorithms(folder):
+    """For each algorithm, the loss of two rollouts with 3 and 1 tokens, and where the reward begins to fall.
+
+    The ratios of probabilities are 1.25, 1, 1 and 0.9; the first rollout's advantage is 1, the second's -1.
+    """
+    ratios, mask = torch.tensor([[1.25, 1, 1], [0.9, 1, 1]]), torch.tensor([[1, 1, 1], [1, 0, 0]])
+    found = {}
+    for path in sorted((ROOT / "conf/algorithms").glob("*.sh")):
+        with initialize_config_module("verl.trainer.config", version_base=None):
+            full = compose("ppo_trainer", verl_overrides(algorithm=path.stem, profile="tiny", exp_dir=folder))
+        TRAINER(full)
+        actor = omega_conf_to_dataclass(full.actor_rollout_ref.actor)
+        actor.global_batch_info.update(  # veRL's ppo_loss sets them
+            dp_size=1, batch_num_tokens=4, global_batch_size=2, loss_scale_factor=actor.loss_scale_factor
+        )
+        loss, _ = get_policy_loss_fn(actor.policy_loss.loss_mode)(
+            torch.zeros(2, 3), ratios.log(), torch.tensor([[1.0] * 3, [-1.0] * 3]), mask, actor.loss_agg_mode, actor
+        )
+        manager = get_reward_manager_cls(full.reward.reward_manager.name)(full, None, lambda: None)
+        overlong = getattr(manager, "overlong_buffer_cfg", None)
+        found[path.stem] = [loss.item(), overlong and [manager.max_resp_len, overlong.len]]
+    return found
+
+
+def gdpo(folder):
+    """Advantages of two groups of two rollouts; the parts are found in what the reward function returned."""
+    rewards = "'intelligibility:1 pace:0.3,units_per_s=4,floor=0.1,required=0'"
+    options = ["algorithm.adv_estimator=gdpo", "algorithm.norm_adv_by_std_in_grpo=True",
+               f"+reward.custom_reward_function.reward_kwargs.rewards={rewards}"]  # fmt: skip
+    ppo_trainer = TRAINER(config(*options, by_syllable=False))
+    PPOTrainerSync._compute_advantage = lambda self, batch, metrics: BATCH
+    trainer.tq = queue = rollouts(False, False, True, False)
+
+    def advantages(words, pace):
+        for extra, *parts, score in zip(queue.columns["extra_fields"], words, pace, (0.9, 0, 0.6, 0.8), strict=True):
+            names = ("reward_parts/intelligibility", "reward_parts/pace", "score")
+            extra["reward_extra_info"] |= dict(zip(names, (*parts, score), strict=True))
+        ppo_trainer._compute_advantage(BATCH, {})
+        return [row.tolist() for row in queue.columns["advantages"].unbind()]
+
+    # the second rollout's reward is 0, because its pace is below the floor; that of the third is missing
+    found = [advantages((1, 0.7, 0.5, 0.2), (0.2, 0.05, 0.4, 0.8)), advantages((1, 0, 0.5, 0.2), (0.2, 0, -1, 0.8))]
+    del queue.columns["extra_fields"][1]["reward_extra_info"]["reward_parts/pace"]
+    try:
+        ppo_trainer._compute_advantage(BATCH, {})
+    except ValueError as error:
+        return [*found, str(error), refusal(*options, "algorithm.use_kl_in_reward=True", by_syllable=False)]
+
+
 def wait_for_rewards(folder):
     ppo_trainer, timing = make_trainer(), {"step": 9.0}
     trainer.tq = rollouts(False, False, True, False)
@@ -157,7 +230,10 @@ def shares(folder):
         {"bad_rollout": 0.0, "unscored_rollout": 0.0, "retried_rollout": 1.0, "rescored_rollout": 0.0,
          "empty_transcript": 0.0, "num_speech_tokens": 7.0},
     ]  # fmt: skip
-    return [trainer.rollout_shares(infos, [5, 11]), trainer.rollout_shares([{}, {}], [5, 11])]
+    return [
+        trainer.rollout_shares(infos, [5, 11], 12), trainer.rollout_shares(infos, [5, 11], 11),
+        trainer.rollout_shares([{}, {}], [5, 11], 12),
+    ]  # fmt: skip
 
 
 def checked_servers(folder):
@@ -301,10 +377,42 @@ def head_with_a_bias(folder):
     before = FusedLinearForPPO.forward
     engine.FSDPEngineWithLMHead._build_module = lambda self: "the model"
     head_bias_engine = object.__new__(engine.HeadBiasEngine)
+    head_bias_engine.engine_config = types.SimpleNamespace(seed=42)
     head_bias_engine.model_config = types.SimpleNamespace(
         local_path=model_with_bias(folder), use_fused_kernels=True, fused_kernel_options={"impl_backend": "torch"}
     )
     return [head_bias_engine._build_module(), FusedLinearForPPO.forward is not before]
+
+
+def lora_merge(folder):
+    """Deviation of a merged weight from W + alpha / rank * B @ A, its change, and other weights that changed."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    spec = importlib.util.spec_from_file_location("merge", ROOT / "scripts/merge.py")
+    merge = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(merge)
+    folder = Path(folder) / "merged"
+    base = AutoModelForCausalLM.from_pretrained(LLM, dtype=torch.bfloat16)
+    base.save_pretrained(folder)
+    before = {name: value.float().clone() for name, value in base.state_dict().items()}
+    tuned = get_peft_model(base, LoraConfig(r=4, lora_alpha=16, target_modules="all-linear"))
+    (name,) = (name for name in before if name.endswith("layers.1.mlp.up_proj.weight"))
+    layer = tuned.get_submodule("base_model.model." + name.removesuffix(".weight"))
+    torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.1)
+    tuned.save_pretrained(folder / "lora_adapter")
+    expected = before[name] + 4 * (layer.lora_B["default"].weight @ layer.lora_A["default"].weight).float()
+    merge.merge_adapter(folder)
+    merged = AutoModelForCausalLM.from_pretrained(folder)
+    value = merged.state_dict()[name].float()
+    others = [n for n, v in merged.state_dict().items() if n != name and not torch.equal(v.float(), before[n])]
+    relative = ((value - expected).abs() / expected.abs().clamp(min=1e-2)).max().item()
+    config_file = folder / "lora_adapter/adapter_config.json"
+    config_file.write_text(json.dumps(json.loads(config_file.read_text()) | {"lora_alpha": 0}))
+    try:
+        merge.merge_adapter(folder)
+    except ValueError as error:
+        return [relative, (value - before[name]).abs().mean().item(), others, str(merged.dtype), str(error)]
 
 
 def rollout_seeds(folder):
@@ -334,7 +442,9 @@ def result(check, folder: str):
 
 
 if __name__ == "__main__":
-    checks = (patched, constructed, refused, not_refused, seconds, advantages, missing_errors, wait_for_rewards, shares,
-              checked_servers, identities, failed_rollout, failed_validation, dump, engines, head_without_a_bias,
-              unfused_head_with_a_bias, other_kernel_with_a_bias, head_with_a_bias, rollout_seeds)  # fmt: skip
+    checks = (patched, constructed, refused, not_refused, seconds, advantages, missing_errors, part_statistics,
+              algorithms, gdpo,
+              wait_for_rewards, shares, checked_servers, identities, failed_rollout, failed_validation, dump, engines,
+              head_without_a_bias, unfused_head_with_a_bias, other_kernel_with_a_bias, head_with_a_bias, lora_merge,
+              rollout_seeds)  # fmt: skip
     sys.stdout.write(json.dumps({check.__name__: result(check, sys.argv[1]) for check in checks}) + "\n")

@@ -13,6 +13,9 @@ select which of them:
 * differences in mel, waveform and transcript due to batching in fp32 and due to --compare-precisions;
 * graph: the same networks, one rollout at a time, with a CUDA graph for each length, as an approximation of TensorRT.
 
+With --rewards, the scorer has these parts of the reward, and --record writes what each costs per rollout to
+docs/results/reward_parts.json and the table of docs/rewards.md.
+
 --random DIR makes CosyVoice2 and SenseVoiceSmall folders of the full size (or of a small one, --small) with random
 weights in DIR, which are sufficient to measure speed and exactness. Prints one JSON object and a table to stdout, and
 each measurement to stderr as soon as it is done.
@@ -29,7 +32,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from tts_grpo.evaluation.provenance import ROOT, provenance, replace_tables
 from tts_grpo.reward.client import RewardClient
+from tts_grpo.reward.parts.interface import Context, load_parts
+from tts_grpo.reward.rewards import DEFAULT, parse_rewards
 from tts_grpo.reward.scorer import RewardScorer
 from tts_grpo.speech.asr.sensevoice import SenseVoice
 from tts_grpo.speech.audio import ASR_HZ, resample_batch
@@ -39,6 +45,7 @@ from tts_grpo.speech.token2wav import load_token2wav
 from tts_grpo.speech.voices import load_prompt_voice
 from tts_grpo.text.errors import align_texts
 from tts_grpo.text.input_files import read_known_answers
+from tts_grpo.text.jsonl import write_json
 from tts_grpo.text.tokens import NUM_SPEECH_TOKENS, TOKEN_HZ
 from tts_grpo.text.units import pinyin
 
@@ -68,6 +75,8 @@ def get_args(argv=None):
     parser.add_argument("--batch-size", type=int, nargs="*", default=[16], help="batch sizes to measure in process")
     parser.add_argument("--baseline", type=int, default=0, help="rollouts to score one at a time")
     parser.add_argument("--compare-precisions", nargs="*", default=[], help="compare these with fp32; needs --baseline")
+    parser.add_argument("--rewards", default=DEFAULT, help="parts of the reward, as in token2wav_asr_server.py")
+    parser.add_argument("--record", action="store_true", help="write the costs of the parts into docs")
     parser.add_argument("--cores", type=int, default=2, help="number of cores of a server without a GPU")
     return parser.parse_args(argv)
 
@@ -125,7 +134,10 @@ def make_scorer(args, precision: str) -> RewardScorer:
     torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"  # as in the server
     token2wav = load_token2wav(args.token2wav_dir, args.device, precision)
     voices = [load_prompt_voice(token2wav, args.prompt_audio, "你好")] if args.prompt_audio else []
-    return RewardScorer(token2wav, SenseVoice(args.asr_dir, args.device), args.random is not None, "tanh", voices)
+    asr = SenseVoice(args.asr_dir, args.device)
+    context = Context(args.device, asr=asr, token2wav_dir=args.token2wav_dir)
+    parts = load_parts(parse_rewards(args.rewards), context)
+    return RewardScorer(token2wav, asr, args.random is not None, "tanh", voices, parts=parts)
 
 
 def score_in_batches(scorer: RewardScorer, pairs, batch_size: int) -> list:
@@ -264,7 +276,7 @@ def precision_effect(fp32: RewardScorer, half: RewardScorer, pairs, voice: Promp
     transcripts = []
     for scorer in (fp32, half):
         torch.manual_seed(0)  # the same random numbers for both
-        transcripts.append([one.text for one in scorer.synthesise_and_transcribe(tokens, voices)[0]])
+        transcripts.append([one.text for one in scorer.synthesise_and_transcribe(tokens, voices)])
     differences = [align_texts(*pair, "toned") for pair in zip(*transcripts, strict=True)]
     return {
         "mel_relative_error": relative(*mels), "waveform_relative_error": relative(*waveforms),
@@ -301,6 +313,28 @@ def table(result: dict, audio_s: float) -> str:
             ratios = [f"{rate / base:.1f}" if base else "-" for base in bases]
             lines.append(f"{name:24}{rate:12.2f}{rate * audio_s:12.1f}{ratios[0]:>12}{ratios[1]:>12}")
     return "\n".join(lines)
+
+
+def part_costs(seconds: dict[str, float], num_rollouts: int) -> list[dict]:
+    """Milliseconds per rollout of each step and part, and relative to token2wav and ASR together."""
+    base = seconds["token2wav"] + seconds["asr"]
+    return [
+        {"step": name, "ms_per_rollout": round(1000 * value / num_rollouts, 2), "relative": round(value / base, 3)}
+        for name, value in seconds.items()
+    ]
+
+
+def record_parts(result: dict, argv: list[str]) -> None:
+    """Write docs/results/reward_parts.json and the table of docs/rewards.md."""
+    (measured,) = result["in_process"].values()
+    figures = part_costs(measured["seconds"], result["num_rollouts"])
+    conditions = f"{result['num_rollouts']} rollouts of {result['mean_audio_s']:.1f} s on average, one process"
+    about = provenance("Cost of the parts of the reward", ["tools/bench_reward.py", *argv])
+    write_json(ROOT / "docs/results/reward_parts.json", about | {"conditions": conditions, "figures": figures})
+    page = ROOT / "docs/rewards.md"
+    rows = [f"| {row['step']} | {row['ms_per_rollout']:.2f} | {row['relative']:.1%} |" for row in figures]
+    table = ["| Step | Milliseconds per rollout | Relative to token2wav and ASR |", "| --- | --- | --- |", *rows]
+    page.write_text(replace_tables(page.read_text(encoding="utf-8"), {"reward_parts": table}), encoding="utf-8")
 
 
 def main(argv=None):
@@ -341,6 +375,8 @@ def main(argv=None):
         measure_baselines(args, pairs, measured)
     print(json.dumps(result))
     print(table(result, audio_s))
+    if args.record:
+        record_parts(result, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

@@ -13,13 +13,12 @@ import datetime
 import json
 from pathlib import Path
 
-from tts_grpo.evaluation.provenance import ROOT, provenance
+from tts_grpo.evaluation.provenance import ROOT, provenance, replace_tables
 from tts_grpo.training.verl_log import read_steps, step_seconds
 
 RESULTS = Path("docs/results/tiny_grpo.json")
 MAIN_RATE = "pinyin_error_rate_toneless"  # what the tiny profile's reward measures
 SHORT = (MAIN_RATE, "pinyin_error_rate", "spoken", "cer", "dnsmos_ovrl", "f0_median_hz")  # rows of the README
-MARK = "<!-- table: {} -->"
 
 
 def get_args(argv=None):
@@ -160,18 +159,6 @@ def tables(recorded: dict) -> dict[str, list[str]]:
             f"| mean | | | | {recorded['mean_relative_change_percent']:+.1f}% | |",
         ],
     }
-
-
-def replace_tables(page: str, made: dict[str, list[str]]) -> str:
-    """Return a page's text with the table after each comment ``<!-- table: NAME -->`` replaced."""
-    lines, kept, in_table = [], page.splitlines(), False
-    names = {MARK.format(name): table for name, table in made.items()}
-    for line in kept:
-        if in_table and line.startswith("|"):
-            continue
-        in_table = line in names
-        lines += [line, *names.get(line, ())]
-    return "\n".join(lines) + "\n"
 
 
 def main(argv=None):

@@ -4,19 +4,13 @@
 # Published CER: test_zh 0.83%, zero_shot_zh 2.71% (step 700).
 # What it cannot reproduce is in docs/differences.md.
 
-# training: groups whose rewards are all alike are replaced; clipping is wider upwards
+# training: without the penalty on long rollouts
+algorithm=${algorithm:-dapo} overlong_percent=${overlong_percent:-0}
 total_steps=${total_steps:-700}
 max_response_length=${max_response_length:-2048}
-norm_adv_by_std=${norm_adv_by_std:-True}
 recipe_verl_args=(
-  actor_rollout_ref.actor.clip_ratio_low=0.2
-  actor_rollout_ref.actor.clip_ratio_high=0.28
-  actor_rollout_ref.actor.clip_ratio_c=10.0
-  actor_rollout_ref.actor.loss_agg_mode=token-mean
   actor_rollout_ref.actor.optim.lr_warmup_steps=10
   actor_rollout_ref.actor.optim.weight_decay=0.1
-  algorithm.filter_groups.enable=True
-  algorithm.filter_groups.metric=reward
   algorithm.filter_groups.max_inflight_gen_batches=3
 )
 

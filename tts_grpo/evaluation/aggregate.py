@@ -1,7 +1,8 @@
 """Aggregate scored utterances to the metrics of a system, and compare two systems.
 
 A scored utterance is a line of ``utterances.jsonl``: ``id``, ``errors`` (substitutions, deletions, insertions, length
-per error metric), ``quality`` (a number or null per quality metric) and ``error`` (why it has no audio, or null).
+per error metric), ``quality`` (a number or null per quality metric) and ``error`` (why it has no audio, or null). With
+a second recogniser (``judge_asr_dir``), ``judge_errors`` has its errors.
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,8 @@ from tts_grpo.evaluation.protocols import METRICS, pool
 from tts_grpo.speech.quality import QUALITY_METRICS
 from tts_grpo.text.errors import ErrorCounts
 from tts_grpo.text.jsonl import read_jsonl
+
+ERRORS, JUDGE_ERRORS = "errors", "judge_errors"  # keys of an utterance, by recogniser
 
 
 def read_utterances(output_dir: Path) -> list[dict]:
@@ -38,11 +41,11 @@ def _sum_by_id(rows: Sequence[dict], fraction) -> dict[str, np.ndarray]:
     return sums
 
 
-def error_fractions(rows: Sequence[dict], metric: str, macro: bool) -> dict[str, np.ndarray]:
+def error_fractions(rows: Sequence[dict], metric: str, macro: bool, key: str = ERRORS) -> dict[str, np.ndarray]:
     """``id -> (errors, units)``, or ``id -> (error rate, 1)`` for a macro average; summed over the seeds."""
 
     def fraction(row):
-        counts = ErrorCounts(**row["errors"][metric])
+        counts = ErrorCounts(**row[key][metric])
         return (counts.rate, 1) if macro else (counts.errors, counts.length)
 
     return _sum_by_id(rows, fraction)
@@ -58,12 +61,12 @@ def quality_fractions(rows: Sequence[dict], name: str) -> dict[str, np.ndarray]:
     return _sum_by_id(rows, fraction)
 
 
-def rates(rows: Sequence[dict], language: str) -> dict[str, dict]:
-    """``rate``, its 95% interval ``ci``, and the counts, by error metric."""
+def rates(rows: Sequence[dict], language: str, key: str = ERRORS) -> dict[str, dict]:
+    """``rate``, its 95% interval ``ci``, and the counts, by error metric; ``key`` chooses the recogniser."""
     result = {}
     for name, metric in METRICS[language].items():
-        rate, total = pool((ErrorCounts(**row["errors"][name]) for row in rows), metric.macro)
-        fractions = np.array(list(error_fractions(rows, name, metric.macro).values()))
+        rate, total = pool((ErrorCounts(**row[key][name]) for row in rows), metric.macro)
+        fractions = np.array(list(error_fractions(rows, name, metric.macro, key).values()))
         result[name] = {"rate": rate, "ci": bootstrap.interval(fractions), **vars(total)}
     return result
 
@@ -85,8 +88,10 @@ def _compare(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> dic
     return bootstrap.compare(*(np.array([system[utt_id] for utt_id in before]) for system in (before, after)))
 
 
-def compare_rates(before: Sequence[dict], after: Sequence[dict], language: str) -> dict[str, dict]:
-    """Result of :func:`bootstrap.compare` and ``verdict`` on ``after``, by error metric.
+def compare_rates(
+    before: Sequence[dict], after: Sequence[dict], language: str, key: str = ERRORS
+) -> dict[str, dict]:  # fmt: skip
+    """Result of :func:`bootstrap.compare` and ``verdict`` on ``after``, by error metric; ``key``: which recogniser's.
 
     Raises:
         ValueError: the two were scored on different utterances.
@@ -94,7 +99,7 @@ def compare_rates(before: Sequence[dict], after: Sequence[dict], language: str) 
     failed = [sum(bool(row["error"]) for row in rows) / len(rows) for rows in (before, after)]
     changes = {}
     for name, metric in METRICS[language].items():
-        changes[name] = _compare(*(error_fractions(rows, name, metric.macro) for rows in (before, after)))
+        changes[name] = _compare(*(error_fractions(rows, name, metric.macro, key) for rows in (before, after)))
         changes[name]["verdict"] = bootstrap.verdict(changes[name]["ci"], "lower", failed[1] > failed[0])
     return changes
 

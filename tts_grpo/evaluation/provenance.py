@@ -1,4 +1,4 @@
-"""Where a recorded figure comes from: date, commit, machine and command."""
+"""Recorded figures: where they come from (date, commit, machine and command), and the tables that show them."""
 
 import datetime
 import os
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+MARK = "<!-- table: {} -->"
 
 
 def git_commit(root: Path = ROOT) -> str | None:
@@ -47,3 +48,15 @@ def provenance(title: str, command: Sequence[str]) -> dict:
         "title": title, "date": datetime.date.today().isoformat(), "commit": git_commit(), "machine": machine(),
         "command": f"python {shlex.join(command)}",
     }  # fmt: skip
+
+
+def replace_tables(page: str, made: dict[str, list[str]]) -> str:
+    """Return a page's text with the table after each comment ``<!-- table: NAME -->`` replaced."""
+    lines, kept, in_table = [], page.splitlines(), False
+    names = {MARK.format(name): table for name, table in made.items()}
+    for line in kept:
+        if in_table and line.startswith("|"):
+            continue
+        in_table = line in names
+        lines += [line, *names.get(line, ())]
+    return "\n".join(lines) + "\n"

@@ -17,6 +17,7 @@ import aiohttp
 
 from tts_grpo.reward.protocol import (
     MODEL_NAME,
+    VERSION,
     RolloutScore,
     SampleError,
     decode_response,
@@ -123,11 +124,13 @@ class RewardClient:
                 timeout=aiohttp.ClientTimeout(total=self.timeout_s, sock_connect=10.0),
                 connector=aiohttp.TCPConnector(limit=0),
             )
-        async with self._session.post(f"{url}/v2/models/{MODEL_NAME}/infer", data=body) as response:
+        path = f"/v2/models/{MODEL_NAME}/versions/{VERSION}/infer"
+        async with self._session.post(url + path, data=body) as response:
             answer = await response.text()
             if response.status in RETRIED_STATUS:
                 raise aiohttp.ClientError(f"status {response.status}: {cause(answer)}")
             if response.status != 200:
+                await self._check_version(url)
                 raise RewardServerError(f"{url} refused a request with status {response.status}: {cause(answer)}")
         try:
             return decode_response(json.loads(answer))
@@ -135,6 +138,16 @@ class RewardClient:
             raise
         except (KeyError, ValueError) as error:
             raise RewardServerError(f"{url}: {type(error).__name__}: {error}") from error
+
+    async def _check_version(self, url: str) -> None:
+        """Raise RewardServerError if a server has the reward model, but in other versions of the protocol."""
+        async with self._session.get(f"{url}/v2/models/{MODEL_NAME}") as response:
+            versions = (await response.json(content_type=None)).get("versions", []) if response.status == 200 else []
+        if versions and str(VERSION) not in versions:
+            raise RewardServerError(
+                f"{url} has version {', '.join(versions)} of the reward protocol, this program version {VERSION}: "
+                "start the server from the same release as the training"
+            )
 
     async def close(self) -> None:
         """Close the connections."""

@@ -2,8 +2,9 @@
 
 The model ``token2wav_asr`` scores rollouts. The model ``token2wav`` only synthesises them, for listening (see below).
 
-A request has one rollout, or several of one bucket, in Triton's HTTP/JSON inference protocol (KServe v2). The first
-three tensors are inputs of ``token2wav_asr``, the others are its outputs:
+A request has one rollout, or several of one bucket, in Triton's HTTP/JSON inference protocol (KServe v2). The version
+of this protocol is the version of the Triton models, which is part of a request's address: a server of another version
+refuses the request. The first three tensors are inputs of ``token2wav_asr``, the others are its outputs:
 
 ============== ======= ====== ============================================================
 TOKENS         int32   [B, T] speech tokens, padded with 0 to a bucket (Triton batches only
@@ -12,14 +13,17 @@ TOKEN_LENS     int32   [B, 1] number of speech tokens
 GT_TEXT        bytes   [B, 1] reference text, UTF-8
 -------------- ------- ------ ------------------------------------------------------------
 REWARDS        float32 [B, 1] in [0, 1]; NaN where ERRORS is not empty
-ERROR_RATES    float32 [B, 1] pinyin error rate from which the reward is computed; NaN
-                              where ERRORS is not empty
-TRANSCRIPTS    bytes   [B, 1] transcript by the ASR model
-UNIT_ERRORS    int32   [B, N] errors at each unit (syllable, word) of GT_TEXT, padded with -1
+ERROR_RATES    float32 [B, 1] pinyin error rate of the transcripts; NaN where ERRORS is not empty
+TRANSCRIPTS    bytes   [B, 1] transcript by the first ASR model
+PART_NAMES     bytes   [B, P] names of the parts of the reward
+PARTS          float32 [B, P] scores of these parts in [0, 1]; -1 for a part that has none (only
+                              parts that are not required)
+UNIT_LOSSES    float32 [B, N] what the reward lost at each unit (syllable, word) of GT_TEXT,
+                              padded with -1; at most 1 - REWARDS in all
 UNIT_STARTS    int32   [B, N] index of the first speech token of each unit, padded with -1
 SERVER         bytes   [B, 1] what the reward depends on besides the request, as a hash: content
-                              of the models, voices, language, curve, tones, precision, and
-                              the version of this protocol
+                              of the models, voices, parts of the reward and their weights,
+                              language, curve, tones, precision, and this protocol's version
 RESCORED       int32   [B, 1] 1 if half precision overflowed and fp32 was used, else 0
 ERRORS         bytes   [B, 1] empty, or the reason why this sample could not be scored
 ============== ======= ====== ============================================================
@@ -41,7 +45,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,11 +56,15 @@ if TYPE_CHECKING:  # scripts/check.py imports the names before any environment e
 # Numbers that reward_tts.py returns for each rollout besides the score: 1 if so, else 0
 ROLLOUT_COUNTS = ("bad_rollout", "unscored_rollout", "retried_rollout", "rescored_rollout", "empty_transcript")
 SERVER_KEY = "reward_server"  # key of the server's hash beside these numbers
-VERSION = 2  # of this protocol; 1 had no SERVER and no RESCORED
+VERSION = 3  # of this protocol; 2 had UNIT_ERRORS instead of UNIT_LOSSES, and no parts
 MODEL_NAME = "token2wav_asr"
 SPEECH_MODEL_NAME = "token2wav"
 SPEECH_OUTPUT_NAMES = ("WAVEFORM", "WAVEFORM_LENS", "SAMPLE_RATE", "ERRORS")
-OUTPUT_NAMES = ("REWARDS", "ERROR_RATES", "TRANSCRIPTS", "UNIT_ERRORS", "UNIT_STARTS", "SERVER", "RESCORED", "ERRORS")
+OUTPUT_NAMES = (
+    "REWARDS", "ERROR_RATES", "TRANSCRIPTS", "PART_NAMES", "PARTS", "UNIT_LOSSES", "UNIT_STARTS", "SERVER", "RESCORED",
+    "ERRORS",
+)  # fmt: skip
+PART_KEY = "reward_parts/"  # reward_tts.py returns each part's score under this key and the part's name
 SECRET_FILE = "TTS_GRPO_SECRET_FILE"  # environment variable with the path of the file that holds a server's secret
 SECRET_HEADER = "triton-access-token"  # PyTriton's name
 # Only two buckets, so that batches fill: padding costs little to transfer, and the server sorts batches by length.
@@ -96,9 +104,11 @@ class RolloutScore:
         reward: reward in [0, 1]; NaN if ``error`` is not empty.
         error_rate: error rate against the reference text; NaN if ``error`` is not empty.
         transcript: transcript of the synthesised speech.
-        unit_errors: errors at each unit (syllable or word) of the reference's usual reading; their sum divided by the
-            number of units is the error rate. If another reading is aligned, its errors are mapped to these units.
+        unit_losses: what the reward lost at each unit (syllable or word) of the reference's usual reading, 0 or more;
+            the rest of 1 - reward belongs to no unit. If another reading is aligned, its errors are mapped to these
+            units. Empty if no part of the reward locates errors.
         unit_starts: index of the first speech token of each unit.
+        parts: score of each part of the reward; -1 if a part that is not required has none.
         rescored: whether half precision overflowed, so that the speech was decoded again in fp32.
         error: why there is no score; empty if there is one.
         attempts: number of requests of the client until a server answered.
@@ -108,8 +118,9 @@ class RolloutScore:
     reward: float = float("nan")
     error_rate: float = float("nan")
     transcript: str = ""
-    unit_errors: tuple[int, ...] = ()
+    unit_losses: tuple[float, ...] = ()
     unit_starts: tuple[int, ...] = ()
+    parts: Mapping[str, float] = field(default_factory=dict)
     rescored: bool = False
     error: str = ""
     attempts: int = field(default=1, compare=False)
@@ -175,11 +186,11 @@ def text_tensor(values: Sequence[str]) -> np.ndarray:
     return np.char.encode(np.array(values, dtype=np.str_), "utf-8")[:, None]
 
 
-def padded_tensor(rows: Sequence[Sequence[int]]) -> np.ndarray:
-    """Convert B rows of numbers to an int32 tensor of shape (B, length of the longest row), padded with -1."""
+def padded_tensor(rows: Sequence[Sequence[float]], dtype: str) -> np.ndarray:
+    """Convert B rows of numbers to a tensor of shape (B, length of the longest row), padded with -1."""
     import numpy as np
 
-    tensor = np.full((len(rows), max([1, *map(len, rows)])), -1, np.int32)
+    tensor = np.full((len(rows), max([1, *map(len, rows)])), -1, dtype)
     for values, row in zip(tensor, rows, strict=True):
         values[: len(row)] = row
     return tensor
@@ -189,12 +200,15 @@ def encode_response(scores: Sequence[RolloutScore], server: str) -> dict[str, np
     """Return the tensors of the response for a batch; ``server`` is the server's hash."""
     import numpy as np
 
+    names = sorted({name for score in scores for name in score.parts})  # samples with an error have none
     return {
         "REWARDS": np.array([[score.reward] for score in scores], np.float32),
         "ERROR_RATES": np.array([[score.error_rate] for score in scores], np.float32),
         "TRANSCRIPTS": text_tensor([score.transcript for score in scores]),
-        "UNIT_ERRORS": padded_tensor([score.unit_errors for score in scores]),
-        "UNIT_STARTS": padded_tensor([score.unit_starts for score in scores]),
+        "PART_NAMES": np.tile(text_tensor(names or [""]).T, (len(scores), 1)),
+        "PARTS": np.array([[score.parts.get(name, -1.0) for name in names or [""]] for score in scores], np.float32),
+        "UNIT_LOSSES": padded_tensor([score.unit_losses for score in scores], "float32"),
+        "UNIT_STARTS": padded_tensor([score.unit_starts for score in scores], "int32"),
         "SERVER": text_tensor([server] * len(scores)),
         "RESCORED": np.array([[score.rescored] for score in scores], np.int32),
         "ERRORS": text_tensor([score.error for score in scores]),
@@ -211,7 +225,8 @@ def decode_response(body: dict) -> RolloutScore:
     """
     try:
         outputs = {output["name"]: output["data"] for output in body["outputs"]}
-        units, starts = (tuple(n for n in outputs[name] if n >= 0) for name in ("UNIT_ERRORS", "UNIT_STARTS"))
+        losses, starts = (tuple(n for n in outputs[name] if n >= 0) for name in ("UNIT_LOSSES", "UNIT_STARTS"))
+        names, parts = outputs["PART_NAMES"], outputs["PARTS"]
         reward, error_rate, transcript, server, rescored, error = (
             outputs[name][0] for name in ("REWARDS", "ERROR_RATES", "TRANSCRIPTS", "SERVER", "RESCORED", "ERRORS")
         )
@@ -225,6 +240,19 @@ def decode_response(body: dict) -> RolloutScore:
         raise ValueError(f"the reward server answered with an error rate of {error_rate}")
     if not all(isinstance(text, str) for text in (transcript, server)):
         raise ValueError(f"the reward server answered with {transcript!r} and {server!r} instead of texts")
-    if not all(isinstance(n, int) for n in (*units, *starts)):
-        raise ValueError(f"the reward server answered with {units} and {starts} instead of counts and positions")
-    return RolloutScore(float(reward), float(error_rate), transcript, units, starts, bool(rescored), server=server)
+    if (
+        not all(isinstance(n, int | float) and n < float("inf") for n in losses)
+        or len(losses) != len(starts)
+        or not all(isinstance(n, int) for n in starts)
+    ):
+        raise ValueError(f"the reward server answered with {losses} and {starts} instead of losses and positions")
+    if not isinstance(names, list) or not isinstance(parts, list) or len(names) != len(parts) or not all(
+        isinstance(name, str) and isinstance(score, int | float) and (score == -1 or 0 <= score <= 1)
+        for name, score in zip(names, parts, strict=True)
+    ):  # fmt: skip
+        raise ValueError(f"the reward server answered with {names} and {parts} instead of parts and their scores")
+    scores = {name: float(score) for name, score in zip(names, parts, strict=True) if name}
+    return RolloutScore(
+        float(reward), float(error_rate), transcript, tuple(map(float, losses)), starts, scores, bool(rescored),
+        server=server,
+    )  # fmt: skip

@@ -1,14 +1,16 @@
-"""Compute rewards from speech tokens: token2wav, resampling to 16 kHz, ASR, error rate, reward curve."""
+"""Compute rewards from speech tokens: token2wav, resampling to 16 kHz, ASR, error rate, and the parts of the reward."""
 
 import dataclasses
+import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
-from tts_grpo.reward.curves import reward
+from tts_grpo.reward.parts.interface import Batch, Context, Part, UnitErrors, combine, load_parts
 from tts_grpo.reward.protocol import RolloutScore
+from tts_grpo.reward.rewards import DEFAULT, parse_rewards
 from tts_grpo.speech.asr.recogniser import Transcript
 from tts_grpo.speech.asr.sensevoice import SenseVoice
 from tts_grpo.speech.audio import ASR_HZ, resample_batch
@@ -22,6 +24,9 @@ from tts_grpo.text.units import Sentence, sentence
 # is a RuntimeError), and torch's errors of CUDA, cuBLAS and cuDNN. A wrong sample raises ValueError.
 MACHINE_FAULTS = (MemoryError, OSError, RuntimeError)
 ONSET_DELAY_S = 0.04  # delay from a syllable's first speech token to the frame of its CTC label
+# What further recognisers of the reward are given: gain, noise (signal to noise in dB), speed. Each has its own, so
+# that a policy cannot please all of them by the same trick.
+VARIATIONS = ((0.7, 30.0, 1.03), (1.3, 33.0, 0.97), (0.85, 27.0, 1.0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,18 +51,33 @@ class RewardScorer:
         voice_per: "text" chooses a voice prompt per reference text, so that all rollouts of a GRPO group have the same
             voice. "rollout" chooses one per text and speech tokens; the same rollout always gets the same voice.
         language: language of the texts, see :func:`tts_grpo.text.spoken.spoken_form`.
+        parts: parts of the reward; by default its intelligibility alone.
+        more_asrs: further recognisers. Each is given the waveforms in a variation of its own (``VARIATIONS``).
+        pool: error rate of several recognisers: their "mean", or the "worst" one.
 
     Attributes:
-        seconds: total time so far in ``token2wav``, ``asr`` and ``text``, in seconds.
+        seconds: total time so far in ``token2wav``, ``asr``, ``text`` and each part, in seconds.
+
+    Raises:
+        ValueError: a part needs a voice prompt, and there is none.
     """
 
     def __init__(self, token2wav: Token2Wav, asr: SenseVoice, tones: bool = True, curve: str = "tanh",
                  prompt_voices: Sequence[PromptVoice] = (), seed: int = 0, voice_per: str = "text",
-                 language: str = "zh"):  # fmt: skip
-        self.token2wav, self.asr, self.curve, self.language = token2wav, asr, curve, language
+                 language: str = "zh", parts: Sequence[Part] = (), more_asrs: Sequence[SenseVoice] = (),
+                 pool: str = "mean"):  # fmt: skip
+        self.token2wav, self.asr, self.language = token2wav, asr, language
         self.match = "toned" if tones else "toneless"
         self.prompt_voices, self.seed, self.voice_per = prompt_voices, seed, voice_per
-        self.seconds = {"token2wav": 0.0, "asr": 0.0, "text": 0.0}
+        self.parts = parts or load_parts(parse_rewards(DEFAULT), Context(curve=curve, language=language, asr=asr))
+        self.more_asrs, self.pool = more_asrs, pool
+        self.seconds = dict.fromkeys(("token2wav", "asr", "text", *(part.spec.name for part in self.parts)), 0.0)
+        for part in self.parts:
+            if "voice" in getattr(part.reward, "needs", ()) and not prompt_voices:
+                raise ValueError(
+                    f"the reward part {part.spec.name} needs a prompt voice: set prompt_audio and prompt_text, or "
+                    "prompt_list"
+                )
 
     def score(self, speech_tokens: Sequence[Sequence[int]], ground_truths: Sequence[str]) -> list[RolloutScore]:
         """Score samples as one batch; if that fails, one by one, so that a bad sample gives an error for itself only.
@@ -80,32 +100,69 @@ class RewardScorer:
         return [self.score([tokens], [text])[0] for tokens, text in zip(speech_tokens, ground_truths, strict=True)]
 
     def _score(self, speech_tokens, ground_truths) -> list[RolloutScore]:
+        batch, rescored = self._batch(speech_tokens, ground_truths)
+        scored = [self._timed(part.spec.name, part, batch) for part in self.parts]
+        scores = []
+        for i, errors in enumerate(batch.errors):
+            reward, losses = combine(self.parts, scored, i)
+            parts = {part.spec.name: one.scores[i] for part, one in zip(self.parts, scored, strict=True)}
+            starts = errors.starts if losses else ()
+            scores.append(
+                RolloutScore(reward, errors.error_rate, batch.transcripts[i].text, tuple(losses), starts, parts,
+                             rescored=i in rescored)
+            )  # fmt: skip
+        return scores
+
+    def check(self, speech_tokens: Sequence[Sequence[int]], ground_truths: Sequence[str]) -> list[str]:
+        """Run the known-answer checks of the parts on real speech.
+
+        Returns:
+            Why parts failed; empty if all of them passed.
+        """
+        batch, _ = self._batch(speech_tokens, ground_truths)
+        return [fault for part in self.parts if (fault := part.check(batch))]
+
+    def _timed(self, name: str, function: Callable, *arguments):
+        start = time.perf_counter()
+        result = function(*arguments)
+        self.seconds[name] += time.perf_counter() - start
+        return result
+
+    def _batch(self, speech_tokens, ground_truths) -> tuple[Batch, list[int]]:
+        """Return what the parts are given, and the indices of samples that were decoded in fp32."""
         references = [sentence(text, self.language) for text in ground_truths]
         for reference in references:
             if not reference.units:
                 raise ValueError(f"the ground truth {reference.raw!r} has no word")
         voices = [self._voice(*pair) for pair in zip(ground_truths, speech_tokens, strict=True)]
-        transcripts, rescored = self.synthesise_and_transcribe(speech_tokens, voices)
-        start = time.perf_counter()
-        scores = [
-            dataclasses.replace(self._compare(reference, transcript, len(tokens) / TOKEN_HZ), rescored=i in rescored)
-            for i, (reference, transcript, tokens) in enumerate(
-                zip(references, transcripts, speech_tokens, strict=True)
-            )
-        ]
-        self.seconds["text"] += time.perf_counter() - start
-        return scores
+        waveforms, lens, rescored = self._timed("token2wav", self._waveforms, speech_tokens, voices)
+        heard = self._timed("asr", self._transcribe, waveforms, lens)
+        durations_s = [len(tokens) / TOKEN_HZ for tokens in speech_tokens]
+        errors = self._timed("text", self._errors, references, heard, durations_s)
+        return Batch(speech_tokens, references, waveforms, lens, heard[0], errors, voices), rescored
 
     def _voice(self, ground_truth: str, speech_tokens: Sequence[int]) -> PromptVoice | None:
         key = ground_truth if self.voice_per == "text" else f"{ground_truth}/{format_speech_tokens(speech_tokens)}"
         return choose_voice(self.prompt_voices, key, self.seed)
 
-    def _compare(self, reference: Sentence, transcript: Transcript, duration_s: float) -> RolloutScore:
+    def _errors(self, references, transcripts, durations_s) -> list[UnitErrors]:
+        """Errors of each sample over all recognisers; with pool="mean", those at a unit are summed."""
+        found = []
+        for i, (reference, duration_s) in enumerate(zip(references, durations_s, strict=True)):
+            of_recognisers = [self._compare(reference, one[i], duration_s) for one in transcripts]
+            if self.pool == "worst" or len(of_recognisers) == 1:
+                found.append(max(of_recognisers, key=lambda errors: errors.error_rate))
+                continue
+            rate = sum(errors.error_rate for errors in of_recognisers) / len(of_recognisers)
+            sums = tuple(map(sum, zip(*(errors.errors for errors in of_recognisers), strict=True)))
+            found.append(UnitErrors(rate, sums, of_recognisers[0].starts))
+        return found
+
+    def _compare(self, reference: Sentence, transcript: Transcript, duration_s: float) -> UnitErrors:
         alignment = align_sentences(reference, sentence(transcript.text, self.language), self.match)
         errors, onsets_s = locate_errors(alignment, transcript.onsets_s, duration_s)
         starts = tuple(max(0, round((onset_s - ONSET_DELAY_S) * TOKEN_HZ)) for onset_s in onsets_s)
-        error_rate = sum(errors) / len(errors)
-        return RolloutScore(reward(error_rate, self.curve), error_rate, transcript.text, tuple(errors), starts)
+        return UnitErrors(sum(errors) / len(errors), tuple(errors), starts)
 
     def synthesise(self, speech_tokens: Sequence[Sequence[int]]) -> list[SampleSpeech]:
         """Synthesise samples one by one, for listening; the voice prompt depends on the seed only.
@@ -126,20 +183,40 @@ class RewardScorer:
                 results.append(SampleSpeech(np.zeros(0, np.int16), rate, f"{type(error).__name__}: {error}"))
         return results
 
-    def synthesise_and_transcribe(
-        self, speech_tokens: Sequence[Sequence[int]], voices=None
-    ) -> tuple[list[Transcript], list[int]]:
-        """Synthesise speech tokens, each with its voice prompt, and transcribe the waveforms.
-
-        Returns:
-            The transcripts, and the indices of samples that overflowed in half precision and were decoded in fp32.
-        """
-        start = time.perf_counter()
+    def _waveforms(self, speech_tokens, voices) -> tuple[torch.Tensor, list[int], list[int]]:
+        """Synthesise speech tokens: waveforms (B, T) at 16 kHz, their lengths, and the indices decoded in fp32."""
         waveforms, lens, rescored = decode_finite(self.token2wav, speech_tokens, voices)
         waveforms = resample_batch(waveforms, self.token2wav.sample_rate_hz, ASR_HZ)
-        lens = (lens * ASR_HZ // self.token2wav.sample_rate_hz).tolist()
-        decoded = time.perf_counter()
-        transcripts = self.asr.transcribe_with_onsets([wave[:n] for wave, n in zip(waveforms, lens, strict=True)])
-        self.seconds["token2wav"] += decoded - start
-        self.seconds["asr"] += time.perf_counter() - decoded
-        return transcripts, rescored
+        return waveforms, (lens * ASR_HZ // self.token2wav.sample_rate_hz).tolist(), rescored
+
+    def _transcribe(self, waveforms: torch.Tensor, lens: Sequence[int]) -> list[list[Transcript]]:
+        """Transcripts of each recogniser, with the times of the waveforms as they are."""
+        recordings = [wave[:n] for wave, n in zip(waveforms, lens, strict=True)]
+        results = [self.asr.transcribe_with_onsets(recordings)]
+        for asr, variation in zip(self.more_asrs, itertools.cycle(VARIATIONS)):
+            speed = variation[2]
+            transcripts = asr.transcribe_with_onsets([vary(recording, *variation) for recording in recordings])
+            results.append([
+                dataclasses.replace(one, onsets_s=tuple(onset_s * speed for onset_s in one.onsets_s))
+                for one in transcripts
+            ])  # fmt: skip
+        return results
+
+    def synthesise_and_transcribe(self, speech_tokens: Sequence[Sequence[int]], voices=None) -> list[Transcript]:
+        """Synthesise speech tokens, each with its voice prompt, and transcribe them with the first recogniser."""
+        waveforms, lens, _ = self._timed("token2wav", self._waveforms, speech_tokens, voices)
+        return self._timed("asr", self._transcribe, waveforms, lens)[0]
+
+
+def vary(recording: torch.Tensor, gain: float, signal_to_noise_db: float, speed: float) -> torch.Tensor:
+    """Change a recording, float32 (T,), as little as another room and another player would.
+
+    Args:
+        gain: factor of the amplitude.
+        signal_to_noise_db: level of the speech over added white noise, the same noise at each call.
+        speed: factor of the speed, which changes the pitch, too.
+    """
+    size = max(1, round(len(recording) / speed))
+    changed = torch.nn.functional.interpolate(recording[None, None], size=size, mode="linear")[0, 0] * gain
+    noise = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(changed.device)
+    return changed + noise * changed.square().mean().sqrt() * 10 ** (-signal_to_noise_db / 20)

@@ -1,12 +1,12 @@
 """Load prompt voices from recordings, and choose one for an utterance."""
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
 from tts_grpo.speech.audio import load_audio
 from tts_grpo.speech.decoder import PromptVoice, Token2Wav
 from tts_grpo.text.input_files import read_voices
+from tts_grpo.text.prompts import choose
 
 
 def load_prompt_voice(token2wav: Token2Wav, audio_path: str | Path, prompt_text: str) -> PromptVoice:
@@ -28,6 +28,4 @@ def load_prompt_voices(token2wav: Token2Wav, path: str | Path) -> list[PromptVoi
 
 def choose_voice(voices: Sequence[PromptVoice], key: str, seed: int = 0) -> PromptVoice | None:
     """A voice that is determined by ``key`` and ``seed``; None if ``voices`` is empty."""
-    if not voices:
-        return None
-    return voices[int.from_bytes(hashlib.sha256(f"{seed}/{key}".encode()).digest()[:7], "big") % len(voices)]
+    return choose(voices, key, seed)

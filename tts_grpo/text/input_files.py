@@ -167,13 +167,23 @@ def read_known_answers(path: str | Path, limit: int | None = None) -> list[dict]
     return _read(path, _known_answer, "entry", limit)
 
 
-def _known_answer(number: int, row: dict) -> dict:
+def checked_speech_tokens(row: dict) -> list[int]:
+    """Return the speech tokens of an entry.
+
+    Raises:
+        ValueError: there are none, they are not a list of integers, or an id is not in the codebook.
+    """
     tokens = row.get("speech_tokens")
     if not isinstance(tokens, list) or not tokens or not all(type(token) is int for token in tokens):
         raise ValueError("speech_tokens is not a list of integers")
     wrong = [token for token in tokens if not 0 <= token < NUM_SPEECH_TOKENS]
     if wrong:
         raise ValueError(f"{wrong[0]} is not a speech token: the ids are 0 to {NUM_SPEECH_TOKENS - 1}")
+    return tokens
+
+
+def _known_answer(number: int, row: dict) -> dict:
+    checked_speech_tokens(row)
     return row | {"text": checked_text(row, "text")}
 
 

@@ -16,10 +16,14 @@ The form ``cosyvoice2`` is for the official model, converted by scripts/convert_
 
     <|sos|>TEXT<|task_id|><|s_N|>...<|eos1|>
 
-Zero-shot prompting puts the prompt's transcript before TEXT and its speech tokens at the start of the response.
+Zero-shot prompting puts the prompt's transcript before TEXT and its speech tokens at the start of the response. In the
+data of a training, these speech tokens are a message of the role "speech" (:func:`with_speech_role`), because veRL
+renders a prompt from its messages.
 """
 
+import hashlib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from tts_grpo.text.tokens import format_speech_tokens
@@ -31,6 +35,7 @@ GENERATION_END = "<|SPEECH_GENERATION_END|>"  # end token of the tiny model
 INSTRUCTION = "Convert the text to speech: "
 SOS = "<|sos|>"
 TASK_ID = "<|task_id|>"
+SPEECH = "speech"
 
 # veRL always asks for a generation prompt and passes no prefill, so the template itself ends with the start token.
 LLASA_CHAT_TEMPLATE = (
@@ -48,6 +53,14 @@ COSYVOICE2_CHAT_TEMPLATE = (
     "{%- endfor %}"
 )
 
+_OTHER_MESSAGES = (
+    "{%- set all_messages = messages %}"
+    f"{{%- set messages = messages | rejectattr('role', 'equalto', '{SPEECH}') | list %}}"
+)
+_SPEECH_MESSAGES = (
+    f"{{%- for message in all_messages %}}{{%- if message['role'] == '{SPEECH}' %}}{{{{- message['content'] }}}}"
+    "{%- endif %}{%- endfor %}"
+)
 
 _CHATML = re.compile(
     r"(<\|im_start\|>system\n[^|]*<\|im_end\|>\n)?<\|im_start\|>user\nX<\|im_end\|>\n?(<\|im_start\|>assistant\n)?"
@@ -110,10 +123,26 @@ def _ending(tokenizer) -> str:
     return TASK_ID if TASK_ID in (tokenizer.chat_template or "") else GENERATION_START
 
 
-def chat_messages(tokenizer, text: str, prompt_text: str = "") -> list[dict[str, str]]:
-    """Return the chat messages that ask for ``text``, after ``prompt_text``, in the tokenizer's form."""
+def chat_messages(tokenizer, text: str, prompt_text: str = "", speech: Sequence[int] = ()) -> list[dict[str, str]]:
+    """Return the chat messages that ask for ``text``, after ``prompt_text``, in the tokenizer's form.
+
+    ``speech`` has speech tokens that the response continues; a template needs :func:`with_speech_role` for them.
+    """
     instruction = "" if _ending(tokenizer) == TASK_ID else INSTRUCTION
-    return [{"role": "user", "content": instruction + prompt_text + text}]
+    messages = [{"role": "user", "content": instruction + prompt_text + text}]
+    return messages + ([{"role": SPEECH, "content": format_speech_tokens(speech)}] if len(speech) else [])
+
+
+def with_speech_role(template: str) -> str:
+    """Return a chat template that also renders messages of the role "speech": their content ends the prompt."""
+    return template if _SPEECH_MESSAGES in template else _OTHER_MESSAGES + template + _SPEECH_MESSAGES
+
+
+def choose(items: Sequence, key: str, seed: int = 0):
+    """Return the item that is determined by ``key`` and ``seed``; None if there are no items."""
+    if not items:
+        return None
+    return items[int.from_bytes(hashlib.sha256(f"{seed}/{key}".encode()).digest()[:7], "big") % len(items)]
 
 
 def render_prompt(tokenizer, text: str, prompt_text: str = "", prompt_speech_tokens=()) -> str:

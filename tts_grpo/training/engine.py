@@ -11,6 +11,7 @@ forward instantiates this class for each micro-batch and has no setting or regis
 
 import inspect
 
+import torch
 from transformers import AutoTokenizer
 from verl.utils.device import get_device_name, get_vendor
 from verl.utils.experimental.torch_functional import FusedLinearForPPO
@@ -54,6 +55,7 @@ class HeadBiasEngine(FSDPEngineWithLMHead):
     """veRL's FSDP engine, with this recipe's LM head on GPUs and the bias of the LM head in the model's folder."""
 
     def _build_module(self):
+        torch.manual_seed(self.engine_config.seed)  # veRL initialises LoRA adapters after this method
         module = super()._build_module()
         options = self.model_config.fused_kernel_options or {}
         if get_device_name() == "cuda" and options.get("impl_backend") == "torch":

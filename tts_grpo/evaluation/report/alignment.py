@@ -46,7 +46,7 @@ def _kind(pair: Pair) -> str:
     return "homophone" if reference.toned & hypothesis.toned else "tone"
 
 
-def cells(target_text: str, hypothesis: str, language: str = "zh") -> list[Cell]:
-    """Return the alignment of ``pinyin_error_rate_toneless`` as pairs of units with their kind."""
+def cells(target_text: str, hypothesis: str, language: str) -> list[Cell]:
+    """Return the alignment of ``pinyin_error_rate_toneless``, or of the words of English, as pairs with their kind."""
     pairs = align_texts(target_text, hypothesis, "toneless", language).pairs
     return [Cell(_kind(pair), _sound(pair.reference), _sound(pair.hypothesis)) for pair in pairs]

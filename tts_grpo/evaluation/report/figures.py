@@ -293,6 +293,21 @@ def curve(spec: Curve, scalars: dict[str, list[tuple[int, float]]]) -> Plot | No
     return Plot(spec.title, spec.note, to_svg(figure, spec.title), ["step", *(names[tag] for tag in drawn)], rows)
 
 
+def part_curves(scalars: dict[str, list[tuple[int, float]]]) -> list[Curve]:
+    """Curves of the parts of the reward, which the log names."""
+    names = sorted({match[1] for tag in scalars if (match := re.fullmatch(r"reward_parts/(.*)/mean", tag))})
+    specs = []
+    for name in names:
+        validation = rf"val-aux/.*/reward_parts/{re.escape(name)}/mean@\d+"
+        specs.append(Curve(f"Reward: {name}", (f"reward_parts/{name}/mean",), validation, from_zero=False))
+        specs.append(
+            Curve(f"Groups that {name} does not tell apart", (f"reward_parts/{name}/equal_groups",), form=share,
+                  note="Share of groups in which all rollouts have the same score, so that this part teaches nothing.")
+        )  # fmt: skip
+    return specs
+
+
 def curves(scalars: dict[str, list[tuple[int, float]]]) -> list[Plot]:
     """All training curves that the log has values for."""
-    return [plot for spec in CURVES for plot in [curve(spec, scalars)] if plot]
+    specs = [CURVES[0], *part_curves(scalars), *CURVES[1:]]
+    return [plot for spec in specs for plot in [curve(spec, scalars)] if plot]

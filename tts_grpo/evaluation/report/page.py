@@ -77,6 +77,14 @@ def error_rows(experiment: Experiment) -> list[dict]:
             "drop": _with_interval(drop, ci, ".1%"),
             "verdict": summary.get("verdict", {}).get(name, ""),
         })  # fmt: skip
+        if judge := summary.get("judge"):
+            change = judge["change"][name]
+            rows.append({
+                "title": f"{title}, by {judge['asr']['model']}", "main": False,
+                "models": [_with_interval(judge[m][name]["rate"], judge[m][name]["ci"], ".2%") for m in MODELS],
+                "drop": _with_interval(change["relative_drop"], change["relative_drop_ci"], ".1%"),
+                "verdict": change["verdict"],
+            })  # fmt: skip
     return rows
 
 
@@ -147,7 +155,7 @@ def _title(metric: str, verdict: str, size: str) -> str:
     return f"{metric[:1].upper()}{metric[1:]}: {verdict or 'before and after GRPO'}"
 
 
-def make_example(utterance: Utterance, seed: str, prompts: dict[Path, Clip | str]) -> Example:
+def make_example(utterance: Utterance, seed: str, prompts: dict[Path, Clip | str], language: str) -> Example:
     """Players for one utterance; their widths are proportional to the durations."""
     samples = {model: utterance.samples[model][seed] for model in MODELS}
     clips = {model: _clip(sample.audio, sample.fault, model) for model, sample in samples.items()}
@@ -156,7 +164,9 @@ def make_example(utterance: Utterance, seed: str, prompts: dict[Path, Clip | str
             prompts[utterance.prompt_audio] = _clip(utterance.prompt_audio, None, "prompt")
         clips = {"prompt": prompts[utterance.prompt_audio]} | clips
     longest = max((clip.duration_s for clip in clips.values() if isinstance(clip, Clip)), default=1.0)
-    players = [_player(kind, clip, longest, utterance, seed, samples.get(kind)) for kind, clip in clips.items()]
+    players = [
+        _player(kind, clip, longest, utterance, seed, samples.get(kind), language) for kind, clip in clips.items()
+    ]
     return Example(utterance.utt_id, utterance.target_text, utterance.length, players)
 
 
@@ -171,7 +181,7 @@ def _clip(audio: Path | None, fault: str | None, kind: str) -> Clip | str:
 
 
 def _player(
-    kind: str, clip: Clip | str, longest: float, utterance: Utterance, seed: str, sample: Sample | None
+    kind: str, clip: Clip | str, longest: float, utterance: Utterance, seed: str, sample: Sample | None, language: str
 ) -> Player:
     audio = clip if isinstance(clip, Clip) else None
     errors = [(s, t.errors, s == seed) for s, t in utterance.samples[kind].items()] if sample else []
@@ -179,7 +189,7 @@ def _player(
     return Player(
         kind, TITLES[kind], audio, clip if isinstance(clip, str) else "",
         100 * audio.duration_s / longest if audio else 0, errors,
-        cells(utterance.target_text, hypothesis) if sample else [], hypothesis,
+        cells(utterance.target_text, hypothesis, language) if sample else [], hypothesis,
     )  # fmt: skip
 
 
@@ -208,21 +218,23 @@ def recogniser(experiment: Experiment) -> str:
 def same_recogniser(summary: dict) -> bool:
     """Whether evaluation and reward use the same recogniser."""
     settings = summary.get("settings", {})
-    return settings.get("reward_asr_dir", "") != "" and settings["reward_asr_dir"] == settings.get("eval_asr_dir")
+    of_reward = settings.get("reward_asr_dirs") or settings.get("reward_asr_dir", "")
+    return settings.get("eval_asr_dir", "") in of_reward.split(" ") if of_reward else False
 
 
 def render(experiment: Experiment, examples: int) -> str:
     """Render the report as HTML."""
     prompts: dict[Path, Clip | str] = {}
+    language = experiment.scores["sft"].get("language", "zh")
     groups = [
-        {"title": g.title, "rule": g.rule, "examples": [make_example(u, seed, prompts) for u, seed in g.chosen]}
+        {"title": g.title, "rule": g.rule,
+         "examples": [make_example(u, seed, prompts, language) for u, seed in g.chosen]}
         for g in select(experiment.utterances, examples)
-    ]
+    ]  # fmt: skip
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
-    language = experiment.scores["sft"].get("language", "zh")
     return environment.get_template("page.html").render(
         disagreements=find_disagreements(experiment.utterances, language), language=language,
         name=experiment.name, headline=headline(experiment), errors=error_rows(experiment),

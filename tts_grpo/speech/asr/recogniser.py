@@ -1,7 +1,7 @@
 """The interface and the result of recognisers, and the batching that they share."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -17,10 +17,12 @@ class Transcript:
         text: the transcript.
         onsets_s: when each of its characters (all of them, spaces too) came up, in seconds. Units have their places in
             the text, so a unit's time is that of its first character, however a text is cut into units.
+        tags: probabilities of emotions and events that the recogniser tells, such as HAPPY or Laughter.
     """
 
     text: str = ""
     onsets_s: tuple[float, ...] = ()
+    tags: Mapping[str, float] = field(default_factory=dict, compare=False)
 
 
 class Recogniser(Protocol):

@@ -1,5 +1,6 @@
-"""SenseVoiceSmall through funasr: transcripts in batches, with the time of each character."""
+"""SenseVoiceSmall through funasr: transcripts in batches, with the time of each character, emotions and events."""
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,25 @@ from torch.nn.utils.rnn import pad_sequence
 from tts_grpo.speech.asr.funasr_model import load_funasr
 from tts_grpo.speech.asr.recogniser import Transcript, recognise_in_batches
 from tts_grpo.speech.model_folders import SENSEVOICE_FILES
+from tts_grpo.text.spoken import spoken_form
+
+# What the network may answer to its second and third query, as its vocabulary writes them: <|HAPPY|>
+EMOTIONS = ("HAPPY", "SAD", "ANGRY", "NEUTRAL", "FEARFUL", "DISGUSTED", "SURPRISED", "EMO_UNKNOWN")
+EVENTS = ("Speech", "BGM", "Applause", "Laughter", "Cry", "Sneeze", "Breath", "Cough", "Sing", "Speech_Noise")
+
+
+NUM_QUERIES = 4  # queries before the speech
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pair:
+    """A recording and the pieces of its text; its length is the recording's."""
+
+    recording: np.ndarray | torch.Tensor
+    pieces: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.recording)
 
 
 class SenseVoice:
@@ -23,6 +43,9 @@ class SenseVoice:
         batch_size: recordings decoded at once; None is 64 on a GPU, where a batch takes as long as the launches of its
             70 layers, and 32 on a CPU, where padding costs.
         language: of the speech, passed to the network; "zh" hears English words in Chinese speech, too.
+
+    Attributes:
+        tags: emotions and events that the vocabulary has, with their ids.
 
     Raises:
         ValueError: the network does not know the language; or see :func:`load_funasr`.
@@ -39,7 +62,10 @@ class SenseVoice:
         languages = self._model.model.lid_dict
         if language not in languages:
             raise ValueError(f"{model_dir}: no language {language!r}: SenseVoice knows {', '.join(languages)}")
-        self._language_id = languages[language]
+        self._language, self._language_id = language, languages[language]
+        pieces = self._model.kwargs["tokenizer"].sp
+        ids = {tag: pieces.piece_to_id(f"<|{tag}|>") for tag in (*EMOTIONS, *EVENTS)}
+        self.tags = {tag: number for tag, number in ids.items() if number != pieces.unk_id()}
 
     def transcribe(self, recordings: Sequence[np.ndarray | torch.Tensor]) -> list[str]:
         """Transcripts of recordings, each float32 (T,) at 16 kHz, without SenseVoice's tags.
@@ -52,26 +78,72 @@ class SenseVoice:
         """:meth:`transcribe`, with the time of each character."""
         return recognise_in_batches(recordings, self._recognise, self.batch_size, Transcript())
 
+    def log_likelihoods(
+        self, recordings: Sequence[np.ndarray | torch.Tensor], texts: Sequence[str]
+    ) -> list[float]:  # fmt: skip
+        """Mean CTC log-likelihood per piece of each recording's text, at most 0.
+
+        It is -inf for a recording that is too short for its text. The recordings are recognised once more for it.
+
+        Raises:
+            ValueError: a text has no piece in the network's vocabulary.
+        """
+        encode = self._model.kwargs["tokenizer"].encode
+        pieces = [torch.tensor(encode(spoken_form(text, self._language).text)) for text in texts]
+        for text, ids in zip(texts, pieces, strict=True):
+            if not len(ids):
+                raise ValueError(f"the text {text!r} has no piece in the vocabulary of the recogniser")
+        pairs = [_Pair(recording, ids) for recording, ids in zip(recordings, pieces, strict=True)]
+        return recognise_in_batches(pairs, self._log_likelihoods, self.batch_size, float("-inf"))
+
+    @torch.inference_mode()
+    def _log_likelihoods(self, pairs: list["_Pair"]) -> list[float]:
+        logits, ends = self._logits([pair.recording for pair in pairs])
+        sizes = torch.tensor([len(pair.pieces) for pair in pairs])
+        log_probs = logits[:, NUM_QUERIES:].float().log_softmax(-1).transpose(0, 1)
+        losses = F.ctc_loss(
+            log_probs, pad_sequence([pair.pieces for pair in pairs], batch_first=True).to(log_probs.device),
+            ends - NUM_QUERIES, sizes, self._model.model.blank_id, reduction="none",
+        )  # fmt: skip
+        return (-losses.cpu() / sizes).tolist()
+
+    @torch.inference_mode()
+    def _logits(self, recordings) -> tuple[torch.Tensor, torch.Tensor]:
+        """Outputs of the network (B, T, V), the answers to its queries first, and the length of each, int64 (B,)."""
+        model = self._model.model
+        features, lens = self._features([torch.as_tensor(r, device=self.device) for r in recordings])
+        # The queries that SenseVoiceSmall.inference puts before the speech: language, emotion, event, written form
+        ids = [self._language_id, 1, 2, model.textnorm_dict["woitn"]]
+        queries = model.embed(torch.tensor([ids], device=self.device)).expand(len(features), -1, -1)
+        ends = lens + NUM_QUERIES
+        encoded, _ = model.encoder(torch.cat([queries, features], dim=1), ends.to(self.device))
+        return model.ctc.ctc_lo(encoded), ends
+
     @torch.inference_mode()
     def _recognise(self, recordings) -> list[Transcript]:
         """``AutoModel.generate``, with features and decoding of a batch computed together on the network's device."""
         from funasr.utils.postprocess_utils import rich_transcription_postprocess
 
         model, tokenizer = self._model.model, self._model.kwargs["tokenizer"]
-        features, lens = self._features([torch.as_tensor(r, device=self.device) for r in recordings])
-        # The queries that SenseVoiceSmall.inference puts before the speech: language, event, emotion, written form
-        ids = [self._language_id, 1, 2, model.textnorm_dict["woitn"]]
-        queries = model.embed(torch.tensor([ids], device=self.device)).expand(len(features), -1, -1)
-        ends = lens + len(ids)
-        encoded, _ = model.encoder(torch.cat([queries, features], dim=1), ends.to(self.device))
+        logits, ends = self._logits(recordings)
         transcripts = []
-        for pieces, end in zip(model.ctc.ctc_lo(encoded).argmax(-1).tolist(), ends.tolist(), strict=True):
+        for pieces, end, tags in zip(
+            logits.argmax(-1).tolist(), ends.tolist(), self._tag_probabilities(logits), strict=True
+        ):
             runs = (next(run) for _, run in itertools.groupby(enumerate(pieces[:end]), key=lambda frame: frame[1]))
             emitted = [(begin, piece) for begin, piece in runs if piece != model.blank_id]
             text = rich_transcription_postprocess(tokenizer.decode([piece for _, piece in emitted]))
-            speech_pieces = [(begin - len(ids), piece) for begin, piece in emitted if begin >= len(ids)]
-            transcripts.append(Transcript(text, self._onsets(text, speech_pieces)))
+            speech_pieces = [(begin - NUM_QUERIES, piece) for begin, piece in emitted if begin >= NUM_QUERIES]
+            transcripts.append(Transcript(text, self._onsets(text, speech_pieces), tags))
         return transcripts
+
+    def _tag_probabilities(self, logits: torch.Tensor) -> list[dict[str, float]]:
+        """Probability of each tag that the vocabulary has, in the network's answers (B, T, V)."""
+        answers = logits[:, 1:3].float().softmax(-1).cpu()
+        return [
+            {tag: float(one[0 if tag in EMOTIONS else 1, number]) for tag, number in self.tags.items()}
+            for one in answers
+        ]
 
     def _onsets(self, text: str, speech_pieces: Sequence[tuple[int, int]]) -> tuple[float, ...]:
         """When each character of a transcript came up, by its pieces and the frames with which they begin."""

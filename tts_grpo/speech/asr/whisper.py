@@ -8,6 +8,10 @@ import numpy as np
 import torch
 
 from tts_grpo.speech.asr.recogniser import MIN_SAMPLES
+from tts_grpo.speech.audio import ASR_HZ
+
+PROMPTS = {"zh": "以下是普通话的句子。"}  # without it, Whisper also writes traditional characters
+TOKENS_PER_S = 16  # Chinese has about 5 syllables per second, and up to 3 tokens per character
 
 
 class Whisper:
@@ -47,9 +51,11 @@ class Whisper:
         return [self._transcribe(np.asarray(r, dtype=np.float32)) if len(r) >= MIN_SAMPLES else "" for r in recordings]
 
     def _transcribe(self, recording: np.ndarray) -> str:
-        # A single temperature disables the fallback, which samples without a seed.
+        # A single temperature disables the fallback, which samples without a seed. The limit, above any speech rate,
+        # ends loops of the same words early.
         segments, _ = self._model.transcribe(
             recording, language=self.language, beam_size=1, temperature=0.0, condition_on_previous_text=False,
-            without_timestamps=True,
+            without_timestamps=True, initial_prompt=PROMPTS.get(self.language),
+            max_new_tokens=min(200, 10 + int(TOKENS_PER_S * len(recording) / ASR_HZ)),
         )  # fmt: skip
         return "".join(segment.text for segment in segments).strip()

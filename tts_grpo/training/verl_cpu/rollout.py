@@ -3,10 +3,14 @@
 One Ray actor holds the model that generates. It collects the requests of a step into batches; the actor worker sends it
 the new weights after each update. The random seed of a request depends on the step, the prompt, and the number of
 earlier requests with the same prompt, so that a resumed training draws the same tokens as an uninterrupted one.
+
+Log-probabilities are equal to the last bit only in equal batches. Requests may arrive in any order and with gaps, so
+the trainer announces how many will come (:meth:`TransformersServer.expect`), and they are sorted.
 """
 
 import asyncio
 import collections
+import logging
 import os
 import zlib
 from functools import partial
@@ -24,8 +28,11 @@ from tts_grpo.speech.generation import Sampling, generate, load_lm
 from tts_grpo.training import engine  # noqa: F401  # registers itself, as on a GPU
 from tts_grpo.training.verl_cpu.log_probs import fused_linear
 
+logger = logging.getLogger(__name__)
+
 NAME = "transformers_cpu"
 GATHER_S = 0.1  # a batch is closed when no request arrives for this long
+EXPECTED_S = 60.0  # the same, while announced requests are missing, which have failed on their way
 # Not sent after an update: weights of a head that is tied to the embedding, and its bias, which is not trained.
 NOT_UPDATED = {"lm_head.weight", "lm_head.bias"}
 
@@ -39,8 +46,12 @@ class TransformersServer:
         self.config = config
         self.model = load_lm(model_path)[0]
         self.global_steps = 0
-        self.waiting, self.task = [], None
+        self.waiting, self.task, self.expected = [], None, 0
         self.request_counts = collections.Counter()
+
+    async def expect(self, count: int) -> None:
+        """Announce that ``count`` requests will arrive. Their generation begins when the last of them has arrived."""
+        self.expected += count
 
     async def generate(self, prompt_ids, sampling_params, request_id, **_):
         """Handle one request of veRL's agent loop."""
@@ -50,6 +61,7 @@ class TransformersServer:
             top_k=int(params.get("top_k", -1)),
             max_new_tokens=int(params.get("max_tokens") or self.config.response_length),
         )  # fmt: skip
+        self.expected = max(0, self.expected - 1)
         future = asyncio.get_running_loop().create_future()
         self.waiting.append((prompt, sampling, self.seed(prompt, sampling), future))
         if self.task is None or self.task.done():
@@ -72,10 +84,7 @@ class TransformersServer:
 
     async def _drain(self) -> None:
         while self.waiting:
-            count = -1
-            while count != len(self.waiting):  # the requests of a step arrive in a burst: wait for its end
-                count = len(self.waiting)
-                await asyncio.sleep(GATHER_S)
+            await self._gather()
             sampling = self.waiting[0][1]
             same_sampling = sorted((r for r in self.waiting if r[1] == sampling), key=lambda r: (len(r[0]), r[0], r[2]))
             batch = same_sampling[: self.config.max_num_seqs]
@@ -90,6 +99,17 @@ class TransformersServer:
                 for future in futures:
                     if not future.done():
                         future.set_exception(error)
+
+    async def _gather(self) -> None:
+        """Wait until the requests of a step, which arrive in a burst, have arrived."""
+        count, quiet_s = len(self.waiting), 0.0
+        while quiet_s < (EXPECTED_S if self.expected else GATHER_S):
+            await asyncio.sleep(GATHER_S)
+            quiet_s = quiet_s + GATHER_S if count == len(self.waiting) else 0.0
+            count = len(self.waiting)
+        if self.expected:
+            logger.warning("%d announced requests did not arrive: weights may differ from another run's", self.expected)
+            self.expected = 0
 
     async def update_weights(self, state: dict[str, torch.Tensor], global_steps: int | None = None) -> None:
         """Load the trained weights.
@@ -157,6 +177,8 @@ def _patch_engine() -> None:
         initialize_global_process_group_ray, backend="cpu:gloo"
     )
     transformer_impl.load_fsdp_model_to_gpu = lambda model: None  # the model stays on the CPU
+    offload = transformer_impl.CPUOffloadPolicy  # of the reference model; only a GPU needs pinned memory
+    transformer_impl.CPUOffloadPolicy = lambda pin_memory: offload(pin_memory=False)
     FusedLinearForPPO.forward = fused_linear  # faster on a CPU; a head bias wraps it (tts_grpo/training/engine.py)
 
 

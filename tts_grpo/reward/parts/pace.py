@@ -1,0 +1,40 @@
+"""Pace: the speech rate, held to a reference, so that it does not drift in the training."""
+
+import math
+
+import numpy as np
+
+from tts_grpo.reward.parts.interface import Batch, Context
+from tts_grpo.speech.audio import ASR_HZ, resample
+from tts_grpo.speech.quality import silences
+
+
+class Reward:
+    """exp(-d^2 / 2), where d is the logarithm of the speech rate over the reference, divided by ``width``.
+
+    The speech rate is the number of the text's units (syllables, words) per second, without silence before and after
+    the speech, as in the evaluation's report. The score of a rollout that is silent is 0.
+
+    Args:
+        units_per_s: reference, such as the speech rate of the SFT model in the report.
+        width: a rate that differs by the factor exp(width) has the score 0.61.
+    """
+
+    def __init__(self, context: Context, units_per_s: float, width: float = 0.15):
+        self.units_per_s, self.width = units_per_s, width
+
+    def __call__(self, batch: Batch) -> list[float]:
+        scores = []
+        for recording, reference in zip(batch.recordings, batch.references, strict=True):
+            leading, trailing, _ = silences(recording)
+            seconds = len(recording) / ASR_HZ - leading - trailing
+            if seconds <= 0:
+                scores.append(0.0)
+                continue
+            distance = math.log(len(reference.units) / seconds / self.units_per_s) / self.width
+            scores.append(math.exp(-(distance**2) / 2))
+        return scores
+
+    def spoiled(self, batch: Batch) -> Batch:
+        """Speak at half the rate."""
+        return batch.with_recordings([resample(np.asarray(one), 1, 2) for one in batch.recordings])
