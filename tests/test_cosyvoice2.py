@@ -104,6 +104,17 @@ def test_split_batch_limits_padded_tokens(monkeypatch):
     assert cosyvoice2.split_batch([], 100) == []
 
 
+def test_short_utterances_are_solved_without_the_padding_of_long_ones(folder, voice, monkeypatch):
+    token2wav, sequences = load_token2wav(folder), random_tokens([4, 8, 30, 3])
+    expected, _ = token2wav(sequences, [voice] * 4)
+    sizes, solve = [], token2wav.flow.solve
+    monkeypatch.setattr(token2wav.flow, "solve", lambda mu, *rest: sizes.append(tuple(mu.shape)) or solve(mu, *rest))
+    monkeypatch.setattr(cosyvoice2, "MAX_UTTERANCES", 2)
+    waveforms, _ = token2wav(sequences, [voice] * 4)
+    torch.testing.assert_close(waveforms, expected, rtol=0, atol=TOLERANCE)
+    assert [shape[0] for shape in sizes] == [2, 2] and sizes[1][2] - sizes[0][2] == 2 * (30 - 4)
+
+
 def test_seeds_and_prompts(folder, voice):
     token2wav = load_token2wav(folder)
     (tokens,) = random_tokens([20])

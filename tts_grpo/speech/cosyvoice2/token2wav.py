@@ -175,9 +175,12 @@ class Flow:
         if self.packed:
             mel = self.packed(mu, spks, condition, (MEL_PER_TOKEN * lens).tolist())
         else:
-            frames = torch.arange(mu.shape[2])
-            mask = (frames < MEL_PER_TOKEN * lens[:, None])[:, None].to(mu)
-            mel = self.solve(mu, mask, spks, condition)
+            mel = torch.zeros_like(mu)
+            for rows in split_batch(lens.tolist(), max_padded_tokens(self.device)):
+                frames = MEL_PER_TOKEN * lens[rows]
+                part = (rows, slice(None), slice(int(frames.max())))  # without the padding of longer utterances
+                mask = (torch.arange(int(frames.max())) < frames[:, None])[:, None].to(mu)
+                mel[part] = self.solve(mu[part], mask, spks[rows], condition[part])
         starts = torch.tensor([len(prompt["mel"]) for prompt in prompts])
         size = MEL_PER_TOKEN * max(map(len, speech_tokens))
         positions = (starts[:, None] + torch.arange(size)).clamp(max=mel.shape[2] - 1).to(self.device)
