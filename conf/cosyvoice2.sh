@@ -108,6 +108,7 @@ recompute=${recompute:-$((gpu_memory_gib < 70))}
 eval_jsonl=${eval_jsonl:-$workspace/data/$dataset$( ((eval_strip_quotes)) && echo -stripped || true).jsonl}
 infer_batch_size=${infer_batch_size:-$((gpu_memory_gib >= 40 ? 128 : 32))}
 [[ $infer_device != cpu ]] || infer_precision=fp32 infer_lm_precision=fp32
+infer_precision=${infer_precision:-fp16} # no transcript changes with it (docs/results/reward_server.json)
 
 download() { run "$speech_bin/python" "$root/scripts/download.py" "$@"; }
 

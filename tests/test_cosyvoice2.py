@@ -1,6 +1,7 @@
 """Compares CosyVoice2's token2wav on batches with the official code on single utterances."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -104,6 +105,17 @@ def test_split_batch_limits_padded_tokens(monkeypatch):
     assert cosyvoice2.split_batch([], 100) == []
 
 
+def test_short_utterances_are_solved_without_the_padding_of_long_ones(folder, voice, monkeypatch):
+    token2wav, sequences = load_token2wav(folder), random_tokens([4, 8, 30, 3])
+    expected, _ = token2wav(sequences, [voice] * 4)
+    sizes, solve = [], token2wav.flow.solve
+    monkeypatch.setattr(token2wav.flow, "solve", lambda mu, *rest: sizes.append(tuple(mu.shape)) or solve(mu, *rest))
+    monkeypatch.setattr(cosyvoice2, "MAX_UTTERANCES", 2)
+    waveforms, _ = token2wav(sequences, [voice] * 4)
+    torch.testing.assert_close(waveforms, expected, rtol=0, atol=TOLERANCE)
+    assert [shape[0] for shape in sizes] == [2, 2] and sizes[1][2] - sizes[0][2] == 2 * (30 - 4)
+
+
 def test_seeds_and_prompts(folder, voice):
     token2wav = load_token2wav(folder)
     (tokens,) = random_tokens([20])
@@ -163,16 +175,27 @@ def test_half_precision_needs_a_gpu(folder, monkeypatch):
         load_token2wav(folder, precision="fp16")
 
 
-def test_prompt_features_are_cached_on_disk(folder, voice, cache, monkeypatch):
-    first = load_token2wav(folder).prompt_features(voice)
-    assert len(list(cache.iterdir())) == 1
+def test_tokens_and_features_of_recordings_are_cached_on_disk(folder, voice, cache, monkeypatch):
+    first = load_token2wav(folder)
+    tokens, features = first.encode([voice.prompt_speech_16k]), first.prompt_features(voice)
+    assert sorted(path.name.split("_")[0] for path in cache.iterdir()) == ["prompt", "tokens"]
     again = load_token2wav(folder)
-    monkeypatch.setattr(again, "compute_prompt_features", None)
+    monkeypatch.setattr(again, "_run_onnx", None)
     cached = again.prompt_features(voice)
-    assert cached["tokens"] == first["tokens"] and torch.equal(cached["mel"], first["mel"])
+    assert again.encode([voice.prompt_speech_16k]) == tokens and cached["tokens"] == features["tokens"]
+    assert torch.equal(cached["mel"], features["mel"])
     other = PromptVoice("好", voice.prompt_speech_16k[:20_000], ())
     load_token2wav(folder).prompt_features(other)
-    assert len(list(cache.iterdir())) == 2
+    assert len(list(cache.iterdir())) == 4
+
+
+def test_threads_may_prepare_voices(folder, voice, cache):
+    token2wav = load_token2wav(folder)
+    voices = [PromptVoice("好", voice.prompt_speech_16k[: 16_000 + 100 * (i // 2)], ()) for i in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(token2wav.prepare_voice, voices))
+    assert len(list(cache.glob("*.pt"))) == len(list(cache.iterdir())) == 8
+    assert len(token2wav.sessions) == 2
 
 
 def test_batch_is_halved_when_memory_runs_out(folder, voice, monkeypatch):

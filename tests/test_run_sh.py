@@ -740,6 +740,7 @@ def test_settings_are_shown_with_their_origin(recipe):
     assert full["rollout_n"] == ("4", "recipe") and full["num_gpus"] == ("2", "environment")
     assert full["text_excludes"] == ("''", "environment") and full["train_batch_size"] == ("32", "profile")
     assert full["infer_precision"] == ("fp32", "profile"), "there is no fp16 on a CPU"
+    assert shown_settings(recipe, profile="cosyvoice2")["infer_precision"] == ("fp16", "profile")
     dapo = shown_settings(recipe, algorithm="dapo", clip_ratio_low="0.1")
     assert dapo["clip_ratio_low"] == ("0.1", "environment") and dapo["clip_ratio_high"] == ("0.28", "algorithm")
     assert dapo["credit"] == ("utterance", "algorithm") and tiny["credit"] == ("syllable", "profile")

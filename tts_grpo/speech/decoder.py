@@ -39,6 +39,9 @@ class Token2Wav(Protocol):
     def encode(self, recordings: Sequence[np.ndarray]) -> list[list[int]]:
         """Speech tokens of recordings, each float32 (T,) at 16 kHz."""
 
+    def prepare_voice(self, voice: PromptVoice) -> None:
+        """Do the work that decoding with a voice for the first time would do; threads may do it at the same time."""
+
     def warm_up(self) -> None:
         """Do one-time work that would slow down the first batches, such as compiling."""
 

@@ -26,6 +26,11 @@ def setup(device: str) -> tuple[int, int, str]:
     return rank, world_size, device
 
 
+def cores_per_process() -> int:
+    """Number of this machine's cores for each of torchrun's processes, at least 1."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 def barrier() -> None:
     """Wait until all processes have called this function."""
     if dist.is_initialized():

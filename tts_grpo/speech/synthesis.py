@@ -12,12 +12,14 @@ import hashlib
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from tts_grpo.speech.continuous_batching import ContinuousBatching
 from tts_grpo.speech.decoder import PromptVoice
+from tts_grpo.speech.distributed import cores_per_process
 from tts_grpo.speech.generation import (
     LM_PRECISIONS,
     Sampling,
@@ -144,12 +146,16 @@ class Synthesiser:
             return None
         key = (row["prompt_audio"], row["prompt_text"])
         if key not in self.voices:
-            self.voices[key] = load_prompt_voice(self.token2wav, self.prompt_dir / key[0], key[1])
+            voice = load_prompt_voice(self.token2wav, self.prompt_dir / key[0], key[1])
+            self.token2wav.prepare_voice(voice)
+            self.voices[key] = voice
         return self.voices[key]
 
     def prompts(self, utterances: Sequence[dict]) -> list[str]:
         """What the language model reads for each utterance."""
-        with self.timed("prompts"):
+        with self.timed("prompts"), ThreadPoolExecutor(cores_per_process()) as pool:
+            distinct = {(row["prompt_audio"], row["prompt_text"]): row for row in utterances}
+            list(pool.map(self.voice, distinct.values()))
             voices = [self.voice(row) for row in utterances]
             return [
                 render_prompt(self.tokenizer, target, prompt, voice.prompt_speech_tokens if voice else ())

@@ -20,7 +20,8 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -175,9 +176,12 @@ class Flow:
         if self.packed:
             mel = self.packed(mu, spks, condition, (MEL_PER_TOKEN * lens).tolist())
         else:
-            frames = torch.arange(mu.shape[2])
-            mask = (frames < MEL_PER_TOKEN * lens[:, None])[:, None].to(mu)
-            mel = self.solve(mu, mask, spks, condition)
+            mel = torch.zeros_like(mu)
+            for rows in split_batch(lens.tolist(), max_padded_tokens(self.device)):
+                frames = MEL_PER_TOKEN * lens[rows]
+                part = (rows, slice(None), slice(int(frames.max())))  # without the padding of longer utterances
+                mask = (torch.arange(int(frames.max())) < frames[:, None])[:, None].to(mu)
+                mel[part] = self.solve(mu[part], mask, spks[rows], condition[part])
         starts = torch.tensor([len(prompt["mel"]) for prompt in prompts])
         size = MEL_PER_TOKEN * max(map(len, speech_tokens))
         positions = (starts[:, None] + torch.arange(size)).clamp(max=mel.shape[2] - 1).to(self.device)
@@ -300,7 +304,8 @@ class CosyVoice2Token2Wav:
         device: torch device of flow and vocoder; the networks for prompt features run on the CPU, once per voice.
         precision: "fp32" is equal to the official code in fp32. "fp16" and "bf16" need a GPU: the flow's estimator (on
             packed batches) and the vocoder's residual blocks use half precision, all other layers TF32.
-        cache_dir: folder for cached prompt features; None means ``tts_grpo`` in the user's cache folder.
+        cache_dir: folder for cached speech tokens and features of recordings; None means ``tts_grpo`` in the user's
+            cache folder.
 
     Raises:
         ValueError: a file is missing, its weights do not match the modules, or half precision is used without a GPU.
@@ -325,7 +330,7 @@ class CosyVoice2Token2Wav:
             self.flow = Flow(self._load_weights(modules["flow"], "flow.pt"), PRECISIONS[precision])
             hift = self._load_weights(modules["hift"], "hift.pt", "generator.")
             self.vocoder = Vocoder(hift, PRECISIONS[precision])
-        self.sessions, self.prompts = {}, {}
+        self.sessions, self.sessions_lock, self.prompts = {}, threading.Lock(), {}
 
     def _load_weights(self, module: nn.Module, name: str, prefix: str = "") -> nn.Module:
         state = torch.load(self.model_dir / name, map_location="cpu", weights_only=True)
@@ -342,51 +347,63 @@ class CosyVoice2Token2Wav:
         """First output of an ONNX network of the folder."""
         import onnxruntime
 
-        if name not in self.sessions:
-            options = onnxruntime.SessionOptions()
-            options.intra_op_num_threads = torch.get_num_threads()
-            self.sessions[name] = onnxruntime.InferenceSession(
-                str(self.model_dir / name), options, providers=["CPUExecutionProvider"]
-            )
+        with self.sessions_lock:
+            if name not in self.sessions:
+                options = onnxruntime.SessionOptions()
+                options.intra_op_num_threads = torch.get_num_threads()
+                self.sessions[name] = onnxruntime.InferenceSession(
+                    str(self.model_dir / name), options, providers=["CPUExecutionProvider"]
+                )
         session = self.sessions[name]
         return session.run(None, {i.name: value for i, value in zip(session.get_inputs(), inputs, strict=True)})[0]
 
     def encode(self, recordings: Sequence[np.ndarray]) -> list[list[int]]:
-        """Speech tokens of recordings, each float32 (T,) at 16 kHz and at most 30 s long (the tokenizer's limit)."""
+        """Speech tokens of recordings, each float32 (T,) at 16 kHz and at most 30 s long (the tokenizer's limit).
+
+        They are cached on disk: on a CPU core, the tokenizer of the full size takes seconds per recording.
+        """
         from s3tokenizer import log_mel_spectrogram
 
-        tokens = []
+        def compute(recording: np.ndarray) -> torch.Tensor:
+            mel = log_mel_spectrogram(torch.from_numpy(recording), n_mels=128)[None].numpy()
+            ids = self._run_onnx("speech_tokenizer_v2.onnx", mel, np.array([mel.shape[2]], np.int32))
+            return torch.from_numpy(ids.ravel().astype(int))
+
         for i, recording in enumerate(recordings):
             if not 0 < len(recording) <= 30 * ASR_HZ:
                 raise ValueError(
                     f"recording {i} has {len(recording) / ASR_HZ:.1f} s; the speech tokenizer accepts up to 30 s"
                 )
-            mel = log_mel_spectrogram(torch.as_tensor(recording), n_mels=128)[None].numpy()
-            ids = self._run_onnx("speech_tokenizer_v2.onnx", mel, np.array([mel.shape[2]], np.int32))
-            tokens.append(ids.ravel().astype(int).tolist())
-        return tokens
+        return [self._cached("tokens", recording, compute).tolist() for recording in recordings]
 
     def prompt_features(self, voice: PromptVoice) -> dict:
         """Prompt features for :class:`Flow`: computed once per voice, cached in memory and on disk."""
-        speech = np.ascontiguousarray(voice.prompt_speech_16k, np.float32)
-        digest = hashlib.sha256(speech.tobytes()).hexdigest()
+        digest = hashlib.sha256(np.ascontiguousarray(voice.prompt_speech_16k, np.float32).tobytes()).hexdigest()
         if digest not in self.prompts:
-            path = self.cache_dir / f"prompt_{self.prompt_key}_{digest}.pt"
-            if not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                tmp = path.with_name(f"{path.name}.{os.getpid()}.part")
-                torch.save(self.compute_prompt_features(speech), tmp)
-                tmp.replace(path)
-            features = torch.load(path, weights_only=True)
+            features = self._cached("prompt", voice.prompt_speech_16k, self.compute_prompt_features)
             self.prompts[digest] = {
                 "tokens": features["tokens"].tolist(), "mel": features["mel"].to(self.device),
                 "speaker_embedding": features["speaker_embedding"].to(self.device),
             }  # fmt: skip
         return self.prompts[digest]
 
+    def prepare_voice(self, voice: PromptVoice) -> None:
+        self.prompt_features(voice)
+
+    def _cached(self, kind: str, recording: np.ndarray, compute: Callable):
+        """``compute(recording)``, from the disk if it is there; ``kind`` is part of the file's name."""
+        recording = np.ascontiguousarray(recording, np.float32)
+        path = self.cache_dir / f"{kind}_{self.prompt_key}_{hashlib.sha256(recording.tobytes()).hexdigest()}.pt"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tmp = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.part")
+            torch.save(compute(recording), tmp)
+            tmp.replace(path)
+        return torch.load(path, weights_only=True)
+
     @functools.cached_property
     def prompt_key(self) -> str:
-        """Hash of the model files that prompt features depend on."""
+        """Hash of the model files that tokens and features of recordings depend on."""
         digest = hashlib.sha256()
         for name in ("cosyvoice2.yaml", "campplus.onnx", "speech_tokenizer_v2.onnx"):
             digest.update((self.model_dir / name).read_bytes())

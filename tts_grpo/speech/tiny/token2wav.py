@@ -53,5 +53,8 @@ class TinyToken2Wav:
             waveforms = self.decoder(digits, lens.to(self.device))
         return waveforms, lens * SAMPLES_PER_TOKEN
 
+    def prepare_voice(self, voice) -> None:
+        """Nothing to do: this decoder ignores the voice."""
+
     def warm_up(self) -> None:
         """Nothing to do: this decoder is not compiled."""
