@@ -189,6 +189,11 @@ def mean_reward(scores) -> float:
     return sum(scored.reward for scored in scores) / len(scores)
 
 
+def mean_of_words(scores) -> float:
+    """Mean score of the part that hears the words: other parts, such as the pitch, hardly depend on the text."""
+    return sum(scored.parts.get("intelligibility", scored.reward) for scored in scores) / len(scores)
+
+
 def known_answer_check(right: float, wrong: float, written_loss: float = 0.0) -> str | None:
     """Return why a reward server fails the known-answer check, or None if it passes.
 
@@ -216,7 +221,7 @@ def lost_by_digits(args, rows: list[dict], scores: list) -> float:
     if not pairs:
         return 0.0
     again = asyncio.run(score_rows(args, [row for row, _ in pairs], [row["written"] for row, _ in pairs]))
-    return mean_reward([scored for _, scored in pairs]) - mean_reward(again)
+    return mean_of_words([scored for _, scored in pairs]) - mean_of_words(again)
 
 
 def check_server(rows: list[dict], url: str, patience_s: float) -> dict[str, float | str]:
@@ -225,7 +230,8 @@ def check_server(rows: list[dict], url: str, patience_s: float) -> dict[str, flo
     Right and wrong texts are sent in random order, so that answers which are given to other requests are noticed.
 
     Returns:
-        Mean rewards for the right and for wrong texts, what texts with digits lose, and the hash that the server sends.
+        Mean rewards for the right and for wrong texts (of the part intelligibility, if there is one), what texts with
+        digits lose, and the hash that the server sends.
 
     Raises:
         RewardServerError: the server does not answer, or fails the check.
@@ -239,8 +245,8 @@ def check_server(rows: list[dict], url: str, patience_s: float) -> dict[str, flo
     scores = [score for _, score in sorted(zip(places, shuffled, strict=True), key=lambda placed: placed[0])]
     right, wrong = scores[: len(rows)], scores[len(rows) :]
     means = {
-        "mean_reward": mean_reward(right),
-        "mean_reward_of_wrong_texts": mean_reward(wrong),
+        "mean_reward": mean_of_words(right),
+        "mean_reward_of_wrong_texts": mean_of_words(wrong),
         "lost_by_digits": lost_by_digits(args, rows, right),
     }
     if fault := known_answer_check(*means.values()):
