@@ -42,6 +42,7 @@ from tts_grpo.text.jsonl import write_json
 
 RESULTS, PAGE = Path("docs/results/reward_load.json"), Path("docs/reliability.md")
 TINY = ROOT / "assets/tiny"
+OUTCOMES = ("answered", "refused", "lost", "other", "retried")
 LOADS = (0.5, 1, 2, 4)  # times the capacity
 PATIENCE_S = 180.0  # of the client in the soak, as in a training
 SAMPLE_S = 5.0  # seconds between two measurements of memory
@@ -154,9 +155,8 @@ class Requests:
     def figures(self, requests: int, seconds: float) -> dict:
         percentiles = np.percentile(self.latencies_s or [math.nan], (50, 95, 99))
         latencies = dict(zip(("p50_s", "p95_s", "p99_s"), percentiles, strict=True))
-        outcomes = ("answered", "refused", "lost", "other", "retried")
         return {
-            "requests": requests, **{name: self.outcomes[name] for name in outcomes},
+            "requests": requests, **{name: self.outcomes[name] for name in OUTCOMES},
             "answered_per_s": round(self.outcomes["answered"] / seconds, 1), "seconds": round(seconds, 1),
             **{name: round(float(value), 3) for name, value in latencies.items()}, "errors": self.errors,
         }  # fmt: skip
@@ -234,14 +234,14 @@ def show(name: str, figures: dict) -> None:
 
 def tables(recorded: dict) -> dict[str, list[str]]:
     """Return the lines of each table by the name in its comment, from the contents of docs/results/reward_load.json."""
-    columns = ("requests", "answered", "refused", "lost", "other", "retried", "answered_per_s", "p50_s", "p95_s", "p99_s")
+    columns = ("requests", *OUTCOMES, "answered_per_s", "p50_s", "p95_s", "p99_s")
     rows = [(f"{row['load']:g}", row) for row in recorded["figures"]]
     rows.append((f"1, for {recorded['soak']['seconds']:.0f} s", recorded["soak"]))
     memory = recorded["memory"]
     return {
         "load": [
-            "| Load, times capacity | Requests | Answered | Refused | Lost | Other score | Sent again | Answered per second "
-            "| p50, s | p95, s | p99, s |",
+            "| Load, times capacity | Requests | Answered | Refused | Lost | Other score | Sent again "
+            "| Answered per second | p50, s | p95, s | p99, s |",
             "|" + " --- |" * 11,
             *(f"| {name} | " + " | ".join(str(row[column]) for column in columns) + " |" for name, row in rows),
         ],
