@@ -9,6 +9,7 @@ The merged folder is loaded once to check it.
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -75,7 +76,11 @@ def check(folder: Path, sft_path: Path) -> None:
 def main(argv=None):
     args = get_args(argv)
     merger = [sys.executable, "-m", "verl.model_merger", "merge", "--backend", "fsdp"]
-    subprocess.run([*merger, "--local_dir", args.checkpoint, "--target_dir", args.output_dir], check=True)
+    # The checkpoint's config.json names the attention of the training, which Transformers must know; veRL imports the
+    # module. The merged folder's config.json does not name it.
+    environment = os.environ | {"VERL_USE_EXTERNAL_MODULES": "tts_grpo.training.varlen"}
+    command = [*merger, "--local_dir", args.checkpoint, "--target_dir", args.output_dir]
+    subprocess.run(command, check=True, env=environment)
     if (args.output_dir / "lora_adapter").exists():
         merge_adapter(args.output_dir)
     for name in TOKENIZER_FILES:

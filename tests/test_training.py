@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -110,6 +111,19 @@ def test_trains_survives_a_kill_and_merges(recipe, resumed):
     assert len(model.generation_config.eos_token_id) == 2
     assert tokenizer.chat_template.count("SPEECH_GENERATION_START") == 1
     assert run_sh(recipe, "0", "3").stdout.count("already done") == 3
+
+
+def test_a_checkpoint_of_a_training_with_attention_over_packs_is_merged(recipe, resumed, tmp_path):
+    """On GPUs, the checkpoint's config.json names this attention, which only this recipe's modules know."""
+    exp_dir = Path(recipe["exp_dir"])
+    checkpoint = shutil.copytree(exp_dir / "checkpoints/global_step_2/actor", tmp_path / "actor")
+    config = checkpoint / "huggingface/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"attn_implementation": "varlen"}))
+    command = [Path(recipe["venv_root"]) / "trainer/bin/python", ROOT / "scripts/merge.py", "--checkpoint", checkpoint,
+               "--sft-path", exp_dir / "sft_model", "--output-dir", tmp_path / "merged"]  # fmt: skip
+    done = subprocess.run(command, env=recipe | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "varlen" not in (tmp_path / "merged/config.json").read_text()
 
 
 def test_a_reward_of_the_users_own_is_in_log_summary_and_report(recipe, resumed):

@@ -239,7 +239,7 @@ def tables(recorded: dict) -> dict[str, list[str]]:
             f"| at its start | {memory['first_mib']} |",
             f"| at its end | {memory['last_mib']} |",
             f"| largest of {memory['samples']} samples | {memory['largest_mib']} |",
-            f"| slope per 1,000 answered requests | {memory['slope_mib_per_1000_requests']} |",
+            f"| slope per thousand answered requests | {memory['slope_mib_per_1000_requests']} |",
             f"| the same, second half | {memory['slope_of_second_half']} |",
         ],
     }
