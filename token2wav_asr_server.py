@@ -235,7 +235,7 @@ class Instance:
     """
 
     def __init__(self, args, device: str):
-        self.args, self.device, self.lock, self.deaths = args, device, threading.Lock(), 0
+        self.args, self.device, self.lock, self.deaths, self.closed = args, device, threading.Lock(), 0, False
         self._start()
 
     def _start(self) -> None:
@@ -295,6 +295,8 @@ class Instance:
                     self._restart()
 
     def _restart(self) -> None:
+        if self.closed:  # a process that starts now would not be ended, and the server would wait for it for ever
+            return
         self.process.join(timeout=5)
         self.deaths += 1
         logger.error("an instance on %s has died with code %s (out of memory?)", self.device, self.process.exitcode)
@@ -311,7 +313,8 @@ class Instance:
         self.process.join()
 
     def close(self) -> None:
-        """Let the process finish its current batch (at most 10 s), then end it."""
+        """Let the process finish its current batch (at most 10 s), then end it; it is not restarted any more."""
+        self.closed = True
         self.pipe.close()
         self.process.join(timeout=10)
         if self.process.is_alive():
@@ -392,7 +395,11 @@ def infer_function(instance: Instance):
     def infer(TOKENS, TOKEN_LENS, GT_TEXT):
         failed = lambda fault: RolloutScore(error=fault)  # noqa: E731
         scores = call_with_valid(instance, "score", failed, TOKENS, TOKEN_LENS, GT_TEXT[:, 0])
-        return encode_response(scores, instance.server)
+        requests = [
+            (tokens[: max(length, 0)].tolist(), text.decode("utf-8", "replace"))
+            for tokens, length, text in zip(TOKENS, TOKEN_LENS[:, 0].tolist(), GT_TEXT[:, 0], strict=True)
+        ]
+        return encode_response(scores, instance.server, requests)
 
     return infer
 
@@ -492,6 +499,7 @@ def bind_models(triton, instances: list[Instance], config) -> None:
             Tensor(name="SERVER", dtype=bytes, shape=(1,)),
             Tensor(name="RESCORED", dtype=np.int32, shape=(1,)),
             Tensor(name="ERRORS", dtype=bytes, shape=(1,)),
+            Tensor(name="CHECKS", dtype=bytes, shape=(1,)),
         ],
         config=config,
         strict=True,

@@ -19,7 +19,7 @@ from tests.test_spoken import POOLS
 from tts_grpo.evaluation.protocols import METRICS, count_all, prepare_hypothesis
 from tts_grpo.evaluation.report.experiment import Experiment, Sample, Utterance
 from tts_grpo.evaluation.report.page import render
-from tts_grpo.reward.protocol import OUTPUT_NAMES, RolloutScore, decode_response
+from tts_grpo.reward.protocol import OUTPUT_NAMES, AnswerError, RolloutScore, answer_hash, decode_response
 from tts_grpo.text.errors import align_texts, locate_errors
 from tts_grpo.text.input_files import checked_text
 from tts_grpo.text.prompts import COSYVOICE2_CHAT_TEMPLATE, render_prompt
@@ -242,6 +242,7 @@ def random_answer(rng: random.Random):
     """Return a server's answer with a few values replaced, or another JSON value."""
     data = {name: [1.0] if name in ("REWARDS", "ERROR_RATES") else [0] for name in OUTPUT_NAMES}
     data |= {"TRANSCRIPTS": ["好"], "SERVER": ["x"], "ERRORS": [""], "PART_NAMES": ["intelligibility"], "PARTS": [1.0]}
+    data["CHECKS"] = [answer_hash([1], "好", RolloutScore(1.0, 1.0, "好", (0.0,), (0,), {"intelligibility": 1.0}))]
     outputs = [{"name": name, "data": values} for name, values in data.items()]
     for _ in range(rng.randint(0, 2)):
         place = rng.randrange(len(outputs))
@@ -258,8 +259,8 @@ def test_an_answer_is_a_score_or_an_error_that_the_client_handles():
     for _ in range(EXAMPLES):
         body = random_answer(rng)
         try:
-            score = decode_response(body)
-        except (KeyError, ValueError):
+            score = decode_response(body, [1], "好")
+        except (AnswerError, KeyError, ValueError):
             continue
         scores += 1
         assert isinstance(score, RolloutScore) and 0 <= score.reward <= 1, ascii(body)

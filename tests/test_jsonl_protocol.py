@@ -3,8 +3,20 @@ import math
 
 import pytest
 
-from tts_grpo.reward.protocol import BUCKETS, RolloutScore, SampleError, bucket, decode_response, encode_request
+from tts_grpo.reward.protocol import (
+    BUCKETS,
+    AnswerError,
+    RolloutScore,
+    SampleError,
+    answer_hash,
+    bucket,
+    decode_response,
+    encode_request,
+)
 from tts_grpo.text.jsonl import numbered_rows, read_jsonl, write_jsonl
+
+REQUEST = ([1, 2, 3], "你好")
+ANSWER = RolloutScore(0.5, 0.25, "你好", (0.0, 0.25), (0, 7), {"intelligibility": 0.5, "mine": -1.0}, rescored=True)
 
 
 def response(reward=0.5, error=""):
@@ -12,6 +24,7 @@ def response(reward=0.5, error=""):
     units = {"UNIT_LOSSES": [0.0, 0.25, -1], "UNIT_STARTS": [0, 7, -1], "SERVER": ["hash"], "RESCORED": [1]}
     parts = {"PART_NAMES": ["intelligibility", "mine"], "PARTS": [0.5, -1]}
     values = parts | units | {name: [value] for name, value in values.items()}
+    values["CHECKS"] = [answer_hash(*REQUEST, RolloutScore(error=error) if error else ANSWER)]
     return {"outputs": [{"name": name, "data": data} for name, data in values.items()]}
 
 
@@ -73,9 +86,31 @@ def test_request_is_padded_to_its_bucket():
 
 
 def test_response():
-    assert decode_response(response()).server == "hash"
-    parts = {"intelligibility": 0.5, "mine": -1.0}
-    assert decode_response(response()) == RolloutScore(0.5, 0.25, "你好", (0.0, 0.25), (0, 7), parts, rescored=True)
+    assert decode_response(response(), *REQUEST).server == "hash"
+    assert decode_response(response(), *REQUEST) == ANSWER
+
+
+@pytest.mark.parametrize("request_", [([1, 2, 4], "你好"), ([1, 2], "你好"), ([1, 2, 3], "你")])
+def test_an_answer_to_another_request_is_an_error(request_):
+    for body in (response(), response(error="not finite")):
+        with pytest.raises(AnswerError):
+            decode_response(body, *request_)
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("REWARDS", [0.25]), ("ERROR_RATES", [0.5]), ("TRANSCRIPTS", ["好"]), ("UNIT_LOSSES", [0.25, 0.0]),
+        ("UNIT_STARTS", [0, 8]), ("RESCORED", [0]), ("PARTS", [0.25, -1]), ("PART_NAMES", ["pitch", "mine"]),
+        ("ERRORS", ["x"]), ("CHECKS", [None]),
+    ],
+)  # fmt: skip
+def test_an_answer_that_was_changed_on_the_way_is_an_error(name, data):
+    body = response()
+    for output in body["outputs"]:
+        output["data"] = data if output["name"] == name else output["data"]
+    with pytest.raises(AnswerError):
+        decode_response(body, *REQUEST)
 
 
 @pytest.mark.parametrize(
@@ -90,22 +125,22 @@ def test_parts_and_losses_of_another_form_are_errors(name, data):
     for output in body["outputs"]:
         output["data"] = data if output["name"] == name else output["data"]
     with pytest.raises(ValueError):
-        decode_response(body)
+        decode_response(body, *REQUEST)
 
 
 @pytest.mark.parametrize("reward", [math.nan, -0.1, 1.1, None])
 def test_an_invalid_reward_is_an_error(reward):
     with pytest.raises(ValueError):
-        decode_response(response(reward))
+        decode_response(response(reward), *REQUEST)
 
 
 def test_server_side_error_is_an_error():
     with pytest.raises(SampleError, match="out of memory"):
-        decode_response(response(reward=0.9, error="out of memory"))
+        decode_response(response(reward=0.9, error="out of memory"), *REQUEST)
 
 
 def test_missing_output_is_an_error():
     body = response()
     body["outputs"].pop()
     with pytest.raises(KeyError):
-        decode_response(body)
+        decode_response(body, *REQUEST)

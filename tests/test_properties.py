@@ -13,7 +13,9 @@ from token2wav_asr_server import call_with_valid
 from tts_grpo.reward.protocol import (
     MAX_TEXT_BYTES,
     OUTPUT_NAMES,
+    AnswerError,
     RolloutScore,
+    answer_hash,
     bucket,
     decode_response,
     encode_request,
@@ -121,10 +123,11 @@ def test_only_rewards_from_0_to_1_are_accepted(reward):
     values |= {name: [""] for name in OUTPUT_NAMES if name not in values}
     body = {"outputs": [{"name": name, "data": data} for name, data in values.items()]}
     if isinstance(reward, int | float) and 0 <= reward <= 1:
-        assert decode_response(body).reward == reward
+        values["CHECKS"][0] = answer_hash([1], "好", RolloutScore(reward, 0.5, "好", (0.0,), (0,), {"one": 0.5}))
+        assert decode_response(body, [1], "好").reward == reward
     else:
         with pytest.raises(ValueError, match="reward"):
-            decode_response(body)
+            decode_response(body, [1], "好")
 
 
 unit_losses = st.lists(st.tuples(st.floats(0, 1, width=32), st.integers(0, 2000)), max_size=8)
@@ -152,12 +155,16 @@ batches = st.tuples(
 @given(batches)
 def test_scores_survive_the_round_trip(sent):
     """Each rollout of a batch is returned as its own response, in Triton's JSON format."""
-    tensors = encode_response(sent, "hash")
+    requests = [([i, 5], "好") for i in range(len(sent))]
+    tensors = encode_response(sent, "hash", requests)
     assert set(tensors) == set(OUTPUT_NAMES)
     for i, score in enumerate(sent):
         rows = {name: tensor[i] for name, tensor in tensors.items()}
         data = {n: [v.decode() for v in row] if row.dtype.kind == "S" else row.tolist() for n, row in rows.items()}
-        assert decode_response({"outputs": [{"name": n, "data": d} for n, d in data.items()]}) == score
+        body = {"outputs": [{"name": n, "data": d} for n, d in data.items()]}
+        assert decode_response(body, *requests[i]) == score
+        with pytest.raises(AnswerError):
+            decode_response(body, [i + 1, 5], "好")
 
 
 class EchoInstance:

@@ -2,6 +2,7 @@ import asyncio
 import concurrent.futures
 import json
 import logging
+import multiprocessing
 import os
 import re
 import shutil
@@ -22,9 +23,17 @@ import torch
 import reward_tts
 import token2wav_asr_server
 from tests.conftest import RewardServer
-from token2wav_asr_server import get_args, load_scorer
+from token2wav_asr_server import Instance, get_args, load_scorer
 from tts_grpo.reward.client import RewardClient, RewardServerError, UnscoredRolloutError, cause
-from tts_grpo.reward.protocol import MODEL_NAME, SECRET_FILE, RolloutScore, SampleError, encode_request
+from tts_grpo.reward.protocol import (
+    MODEL_NAME,
+    SECRET_FILE,
+    RolloutScore,
+    SampleError,
+    decode_response,
+    encode_request,
+    encode_response,
+)
 from tts_grpo.reward.scorer import RewardScorer
 from tts_grpo.text.jsonl import read_jsonl
 from tts_grpo.text.tokens import format_speech_tokens
@@ -272,7 +281,7 @@ def test_an_unreachable_server_is_skipped(reward_server, rows):
 def test_requests_are_sent_round_robin(monkeypatch):
     asked = []
 
-    async def answer(self, url, body):
+    async def answer(self, url, *request):
         asked.append(url)
 
     monkeypatch.setattr(RewardClient, "_request", answer)
@@ -301,7 +310,7 @@ class Servers:
     def __init__(self, monkeypatch, *answers):
         self.asked, answers = [], list(answers)
 
-        async def answer(client, url, body):
+        async def answer(client, url, *request):
             self.asked.append(url)
             result = answers.pop(0)
             if isinstance(result, Exception):
@@ -320,6 +329,27 @@ def test_a_rollout_that_one_server_cannot_score_is_tried_once_more_on_the_next(m
     (result,) = score_all(RewardClient(["http://a:1", "http://b:1"], patience_s=0), [([1], "好")])
     assert isinstance(result, UnscoredRolloutError) and "http://b:1: not finite; before that, http://a:1" in str(result)
     assert len(servers.asked) == 4
+
+
+def test_an_answer_to_another_request_is_no_reward_and_the_request_is_sent_again(monkeypatch):
+    scores = RolloutScore(0.5, 0.2, "好"), RolloutScore(1.0, 0.0, "不好")
+    requests = ([1, 2], "好"), ([3], "不好")
+    tensors = encode_response(scores, "hash", requests)
+    rows = [{n: [v.decode() for v in row] if row.dtype.kind == "S" else row.tolist()
+             for n, row in ((n, tensor[i]) for n, tensor in tensors.items())} for i in (0, 1)]  # fmt: skip
+    bodies = [{"outputs": [{"name": name, "data": data} for name, data in row.items()]} for row in rows]
+    answers = [1, 0, 1]  # the first answer is that to the other request
+
+    async def answer(client, url, body, *request):
+        return decode_response(bodies[answers.pop(0)], *request)
+
+    monkeypatch.setattr(RewardClient, "_request", answer)
+    client = RewardClient(["http://a:1"], patience_s=5, backoff_s=0.01)
+    first, second = (score_all(client, [request])[0] for request in requests)
+    assert (first.reward, first.attempts, second.reward, second.attempts) == (0.5, 2, 1.0, 1)
+    answers += [1] * 9
+    (failed,) = score_all(RewardClient(["http://a:1"], patience_s=0), requests[:1])
+    assert isinstance(failed, RewardServerError) and "not that to this request" in str(failed)
 
 
 def test_a_server_that_computes_other_rewards_is_refused(monkeypatch, assets, tmp_path):
@@ -353,7 +383,7 @@ def test_patience_begins_with_the_first_failure(monkeypatch):
     """The time that a request waited in the server's queue before it failed does not count."""
     asked = []
 
-    async def slow_failure(client, url, body):
+    async def slow_failure(client, url, *request):
         asked.append(url)
         await asyncio.sleep(0.3)
         raise TimeoutError("no answer")
@@ -361,6 +391,25 @@ def test_patience_begins_with_the_first_failure(monkeypatch):
     monkeypatch.setattr(RewardClient, "_request", slow_failure)
     (result,) = score_all(RewardClient(["http://a:1"], patience_s=0.2, backoff_s=0.01), [([1], "好")])
     assert len(asked) == 2 and "no reward after 2 attempts" in str(result)
+
+
+def test_an_instance_that_is_closed_is_not_restarted(monkeypatch):
+    """A batch that arrives while the server stops would start a process that nobody ends."""
+    started = []
+
+    def start(instance):
+        started.append(instance)
+        instance.pipe, other = multiprocessing.Pipe()
+        other.close()
+        instance.process = multiprocessing.get_context("spawn").Process(target=print)
+        instance.process.start()
+
+    monkeypatch.setattr(Instance, "_start", start)
+    instance = Instance(get_args(["--token2wav-dir", "a", "--asr-dir", "b"]), "cpu")
+    instance.close()
+    with pytest.raises(RuntimeError, match="died at this batch"):
+        instance.call("score", [[1]], ["好"])
+    assert started == [instance] and instance.deaths == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -33,6 +33,7 @@ import numpy as np
 from tts_grpo.evaluation.memory import used_gib
 from tts_grpo.evaluation.provenance import ROOT, provenance, replace_tables
 from tts_grpo.reward.client import RewardClient, RewardServerError
+from tts_grpo.reward.ports import port_fault
 from tts_grpo.reward.protocol import MODEL_NAME
 from tts_grpo.text.input_files import read_known_answers
 from tts_grpo.text.jsonl import write_json
@@ -62,8 +63,11 @@ def start_server(args) -> subprocess.Popen:
     """Start a server and wait until it is ready.
 
     Raises:
-        SystemExit: it ended before.
+        SystemExit: it ended before, or a port is in use: another server's answers would be measured.
     """
+    for port in args.ports:
+        if fault := port_fault("127.0.0.1", port):
+            raise SystemExit(f"bench_load.py: port {port}: {fault}: choose other --ports")
     command = [
         sys.executable, ROOT / "token2wav_asr_server.py", "--token2wav-dir", TINY / "token2wav", "--asr-dir",
         TINY / "asr_reward", "--no-tones", "--instances", args.instances, "--max-queue-size", args.max_queue_size,

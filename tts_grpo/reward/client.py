@@ -85,7 +85,8 @@ class RewardClient:
             for attempt in itertools.count():
                 url = self.server_urls[(first + attempt) % len(self.server_urls)]
                 try:
-                    score = dataclasses.replace(await self._request(url, body), attempts=attempt + 1)
+                    answer = await self._request(url, body, speech_tokens, ground_truth)
+                    score = dataclasses.replace(answer, attempts=attempt + 1)
                     self._check_identity(score.server, url)
                     return score
                 except SampleError as error:
@@ -117,7 +118,7 @@ class RewardClient:
                 "differ. Start the same server everywhere; training resumes from its last checkpoint"
             )
 
-    async def _request(self, url: str, body: bytes) -> RolloutScore:
+    async def _request(self, url: str, body: bytes, speech_tokens: Sequence[int], ground_truth: str) -> RolloutScore:
         if self._session is None:
             self._session = aiohttp.ClientSession(
                 headers=secret_headers(),
@@ -133,7 +134,7 @@ class RewardClient:
                 await self._check_version(url)
                 raise RewardServerError(f"{url} refused a request with status {response.status}: {cause(answer)}")
         try:
-            return decode_response(json.loads(answer))
+            return decode_response(json.loads(answer), speech_tokens, ground_truth)
         except SampleError:
             raise
         except (KeyError, ValueError) as error:

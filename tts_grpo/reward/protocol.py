@@ -26,6 +26,8 @@ SERVER         bytes   [B, 1] what the reward depends on besides the request, as
                               language, curve, tones, precision, and this protocol's version
 RESCORED       int32   [B, 1] 1 if half precision overflowed and fp32 was used, else 0
 ERRORS         bytes   [B, 1] empty, or the reason why this sample could not be scored
+CHECKS         bytes   [B, 1] hash of the sample's request and answer, as the instance had them,
+                              see :func:`answer_hash`
 ============== ======= ====== ============================================================
 
 The inputs of ``token2wav`` are TOKENS and TOKEN_LENS as above; its outputs are:
@@ -43,8 +45,10 @@ A bad rollout (no speech tokens, or an id out of range) is never sent to the ser
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,13 +60,13 @@ if TYPE_CHECKING:  # scripts/check.py imports the names before any environment e
 # Numbers that reward_tts.py returns for each rollout besides the score: 1 if so, else 0
 ROLLOUT_COUNTS = ("bad_rollout", "unscored_rollout", "retried_rollout", "rescored_rollout", "empty_transcript")
 SERVER_KEY = "reward_server"  # key of the server's hash beside these numbers
-VERSION = 3  # of this protocol; 2 had UNIT_ERRORS instead of UNIT_LOSSES, and no parts
+VERSION = 4  # of this protocol; 3 had no CHECKS, and 2 had UNIT_ERRORS instead of UNIT_LOSSES and PARTS
 MODEL_NAME = "token2wav_asr"
 SPEECH_MODEL_NAME = "token2wav"
 SPEECH_OUTPUT_NAMES = ("WAVEFORM", "WAVEFORM_LENS", "SAMPLE_RATE", "ERRORS")
 OUTPUT_NAMES = (
     "REWARDS", "ERROR_RATES", "TRANSCRIPTS", "PART_NAMES", "PARTS", "UNIT_LOSSES", "UNIT_STARTS", "SERVER", "RESCORED",
-    "ERRORS",
+    "ERRORS", "CHECKS",
 )  # fmt: skip
 PART_KEY = "reward_parts/"  # reward_tts.py returns each part's score under this key and the part's name
 SECRET_FILE = "TTS_GRPO_SECRET_FILE"  # environment variable with the path of the file that holds a server's secret
@@ -90,6 +94,10 @@ def secret_headers() -> dict[str, str]:
     """Return the HTTP headers of requests: the secret of ``TTS_GRPO_SECRET_FILE``, if that is set."""
     path = os.environ.get(SECRET_FILE)
     return {SECRET_HEADER: read_secret(path)} if path else {}
+
+
+class AnswerError(ConnectionError):
+    """An answer belongs to another request, or it or the request was changed on the way: the request is sent again."""
 
 
 class SampleError(ValueError):
@@ -125,6 +133,23 @@ class RolloutScore:
     error: str = ""
     attempts: int = field(default=1, compare=False)
     server: str = field(default="", compare=False)
+
+
+def answer_hash(speech_tokens: Sequence[int], ground_truth: str, score: RolloutScore) -> str:
+    """Return a hash of a request and its answer, with numbers as float32 and without the hash of the server.
+
+    Triton and PyTriton pass tensors through several processes and shared memory. With this hash, the client notices
+    answers to other requests, and tensors that were changed on the way in either direction.
+    """
+    names = sorted(score.parts)
+    numbers = (score.reward, score.error_rate, *score.unit_losses, *(score.parts[name] for name in names))
+    if score.error:
+        numbers = ()
+    content = (
+        list(speech_tokens), struct.pack(f"<{len(numbers)}f", *numbers), score.unit_starts, names, score.rescored,
+        *(text.rstrip("\0") for text in (ground_truth, score.transcript, score.error)),  # as numpy's bytes
+    )  # fmt: skip
+    return hashlib.sha256(repr(content).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def bucket(num_tokens: int) -> int:
@@ -196,8 +221,16 @@ def padded_tensor(rows: Sequence[Sequence[float]], dtype: str) -> np.ndarray:
     return tensor
 
 
-def encode_response(scores: Sequence[RolloutScore], server: str) -> dict[str, np.ndarray]:
-    """Return the tensors of the response for a batch; ``server`` is the server's hash."""
+def encode_response(
+    scores: Sequence[RolloutScore], server: str, requests: Sequence[tuple[Sequence[int], str]]
+) -> dict[str, np.ndarray]:
+    """Return the tensors of the response for a batch.
+
+    Args:
+        scores: B scores.
+        server: the server's hash.
+        requests: speech tokens and text of the B requests.
+    """
     import numpy as np
 
     names = sorted({name for score in scores for name in score.parts})  # samples with an error have none
@@ -212,13 +245,20 @@ def encode_response(scores: Sequence[RolloutScore], server: str) -> dict[str, np
         "SERVER": text_tensor([server] * len(scores)),
         "RESCORED": np.array([[score.rescored] for score in scores], np.int32),
         "ERRORS": text_tensor([score.error for score in scores]),
+        "CHECKS": text_tensor([answer_hash(*pair, score) for pair, score in zip(requests, scores, strict=True)]),
     }
 
 
-def decode_response(body: dict) -> RolloutScore:
+def decode_response(body: dict, speech_tokens: Sequence[int], ground_truth: str) -> RolloutScore:
     """Return the score of one rollout from a response; the inverse of :func:`encode_response`.
 
+    Args:
+        body: the response.
+        speech_tokens: speech tokens of the request.
+        ground_truth: text of the request.
+
     Raises:
+        AnswerError: the response is not the answer to this request.
         KeyError: an output is missing, so the server does not implement this protocol.
         SampleError: the server could not score the sample.
         ValueError: the reward is not in [0, 1], or the answer has another form.
@@ -227,12 +267,14 @@ def decode_response(body: dict) -> RolloutScore:
         outputs = {output["name"]: output["data"] for output in body["outputs"]}
         losses, starts = (tuple(n for n in outputs[name] if n >= 0) for name in ("UNIT_LOSSES", "UNIT_STARTS"))
         names, parts = outputs["PART_NAMES"], outputs["PARTS"]
-        reward, error_rate, transcript, server, rescored, error = (
-            outputs[name][0] for name in ("REWARDS", "ERROR_RATES", "TRANSCRIPTS", "SERVER", "RESCORED", "ERRORS")
+        reward, error_rate, transcript, server, rescored, error, check = (
+            outputs[name][0]
+            for name in ("REWARDS", "ERROR_RATES", "TRANSCRIPTS", "SERVER", "RESCORED", "ERRORS", "CHECKS")
         )
     except (TypeError, IndexError) as fault:
         raise ValueError(f"the reward server's answer does not have the form of this protocol: {fault}") from fault
     if error:
+        _verify(check, speech_tokens, ground_truth, RolloutScore(error=str(error)))
         raise SampleError(f"the reward server could not score a sample: {error}")
     if not isinstance(reward, int | float) or not 0.0 <= reward <= 1.0:
         raise ValueError(f"the reward server answered with a reward of {reward}")
@@ -252,7 +294,18 @@ def decode_response(body: dict) -> RolloutScore:
     ):  # fmt: skip
         raise ValueError(f"the reward server answered with {names} and {parts} instead of parts and their scores")
     scores = {name: float(score) for name, score in zip(names, parts, strict=True) if name}
-    return RolloutScore(
+    answer = RolloutScore(
         float(reward), float(error_rate), transcript, tuple(map(float, losses)), starts, scores, bool(rescored),
         server=server,
     )  # fmt: skip
+    _verify(check, speech_tokens, ground_truth, answer)
+    return answer
+
+
+def _verify(check, speech_tokens: Sequence[int], ground_truth: str, answer: RolloutScore) -> None:
+    try:
+        wanted = answer_hash(speech_tokens, ground_truth, answer)
+    except OverflowError:  # a number is too large for float32
+        wanted = None
+    if check != wanted:
+        raise AnswerError("the answer of the reward server is not that to this request, or was changed on the way")
