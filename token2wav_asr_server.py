@@ -11,7 +11,8 @@ check on --known-answers. A sample that overflows in half precision is scored
 again in fp32. A batch that fails for a reason of the machine, such as too little memory, is answered with status 500,
 and the client sends it again. An instance that takes longer than --batch-timeout-s for a batch is killed. An instance
 that dies (out of memory, a CUDA error) is restarted, and the clients retry the batch that it had; no reward is ever
-made up. After more than MAX_DEATHS deaths the server stops with an error.
+made up. Triton is started again, too, if it has ended. After more than MAX_DEATHS deaths of instances, or ends of
+Triton, the server stops with an error.
 
 On SIGTERM or SIGINT the server answers requests in flight and then stops. While it loads, it stops at once.
 """
@@ -55,7 +56,8 @@ logger = logging.getLogger(__name__)
 START_TIMEOUT_S = 600.0  # time limit for an instance to load and warm up
 # How torch words errors after which a CUDA context is unusable; too little memory is worded "CUDA out of memory".
 FATAL_CUDA_ERRORS = re.compile("CUDA error|CUBLAS_STATUS_|CUDNN_STATUS_")
-MAX_DEATHS = 5  # over all instances; more deaths indicate a systematic fault
+MAX_DEATHS = 5  # over all instances, and of Triton; more deaths indicate a systematic fault
+PORTS_TIMEOUT_S = 20.0  # for which the ports may be in use after Triton has ended
 KNOWN_ANSWERS = 8  # entries of --known-answers with which each instance checks the parts of the reward
 WARM_UP_TOKENS = (40, 75)  # numbers of speech tokens in the two warm-up batches
 
@@ -507,7 +509,29 @@ def bind_models(triton, instances: list[Instance], config) -> None:
 
 
 def serve(args, instances: list[Instance]) -> int:
-    """Serve until a signal (returns 0), or until Triton ends or instances have died too often (returns 1)."""
+    """Serve until a signal (returns 0), or until Triton or instances have ended too often (returns 1).
+
+    Triton's Python backend crashes at times under load. It is then started again, with the same instances; clients send
+    what was not answered again.
+    """
+    for _ in range(MAX_DEATHS + 1):
+        try:
+            status = serve_until_triton_ends(args, instances)
+        except KeyboardInterrupt:  # while Triton starts
+            logger.info("stopped while Triton starts")
+            return 0
+        if status is not None:
+            return status
+        logger.error("Triton has ended: see its messages above. It is started again")
+        end = time.monotonic() + PORTS_TIMEOUT_S
+        while any(port_fault(args.address, port) for _, port in ports_of(args)) and time.monotonic() < end:
+            time.sleep(0.5)
+    logger.error("Triton has ended %d times; stopping", MAX_DEATHS + 1)
+    return 1
+
+
+def serve_until_triton_ends(args, instances: list[Instance]) -> int | None:
+    """Serve until a signal (returns 0), instances have died too often (returns 1), or Triton has ended (None)."""
     from pytriton.model_config import DynamicBatcher, ModelConfig, QueuePolicy
     from pytriton.triton import DEFAULT_PROTECTED_ENDPOINTS, Triton, TritonConfig, TritonSecurityConfig
 
@@ -530,8 +554,7 @@ def serve(args, instances: list[Instance]) -> int:
         try:
             while sum(instance.deaths for instance in instances) <= MAX_DEATHS:
                 if not triton.is_alive():
-                    logger.error("Triton has ended: see its messages above")
-                    return 1
+                    return None
                 for instance in instances:
                     instance.restart_if_dead()
                 time.sleep(0.5)
@@ -547,14 +570,17 @@ def serve(args, instances: list[Instance]) -> int:
             return 0
 
 
+def ports_of(args) -> list[tuple[str, int]]:
+    return [(name, getattr(args, name)) for name in ("http_port", "grpc_port", "metrics_port")]
+
+
 def check_ports(args) -> None:
     """Check that the ports are free.
 
     Raises:
         SystemExit: a port cannot be listened on.
     """
-    for name in ("http_port", "grpc_port", "metrics_port"):
-        port = getattr(args, name)
+    for name, port in ports_of(args):
         if fault := port_fault(args.address, port):
             raise SystemExit(f"{name} {port}: {fault}: stop the process that uses it, or set {name}")
 

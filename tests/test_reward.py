@@ -474,6 +474,24 @@ def test_a_dead_or_hung_instance_is_restarted_until_it_dies_too_often(assets, tm
     assert "instances have died 3 times; stopping" in server.log.read_text()
 
 
+def test_triton_is_started_again_if_it_ends(assets, tmp_path, rows):
+    server = RewardServer(assets, tmp_path / "log", "--instances", "2")
+    try:
+        server.wait_ready()
+        pairs = [(row["speech_tokens"], row["text"]) for row in rows[:16]]
+        before = score_all(RewardClient([server.url]), pairs)
+        children = subprocess.run(["ps", "--ppid", str(server.process.pid), "-o", "pid=,comm="], capture_output=True,
+                                  text=True, check=True).stdout.splitlines()  # fmt: skip
+        (triton,) = (int(line.split()[0]) for line in children if "tritonserver" in line)
+        threading.Timer(0.3, os.kill, (triton, signal.SIGKILL)).start()
+        after = [score_all(RewardClient([server.url], patience_s=120, max_backoff_s=0.5), pairs) for _ in range(3)]
+        assert after == [before] * 3 and max(score.attempts for scores in after for score in scores) > 1
+        assert server.log.read_text().count("Triton has ended") == 1
+    finally:
+        status = server.stop()
+    assert status == 0
+
+
 # Rollouts are told apart by their first token: 11 fails in a batch with others, 12 fails once alone, 13 hangs once, and
 # 14 takes a second.
 FAULTS = """

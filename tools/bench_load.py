@@ -7,18 +7,20 @@ Starts a server, which ends with this program, and measures in this order:
 * capacity: rollouts per second while --in-flight requests are unanswered at any time;
 * load: requests at random moments (a Poisson process), at 0.5, 1, 2 and 4 times the capacity, whether or not the
   earlier ones are answered;
-* soak: --soak-s seconds at the capacity, while the memory of all processes of the server is sampled.
+* soak: --soak-s seconds at the capacity, while the memory of all processes of the server is sampled. Here the client
+  sends a refused or unanswered request again, as in a training; before, each request is sent once.
 
-Each request is sent once, unlike in a training, in which the client sends a refused one again. A latency starts at the
-moment at which the request should be sent, so that a delay in this program counts, too. Each answer is compared with
-the one that the rollout had while the capacity was measured. A request is answered, refused (the queue is full) or
-lost; a lost one and another answer are faults. Writes docs/results/reward_load.json and the tables of
+A latency starts at the moment at which the request should be sent, so that a delay in this program counts, too. Each
+answer is compared with the one that the rollout had while the capacity was measured. A request is answered, refused
+(the queue is full) or lost (for another reason, such as a crash of Triton). Another answer, and a lost request of the
+soak, are faults. Writes docs/results/reward_load.json and the tables of
 docs/reliability.md.
 """
 
 import argparse
 import asyncio
 import json
+import math
 import os
 import signal
 import subprocess
@@ -41,6 +43,7 @@ from tts_grpo.text.jsonl import write_json
 RESULTS, PAGE = Path("docs/results/reward_load.json"), Path("docs/reliability.md")
 TINY = ROOT / "assets/tiny"
 LOADS = (0.5, 1, 2, 4)  # times the capacity
+PATIENCE_S = 180.0  # of the client in the soak, as in a training
 SAMPLE_S = 5.0  # seconds between two measurements of memory
 REFUSED = "Exceeds maximum queue size"  # Triton's words
 
@@ -98,7 +101,8 @@ class Requests:
 
     Attributes:
         expected: transcript and reward of each rollout.
-        outcomes: number of requests that were ``answered``, ``refused``, ``lost``, or answered with an ``other`` score.
+        outcomes: number of requests that were ``answered``, ``refused``, ``lost``, answered with an ``other`` score, or
+            sent again (``retried``).
         latencies_s: of the answered requests.
         errors: messages of lost requests, the first few.
     """
@@ -127,6 +131,7 @@ class Requests:
         same = score.transcript == transcript and abs(score.reward - reward) < 1e-6
         self.outcomes["answered"] += 1
         self.outcomes["other"] += not same
+        self.outcomes["retried"] += score.attempts > 1
 
     async def send_at(self, rate: float, seconds: float) -> dict:
         """Send requests at random moments for some seconds, and wait for all answers. Returns the figures.
@@ -147,9 +152,11 @@ class Requests:
         return self.figures(len(moments), time.perf_counter() - start)
 
     def figures(self, requests: int, seconds: float) -> dict:
-        latencies = dict(zip(("p50_s", "p95_s", "p99_s"), np.percentile(self.latencies_s, (50, 95, 99)), strict=True))
+        percentiles = np.percentile(self.latencies_s or [math.nan], (50, 95, 99))
+        latencies = dict(zip(("p50_s", "p95_s", "p99_s"), percentiles, strict=True))
+        outcomes = ("answered", "refused", "lost", "other", "retried")
         return {
-            "requests": requests, **{name: self.outcomes[name] for name in ("answered", "refused", "lost", "other")},
+            "requests": requests, **{name: self.outcomes[name] for name in outcomes},
             "answered_per_s": round(self.outcomes["answered"] / seconds, 1), "seconds": round(seconds, 1),
             **{name: round(float(value), 3) for name, value in latencies.items()}, "errors": self.errors,
         }  # fmt: skip
@@ -214,6 +221,7 @@ async def measure(args) -> dict:
     for load in LOADS:
         loads.append({"load": load} | await requests.send_at(load * rate, args.seconds))
         show("load", loads[-1])
+    client.patience_s = PATIENCE_S
     soaked, memory = await soak(requests, rate, args.soak_s)
     show("soak", soaked | memory)
     await client.close()
@@ -226,15 +234,15 @@ def show(name: str, figures: dict) -> None:
 
 def tables(recorded: dict) -> dict[str, list[str]]:
     """Return the lines of each table by the name in its comment, from the contents of docs/results/reward_load.json."""
-    columns = ("requests", "answered", "refused", "lost", "other", "answered_per_s", "p50_s", "p95_s", "p99_s")
+    columns = ("requests", "answered", "refused", "lost", "other", "retried", "answered_per_s", "p50_s", "p95_s", "p99_s")
     rows = [(f"{row['load']:g}", row) for row in recorded["figures"]]
     rows.append((f"1, for {recorded['soak']['seconds']:.0f} s", recorded["soak"]))
     memory = recorded["memory"]
     return {
         "load": [
-            "| Load, times capacity | Requests | Answered | Refused | Lost | Other score | Answered per second "
+            "| Load, times capacity | Requests | Answered | Refused | Lost | Other score | Sent again | Answered per second "
             "| p50, s | p95, s | p99, s |",
-            "|" + " --- |" * 10,
+            "|" + " --- |" * 11,
             *(f"| {name} | " + " | ".join(str(row[column]) for column in columns) + " |" for name, row in rows),
         ],
         "memory": [
@@ -245,6 +253,7 @@ def tables(recorded: dict) -> dict[str, list[str]]:
             f"| largest of {memory['samples']} samples | {memory['largest_mib']} |",
             f"| slope per thousand answered requests | {memory['slope_mib_per_1000_requests']} |",
             f"| the same, second half | {memory['slope_of_second_half']} |",
+            f"| restarts of Triton (number) | {recorded['triton_restarts']} |",
         ],
     }
 
@@ -264,12 +273,13 @@ def main(argv=None):
         f"{args.max_queue_size}, rollouts of about 2 s; the program that sends runs on the same cores; capacity with "
         f"{args.in_flight} requests in flight"
     )
-    recorded |= {"conditions": conditions, **measured, "server_status": status}
+    ends = args.log.read_text(encoding="utf-8", errors="replace").count("Triton has ended")
+    recorded |= {"conditions": conditions, **measured, "triton_restarts": ends, "server_status": status}
     write_json(args.root / RESULTS, recorded)
     page = args.root / PAGE
     page.write_text(replace_tables(page.read_text(encoding="utf-8"), tables(recorded)), encoding="utf-8")
     measurements = (recorded["capacity"], *recorded["figures"], recorded["soak"])
-    return bool(status or any(figures["lost"] or figures["other"] for figures in measurements))
+    return bool(status or recorded["soak"]["lost"] or any(figures["other"] for figures in measurements))
 
 
 if __name__ == "__main__":

@@ -132,6 +132,8 @@ class RewardClient:
                 raise aiohttp.ClientError(f"status {response.status}: {cause(answer)}")
             if response.status != 200:
                 await self._check_version(url)
+                if cause(answer).startswith("Request for unknown model"):  # Triton has started, the model has not
+                    raise aiohttp.ClientError(f"status {response.status}: {cause(answer)}")
                 raise RewardServerError(f"{url} refused a request with status {response.status}: {cause(answer)}")
         try:
             return decode_response(json.loads(answer), speech_tokens, ground_truth)
