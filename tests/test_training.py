@@ -144,15 +144,23 @@ def test_a_reward_of_the_users_own_is_in_log_summary_and_report(recipe, resumed)
 
 
 def test_equal_settings_give_equal_weights_in_spite_of_a_kill_and_of_other_load(recipe, resumed, tmp_path):
-    load = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
+    """The load begins before the first step: it would only slow down the start."""
+    again, load, shown = recipe | {"exp_dir": str(tmp_path)}, [], ""
+    assert run_sh(again, "0", "0").returncode == 0
+    process = subprocess.Popen(["bash", str(ROOT / "run.sh"), "1", "2"], env=again, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True)  # fmt: skip
     try:
-        again = recipe | {"exp_dir": str(tmp_path)}
-        done = run_sh(again, "0", "2")
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        while "validation after step 0" not in shown:
+            line = process.stdout.readline()
+            assert line, shown
+            shown += line
+        load += [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
+        shown += process.communicate(timeout=TIMEOUT_S)[0]
     finally:
-        for process in load:
-            process.kill()
-            process.wait()
+        for one in load:
+            one.kill()
+            one.wait()
+    assert process.returncode == 0, shown
     first, second = weights(Path(recipe["exp_dir"])), weights(tmp_path)
     assert len(first) > 100 and [name for name in first | second if first.get(name) != second.get(name)] == []
     assert "did not arrive" not in (tmp_path / "log/train.log").read_text()
