@@ -319,7 +319,7 @@ def part_costs(seconds: dict[str, float], num_rollouts: int) -> list[dict]:
     """Milliseconds per rollout of each step and part, and relative to token2wav and ASR together."""
     base = seconds["token2wav"] + seconds["asr"]
     return [
-        {"step": name, "ms_per_rollout": round(1000 * value / num_rollouts, 2), "relative": round(value / base, 3)}
+        {"step": name, "ms_per_rollout": round(1000 * value / num_rollouts, 2), "relative_percent": round(100 * value / base, 1)}
         for name, value in seconds.items()
     ]
 
@@ -332,7 +332,7 @@ def record_parts(result: dict, argv: list[str]) -> None:
     about = provenance("Cost of the parts of the reward", ["tools/bench_reward.py", *argv])
     write_json(ROOT / "docs/results/reward_parts.json", about | {"conditions": conditions, "figures": figures})
     page = ROOT / "docs/rewards.md"
-    rows = [f"| {row['step']} | {row['ms_per_rollout']:.2f} | {row['relative']:.1%} |" for row in figures]
+    rows = [f"| {row['step']} | {row['ms_per_rollout']:.2f} | {row['relative_percent']}% |" for row in figures]
     table = ["| Step | Milliseconds per rollout | Relative to token2wav and ASR |", "| --- | --- | --- |", *rows]
     page.write_text(replace_tables(page.read_text(encoding="utf-8"), {"reward_parts": table}), encoding="utf-8")
 
