@@ -40,3 +40,8 @@ def test_all_measurements_in_one_run(tmp_path):
     ratio = in_process["rollouts_per_s"] / result["official"]["rollouts_per_s"]
     (row,) = (row.split() for row in rows if row.startswith("in process"))
     assert float(row[-2]) == pytest.approx(ratio, abs=0.06) and row[-1] == "-"
+
+
+def test_costs_of_the_parts_are_relative_to_token2wav_and_recognition():
+    costs = bench_reward.part_costs({"token2wav": 3.0, "asr": 1.0, "pitch": 2.0}, 100)
+    assert costs[2] == {"step": "pitch", "ms_per_rollout": 20.0, "relative_percent": 50.0}

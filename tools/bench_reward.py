@@ -319,9 +319,10 @@ def part_costs(seconds: dict[str, float], num_rollouts: int) -> list[dict]:
     """Milliseconds per rollout of each step and part, and relative to token2wav and ASR together."""
     base = seconds["token2wav"] + seconds["asr"]
     return [
-        {"step": name, "ms_per_rollout": round(1000 * value / num_rollouts, 2), "relative_percent": round(100 * value / base, 1)}
+        {"step": name, "ms_per_rollout": round(1000 * value / num_rollouts, 2),
+         "relative_percent": round(100 * value / base, 1)}
         for name, value in seconds.items()
-    ]
+    ]  # fmt: skip
 
 
 def record_parts(result: dict, argv: list[str]) -> None:
