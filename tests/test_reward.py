@@ -634,6 +634,13 @@ def test_an_instance_that_is_not_ready_in_time_is_killed():
     assert ended == ["killed", "ended"]
 
 
+def test_an_instance_does_not_keep_the_kernels_of_all_shapes(monkeypatch):
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    run_instance(monkeypatch, lambda *_: [])
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "128"
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+
+
 def test_too_little_memory_for_a_batch_is_not_an_answer(monkeypatch):
     """Triton answers such a batch with status 500, and the client sends it again."""
 
