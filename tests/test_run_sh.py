@@ -258,7 +258,7 @@ PRESETS = {  # per published recipe: arguments of stage -1, the server, veRL and
         "rollout.n=8 ", "rollout.temperature=1.0 ", "rollout.top_p=1.0 ", "rollout.top_k=-1 ",
         "bypass_mode=True ", "max_response_length=1024 ", "total_training_steps=1800 ",
         "--temperature 0.8 --top-p 0.95 --top-k 50 ", "--max-new-tokens 2048 ",
-        "--lm-precision bf16 ", "--precision fp32 ", "data/zero_shot_zh.jsonl ",
+        "--lm-precision bf16 ", "--device cuda --precision fp16 ", "data/zero_shot_zh.jsonl ",
         "exp/cosyvoice2/",
     ],
     "seed": [
@@ -974,7 +974,7 @@ def edit(path: Path, *change: str) -> None:
 
 
 CODE_CHANGES = [  # (file, old text, new text) of edits that change the training
-    ("run.sh", "adv_estimator=grpo", "adv_estimator=rloo"),
+    ("run.sh", "data.truncation=error", "data.truncation=left"),
     ("run.sh", '--reward-curve "$reward_curve"', "--reward-curve exp"),
     ("conf/tiny.sh", "configure_cpu_training; }", "configure_cpu_training; profile_verl_args+=(trainer.foo=1); }"),
     ("scripts/verl_cpu.sh", "fsdp_config.dtype=float32", "fsdp_config.dtype=bfloat16"),
