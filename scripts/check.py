@@ -20,6 +20,7 @@ from pathlib import Path
 
 from tts_grpo.reward.ports import port_fault
 from tts_grpo.reward.protocol import MODEL_NAME
+from tts_grpo.reward.rewards import split_paths
 from tts_grpo.speech.model_folders import (
     SENSEVOICE_FILES,
     TOKEN2WAV_FILES,
@@ -123,7 +124,7 @@ def check_files(s: dict) -> Iterator[Finding]:
     missing = missing_files(s["token2wav_dir"], TOKEN2WAV_FILES[kind])
     asr_dirs = [s["reward_asr_dir"]]
     if s["reward_asr_dirs"]:
-        asr_dirs = [path.replace("\\ ", " ") for path in re.split(r"(?<!\\) +", s["reward_asr_dirs"].strip())]
+        asr_dirs = split_paths(s["reward_asr_dirs"])
     for folder in asr_dirs:
         missing += missing_files(folder, SENSEVOICE_FILES)
     # the evaluation supports several ASR backends (tts_grpo/speech/asr/loading.py)

@@ -33,7 +33,6 @@ NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 BOUND = re.compile(r"(>=|<=|>)(-?[0-9.]+)")
 DEVICES = re.compile(r"(cpu|cuda(:[0-9]+)?)( +(cpu|cuda(:[0-9]+)?))*")
 WIDTH = 120  # width of the table, in characters
-ESCAPED_SPACE = re.compile(r"(?<!\\) +")  # between the paths of a setting of kind inputs
 HAVE_DOCSTRINGS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 ROOT = Path(__file__).resolve().parent.parent
 CODE = {  # programs that make each stage's result; "4" is the evaluation's speech and "4s" its scores
@@ -157,8 +156,7 @@ def inputs_of(s: Setting) -> dict[str, str]:
     if not s.value or not s.kind.startswith(("input", "rewards")):
         return {}
     if s.kind.startswith("inputs"):
-        paths = [path.replace("\\ ", " ") for path in ESCAPED_SPACE.split(s.value.strip())]
-        return {f"{s.name} {number}": path for number, path in enumerate(paths)}
+        return {f"{s.name} {number}": path for number, path in enumerate(rewards.split_paths(s.value))}
     if s.kind == "rewards":  # this recipe's parts count as code
         return {
             f"{s.name}: {path}": str(path)

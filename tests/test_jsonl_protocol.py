@@ -85,6 +85,14 @@ def test_request_is_padded_to_its_bucket():
     assert lens["data"] == [3] and text["data"] == ["你好"]
 
 
+def changed_response(name, data):
+    """A response with other data of one output."""
+    body = response()
+    for output in body["outputs"]:
+        output["data"] = data if output["name"] == name else output["data"]
+    return body
+
+
 def test_response():
     assert decode_response(response(), *REQUEST).server == "hash"
     assert decode_response(response(), *REQUEST) == ANSWER
@@ -106,9 +114,7 @@ def test_an_answer_to_another_request_is_an_error(request_):
     ],
 )  # fmt: skip
 def test_an_answer_that_was_changed_on_the_way_is_an_error(name, data):
-    body = response()
-    for output in body["outputs"]:
-        output["data"] = data if output["name"] == name else output["data"]
+    body = changed_response(name, data)
     with pytest.raises(AnswerError):
         decode_response(body, *REQUEST)
 
@@ -121,9 +127,7 @@ def test_an_answer_that_was_changed_on_the_way_is_an_error(name, data):
     ],
 )  # fmt: skip
 def test_parts_and_losses_of_another_form_are_errors(name, data):
-    body = response()
-    for output in body["outputs"]:
-        output["data"] = data if output["name"] == name else output["data"]
+    body = changed_response(name, data)
     with pytest.raises(ValueError):
         decode_response(body, *REQUEST)
 
