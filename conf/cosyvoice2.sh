@@ -201,7 +201,7 @@ install_eval_set() {
       --output "$eval_jsonl" "${flags[@]}"
   fi
   [[ -e $known_answer_jsonl ]] || run "$speech_bin/python" "$root/scripts/encode_prompts.py" --eval-set "$eval_jsonl" \
-    --token2wav-dir "$token2wav_dir" --output "$known_answer_jsonl"
+    --token2wav-dir "$token2wav_dir" --language "$language" --output "$known_answer_jsonl"
 }
 
 # token2wav imports CosyVoice's modules

@@ -50,9 +50,11 @@ def random_line(rng: random.Random) -> str:
     """Return a line of a file of texts: mostly an object with a text, at times another object or no JSON at all."""
     kind = rng.random()
     if kind < 0.7:
-        return json.dumps({"text": random_text(rng)}, ensure_ascii=rng.random() < 0.5)
+        language = rng.choice(({}, {}, {"language": "zh"}, {"language": "en"}, {"language": "en_GB"}))
+        text = rng.choice(("", "", "today ")) + random_text(rng)
+        return json.dumps({"text": text} | language, ensure_ascii=rng.random() < 0.5)
     if kind < 0.85:
-        return json.dumps({rng.choice(("text", "x")): rng.choice(JSON_VALUES)})
+        return json.dumps({"text": "今天", rng.choice(("text", "language", "x")): rng.choice(JSON_VALUES)})
     line = json.dumps({"text": "今天" + random_text(rng)}, ensure_ascii=False)
     return line[: rng.randrange(len(line))] + rng.choice(("", "}", "\\ud800", "[" * 2000))
 
@@ -71,15 +73,17 @@ def test_each_line_is_a_sample_or_is_rejected_with_a_reason(worker, trainer_pyth
     assert len(rows) + len(bad) == len(lines) and all(bad.values())
     assert min(len(rows), len(bad)) > 0.1 * len(lines)
     kept, rules = [line for n, line in enumerate(lines, 1) if n not in bad], TextRules("zh", "remove", "spoken")
-    control = set(control_tokens(tokenizer))
+    control, languages = set(control_tokens(tokenizer)), set()
     for index, (line, row) in enumerate(zip(kept, rows, strict=True)):
-        text = row["reward_model"]["ground_truth"]
-        assert text == usable_text(checked_text(json.loads(line), "text"), rules), ascii(line)
-        assert row["extra_info"] == {"split": "train", "index": index, "text": text}
+        text, its_rules = row["reward_model"]["ground_truth"], rules.of(json.loads(line))
+        assert text == usable_text(checked_text(json.loads(line), "text"), its_rules), ascii(line)
+        assert row["extra_info"] == {"split": "train", "index": index, "text": text, "language": its_rules.language}
         (message,) = row["prompt"]
-        assert message["content"].endswith(model_text(text, rules)), ascii(line)
+        assert message["content"].endswith(model_text(text, its_rules)), ascii(line)
+        languages.add(its_rules.language)
         ids = tokenizer(message["content"], add_special_tokens=False)["input_ids"]
         assert not control.intersection(ids), ascii(line)
+    assert languages == {"zh", "en"}
 
 
 def test_a_prompt_contains_its_texts_once_and_no_control_token_more(assets, tokenizer):
