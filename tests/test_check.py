@@ -195,6 +195,9 @@ TWO = (81920, 81920)  # MiB of each GPU
         ((24576, 81920), {"visible": "GPU-1a"}, None),
         ((24576, 81920), {"visible": "1", "num_gpus": "2"}, "1 GPUs: .*need 2"),
         (TWO, {"visible": "0,5"}, "names 5, which nvidia-smi does not list"),
+        (TWO, {"visible": "MIG-7f2c"}, None),  # its memory is not reported
+        (TWO, {"visible": "MIG-7f2c", "num_gpus": "2"}, "1 GPUs: .*need 2"),
+        (TWO, {"visible": ""}, "need 1"),
         (("[N/A]",), {}, None),
     ],
 )
@@ -205,7 +208,7 @@ def test_gpus(tmp_path, monkeypatch, gpus, settings, message):
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if visible := settings.pop("visible", None):
+    if (visible := settings.pop("visible", None)) is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     s = {"train_device": "cuda", "num_gpus": "1", "server_devices": "cuda:0", "server_instances": "1",
          "server_gib": "8", "vllm_memory_share": "0.40", "http_port": "9"} | settings  # fmt: skip
