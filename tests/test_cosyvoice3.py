@@ -1,8 +1,6 @@
 """Compares CosyVoice3's token2wav on batches with single utterances, and with the official code if it is there."""
 
-import io
 import os
-import re
 import sys
 from pathlib import Path
 
@@ -69,11 +67,7 @@ def official():
     sys.path.insert(0, source)
 
     def load(folder: Path) -> dict:
-        from hyperpyyaml import load_hyperpyyaml
-
-        entries = re.split(r"^(?=\S)", (folder / "cosyvoice3.yaml").read_text(), flags=re.MULTILINE)
-        kept = [entry for entry in entries if not re.match("llm:|get_tokenizer:", entry)]
-        modules = load_hyperpyyaml(io.StringIO("".join(kept)))
+        modules = cosyvoice2.load_modules(folder, "cosyvoice3.yaml")
         modules["flow"].load_state_dict(torch.load(folder / "flow.pt"))
         state = torch.load(folder / "hift.pt")
         modules["hift"].load_state_dict({name.removeprefix("generator."): value for name, value in state.items()})

@@ -43,19 +43,19 @@ MEL_PER_TOKEN = 2
 MAX_UTTERANCES = 32
 PADDED_TOKENS, PADDED_TOKENS_SMALL_GPU = 16384, 4096
 SMALL_GPU_GIB = 40
-YAML_OBJECTS = ("flow", "hift", "feat_extractor")  # objects of cosyvoice2.yaml that are built; plain values are kept
+YAML_OBJECTS = ("flow", "hift", "feat_extractor")  # objects of the configuration that are built; plain values are kept
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def load_modules(model_dir: Path) -> dict:
-    """Build ``flow``, ``hift`` and ``feat_extractor`` of cosyvoice2.yaml, with random weights.
+def load_modules(model_dir: Path, config_file: str = "cosyvoice2.yaml") -> dict:
+    """Build the official ``flow``, ``hift`` and ``feat_extractor`` of a model folder, with random weights.
 
     Raises:
         ImportError: CosyVoice's source cannot be imported.
     """
     from hyperpyyaml import load_hyperpyyaml
 
-    text = (model_dir / "cosyvoice2.yaml").read_text(encoding="utf-8")
+    text = (model_dir / config_file).read_text(encoding="utf-8")
     entries = re.split(r"^(?=\S)", text, flags=re.MULTILINE)
     kept = [e for e in entries if e.split(":", 1)[0] in YAML_OBJECTS or re.fullmatch(r"\w+:[^!\[{\n]*\n*", e)]
     try:
