@@ -124,6 +124,7 @@ setting lora_modules all-linear 2 text "modules with LoRA adapters, separated by
 
 # evaluation (stages 4 and 5)
 setting eval_jsonl '' 4s input "test set, JSONL; infer_dist.py synthesises what has changed in it"
+setting eval_jsonls '' 4s inputs? "several test sets, separated by spaces, instead of eval_jsonl; a set has the name of its file"
 setting language zh "0 2 4 4s" "zh|en" "language of texts and recognisers; zh: Chinese, which may contain English words"
 setting seeds "0 1 2 3 4" 4s ints "random seeds; the set is synthesised once with each"
 setting judge_asr_dir '' 4s input? "a further recogniser that nothing was trained or chosen by, for a second opinion"

@@ -358,8 +358,7 @@ run_beside_server() {
   wait "$training"
 }
 
-# in_background COMMAND...: as run, but in the background. wait_for_all MESSAGE: wait for all of these, and die with
-# MESSAGE if one fails.
+# in_background COMMAND...: as run, but in the background. wait_for_all: wait for all of these, and fail if one fails.
 in_background() {
   if ((dry_run)); then
     run "$@"
@@ -370,9 +369,10 @@ in_background() {
 }
 
 wait_for_all() {
-  local pid
-  for pid in "${background_pids[@]}"; do wait "$pid" || die "$1"; done
+  local pid status=0
+  for pid in "${background_pids[@]}"; do wait "$pid" || status=1; done
   background_pids=()
+  return "$status"
 }
 
 # need FILE STAGE: stop if FILE, which STAGE makes, is missing.

@@ -881,8 +881,10 @@ def test_speech_of_other_settings_is_kept(recipe):
         stages = ("4", "4") if folders else ("0", "4")
         assert recipe.run(*stages, **settings).returncode == 0
         calls = recipe.calls_path.read_text()
-        folders.append(re.findall(r"--output-dir (\S+/eval/(?:sft|grpo)-\w+) ", calls.replace("a recipe", "a_recipe")))
-        links = [(recipe.exp_dir / "eval" / name).readlink().name for name in ("sft", "grpo")]
+        folders.append(
+            re.findall(r"--output-dir (\S+/eval/test/(?:sft|grpo)-\w+) ", calls.replace("a recipe", "a_recipe"))
+        )
+        links = [(recipe.exp_dir / "eval" / name).resolve().name for name in ("sft", "grpo")]
         assert links == [Path(folder).name for folder in folders[-1]]
     assert len({*folders[0], *folders[1]}) == 4 and folders[2] == folders[0]
 
@@ -894,8 +896,62 @@ def test_another_evaluation_set_goes_into_the_same_folder(recipe, tmp_path):
         (tmp_path / "set.jsonl").write_text(f'{{"id": "a", "target_text": "{text}"}}\n')
         done = recipe.run(*(("4", "4") if folders else ("0", "4")), eval_jsonl=str(tmp_path / "set.jsonl"))
         assert done.returncode == 0 and recipe.calls().count("compute_wer") == 2, done.stderr
-        folders.append([(recipe.exp_dir / "eval" / name).readlink() for name in ("sft", "grpo")])
+        folders.append([(recipe.exp_dir / "eval" / name).resolve() for name in ("sft", "grpo")])
     assert folders[0] == folders[1] and len(set(folders[0])) == 2
+
+
+def make_sets(folder: Path, *names: str) -> dict[str, str]:
+    """Write evaluation sets to a folder with a space in its name; return the path of each."""
+    (folder / "test sets").mkdir(exist_ok=True)
+    paths = {name: folder / f"test sets/{name}.jsonl" for name in names}
+    for name, path in paths.items():
+        path.write_text(f'{{"id": "{name}", "target_text": "好"}}\n')
+    return {name: str(path) for name, path in paths.items()}
+
+
+def test_several_sets_are_evaluated_in_one_run_and_a_finished_one_is_not_repeated(recipe, tmp_path):
+    sets = make_sets(tmp_path, "a", "b")
+    assert recipe.run("0", "4", eval_jsonl=sets["a"]).returncode == 0
+    both = {"eval_jsonls": " ".join(path.replace(" ", "\\ ") for path in sets.values())}
+    done = recipe.run("4", "4", **both)
+    assert done.returncode == 0 and "a: already evaluated" in done.stdout, done.stderr
+    assert recipe.calls() == ["infer_dist.py"] * 2 + ["compute_wer"] * 2 + ["summarise.py", "report.py"]
+    calls = recipe.calls_path.read_text()
+    assert calls.count(f"--eval-set {sets['b']} ") == 2 and f"--eval-set {sets['a']} " not in calls
+    assert calls.count(f"--exp-dir {recipe.exp_dir} --sets a b") == 2
+    for name in ("sft", "grpo"):
+        assert (recipe.exp_dir / "eval" / name).resolve().parent == recipe.exp_dir / "eval/a"
+        assert (recipe.exp_dir / "eval/b" / name).resolve().is_dir()
+    assert recipe.run("4", "4", **both).returncode == 0 and recipe.calls() == []
+    Path(sets["b"]).write_text('{"id": "b", "target_text": "好吗"}\n')
+    assert recipe.run("4", "4", **both).returncode == 0 and recipe.calls().count("infer_dist.py") == 2
+    assert f"--eval-set {sets['a']} " not in recipe.calls_path.read_text()
+    assert recipe.run("4", "4", **both, temperature="0.6").returncode == 0
+    assert recipe.calls().count("infer_dist.py") == 4, "another setting of the evaluation counts for each set"
+
+
+def test_sets_that_fail_are_named_and_the_others_are_kept(recipe, tmp_path):
+    sets = make_sets(tmp_path, "a", "b", "c")
+    settings = {"eval_jsonls": " ".join(path.replace(" ", "\\ ") for path in sets.values())}
+    with (recipe.root / "scripts/compute_wer.sh").open("a") as program:
+        program.write("[[ -z ${FAIL-} || $1 != */eval/c/* ]] || exit 3\n")
+    done = recipe.run("0", "4", **settings, FAIL="/eval/b/")
+    assert done.returncode == 1 and "the evaluation of b c failed" in done.stderr
+    assert "summary.json and report.html have a," in done.stderr
+    assert re.findall(" --sets (.*?)(?: --settings .*)?\n", recipe.calls_path.read_text()) == ["a", "a"]
+    assert recipe.calls()[-1] == "report.py"
+    assert recipe.run("4", "4", **settings).returncode == 0
+    calls = recipe.calls_path.read_text()
+    assert recipe.calls().count("infer_dist.py") == 4 and f"--eval-set {sets['a']} " not in calls
+    assert calls.count(" --sets a b c") == 2
+    failed = recipe.run("4", "4", **settings, seeds="7", FAIL="infer_dist")
+    assert failed.returncode == 1 and "no evaluation set could be evaluated (a b c)" in failed.stderr
+
+
+def test_sets_of_the_same_name_are_refused(recipe):
+    for names in ("/a/x.jsonl /b/x.jsonl", "/a/sft.jsonl"):
+        done = recipe.run("4", "4", eval_jsonls=names)
+        assert done.returncode == 1 and "rename a file" in done.stderr and recipe.calls() == []
 
 
 def test_more_steps_extend_a_training_and_fewer_are_refused(recipe):
@@ -1041,8 +1097,8 @@ RESULTS_DEPEND_ON = {
     "3": "llm_path",
     "4": "token2wav_dir infer_engine infer_batch_size infer_precision infer_lm_precision temperature top_p top_k "
     "repetition_penalty max_new_tokens language text_tags llm_text",
-    "4s": "eval_asr_dir judge_asr_dir eval_jsonl language text_tags seeds quality_utterances reference_audio "
-    "speaker_model_dir",
+    "4s": "eval_asr_dir judge_asr_dir eval_jsonl eval_jsonls language text_tags seeds quality_utterances "
+    "reference_audio speaker_model_dir",
 }
 
 
