@@ -29,6 +29,8 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=scripts/lib.sh
 source "$root/scripts/lib.sh"
+# shellcheck source=scripts/eval_sets.sh
+source "$root/scripts/eval_sets.sh"
 
 dry_run=0 mode=run
 server_pid='' memory_pid='' background_pids=()
@@ -170,8 +172,12 @@ set_name() { basename "$1" .jsonl; }
 # evaluate FILE: synthesise and score one evaluation set with both models, unless that is done already. Its results do not
 # depend on the other sets. It returns a failure instead of ending the run, so that the other sets are still evaluated.
 evaluate() {
-  local eval_jsonl=$1 eval_jsonls='' name state
+  local name state set_language
   name=$(set_name "$1")
+  set_language=$(language_of "$name")
+  local eval_jsonl=$1 eval_jsonls='' language=$set_language eval_asr_dir=$eval_asr_dir
+  [[ $language != en || -z $eval_asr_dir_en ]] || eval_asr_dir=$eval_asr_dir_en
+  local eval_asr_dir_en=''
   state=$(state_of 4) || return
   if done_with "4-$name" "$state" && [[ -d $exp_dir/eval/$name ]]; then
     echo "$name: already evaluated"
@@ -202,7 +208,7 @@ infer() {
     folder+=-$state
   fi
   run_long env OMP_NUM_THREADS=1 "$speech_bin/torchrun" --standalone --nproc-per-node "$infer_procs" "$root/infer_dist.py" \
-    --llm-path "$2" "${synthesis_flags[@]}" --eval-set "$eval_jsonl" --output-dir "$folder" --seeds "${seed_list[@]}" \
+    --llm-path "$2" "${synthesis_flags[@]}" --language "$language" --eval-set "$eval_jsonl" --output-dir "$folder" --seeds "${seed_list[@]}" \
     --batch-size "$infer_batch_size" --engine "$infer_engine"
 }
 
@@ -217,7 +223,7 @@ stage_5() {
   work_on "this run's: $$ $(date +%T)" # every run synthesises it again
   need "$exp_dir/merged_hf_model/config.json" 3
   run "$speech_bin/python" "$root/infer_single.py" --llm-path "$exp_dir/merged_hf_model" "${synthesis_flags[@]}" \
-    --seed "${seed_list[0]}" ${single_text:+--text "$single_text"} "${prompt_flags[@]}" --output "$exp_dir/tongue_twister.wav"
+    --language "$language" --seed "${seed_list[0]}" ${single_text:+--text "$single_text"} "${prompt_flags[@]}" --output "$exp_dir/tongue_twister.wav"
 }
 
 skip() { echo "already done (force=1 repeats it)"; }
@@ -431,7 +437,8 @@ configure() {
   synthesis_flags=( # flags of stages 4 and 5
     --token2wav-dir "$token2wav_dir" --device "$infer_device" --precision "$infer_precision"
     --lm-precision "$infer_lm_precision" --max-new-tokens "$max_new_tokens" --temperature "$temperature"
-    --top-p "$top_p" --top-k "$top_k" --repetition-penalty "$repetition_penalty" "${text_flags[@]}"
+    --top-p "$top_p" --top-k "$top_k" --repetition-penalty "$repetition_penalty"
+    --text-tags "$text_tags" --llm-text "$llm_text"
   )
   train_env=(
     "${profile_env[@]}" PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" TENSORBOARD_DIR="$exp_dir/tensorboard"

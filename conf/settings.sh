@@ -125,6 +125,7 @@ setting lora_modules all-linear 2 text "modules with LoRA adapters, separated by
 # evaluation (stages 4 and 5)
 setting eval_jsonl '' 4s input "test set, JSONL; infer_dist.py synthesises what has changed in it"
 setting eval_jsonls '' 4s inputs? "several test sets, separated by spaces, instead of eval_jsonl; a set has the name of its file"
+setting eval_asr_dir_en '' 4s input? "speech recogniser of test_en and of other sets in English; empty: eval_asr_dir"
 setting language zh "0 2 4 4s" "zh|en" "language of texts and recognisers; zh: Chinese, which may contain English words"
 setting seeds "0 1 2 3 4" 4s ints "random seeds; the set is synthesised once with each"
 setting judge_asr_dir '' 4s input? "a further recogniser that nothing was trained or chosen by, for a second opinion"
@@ -158,8 +159,8 @@ if [[ $profile != tiny ]]; then
   setting max_text_s 30 -1 "number>=0" "limit on the duration of a text's recording, in seconds; 0: none"
   setting text_excludes '[A-Za-z]' -1 text? "regular expression; matching texts are left out, as in mair-hub"
   setting reward_voices 1 -1 "int>=1" "1: prompt_audio; N: that many recordings of AISHELL's test set as prompt_list"
-  setting dataset zero_shot_zh -1 name "test set: zero_shot_zh or test_zh"
-  setting eval_strip_quotes 0 -1 "0|1" "1: remove quotes and brackets from the set's texts"
+  setting dataset zero_shot_zh -1 names "test sets, separated by spaces: test_zh, test_en, test_hard, zero_shot_zh, zero_shot_en, zero_shot_hard_zh, zero_shot_hard_en"
+  setting eval_strip_quotes 0 -1 "0|1" "1: remove quotes and brackets from the sets' texts"
   setting gpu_memory_gib 80 - "int>=1" "memory of the smallest GPU, in GiB"
   setting server_gib 9 - "int>=1" "memory that a reward server process may take of a GPU, in GiB"
 fi

@@ -78,7 +78,7 @@ class Recipe:
         (self.root / "scripts").mkdir(parents=True)
         shutil.copytree(ROOT / "conf", self.root / "conf")
         shutil.copy(ROOT / "run.sh", self.root)
-        for name in ("lib.sh", "verl_cpu.sh", "settings.py", "checkpoints.py"):
+        for name in ("lib.sh", "eval_sets.sh", "verl_cpu.sh", "settings.py", "checkpoints.py"):
             shutil.copy(ROOT / "scripts" / name, self.root / "scripts")
         (self.root / "tts_grpo/reward").mkdir(parents=True)
         for name in ("libpython.py", "rewards.py"):
@@ -948,6 +948,35 @@ def test_sets_that_fail_are_named_and_the_others_are_kept(recipe, tmp_path):
     assert failed.returncode == 1 and "no evaluation set could be evaluated (a b c)" in failed.stderr
 
 
+def test_sets_of_the_full_profile_are_chosen_by_name_and_language(recipe, tmp_path):
+    """English sets are transcribed by Whisper and scored as English, whatever the language of the training."""
+    workspace = tmp_path / "work space"
+    (workspace / "CosyVoice/cosyvoice").mkdir(parents=True)
+    settings = {"profile": "cosyvoice2", "workspace": str(workspace), "gpu_memory_gib": "80"}
+    names = "zero_shot_zh test_en test_hard zero_shot_hard_en"
+    dry = recipe.run("--dry-run", "-1", "4", **settings, dataset=names).stdout.replace("\\", "")
+    for repository, source in (
+        ("yuekai/CV3-Eval", "--split zero_shot_zh"), ("yuekai/seed_tts_cosy2", "--split test_en"),
+        ("zhaochenyang20/seed-tts-eval", "seed-tts-eval/zh/hardcase.lst"),
+    ):  # fmt: skip
+        assert f"--repo {repository} " in dry and source in dry
+    assert "-m pip install --quiet --requirement" in dry and "--repo Systran/faster-whisper-large-v3 " in dry
+    assert f"encode_prompts.py --eval-set {workspace}/data/zero_shot_zh.jsonl " in dry
+    known = [("zero_shot_zh", "zh"), ("test_en", "en"), ("test_hard", "zh"), ("zero_shot_hard_en", "en")]
+    for name, language in known:
+        assert f"--output {workspace}/data/{name}.jsonl --language {language} " in dry
+        asr = f"{workspace}/{'faster-whisper-large-v3' if language == 'en' else 'paraformer-zh'}"
+        scored = [line for line in dry.splitlines() if f"compute_wer.sh {recipe.exp_dir}/eval/{name}/sft " in line]
+        assert len(scored) == 1 and f" eval_asr_dir={asr} " in scored[0] and f" language={language} " in scored[0]
+        assert dry.count(f"--language {language} --eval-set {workspace}/data/{name}.jsonl ") == 2
+    one = recipe.run("--dry-run", "-1", "4", **settings, dataset="test_zh").stdout
+    assert "whisper" not in one and one.count("infer_dist.py") == 2 and "pip install" not in one
+    unknown = recipe.run("--dry-run", "4", **settings, dataset="test_zh zero_shot_ja")
+    assert unknown.returncode == 1 and "zero_shot_ja is unknown: choose from zero_shot_zh " in unknown.stderr
+    own = recipe.run("--dry-run", "4", **settings, dataset=names, eval_jsonl="/own/set.jsonl").stdout
+    assert own.count("infer_dist.py") == 2 == own.count("--eval-set /own/set.jsonl ")
+
+
 def test_sets_of_the_same_name_are_refused(recipe):
     for names in ("/a/x.jsonl /b/x.jsonl", "/a/sft.jsonl"):
         done = recipe.run("4", "4", eval_jsonls=names)
@@ -1097,8 +1126,8 @@ RESULTS_DEPEND_ON = {
     "3": "llm_path",
     "4": "token2wav_dir infer_engine infer_batch_size infer_precision infer_lm_precision temperature top_p top_k "
     "repetition_penalty max_new_tokens language text_tags llm_text",
-    "4s": "eval_asr_dir judge_asr_dir eval_jsonl eval_jsonls language text_tags seeds quality_utterances "
-    "reference_audio speaker_model_dir",
+    "4s": "eval_asr_dir eval_asr_dir_en judge_asr_dir eval_jsonl eval_jsonls language text_tags seeds "
+    "quality_utterances reference_audio speaker_model_dir",
 }
 
 
