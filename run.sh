@@ -438,7 +438,8 @@ configure() {
     --token2wav-dir "$token2wav_dir" --device "$infer_device" --precision "$infer_precision"
     --lm-precision "$infer_lm_precision" --max-new-tokens "$max_new_tokens" --temperature "$temperature"
     --top-p "$top_p" --top-k "$top_k" --repetition-penalty "$repetition_penalty"
-    --text-tags "$text_tags" --llm-text "$llm_text"
+    --repetition-window "$repetition_window" --min-token-text-ratio "$min_token_text_ratio"
+    --max-token-text-ratio "$max_token_text_ratio" --text-tags "$text_tags" --llm-text "$llm_text"
   )
   train_env=(
     "${profile_env[@]}" PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" TENSORBOARD_DIR="$exp_dir/tensorboard"

@@ -13,13 +13,15 @@
 #
 # The defaults are the training settings of the newest published recipe (conf/recipes/mair-hub.sh).
 #
-# Set them in the environment, or in conf/recipes/$recipe.sh, conf/algorithms/$algorithm.sh and conf/$profile.sh, as
+# Set them in the environment, or in conf/recipes/$recipe.sh, conf/evaluations/$evaluation.sh,
+# conf/algorithms/$algorithm.sh and conf/$profile.sh, as
 # name=${name:-value}; where several set a value, the first in this order counts. A profile holds only values that differ
 # from the defaults. "bash run.sh --settings" prints all values and where they come from.
 
 # experiment
 setting profile tiny - name 'conf/$profile.sh: tiny (CPU, offline) or cosyvoice2 (GPUs)'
 setting recipe '' - text? 'conf/recipes/$recipe.sh: a published recipe, for profile=cosyvoice2'
+setting evaluation '' - text? 'conf/evaluations/$evaluation.sh: sampling and texts of published figures: official, seed or mair-hub'
 setting exp_name '${recipe:-$profile}' - name "name of the experiment"
 setting exp_dir '$root/exp/$exp_name' - folder "folder of the experiment"
 setting seed 42 2 int "random seed of data order and sampling in training"
@@ -142,6 +144,9 @@ setting temperature 0.8 4 "number>=0" "sampling temperature of the evaluation; 0
 setting top_p 0.95 4 "number>0<=1" "top-p of the evaluation; 1.0: off"
 setting top_k 50 4 "int>=-1" "top-k of the evaluation; -1: off"
 setting repetition_penalty 1.0 4 "number>0" "penalty on token ids of prompt and response; 1.0: off"
+setting repetition_window 0 4 "int>=0" "a token among this many last ones is replaced by one drawn from all others, as CosyVoice does with 10; 0: off"
+setting min_token_text_ratio 0 4 "number>=0" "minimum number of speech tokens per text token in the evaluation; 0: none"
+setting max_token_text_ratio 0 4 "number>=0" "maximum number of speech tokens per text token, instead of max_new_tokens; 0: max_new_tokens"
 setting max_new_tokens 2048 4 "int>=1" "maximum number of tokens per utterance in the evaluation"
 setting single_text '' - text? "text of stage 5; empty: the tongue-twister"
 

@@ -104,8 +104,8 @@ print_only() {
 # checksum FILE: print the checksum of the state in FILE, or nothing if the file does not exist.
 checksum() { [[ ! -f $1 ]] || head -n 1 "$1" | sha256sum | cut -c 1-16; }
 
-# load_settings: declare the settings and set them from the environment, the recipe, the algorithm, the profile and the
-# defaults.
+# load_settings: declare the settings and set them from the environment, the recipe, the evaluation, the algorithm, the
+# profile and the defaults.
 load_settings() {
   local given=${profile:+yes}
   profile=${profile:-tiny}
@@ -120,6 +120,8 @@ load_settings() {
   # shellcheck disable=SC2034 # read by name
   [[ ${#recipe_verl_args[@]} -eq 0 ]] || recipe_args=${recipe_verl_args[*]}
   mark recipe
+  load_evaluation "${evaluation-}"
+  mark evaluation
   load_algorithm "${algorithm-}"
   mark algorithm
   if ((${#verl_overrides[@]})); then
@@ -150,6 +152,15 @@ load_recipe() {
   [[ $profile == cosyvoice2 ]] || die "recipe=$1 is for profile=cosyvoice2, not for profile=$profile"
   # shellcheck source=conf/recipes/mair-hub.sh
   source "$root/conf/recipes/$1.sh"
+}
+
+# load_evaluation NAME: load the sampling and the treatment of texts with which figures were published, if NAME is not
+# empty. Values of the environment and of the recipe take precedence.
+load_evaluation() {
+  [[ -n $1 ]] || return 0
+  [[ -f $root/conf/evaluations/$1.sh ]] || die "evaluation=$1 is unknown: choose one of $(presets evaluations)"
+  # shellcheck source=conf/evaluations/mair-hub.sh
+  source "$root/conf/evaluations/$1.sh"
 }
 
 # load_algorithm NAME: load an algorithm's settings. Those of the environment and of the recipe take precedence.

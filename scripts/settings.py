@@ -53,7 +53,7 @@ COMMANDS = "command line from run.sh and conf"  # key of the command lines in ``
 class Setting(NamedTuple):
     """A setting declared in conf/settings.sh.
 
-    ``origin`` is environment, recipe, algorithm, profile, command line or default.
+    ``origin`` is environment, recipe, evaluation, algorithm, profile, command line or default.
     """
 
     name: str

@@ -317,6 +317,33 @@ def test_every_preset_is_tested_and_an_unknown_one_is_refused(recipe):
     assert done.returncode == 1 and "recipe=seed is for profile=cosyvoice2" in done.stderr
 
 
+EVALUATIONS = {  # per evaluation of published figures: arguments of stages -1 and 4
+    "official": [
+        "--temperature 1.0 --top-p 0.8 --top-k 25 --repetition-penalty 1.0 --repetition-window 10 "
+        "--min-token-text-ratio 2 --max-token-text-ratio 20 ",
+        "--precision fp32 --lm-precision fp32 ", "--llm-text raw ", "data/test_en.jsonl ",
+    ],
+    "seed": [
+        "--temperature 0.8 --top-p 0.95 --top-k 50 --repetition-penalty 1.1 --repetition-window 0 ",
+        "--max-new-tokens 2048 ", "--precision fp16 --lm-precision fp32 ", "data/zero_shot_zh.jsonl ",
+    ],
+    "mair-hub": ["--top-k 50 --repetition-penalty 1.1 ", "data/zero_shot_zh-stripped.jsonl --strip-quotes "],
+}  # fmt: skip
+
+
+def test_evaluations_of_published_figures(recipe):
+    assert sorted(path.stem for path in (ROOT / "conf/evaluations").glob("*.sh")) == sorted(EVALUATIONS)
+    settings = {"profile": "cosyvoice2", "gpu_memory_gib": "80", "dataset": "zero_shot_zh test_en"}
+    for name, texts in EVALUATIONS.items():
+        shown = recipe.run("--dry-run", "-1", "4", **settings, evaluation=name).stdout.replace("\\", "")
+        for text in texts:
+            assert text in shown, (name, text)
+    shown = recipe.run("--dry-run", "4", evaluation="official", temperature="0.7").stdout
+    assert "--temperature 0.7 --top-p 0.8 --top-k 25 " in shown, "it is for any profile, and the environment counts"
+    done = recipe.run("0", "0", evaluation="paper")
+    assert done.returncode == 1 and "evaluation=paper is unknown: choose one of mair-hub official seed" in done.stderr
+
+
 ALGORITHMS = {  # per algorithm: arguments of veRL
     "grpo": [
         "adv_estimator=grpo ", "norm_adv_by_std_in_grpo=False ", "loss_mode=vanilla ", "loss_agg_mode=token-mean ",
@@ -547,7 +574,7 @@ def test_the_tongue_twister_is_synthesised_as_the_evaluation_is(recipe):
     lines = recipe.run("--dry-run", "4", "5", **settings).stdout.splitlines()
     evaluation, single = (next(line for line in lines if name in line) for name in ("infer_dist.py", "infer_single.py"))
     shared = re.search("--token2wav-dir .*--llm-text [a-z]+", evaluation)[0]
-    assert "--temperature 0.7 --top-p 0.9 --top-k 7 " in shared and f"{shared} --seed 3 " in single
+    assert "--temperature 0.7 --top-p 0.9 --top-k 7 " in shared and f"{shared} --language zh --seed 3 " in single
 
 
 def test_missing_inputs_name_the_stage(recipe):
@@ -1125,7 +1152,8 @@ RESULTS_DEPEND_ON = {
     "kl_loss_type lora_rank lora_alpha lora_modules recipe_args overrides language",
     "3": "llm_path",
     "4": "token2wav_dir infer_engine infer_batch_size infer_precision infer_lm_precision temperature top_p top_k "
-    "repetition_penalty max_new_tokens language text_tags llm_text",
+    "repetition_penalty repetition_window min_token_text_ratio max_token_text_ratio max_new_tokens language text_tags "
+    "llm_text",
     "4s": "eval_asr_dir eval_asr_dir_en judge_asr_dir eval_jsonl eval_jsonls language text_tags seeds "
     "quality_utterances reference_audio speaker_model_dir",
 }
