@@ -16,7 +16,7 @@ import soundfile as sf
 import torch
 import yaml
 
-from scripts.convert_llm import NUM_OUTPUTS
+from scripts import convert_llm
 from tests.asr_folders import make_paraformer
 from tools.random_llm import read_ranks, vocabulary
 from tts_grpo.speech.audio import load_audio
@@ -187,7 +187,7 @@ def make_cosyvoice2_llm(folder: Path, cosyvoice_dir: Path) -> Path:
     tokenizer.add_tokens([*(f"<|s_{i}|>" for i in range(6561)), *ends, "<|sos|>", "<|task_id|>"])  # not special
     model.model.load_state_dict({k[16:]: v for k, v in state.items() if k.startswith("llm.model.model.")})
     model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=128)
-    embedding, outputs = model.model.embed_tokens.weight, slice(first, first + NUM_OUTPUTS)
+    embedding, outputs = model.model.embed_tokens.weight, slice(first, first + convert_llm.COSYVOICE2.num_outputs)
     head = torch.nn.Linear(embedding.shape[1], len(embedding))
     with torch.no_grad():
         head.weight.zero_()
