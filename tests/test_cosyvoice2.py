@@ -143,9 +143,9 @@ def test_packed_utterances_equal_padded_ones(folder, voice, monkeypatch, sizes):
     padded, _ = token2wav(sequences, voices)
     flow = token2wav.flow
     with torch.inference_mode():
-        flow.packed = packed_flow.PackedSolver(flow.module.decoder, flow.times, torch.float32)
+        flow.packed = packed_flow.packed_solver(flow.module.decoder, flow.times, torch.float32)
     torch.testing.assert_close(token2wav(sequences, voices)[0], padded, rtol=0, atol=TOLERANCE / 100)
-    monkeypatch.setattr(packed_flow, "GAP", 0)
+    monkeypatch.setattr(flow.packed.estimator, "gap", 0)
     assert (token2wav(sequences, voices)[0] - padded).abs().max() > TOLERANCE / 100  # the gaps are necessary
 
 
