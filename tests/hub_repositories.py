@@ -200,7 +200,7 @@ def encoded(speech: np.ndarray, rate: int, kind: str) -> bytes:
 
 
 def make_evaluation_sets(root: Path, assets: Path, trainer_python: str) -> None:
-    """Make yuekai/CV3-Eval and yuekai/seed_tts_cosy2: data/SPLIT-00000-of-00001.parquet per split.
+    """Make splits of yuekai/CV3-Eval and yuekai/seed_tts_cosy2: data/SPLIT-00000-of-00001.parquet per split.
 
     Columns of CV3-Eval: id, prompt_text, prompt_audio {bytes, path}, target_text; seed_tts_cosy2 has the speech tokens
     of both texts as well (infer_dataset.py of github.com/nvidia-china-sae/mair-hub, rl-tutorial/cosyvoice_llm).
@@ -209,7 +209,8 @@ def make_evaluation_sets(root: Path, assets: Path, trainer_python: str) -> None:
     audio = [encoded(speech, 24_000, kind) for speech, kind in zip(prompts, ("WAV", "MP3", "FLAC"), strict=True)]
     paths = ["0.wav", "1.mp3", "2.flac"]
     for repository, splits in (
-        (CV3_EVAL, ("zero_shot_zh", "zero_shot_en", "zero_shot_hard_zh")), (SEED_TTS, ("test_zh", "wenetspeech4tts")),
+        (CV3_EVAL, ("zero_shot_zh", "zero_shot_en", "zero_shot_hard_zh", "zero_shot_hard_en")),
+        (SEED_TTS, ("test_zh", "test_en", "wenetspeech4tts")),
     ):  # fmt: skip
         for split in splits:
             rows = [

@@ -68,8 +68,8 @@ def test_cosyvoice2_of_both_hubs_is_recognised(tmp_path, assets, venv_root, hub)
     """Hugging Face's repository has a config.json, as the tiny token2wav does."""
     folder = make_cosyvoice2(tmp_path, hub)
     s = {"token2wav_dir": str(folder), "reward_asr_dir": str(assets / "asr_reward"), "prompt_text": "",
-         "eval_asr_dir": str(assets / "asr_eval"), "eval_jsonl": "", "prompt_audio": "", "prompt_list": "",
-         "reward_asr_dirs": "", "judge_asr_dir": "", "venv_root": str(venv_root)}  # fmt: skip
+         "eval_asr_dir": str(assets / "asr_eval"), "eval_jsonl": "", "eval_jsonls": "", "prompt_audio": "",
+         "prompt_list": "", "reward_asr_dirs": "", "judge_asr_dir": "", "venv_root": str(venv_root)}  # fmt: skip
     assert [text for good, text in check.check_files(s) if not good] == []
     assert isinstance(load_token2wav(folder), CosyVoice2Token2Wav)
     (folder / "hift.pt").unlink()
@@ -80,7 +80,8 @@ def test_cosyvoice2_of_both_hubs_is_recognised(tmp_path, assets, venv_root, hub)
 
 def data_findings(tmp_path, venv_root="none", flags=(), **files) -> list[tuple[bool, str]]:
     texts = {"train_jsonl": "今天", "test_jsonl": "明天", "known_answer_jsonl": "后天", "eval_jsonl": "昨天"}
-    s = {"venv_root": str(venv_root), "sft_path": str(ROOT / "assets/tiny/llm"), "prompt_list": ""}
+    s = {"venv_root": str(venv_root), "sft_path": str(ROOT / "assets/tiny/llm"), "prompt_list": "",
+         "eval_jsonls": ""}  # fmt: skip
     for name, text in texts.items():
         row = {"text": text, "speech_tokens": [1], "id": 1}
         rows = files.get(name, [row] * (1 if name == "eval_jsonl" else 2))
