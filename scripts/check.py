@@ -120,6 +120,11 @@ def check_pins(requirements: Path) -> Iterator[Finding]:
     yield finding(not wrong, f"packages of {requirements.name}", f": {shown}: bash run.sh -1 -1")
 
 
+def eval_sets(s: dict) -> list[Path]:
+    """The evaluation sets: those of eval_jsonls, or else eval_jsonl."""
+    return [Path(path) for path in split_paths(s["eval_jsonls"] or s["eval_jsonl"].replace(" ", "\\ ")) if path]
+
+
 def check_files(s: dict) -> Iterator[Finding]:
     kind = token2wav_kind(s["token2wav_dir"]) or "cosyvoice2"
     missing = missing_files(s["token2wav_dir"], TOKEN2WAV_FILES[kind])
@@ -129,12 +134,8 @@ def check_files(s: dict) -> Iterator[Finding]:
     for folder in asr_dirs:
         missing += missing_files(folder, SENSEVOICE_FILES)
     # the evaluation supports several ASR backends (tts_grpo/speech/asr/loading.py)
-    others = (
-        Path(s[name])
-        for name in ("eval_asr_dir", "judge_asr_dir", "eval_jsonl", "prompt_audio", "prompt_list")
-        if s[name]
-    )
-    missing += [path for path in others if not path.exists()]
+    others = (Path(s[name]) for name in ("eval_asr_dir", "judge_asr_dir", "prompt_audio", "prompt_list") if s[name])
+    missing += [path for path in (*others, *eval_sets(s)) if not path.exists()]
     yield from (
         (False, f"{path} is missing: run bash run.sh -1 -1 to download it, or set its variable") for path in missing
     )
@@ -157,12 +158,14 @@ def check_files(s: dict) -> Iterator[Finding]:
 def check_languages(s: dict, reward_asr_dirs: Sequence[str]) -> Iterator[Finding]:
     """Check that the recognisers know their languages; those of the training texts are checked with the texts."""
     needed = {folder: {s["language"]} for folder in reward_asr_dirs}
-    try:
-        in_eval_set = {row["language"] for row in read_eval_set(s["eval_jsonl"], language=s["language"])}
-    except (OSError, ValueError):  # reported with the data
-        in_eval_set = {s["language"]}
-    for name in ("eval_asr_dir", "judge_asr_dir"):
-        needed.setdefault(s[name], set()).update(in_eval_set)
+    for path in eval_sets(s):
+        try:
+            languages = {row["language"] for row in read_eval_set(path, language=s["language"])}
+        except (OSError, ValueError):  # reported with the data
+            continue
+        english = languages == {"en"} and s["eval_asr_dir_en"]
+        for folder in (english or s["eval_asr_dir"], s["judge_asr_dir"]):
+            needed.setdefault(folder, set()).update(languages)
     for folder, languages in needed.items():
         for language in sorted(languages):
             if folder and Path(folder).is_dir() and (fault := language_fault(folder, language)):
@@ -182,13 +185,15 @@ def check_data(s: dict, data_flags: Sequence[str] = ()) -> Iterator[Finding]:
         else:
             yield True, f"texts: {done.stdout.strip()}"
     else:
-        readers |= {"train_jsonl": read_texts, "test_jsonl": read_texts, "eval_jsonl": read_eval_set}
-    for name, read in readers.items():
+        readers |= {"train_jsonl": read_texts, "test_jsonl": read_texts}
+    files = [(name, s[name], read) for name, read in readers.items() if s[name]]
+    if "train_jsonl" in readers:
+        files += [("eval_jsonl", path, read_eval_set) for path in eval_sets(s)]
+    for name, path, read in files:
         try:
-            if s[name]:
-                yield True, f"{name} {s[name]}: {len(read(s[name]))} entries"
+            yield True, f"{name} {path}: {len(read(path))} entries"
         except OSError as error:
-            yield False, f"{name} {s[name]}: {error.strerror}"
+            yield False, f"{name} {path}: {error.strerror}"
         except ValueError as error:
             yield False, f"{name}: {error}"
 

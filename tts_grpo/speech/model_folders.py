@@ -6,8 +6,9 @@ from pathlib import Path
 
 from tts_grpo.text.input_files import LANGUAGES
 
-TOKEN2WAV_FILES = {  # the first file identifies the kind; others, such as config.json, may be in both
+TOKEN2WAV_FILES = {  # the first file identifies the kind; others, such as config.json or flow.pt, may be in several
     "tiny": ("token_decoder.safetensors", "speech_tokenizer.safetensors", "config.json"),
+    "cosyvoice3": ("cosyvoice3.yaml", "flow.pt", "hift.pt", "campplus.onnx", "speech_tokenizer_v3.onnx"),
     "cosyvoice2": ("flow.pt", "hift.pt", "cosyvoice2.yaml", "campplus.onnx", "speech_tokenizer_v2.onnx"),
 }
 SENSEVOICE_FILES = ("config.yaml", "model.pt", "am.mvn", "configuration.json")
@@ -16,7 +17,7 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # keys in a genera
 
 
 def token2wav_kind(folder: str | Path) -> str | None:
-    """``tiny`` or ``cosyvoice2``, or None if the folder is neither."""
+    """A key of ``TOKEN2WAV_FILES``, or None if the folder has no decoder."""
     return next((kind for kind, files in TOKEN2WAV_FILES.items() if (Path(folder) / files[0]).exists()), None)
 
 
