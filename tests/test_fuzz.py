@@ -157,18 +157,18 @@ def random_pairs(seed: int, language: str):
         yield text, rng.choice((text, edited, edited, random_text(rng), ""))
 
 
-@pytest.mark.parametrize("language", ["zh", "en"])
-def test_every_transcript_has_a_score(language):
-    used = 0
+@pytest.mark.parametrize(("language", "of_set"), [("zh", "zh"), ("en", "en"), ("zh", "mixed"), ("en", "mixed")])
+def test_every_transcript_has_a_score(language, of_set):
+    used, metrics = 0, {name: metric for name, metric in METRICS[of_set].items() if metric.applies(language)}
     for text, transcript in random_pairs(3, language):
         used += 1
         case = ascii((text, transcript))
         hypothesis = prepare_hypothesis(transcript, language)
-        scores = count_all(text, hypothesis, language)
-        assert scores.keys() == METRICS[language].keys()
+        scores = count_all(text, hypothesis, language, of_set)
+        assert scores.keys() == metrics.keys()
         for name, count in scores.items():
             assert min(vars(count).values()) >= 0 and count.length > 0, (name, case)
-            if not METRICS[language][name].match:
+            if not metrics[name].match:
                 assert count.substitutions + count.deletions <= count.length, (name, case)
             if not hypothesis.strip():
                 assert count.rate == 1.0 and count.deletions == count.length, (name, case)
@@ -178,7 +178,7 @@ def test_every_transcript_has_a_score(language):
         onsets = [0.2 * i for i in range(len(transcript))]
         errors, starts = locate_errors(alignment, onsets, 0.2 * len(transcript) + 1)
         assert sum(errors) == alignment.errors and len(errors) == len(starts) == alignment.length, case
-        lines = alignment_text([{"id": "a", "target_text": text, "hypothesis": hypothesis}], language).splitlines()
+        lines = alignment_text([{"id": "a", "target_text": text, "hypothesis": hypothesis}], of_set).splitlines()
         assert [line.split()[1] for line in lines] == ["ref", "hyp", "op", "#csid"], case
     assert used > 0.2 * EXAMPLES
 
@@ -212,7 +212,7 @@ def experiment_of(pairs: list[tuple[str, str]], language: str) -> Experiment:
                         counts["spoken"].errors)  # fmt: skip
         better = Sample(None, None, text, 0, 1.0)
         samples = {"sft": {"0": sample}, "grpo": {"0": better if i % 2 else sample}}
-        utterances.append(Utterance(f"utt{i}", text, counts[name].length, samples))
+        utterances.append(Utterance(f"utt{i}", text, counts[name].length, samples, language=language))
     rates = {name: {"rate": 0.5, "substitutions": 1, "deletions": 1, "insertions": 0, "length": 4}}
     scores = {"pooled": rates, "seeds": {"0": rates}, "asr_dir": "asr", "language": language}
     summary = {"relative_drop": {name: 0.1}, "relative_drop_ci": {}, "settings": {"text": pairs[0][0]}}
