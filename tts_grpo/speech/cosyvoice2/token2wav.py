@@ -127,14 +127,15 @@ class FixedNoise(TorchFunctionMode):
 class Flow:
     """Speech tokens -> mel spectrograms, in batches; the parts that CosyVoice2 and CosyVoice3 have in common.
 
-    Subclasses set ``packed`` to use packed batches, or have ``solve`` for padded ones; both have ``encode``.
+    Subclasses set ``packed`` to use packed batches, or have ``solve`` for padded ones; both have ``encode``. The padded
+    batches of the solver have ``padded_share`` of the tokens that those of the vocoder have.
 
     Args:
         module: the networks, with ``input_embedding`` and ``spk_embed_affine_layer``.
         noise: float32 (1, 80, L), from which the solver starts.
     """
 
-    packed = None
+    packed, padded_share = None, 1.0
 
     def __init__(self, module: nn.Module, noise: torch.Tensor):
         self.module, self.noise = module, noise.to(module.input_embedding.weight.device)
@@ -170,7 +171,8 @@ class Flow:
             mel = self.packed(mu, spks, condition, (MEL_PER_TOKEN * lens).tolist())
         else:
             mel = torch.zeros_like(mu)
-            for rows in split_batch(lens.tolist(), max_padded_tokens(self.device)):
+            limit = int(self.padded_share * max_padded_tokens(self.device))
+            for rows in split_batch(lens.tolist(), limit):
                 frames = MEL_PER_TOKEN * lens[rows]
                 part = (rows, slice(None), slice(int(frames.max())))  # without the padding of longer utterances
                 mask = (torch.arange(int(frames.max())) < frames[:, None])[:, None].to(mu)
