@@ -41,6 +41,8 @@ MEL_PER_TOKEN = 2
 # Limits for a batch of encoder and vocoder: utterances, and tokens after padding. A quarter of the tokens needs 2 GiB
 # less memory and is 10% slower.
 MAX_UTTERANCES = 32
+# More than this many utterances are split if padding increases their tokens by more than this factor.
+FEW_UTTERANCES, MAX_PADDING = 8, 1.25
 PADDED_TOKENS, PADDED_TOKENS_SMALL_GPU = 16384, 4096
 SMALL_GPU_GIB = 40
 YAML_OBJECTS = ("flow", "hift", "feat_extractor")  # objects of the configuration that are built; plain values are kept
@@ -78,12 +80,14 @@ def max_padded_tokens(device: torch.device) -> int:
 def split_batch(lens: Sequence[int], max_tokens: int) -> list[slice]:
     """Slices of a batch with at most ``MAX_UTTERANCES`` utterances and ``max_tokens`` tokens after padding.
 
-    A single utterance may be longer than ``max_tokens``.
+    A single utterance may be longer than ``max_tokens``. See ``MAX_PADDING``, too.
     """
     slices, first = [], 0
     for end in range(1, len(lens) + 1):
-        padded = max(lens[first : end + 1]) * (end + 1 - first)
-        if end in (len(lens), first + MAX_UTTERANCES) or padded > max_tokens:
+        some = lens[first : end + 1]
+        padded = max(some) * (end + 1 - first)
+        wasteful = len(some) > FEW_UTTERANCES and padded > MAX_PADDING * sum(some)
+        if end in (len(lens), first + MAX_UTTERANCES) or padded > max_tokens or wasteful:
             slices.append(slice(first, end))
             first = end
     return slices
