@@ -384,7 +384,7 @@ class CosyVoice2Token2Wav:
     def _load_weights(self, module: nn.Module, name: str, prefix: str = "") -> nn.Module:
         state = torch.load(self.model_dir / name, map_location="cpu", weights_only=True)
         try:
-            module.load_state_dict({key.removeprefix(prefix): value for key, value in state.items()})
+            module.load_state_dict({key.removeprefix(prefix): value for key, value in state.items()}, assign=True)
         except RuntimeError as error:
             raise ValueError(f"{self.model_dir / name}: {error}") from error
         for layer in module.modules():
