@@ -748,7 +748,7 @@ def shown_settings(copy, *arguments, **variables) -> dict[str, tuple[str, str]]:
     done = copy.run("--settings", *arguments, **variables)
     assert done.returncode == 0 and copy.calls() == [], done.stderr
     rows = re.findall(
-        r"^(?!setting )(\w+) +(.*?)\s+(environment|recipe|algorithm|profile|default|command line) ",
+        r"^(?!setting )(\w+) +(.*?)\s+(environment|recipe|evaluation|algorithm|profile|default|command line) ",
         done.stdout,
         re.MULTILINE,
     )
