@@ -74,7 +74,7 @@ def get_args(argv=None):
     parser.add_argument("--test-file", type=Path, help="JSONL or JSON array to validate on")
     parser.add_argument("--output-dir", type=Path, help="folder for the parquet and rejects files")
     parser.add_argument("--llm-path", type=Path, help="checkpoint whose template and tokenizer are used")
-    parser.add_argument("--eval-set", type=Path, help="evaluation set to check as well")
+    parser.add_argument("--eval-set", type=Path, nargs="+", default=[], help="evaluation sets to check as well")
     parser.add_argument("--data-source", default="text-to-speech", help="name of the data in veRL's metrics")
     parser.add_argument("--language", choices=("zh", "en"), default="zh", help="language of the texts")
     parser.add_argument("--text-tags", choices=("reject", "remove"), default="reject", help="texts with tags such "
@@ -345,13 +345,13 @@ class Converter:
         return message
 
 
-def check_eval_set(args, prompts: Prompts) -> tuple[set[int], list[str]]:
+def check_eval_set(path: Path, args, prompts: Prompts) -> tuple[set[int], list[str]]:
     """Return the hashes of an evaluation set's comparison keys, and warnings about the set.
 
     Raises:
         SystemExit: an utterance cannot be synthesised; the message lists the faults.
     """
-    rules, path = rules_of(args), args.eval_set
+    rules = rules_of(args)
     try:
         rows = usable_eval_set(path, rules)
     except (ValueError, OSError) as error:
@@ -398,9 +398,9 @@ def convert_all(args, converter: Converter) -> None:
                 converter.check(split, path, rejects_path)
         converter.check_size()
         messages = [converter.check_overlap(args.test_file, converter.tallies["test"].keys)]
-        if args.eval_set:
-            keys, warnings = check_eval_set(args, converter.prompts)
-            messages += [converter.check_overlap(args.eval_set, keys), *warnings]
+        for path in args.eval_set:
+            keys, warnings = check_eval_set(path, args, converter.prompts)
+            messages += [converter.check_overlap(path, keys), *warnings]
         for split, part in parts.items():
             part.replace(args.output_dir / f"{split}.parquet")
     finally:

@@ -29,6 +29,8 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=scripts/lib.sh
 source "$root/scripts/lib.sh"
+# shellcheck source=scripts/eval_sets.sh
+source "$root/scripts/eval_sets.sh"
 
 dry_run=0 mode=run
 server_pid='' memory_pid='' background_pids=()
@@ -68,7 +70,7 @@ make_environments() {
   export base_python venv_root
   in_background bash "$root/scripts/make_env.sh" speech "$root/requirements-cosyvoice.txt"
   in_background bash "$root/scripts/make_env.sh" trainer "$trainer_requirements"
-  wait_for_all "an environment could not be made: see above"
+  wait_for_all || die "an environment could not be made: see above"
 }
 
 stage_0() {
@@ -144,7 +146,7 @@ stage_3() {
 }
 
 stage_4() {
-  local state
+  local state file evaluated=() failed=()
   need "$exp_dir/merged_hf_model/config.json" 3
   need "$sft_model/config.json" 0
   need_made_from 3 "$exp_dir/merged_hf_model"
@@ -152,44 +154,76 @@ stage_4() {
   done_with 4 "$state" && skip && return
   work_on "$state"
   ((force)) && run rm -rf "$exp_dir/eval"
-  infer sft "$sft_model"
-  infer grpo "$exp_dir/merged_hf_model"
-  score sft
-  score grpo
-  wait_for_all "speech could not be scored: see above"
-  run "$speech_bin/python" "$root/scripts/summarise.py" --exp-dir "$exp_dir" --settings "$(recorded_settings)"
-  run "$speech_bin/python" "$root/scripts/report.py" --exp-dir "$exp_dir"
+  for file in "${eval_sets[@]}"; do
+    if evaluate "$file"; then evaluated+=("$(set_name "$file")"); else failed+=("$(set_name "$file")"); fi
+  done
+  ((${#evaluated[@]})) || die "no evaluation set could be evaluated (${failed[*]}): see above"
+  show_first_set "${evaluated[0]}"
+  run "$speech_bin/python" "$root/scripts/summarise.py" --exp-dir "$exp_dir" --sets "${evaluated[@]}" --settings "$(recorded_settings)"
+  run "$speech_bin/python" "$root/scripts/report.py" --exp-dir "$exp_dir" --sets "${evaluated[@]}"
+  ((${#failed[@]} == 0)) || die "the evaluation of ${failed[*]} failed: see above; summary.json and report.html have ${evaluated[*]}, and the same command repeats only what failed"
   mark_done 4 "$state"
   echo "report: $exp_dir/report.html; figures: $exp_dir/summary.json; speech and alignments: $exp_dir/eval"
 }
 
-# infer NAME MODEL: synthesise the test set with a model into eval/NAME. This is a link to a folder per state, so that
+# set_name FILE: print the name of an evaluation set, that of its file.
+set_name() { basename "$1" .jsonl; }
+
+# evaluate FILE: synthesise and score one evaluation set with both models, unless that is done already. Its results do not
+# depend on the other sets. It returns a failure instead of ending the run, so that the other sets are still evaluated.
+evaluate() {
+  local name state set_language
+  name=$(set_name "$1")
+  set_language=$(language_of "$name")
+  local eval_jsonl=$1 eval_jsonls='' language=$set_language eval_asr_dir=$eval_asr_dir
+  [[ $language != en || -z $eval_asr_dir_en ]] || eval_asr_dir=$eval_asr_dir_en
+  local eval_asr_dir_en=''
+  state=$(state_of 4) || return
+  if done_with "4-$name" "$state" && [[ -d $exp_dir/eval/$name ]]; then
+    echo "$name: already evaluated"
+    return
+  fi
+  infer sft "$sft_model" && infer grpo "$exp_dir/merged_hf_model" && score sft && score grpo && wait_for_all &&
+    mark_done "4-$name" "$state"
+}
+
+# show_first_set NAME: make eval/sft and eval/grpo links to the results of a set.
+show_first_set() {
+  local model
+  ((dry_run)) && return
+  for model in sft grpo; do
+    [[ -L $exp_dir/eval/$model || ! -e $exp_dir/eval/$model ]] || mv -T "$exp_dir/eval/$model" "$exp_dir/eval/$model-before"
+    ln -sfnT "$1/$model" "$exp_dir/eval/$model"
+  done
+}
+
+# infer NAME MODEL: synthesise $eval_jsonl with a model into eval/SET/NAME. This is a link to a folder per state, so that
 # speech made with other settings is kept.
 infer() {
-  local folder=$exp_dir/eval/$1
+  local folder state
+  folder=$exp_dir/eval/$(set_name "$eval_jsonl")/$1
   if ((dry_run == 0)); then
-    folder+=-$(state_of 4 "$2" | sha256sum | cut -c 1-12)
-    mkdir -p "$folder"
-    [[ -L $exp_dir/eval/$1 || ! -e $exp_dir/eval/$1 ]] || mv -T "$exp_dir/eval/$1" "$exp_dir/eval/$1-before"
-    ln -sfnT "$(basename "$folder")" "$exp_dir/eval/$1"
+    state=$(state_of 4 "$2" | sha256sum | cut -c 1-12) || return
+    mkdir -p "$folder-$state" && ln -sfnT "$1-$state" "$folder" || return
+    folder+=-$state
   fi
   run_long env OMP_NUM_THREADS=1 "$speech_bin/torchrun" --standalone --nproc-per-node "$infer_procs" "$root/infer_dist.py" \
-    --llm-path "$2" "${synthesis_flags[@]}" --eval-set "$eval_jsonl" --output-dir "$folder" --seeds "${seed_list[@]}" \
+    --llm-path "$2" "${synthesis_flags[@]}" --language "$language" --eval-set "$eval_jsonl" --output-dir "$folder" --seeds "${seed_list[@]}" \
     --batch-size "$infer_batch_size" --engine "$infer_engine"
 }
 
-# score NAME: compute error rates and quality metrics of eval/NAME, on one core, in parallel with the other model's.
+# score NAME: compute error rates and quality metrics of eval/SET/NAME, on one core, in parallel with the other model's.
 score() {
   in_background env OMP_NUM_THREADS=1 python="$speech_bin/python" eval_asr_dir="$eval_asr_dir" judge_asr_dir="$judge_asr_dir" device="$infer_device" language="$language" text_tags="$text_tags" \
     seeds="$seeds" quality_utterances="$quality_utterances" reference_audio="$reference_audio" speaker_model_dir="$speaker_model_dir" \
-    bash "$root/scripts/compute_wer.sh" "$exp_dir/eval/$1" "$eval_jsonl"
+    bash "$root/scripts/compute_wer.sh" "$exp_dir/eval/$(set_name "$eval_jsonl")/$1" "$eval_jsonl"
 }
 
 stage_5() {
   work_on "this run's: $$ $(date +%T)" # every run synthesises it again
   need "$exp_dir/merged_hf_model/config.json" 3
   run "$speech_bin/python" "$root/infer_single.py" --llm-path "$exp_dir/merged_hf_model" "${synthesis_flags[@]}" \
-    --seed "${seed_list[0]}" ${single_text:+--text "$single_text"} "${prompt_flags[@]}" --output "$exp_dir/tongue_twister.wav"
+    --language "$language" --seed "${seed_list[0]}" ${single_text:+--text "$single_text"} "${prompt_flags[@]}" --output "$exp_dir/tongue_twister.wav"
 }
 
 skip() { echo "already done (force=1 repeats it)"; }
@@ -327,8 +361,22 @@ contradictions() {
     echo "speech_prefix=recording adds up to 125 tokens, and the reward server takes 2048: lower max_response_length=$max_response_length"
   [[ $speech_prefix != voice || (-n $prompt_list && $prompt_voice_per == text) ]] ||
     echo "speech_prefix=voice needs a prompt_list, and prompt_voice_per=text, so that the reward has the voice of the prompt: set both"
+  set_name_faults
   ((num_nodes == 1)) || [[ -n $ray_address ]] ||
     echo "num_nodes=$num_nodes needs ray_address: start Ray on each machine (ray start), see docs/full_size.md"
+}
+
+# set_name_faults: print what is wrong with the names of the evaluation sets: results are in eval/NAME.
+set_name_faults() {
+  local files name names=()
+  # shellcheck disable=SC2162
+  read -a files <<<"$eval_jsonls"
+  for name in "${files[@]}"; do
+    name=$(set_name "$name")
+    [[ $name != sft && $name != grpo && " ${names[*]} " != *" $name "* ]] ||
+      echo "eval_jsonls names two evaluation sets $name, or one sft or grpo: results are in eval/NAME, so rename a file"
+    names+=("$name")
+  done
 }
 
 configure() {
@@ -350,6 +398,9 @@ configure() {
   local asr_dirs=("$reward_asr_dir") more_asr_dirs
   # shellcheck disable=SC2162  # without -r, "\ " is a space within a path
   [[ -z $reward_asr_dirs ]] || read -a asr_dirs <<<"$reward_asr_dirs"
+  eval_sets=("$eval_jsonl")
+  # shellcheck disable=SC2162
+  [[ -z $eval_jsonls ]] || read -a eval_sets <<<"$eval_jsonls"
   more_asr_dirs=("${asr_dirs[@]:1}")
   read -ra seed_list <<<"$seeds"
   sft_model=$exp_dir/sft_model # stage 0 makes it from sft_path, in a form that veRL can train
@@ -368,7 +419,7 @@ configure() {
   server_command+=(--language "$language")
   text_flags=(--language "$language" --text-tags "$text_tags" --llm-text "$llm_text")
   data_flags=(
-    --eval-set "$eval_jsonl" "${text_flags[@]}" --max-prompt-length "$max_prompt_length" --max-bad-ratio "$max_bad_ratio"
+    --eval-set "${eval_sets[@]}" "${text_flags[@]}" --max-prompt-length "$max_prompt_length" --max-bad-ratio "$max_bad_ratio"
     --max-test-overlap "$max_test_overlap" --batch-size "$train_batch_size" --max-new-tokens "$max_new_tokens"
   )
   voices_jsonl=$exp_dir/voices.jsonl # stage 0 makes it from prompt_list, with speech_prefix=voice
@@ -386,7 +437,9 @@ configure() {
   synthesis_flags=( # flags of stages 4 and 5
     --token2wav-dir "$token2wav_dir" --device "$infer_device" --precision "$infer_precision"
     --lm-precision "$infer_lm_precision" --max-new-tokens "$max_new_tokens" --temperature "$temperature"
-    --top-p "$top_p" --top-k "$top_k" --repetition-penalty "$repetition_penalty" "${text_flags[@]}"
+    --top-p "$top_p" --top-k "$top_k" --repetition-penalty "$repetition_penalty"
+    --repetition-window "$repetition_window" --min-token-text-ratio "$min_token_text_ratio"
+    --max-token-text-ratio "$max_token_text_ratio" --text-tags "$text_tags" --llm-text "$llm_text"
   )
   train_env=(
     "${profile_env[@]}" PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" TENSORBOARD_DIR="$exp_dir/tensorboard"

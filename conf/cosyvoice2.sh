@@ -60,7 +60,8 @@ trainer_requirements=${trainer_requirements:-$root/requirements-verl-gpu.txt}
 
 # settings from which the values below are computed
 resolve workspace llm sft_checkpoint cosyvoice_dir train_texts num_train num_test max_text_s text_excludes reward_voices \
-  num_gpus num_nodes ray_address gpu_memory_gib rollout_n train_device infer_device dataset eval_strip_quotes
+  num_gpus num_nodes ray_address gpu_memory_gib rollout_n train_device infer_device dataset eval_strip_quotes \
+  language
 
 # models
 llasa_dir=$workspace/llasa_cosyvoice2_token_qwen_0.5b
@@ -105,7 +106,7 @@ pack_tokens=${pack_tokens:-$(larger "$(pack "$gpu_memory_gib")" $((max_prompt_le
 recompute=${recompute:-$((gpu_memory_gib < 70))}
 
 # evaluation (stages 4 and 5)
-eval_jsonl=${eval_jsonl:-$workspace/data/$dataset$( ((eval_strip_quotes)) && echo -stripped || true).jsonl}
+choose_eval_sets
 infer_batch_size=${infer_batch_size:-$((gpu_memory_gib >= 40 ? 128 : 32))}
 [[ $infer_device != cpu ]] || infer_precision=fp32 infer_lm_precision=fp32
 infer_precision=${infer_precision:-fp16} # no transcript changes with it (docs/results/reward_server.json)
@@ -127,7 +128,8 @@ install_profile() {
   install_llm
   install_texts
   [[ $prompt_list != "$aishell_voices" ]] || install_voices
-  install_eval_set
+  install_eval_sets
+  install_known_answers
 }
 
 install_llm() {
@@ -189,18 +191,13 @@ install_voices() {
     --voices "$reward_voices" --output "$prompt_list"
 }
 
-install_eval_set() {
-  local repo=yuekai/CV3-Eval flags=()
-  ((eval_strip_quotes == 0)) || flags=(--strip-quotes)
-  [[ $dataset == zero_shot_zh ]] || repo=yuekai/seed_tts_cosy2
-  if [[ ! -e $eval_jsonl ]]; then
-    # usually data/SPLIT-00000-of-0000N.parquet; otherwise the README.md lists the files
-    download --hub huggingface --repo "$repo" --repo-type dataset --include README.md "*$dataset*" \
-      --output-dir "$workspace/data/$repo" --need-gib 2
-    run "$trainer_bin/python" "$root/scripts/prepare_eval_set.py" --source "$workspace/data/$repo" --split "$dataset" \
-      --output "$eval_jsonl" "${flags[@]}"
-  fi
-  [[ -e $known_answer_jsonl ]] || run "$speech_bin/python" "$root/scripts/encode_prompts.py" --eval-set "$eval_jsonl" \
+# install_known_answers: encode the prompts of the first evaluation set in the reward's language.
+install_known_answers() {
+  local path=$eval_jsonl file
+  for file in "${eval_sets[@]}"; do
+    [[ $(language_of "$(set_name "$file")") != "$language" ]] || { path=$file && break; }
+  done
+  [[ -e $known_answer_jsonl ]] || run "$speech_bin/python" "$root/scripts/encode_prompts.py" --eval-set "$path" \
     --token2wav-dir "$token2wav_dir" --output "$known_answer_jsonl"
 }
 

@@ -13,13 +13,15 @@
 #
 # The defaults are the training settings of the newest published recipe (conf/recipes/mair-hub.sh).
 #
-# Set them in the environment, or in conf/recipes/$recipe.sh, conf/algorithms/$algorithm.sh and conf/$profile.sh, as
+# Set them in the environment, or in conf/recipes/$recipe.sh, conf/evaluations/$evaluation.sh,
+# conf/algorithms/$algorithm.sh and conf/$profile.sh, as
 # name=${name:-value}; where several set a value, the first in this order counts. A profile holds only values that differ
 # from the defaults. "bash run.sh --settings" prints all values and where they come from.
 
 # experiment
 setting profile tiny - name 'conf/$profile.sh: tiny (CPU, offline) or cosyvoice2 (GPUs)'
 setting recipe '' - text? 'conf/recipes/$recipe.sh: a published recipe, for profile=cosyvoice2'
+setting evaluation '' - text? 'conf/evaluations/$evaluation.sh: sampling and texts of published figures: official, seed or mair-hub'
 setting exp_name '${recipe:-$profile}' - name "name of the experiment"
 setting exp_dir '$root/exp/$exp_name' - folder "folder of the experiment"
 setting seed 42 2 int "random seed of data order and sampling in training"
@@ -124,6 +126,8 @@ setting lora_modules all-linear 2 text "modules with LoRA adapters, separated by
 
 # evaluation (stages 4 and 5)
 setting eval_jsonl '' 4s input "test set, JSONL; infer_dist.py synthesises what has changed in it"
+setting eval_jsonls '' 4s inputs? "several test sets, separated by spaces, instead of eval_jsonl; a set has the name of its file"
+setting eval_asr_dir_en '' 4s input? "speech recogniser of test_en and of other sets in English; empty: eval_asr_dir"
 setting language zh "0 2 4 4s" "zh|en" "language of texts and recognisers; zh: Chinese, which may contain English words"
 setting seeds "0 1 2 3 4" 4s ints "random seeds; the set is synthesised once with each"
 setting judge_asr_dir '' 4s input? "a further recogniser that nothing was trained or chosen by, for a second opinion"
@@ -140,6 +144,9 @@ setting temperature 0.8 4 "number>=0" "sampling temperature of the evaluation; 0
 setting top_p 0.95 4 "number>0<=1" "top-p of the evaluation; 1.0: off"
 setting top_k 50 4 "int>=-1" "top-k of the evaluation; -1: off"
 setting repetition_penalty 1.0 4 "number>0" "penalty on token ids of prompt and response; 1.0: off"
+setting repetition_window 0 4 "int>=0" "a token among this many last ones is replaced by one drawn from all others, as CosyVoice does with 10; 0: off"
+setting min_token_text_ratio 0 4 "number>=0" "minimum number of speech tokens per text token in the evaluation; 0: none"
+setting max_token_text_ratio 0 4 "number>=0" "maximum number of speech tokens per text token, instead of max_new_tokens; 0: max_new_tokens"
 setting max_new_tokens 2048 4 "int>=1" "maximum number of tokens per utterance in the evaluation"
 setting single_text '' - text? "text of stage 5; empty: the tongue-twister"
 
@@ -157,8 +164,8 @@ if [[ $profile != tiny ]]; then
   setting max_text_s 30 -1 "number>=0" "limit on the duration of a text's recording, in seconds; 0: none"
   setting text_excludes '[A-Za-z]' -1 text? "regular expression; matching texts are left out, as in mair-hub"
   setting reward_voices 1 -1 "int>=1" "1: prompt_audio; N: that many recordings of AISHELL's test set as prompt_list"
-  setting dataset zero_shot_zh -1 name "test set: zero_shot_zh or test_zh"
-  setting eval_strip_quotes 0 -1 "0|1" "1: remove quotes and brackets from the set's texts"
+  setting dataset zero_shot_zh -1 names "test sets, separated by spaces: test_zh, test_en, test_hard, zero_shot_zh, zero_shot_en, zero_shot_hard_zh, zero_shot_hard_en"
+  setting eval_strip_quotes 0 -1 "0|1" "1: remove quotes and brackets from the sets' texts"
   setting gpu_memory_gib 80 - "int>=1" "memory of the smallest GPU, in GiB"
   setting server_gib 9 - "int>=1" "memory that a reward server process may take of a GPU, in GiB"
 fi

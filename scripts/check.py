@@ -27,6 +27,7 @@ from tts_grpo.speech.model_folders import (
     as_list,
     check_llm_folder,
     generation_config,
+    language_fault,
     missing_files,
     token2wav_kind,
 )
@@ -119,6 +120,11 @@ def check_pins(requirements: Path) -> Iterator[Finding]:
     yield finding(not wrong, f"packages of {requirements.name}", f": {shown}: bash run.sh -1 -1")
 
 
+def eval_sets(s: dict) -> list[Path]:
+    """The evaluation sets: those of eval_jsonls, or else eval_jsonl."""
+    return [Path(path) for path in split_paths(s["eval_jsonls"] or s["eval_jsonl"].replace(" ", "\\ ")) if path]
+
+
 def check_files(s: dict) -> Iterator[Finding]:
     kind = token2wav_kind(s["token2wav_dir"]) or "cosyvoice2"
     missing = missing_files(s["token2wav_dir"], TOKEN2WAV_FILES[kind])
@@ -128,12 +134,8 @@ def check_files(s: dict) -> Iterator[Finding]:
     for folder in asr_dirs:
         missing += missing_files(folder, SENSEVOICE_FILES)
     # the evaluation supports several ASR backends (tts_grpo/speech/asr/loading.py)
-    others = (
-        Path(s[name])
-        for name in ("eval_asr_dir", "judge_asr_dir", "eval_jsonl", "prompt_audio", "prompt_list")
-        if s[name]
-    )
-    missing += [path for path in others if not path.exists()]
+    others = (Path(s[name]) for name in ("eval_asr_dir", "judge_asr_dir", "prompt_audio", "prompt_list") if s[name])
+    missing += [path for path in (*others, *eval_sets(s)) if not path.exists()]
     yield from (
         (False, f"{path} is missing: run bash run.sh -1 -1 to download it, or set its variable") for path in missing
     )
@@ -143,6 +145,10 @@ def check_files(s: dict) -> Iterator[Finding]:
         Path(folder).resolve() for folder in (*asr_dirs, s["eval_asr_dir"])
     ]:
         yield False, "judge_asr_dir is a recogniser of the reward or the evaluation: a second opinion needs another"
+    recognisers = [*asr_dirs, *(s[name] for name in ("eval_asr_dir", "judge_asr_dir") if s[name])]
+    for folder in filter(os.path.isdir, dict.fromkeys(recognisers)):
+        if fault := language_fault(folder, s["language"]):
+            yield False, f"language={s['language']}: {fault}: set the folder of another one, or another language"
     if bool(s["prompt_audio"]) != bool(s["prompt_text"]):
         yield False, "a voice needs both prompt_audio and prompt_text"
     if kind == "cosyvoice2":
@@ -165,13 +171,15 @@ def check_data(s: dict, data_flags: Sequence[str] = ()) -> Iterator[Finding]:
         else:
             yield True, f"texts: {done.stdout.strip()}"
     else:
-        readers |= {"train_jsonl": read_texts, "test_jsonl": read_texts, "eval_jsonl": read_eval_set}
-    for name, read in readers.items():
+        readers |= {"train_jsonl": read_texts, "test_jsonl": read_texts}
+    files = [(name, s[name], read) for name, read in readers.items() if s[name]]
+    if "train_jsonl" in readers:
+        files += [("eval_jsonl", path, read_eval_set) for path in eval_sets(s)]
+    for name, path, read in files:
         try:
-            if s[name]:
-                yield True, f"{name} {s[name]}: {len(read(s[name]))} entries"
+            yield True, f"{name} {path}: {len(read(path))} entries"
         except OSError as error:
-            yield False, f"{name} {s[name]}: {error.strerror}"
+            yield False, f"{name} {path}: {error.strerror}"
         except ValueError as error:
             yield False, f"{name}: {error}"
 

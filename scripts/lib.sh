@@ -104,8 +104,8 @@ print_only() {
 # checksum FILE: print the checksum of the state in FILE, or nothing if the file does not exist.
 checksum() { [[ ! -f $1 ]] || head -n 1 "$1" | sha256sum | cut -c 1-16; }
 
-# load_settings: declare the settings and set them from the environment, the recipe, the algorithm, the profile and the
-# defaults.
+# load_settings: declare the settings and set them from the environment, the recipe, the evaluation, the algorithm, the
+# profile and the defaults.
 load_settings() {
   local given=${profile:+yes}
   profile=${profile:-tiny}
@@ -120,6 +120,8 @@ load_settings() {
   # shellcheck disable=SC2034 # read by name
   [[ ${#recipe_verl_args[@]} -eq 0 ]] || recipe_args=${recipe_verl_args[*]}
   mark recipe
+  load_evaluation "${evaluation-}"
+  mark evaluation
   load_algorithm "${algorithm-}"
   mark algorithm
   if ((${#verl_overrides[@]})); then
@@ -150,6 +152,15 @@ load_recipe() {
   [[ $profile == cosyvoice2 ]] || die "recipe=$1 is for profile=cosyvoice2, not for profile=$profile"
   # shellcheck source=conf/recipes/mair-hub.sh
   source "$root/conf/recipes/$1.sh"
+}
+
+# load_evaluation NAME: load the sampling and the treatment of texts with which figures were published, if NAME is not
+# empty. Values of the environment and of the recipe take precedence.
+load_evaluation() {
+  [[ -n $1 ]] || return 0
+  [[ -f $root/conf/evaluations/$1.sh ]] || die "evaluation=$1 is unknown: choose one of $(presets evaluations)"
+  # shellcheck source=conf/evaluations/mair-hub.sh
+  source "$root/conf/evaluations/$1.sh"
 }
 
 # load_algorithm NAME: load an algorithm's settings. Those of the environment and of the recipe take precedence.
@@ -358,8 +369,7 @@ run_beside_server() {
   wait "$training"
 }
 
-# in_background COMMAND...: as run, but in the background. wait_for_all MESSAGE: wait for all of these, and die with
-# MESSAGE if one fails.
+# in_background COMMAND...: as run, but in the background. wait_for_all: wait for all of these, and fail if one fails.
 in_background() {
   if ((dry_run)); then
     run "$@"
@@ -370,9 +380,10 @@ in_background() {
 }
 
 wait_for_all() {
-  local pid
-  for pid in "${background_pids[@]}"; do wait "$pid" || die "$1"; done
+  local pid status=0
+  for pid in "${background_pids[@]}"; do wait "$pid" || status=1; done
   background_pids=()
+  return "$status"
 }
 
 # need FILE STAGE: stop if FILE, which STAGE makes, is missing.

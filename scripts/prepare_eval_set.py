@@ -1,7 +1,7 @@
 """Make an evaluation set: JSONL of id, prompt_text, prompt_audio and target_text, with the prompts' recordings.
 
     python scripts/prepare_eval_set.py --source FOLDER_OF_PARQUET --split zero_shot_zh --output data/zero_shot_zh.jsonl
-    python scripts/prepare_eval_set.py --source seedtts_testset/zh/meta.lst --output data/test_zh.jsonl
+    python scripts/prepare_eval_set.py --source seedtts_testset/en/meta.lst --output data/test_en.jsonl --language en
     python scripts/prepare_eval_set.py --source FOLDER_OF_PARQUET --voices 200 --output data/voices.jsonl
 
 Sources: a folder of parquet files with the columns id, prompt_text, target_text and prompt_audio (bytes of an encoded
@@ -42,6 +42,7 @@ def get_args(argv=None):
     parser.add_argument("--split", default="", help="split whose parquet files are read (default: all files)")
     parser.add_argument("--voices", type=int, default=0, help="write a list of this many voices instead of a set")
     parser.add_argument("--output", type=Path, required=True, help="JSONL to write")
+    parser.add_argument("--language", choices=("zh", "en"), help="language of the set, written to each line")
     parser.add_argument(
         "--strip-quotes", action="store_true", help="remove quotes and brackets from the texts, as mair-hub does"
     )
@@ -164,8 +165,10 @@ def without_quotes(rows: Iterator[Row]) -> Iterator[Row]:
         yield where, row | texts, audio
 
 
-def write_set(rows: Iterator[Row], output: Path) -> tuple[int, int]:
-    """Write recordings, then the JSONL. Returns the number of utterances, and how many of them have no prompt.
+def write_set(rows: Iterator[Row], output: Path, language: str | None = None) -> tuple[int, int]:
+    """Write recordings, then the JSONL, with ``language`` in each line if given.
+
+    Returns the number of utterances, and how many of them have no prompt.
 
     Raises:
         ValueError: an id cannot be a file name or occurs twice, a text is missing or has no word, or there is no row.
@@ -184,7 +187,7 @@ def write_set(rows: Iterator[Row], output: Path) -> tuple[int, int]:
         except ValueError as fault:
             raise ValueError(f"{where}: {fault}") from fault
         lines.append({"id": utt_id, "prompt_text": prompt_text, "prompt_audio": prompt_audio,
-                      "target_text": target_text})  # fmt: skip
+                      "target_text": target_text} | ({"language": language} if language else {}))  # fmt: skip
     if not lines:
         raise ValueError("the set is empty")
     write_jsonl(output, lines)
@@ -232,7 +235,7 @@ def main(argv=None):
             print(f"{count} voices: {args.output}")
             return
         rows = from_meta(args.source) if args.source.is_file() else from_parquet(args.source, args.split)
-        count, without = write_set(without_quotes(rows) if args.strip_quotes else rows, args.output)
+        count, without = write_set(without_quotes(rows) if args.strip_quotes else rows, args.output, args.language)
     except (ValueError, OSError) as error:
         raise SystemExit(f"prepare_eval_set.py: {error}") from error
     if without:

@@ -53,7 +53,7 @@ COMMANDS = "command line from run.sh and conf"  # key of the command lines in ``
 class Setting(NamedTuple):
     """A setting declared in conf/settings.sh.
 
-    ``origin`` is environment, recipe, algorithm, profile, command line or default.
+    ``origin`` is environment, recipe, evaluation, algorithm, profile, command line or default.
     """
 
     name: str
@@ -109,6 +109,7 @@ def expectation(kind: str) -> str:
         "ints": "whole numbers, separated by spaces, each once",
         "devices": "cpu, cuda or cuda:N, separated by spaces",
         "name": "a name without ${",
+        "names": "names without ${, separated by spaces",
         "path": "a path without ${",
         "folder": "a path without ${, [ or ]",
         "input": "the path of a file or folder, without ${",
@@ -184,7 +185,7 @@ def normalised(kind: str, value: str) -> str:
     """Normalise a value, so that equal numbers have equal text (1e-6 and 0.000001)."""
     if kind.startswith("number"):
         return repr(float(value))
-    return " ".join(value.split()) if kind in ("ints", "devices") else value
+    return " ".join(value.split()) if kind in ("ints", "devices", "names") else value
 
 
 def code_of(text: str, suffix: str) -> str:

@@ -1,18 +1,21 @@
 """Compare the scores of the SFT and the GRPO model: a table, and summary.json.
 
 Each difference has a 95% interval by paired bootstrap over utterances (tts_grpo/evaluation/bootstrap.py) and a verdict
-such as "not significant (95%)".
+such as "not significant (95%)". With several evaluation sets, the table ends with all of them side by side, and
+summary.json has the figures of each in ``sets``; its other figures are those of the first set.
 """
 
 import argparse
 import json
 import platform
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from tts_grpo.evaluation.aggregate import JUDGE_ERRORS, compare_quality, compare_rates, read_utterances
+from tts_grpo.evaluation.protocols import MAIN_METRIC
 from tts_grpo.evaluation.provenance import git_commit
 from tts_grpo.text.jsonl import read_jsonl, write_json
 from tts_grpo.training.verl_log import read_steps
@@ -27,6 +30,7 @@ def get_args(argv=None):
     parser.add_argument(
         "--exp-dir", type=Path, required=True, help="folder of the experiment, with eval/sft, eval/grpo"
     )
+    parser.add_argument("--sets", nargs="+", help="evaluation sets with results in eval/NAME (default: one, in eval)")
     parser.add_argument("--settings", default="{}", help="JSON of the settings, to be recorded")
     parser.add_argument("--costs-only", action="store_true", help="only update times and memory in summary.json")
     return parser.parse_args(argv)
@@ -66,10 +70,10 @@ def reward_parts(exp_dir: Path) -> dict[str, dict[str, float]]:
     return found
 
 
-def summarise(exp_dir: Path, settings: dict) -> dict:
-    """The contents of summary.json."""
-    scores = {m: json.loads((exp_dir / "eval" / m / "scores.json").read_text(encoding="utf-8")) for m in MODELS}
-    utterances = [read_utterances(exp_dir / "eval" / m) for m in MODELS]
+def summarise_set(eval_dir: Path) -> dict:
+    """The figures of one evaluation set, whose scores are in ``eval_dir/sft`` and ``eval_dir/grpo``."""
+    scores = {m: json.loads((eval_dir / m / "scores.json").read_text(encoding="utf-8")) for m in MODELS}
+    utterances = [read_utterances(eval_dir / m) for m in MODELS]
     changes = compare_rates(*utterances, scores["sft"]["language"])
     judge = {}
     if all("judge" in scores[m] for m in MODELS):
@@ -79,19 +83,40 @@ def summarise(exp_dir: Path, settings: dict) -> dict:
         }  # fmt: skip
     return {
         **{m: {key: scores[m][key] for key in ("pooled", "seeds", "quality", "quality_sample")} for m in MODELS},
+        "language": scores["grpo"]["language"],
         "metrics": scores["grpo"]["metrics"],
         "relative_drop": {metric: change["relative_drop"] for metric, change in changes.items()},
         "relative_drop_ci": {metric: change["relative_drop_ci"] for metric, change in changes.items()},
         "verdict": {metric: change["verdict"] for metric, change in changes.items()},
         "quality_change": compare_quality(*utterances),
-        "reward_parts": reward_parts(exp_dir),
         "asr": scores["grpo"]["asr"],
         "judge": judge,
-        **costs(exp_dir),
         "versions": scores["grpo"]["versions"] | {"python": platform.python_version()},
+    }
+
+
+def summarise(exp_dir: Path, settings: dict, sets: Sequence[str] = ()) -> dict:
+    """The contents of summary.json.
+
+    Args:
+        exp_dir: folder of the experiment.
+        settings: its settings, to be recorded.
+        sets: names of the evaluation sets, whose scores are in ``eval/NAME``; empty: one set, in ``eval``.
+    """
+    figures = {name: summarise_set(exp_dir / "eval" / name) for name in sets or ("",)}
+    return {
+        **next(iter(figures.values())),
+        **({"sets": figures} if len(figures) > 1 else {}),
+        "reward_parts": reward_parts(exp_dir),
+        **costs(exp_dir),
         "git_commit": git_commit(),
         "settings": settings,
     }
+
+
+def drop_text(drop: float | None, ci: list[float] | None) -> str:
+    """Format a relative reduction with its interval; "-" if it is undefined."""
+    return "-" if drop is None else f"{drop:.1%}" + (f" ({ci[0]:.1%} to {ci[1]:.1%})" if ci else "")
 
 
 def rate_lines(summary: dict) -> list[str]:
@@ -99,23 +124,19 @@ def rate_lines(summary: dict) -> list[str]:
     lines = [f"{'':36} {'SFT':>8} {'GRPO':>8}   relative drop (95% interval)"]
     for metric, about in summary["metrics"].items():
         before, after = (summary[m]["pooled"][metric]["rate"] for m in MODELS)
-        drop, ci = summary["relative_drop"][metric], summary["relative_drop_ci"][metric]
-        shown = f"{drop:.1%}" if drop is not None else "-"
-        shown += f" ({ci[0]:.1%} to {ci[1]:.1%})" if ci else ""
+        shown = drop_text(summary["relative_drop"][metric], summary["relative_drop_ci"][metric])
         lines.append(f"{about['title']:36} {before:8.2%} {after:8.2%}   {shown}: {summary['verdict'][metric]}")
         if judge := summary.get("judge"):
             change, (before, after) = judge["change"][metric], (judge[m][metric]["rate"] for m in MODELS)
-            drop, ci = change["relative_drop"], change["relative_drop_ci"]
-            shown = f"{drop:.1%}" + (f" ({ci[0]:.1%} to {ci[1]:.1%})" if ci else "") if drop is not None else "-"
+            shown = drop_text(change["relative_drop"], change["relative_drop_ci"])
             by = f"  by {judge['asr']['model']}"
             lines.append(f"{by:36} {before:8.2%} {after:8.2%}   {shown}: {change['verdict']}")
     return lines
 
 
-def table(summary: dict) -> str:
-    """Format the summary as a readable table."""
-    lines = rate_lines(summary)
-    lines.append(f"{'':36} {'SFT':>8} {'GRPO':>8}   difference (95% interval)")
+def quality_lines(summary: dict) -> list[str]:
+    """Format quality metrics before and after training, with the difference and the verdict."""
+    lines = [f"{'':36} {'SFT':>8} {'GRPO':>8}   difference (95% interval)"]
     for name, change in summary["quality_change"].items():
         before, after = (summary[m]["quality"][name] for m in MODELS)
         ci = f" ({change['ci'][0]:+.3f} to {change['ci'][1]:+.3f})" if change["ci"] else ""
@@ -125,11 +146,37 @@ def table(summary: dict) -> str:
     for name, form in (("tokens_per_character", ".2f"), ("failed", ".0f")):
         means = [np.mean([seed[name] for seed in summary[m]["seeds"].values()]) for m in MODELS]
         lines.append(f"{name.replace('_', ' '):36} {means[0]:>8{form}} {means[1]:>8{form}}")
+    return lines
+
+
+def set_lines(sets: dict[str, dict]) -> list[str]:
+    """Format the published rate and the micro rate of each evaluation set, side by side."""
+    lines = [f"{'evaluation set':28} {'metric':22} {'SFT':>8} {'GRPO':>8}   relative drop (95% interval)"]
+    for name, figures in sets.items():
+        for metric in ("seed-tts-eval", MAIN_METRIC[figures["language"]]):
+            before, after = (figures[m]["pooled"][metric]["rate"] for m in MODELS)
+            shown = drop_text(figures["relative_drop"][metric], figures["relative_drop_ci"][metric])
+            title = figures["metrics"][metric]["title"]
+            lines.append(f"{name:28} {title:22} {before:8.2%} {after:8.2%}   {shown}: {figures['verdict'][metric]}")
+    return lines
+
+
+def recogniser_line(summary: dict) -> str:
+    asr = summary["asr"]
+    return f"recogniser: {asr['model']} by {asr['backend']}, {asr['sha256'][:12]}"
+
+
+def table(summary: dict) -> str:
+    """Format the summary as a readable table."""
+    lines, sets = [], summary.get("sets", {})
+    for name, figures in (sets or {"": summary}).items():
+        lines += [f"== {name}"] * bool(name)
+        lines += [*rate_lines(figures), *quality_lines(figures), recogniser_line(figures)]
+    if sets:
+        lines += ["== all evaluation sets", *set_lines(sets)]
     if summary["reward_parts"]:
         shown = (f"{name} {mean['first']:.3f} -> {mean['last']:.3f}" for name, mean in summary["reward_parts"].items())
         lines.append(f"parts of the reward in the first and the last {STEPS} steps: {', '.join(shown)}")
-    asr = summary["asr"]
-    lines.append(f"recogniser: {asr['model']} by {asr['backend']}, {asr['sha256'][:12]}")
     return "\n".join(lines)
 
 
@@ -139,10 +186,12 @@ def main(argv=None):
     if args.costs_only:
         write_json(path, json.loads(path.read_text(encoding="utf-8")) | costs(args.exp_dir))
         return
-    for model in MODELS:
-        if not (args.exp_dir / "eval" / model / "scores.json").exists():
-            raise SystemExit(f"summarise.py: eval/{model}/scores.json is missing in {args.exp_dir}: run stage 4")
-    summary = summarise(args.exp_dir, json.loads(args.settings))
+    for name in args.sets or [""]:
+        for model in MODELS:
+            folder = Path("eval", name, model)
+            if not (args.exp_dir / folder / "scores.json").exists():
+                raise SystemExit(f"summarise.py: {folder}/scores.json is missing in {args.exp_dir}: run stage 4")
+    summary = summarise(args.exp_dir, json.loads(args.settings), args.sets or ())
     write_json(path, summary)
     print(table(summary))
 

@@ -72,6 +72,16 @@ def sft_checkpoint(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def cosyvoice3_llm(tmp_path_factory) -> Path:
+    """llm.pt and CosyVoice-BlankEN of CosyVoice3 in the official formats, with a small network of random weights."""
+    from tools import random_llm
+
+    folder = tmp_path_factory.mktemp("cosyvoice3")
+    random_llm.main(["--model", "cosyvoice3", "--output", str(folder), "--shape", "tiny", "--mean-tokens", "200"])
+    return folder
+
+
+@pytest.fixture(scope="session")
 def test_rows(assets) -> list[dict]:
     from tts_grpo.text.jsonl import read_jsonl
 

@@ -16,9 +16,9 @@ import soundfile as sf
 import torch
 import yaml
 
-from scripts.convert_llm import NUM_OUTPUTS
+from scripts import convert_llm
 from tests.asr_folders import make_paraformer
-from tools.random_llm import read_ranks, vocabulary
+from tools.random_llm import BLANK_EN, read_ranks, write_blank_en
 from tts_grpo.speech.audio import load_audio
 from tts_grpo.speech.cosyvoice2.random_weights import (
     SENSEVOICE_BPE,
@@ -27,7 +27,7 @@ from tts_grpo.speech.cosyvoice2.random_weights import (
     save_funasr_configs,
     sensevoice_config,
 )
-from tts_grpo.text.jsonl import write_json, write_jsonl
+from tts_grpo.text.jsonl import write_jsonl
 
 COSYVOICE2 = {"modelscope": "iic/CosyVoice2-0.5B", "huggingface": "FunAudioLLM/CosyVoice2-0.5B"}
 SENSEVOICE = "iic/SenseVoiceSmall"
@@ -35,15 +35,6 @@ SEACO_PARAFORMER = "iic/speech_seaco_paraformer_large_asr_nat-zh-cn-16k-common-v
 LLASA, CHECKPOINT = "yuekai/llasa_cosyvoice2_token_qwen_0.5b", "checkpoint-885000"
 NOT_OPENED = b"not opened by this recipe"
 VOXBOX, CV3_EVAL, SEED_TTS = "SparkAudio/voxbox", "yuekai/CV3-Eval", "yuekai/seed_tts_cosy2"
-
-# Renders as Qwen2-Instruct's template does: with a system prompt first, even if the messages have none.
-QWEN2_CHAT_TEMPLATE = (
-    "{%- if messages[0]['role'] != 'system' %}"
-    "{{- '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{%- endif %}"
-    "{%- for message in messages %}"
-    "{{- '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
-)
 
 
 def make_all(root: Path, assets: Path, checkpoint: Path, trainer_python: str) -> None:
@@ -91,49 +82,11 @@ def make_cosyvoice2(root: Path, hub: str) -> Path:
         not_opened += ["flow.cache.pt", "flow.encoder.fp16.zip", "flow.encoder.fp32.zip"]
     for name in not_opened:
         (folder / name).write_bytes(NOT_OPENED)
-    make_blank_en(folder / "CosyVoice-BlankEN")
+    sizes = {"hidden_size": SMALL["llm_size"], "intermediate_size": 64, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+    write_blank_en(folder / BLANK_EN, read_ranks(None), sizes, seed=0)
     make_official_llm(folder)
     return folder
-
-
-def make_blank_en(folder: Path) -> None:
-    """Make CosyVoice-BlankEN: Qwen2-0.5B-Instruct's files and template, in bfloat16, without a tokenizer.json."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    names, merges = vocabulary(read_ranks(None))
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    pad, end = len(names), len(names) + 2
-    rows = 151_936  # the tokenizer has 151,646 tokens
-    torch.manual_seed(0)
-    sizes = {"hidden_size": SMALL["llm_size"], "intermediate_size": 64, "num_hidden_layers": 2,
-             "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": rows}  # fmt: skip
-    config = Qwen2Config(
-        **sizes, tie_word_embeddings=True, max_position_embeddings=32768, rope_parameters={"rope_theta": 1000000.0}
-    )
-    Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    write_json(folder / "config.json", sizes | {
-        "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": pad, "eos_token_id": end,
-        "hidden_act": "silu", "initializer_range": 0.02, "max_position_embeddings": 32768, "max_window_layers": 24,
-        "model_type": "qwen2", "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 32768,
-        "tie_word_embeddings": True, "torch_dtype": "bfloat16", "transformers_version": "4.40.1", "use_cache": True,
-        "use_sliding_window": False,
-    })  # fmt: skip
-    write_json(folder / "generation_config.json", {
-        "bos_token_id": pad, "pad_token_id": pad, "do_sample": True, "eos_token_id": [end, pad],
-        "repetition_penalty": 1.1, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "transformers_version": "4.37.0",
-    })  # fmt: skip
-    (folder / "vocab.json").write_text(json.dumps(names, ensure_ascii=False), encoding="utf-8")
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), encoding="utf-8")
-    plain = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
-    write_json(folder / "tokenizer_config.json", {
-        "add_prefix_space": False,
-        "added_tokens_decoder": {str(pad + i): {"content": name} | plain for i, name in enumerate(special)},
-        "additional_special_tokens": special[1:], "bos_token": None,
-        "chat_template": QWEN2_CHAT_TEMPLATE,
-        "clean_up_tokenization_spaces": False, "eos_token": "<|im_end|>", "errors": "replace",
-        "model_max_length": 32768, "pad_token": "<|endoftext|>", "split_special_tokens": False,
-        "tokenizer_class": "Qwen2Tokenizer", "unk_token": None,
-    })  # fmt: skip
 
 
 def make_official_llm(folder: Path) -> None:
@@ -187,7 +140,7 @@ def make_cosyvoice2_llm(folder: Path, cosyvoice_dir: Path) -> Path:
     tokenizer.add_tokens([*(f"<|s_{i}|>" for i in range(6561)), *ends, "<|sos|>", "<|task_id|>"])  # not special
     model.model.load_state_dict({k[16:]: v for k, v in state.items() if k.startswith("llm.model.model.")})
     model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=128)
-    embedding, outputs = model.model.embed_tokens.weight, slice(first, first + NUM_OUTPUTS)
+    embedding, outputs = model.model.embed_tokens.weight, slice(first, first + convert_llm.COSYVOICE2.num_outputs)
     head = torch.nn.Linear(embedding.shape[1], len(embedding))
     with torch.no_grad():
         head.weight.zero_()
@@ -247,7 +200,7 @@ def encoded(speech: np.ndarray, rate: int, kind: str) -> bytes:
 
 
 def make_evaluation_sets(root: Path, assets: Path, trainer_python: str) -> None:
-    """Make yuekai/CV3-Eval and yuekai/seed_tts_cosy2: data/SPLIT-00000-of-00001.parquet per split.
+    """Make splits of yuekai/CV3-Eval and yuekai/seed_tts_cosy2: data/SPLIT-00000-of-00001.parquet per split.
 
     Columns of CV3-Eval: id, prompt_text, prompt_audio {bytes, path}, target_text; seed_tts_cosy2 has the speech tokens
     of both texts as well (infer_dataset.py of github.com/nvidia-china-sae/mair-hub, rl-tutorial/cosyvoice_llm).
@@ -256,7 +209,8 @@ def make_evaluation_sets(root: Path, assets: Path, trainer_python: str) -> None:
     audio = [encoded(speech, 24_000, kind) for speech, kind in zip(prompts, ("WAV", "MP3", "FLAC"), strict=True)]
     paths = ["0.wav", "1.mp3", "2.flac"]
     for repository, splits in (
-        (CV3_EVAL, ("zero_shot_zh", "zero_shot_en", "zero_shot_hard_zh")), (SEED_TTS, ("test_zh", "wenetspeech4tts")),
+        (CV3_EVAL, ("zero_shot_zh", "zero_shot_en", "zero_shot_hard_zh", "zero_shot_hard_en")),
+        (SEED_TTS, ("test_zh", "test_en", "wenetspeech4tts")),
     ):  # fmt: skip
         for split in splits:
             rows = [

@@ -51,7 +51,7 @@ def test_all_faults_are_reported_at_once(tmp_path, assets):
             http_port=str(taken.getsockname()[1]), eval_jsonl="/nowhere/set.jsonl",
             train_jsonl=str(tmp_path / "train.jsonl"), sft_path=str(tmp_path / "llm"), train_batch_size="3",
             reward_asr_dir=str(assets / "asr_eval"), max_checkpoints="1000000000", prompt_text="你好",
-            server_urls="http://127.0.0.1:9", exp_dir=str(tmp_path), rollout_n="3",
+            server_urls="http://127.0.0.1:9", exp_dir=str(tmp_path), rollout_n="3", language="en",
         )  # fmt: skip
     assert done.returncode == 1
     for text in (
@@ -59,6 +59,7 @@ def test_all_faults_are_reported_at_once(tmp_path, assets):
         "reward_asr_dir is eval_asr_dir", "prompt_audio and prompt_text", "9 rollouts are not a multiple of",
         "http_port ", "no reward server is ready at http://127.0.0.1:9", "llm is missing",
         "-- trainer.v1.trainer_mode=sync is refused",
+        "asr_eval does not know the language en: its vocabulary has zh only",
     ):  # fmt: skip
         assert any(line.startswith("WRONG") and text in line for line in done.stdout.splitlines()), (text, done.stdout)
 
@@ -68,8 +69,9 @@ def test_cosyvoice2_of_both_hubs_is_recognised(tmp_path, assets, venv_root, hub)
     """Hugging Face's repository has a config.json, as the tiny token2wav does."""
     folder = make_cosyvoice2(tmp_path, hub)
     s = {"token2wav_dir": str(folder), "reward_asr_dir": str(assets / "asr_reward"), "prompt_text": "",
-         "eval_asr_dir": str(assets / "asr_eval"), "eval_jsonl": "", "prompt_audio": "", "prompt_list": "",
-         "reward_asr_dirs": "", "judge_asr_dir": "", "venv_root": str(venv_root)}  # fmt: skip
+         "eval_asr_dir": str(assets / "asr_eval"), "eval_jsonl": "", "eval_jsonls": "", "prompt_audio": "",
+         "prompt_list": "", "reward_asr_dirs": "", "judge_asr_dir": "", "venv_root": str(venv_root),
+         "language": "zh"}  # fmt: skip
     assert [text for good, text in check.check_files(s) if not good] == []
     assert isinstance(load_token2wav(folder), CosyVoice2Token2Wav)
     (folder / "hift.pt").unlink()
@@ -80,7 +82,8 @@ def test_cosyvoice2_of_both_hubs_is_recognised(tmp_path, assets, venv_root, hub)
 
 def data_findings(tmp_path, venv_root="none", flags=(), **files) -> list[tuple[bool, str]]:
     texts = {"train_jsonl": "今天", "test_jsonl": "明天", "known_answer_jsonl": "后天", "eval_jsonl": "昨天"}
-    s = {"venv_root": str(venv_root), "sft_path": str(ROOT / "assets/tiny/llm"), "prompt_list": ""}
+    s = {"venv_root": str(venv_root), "sft_path": str(ROOT / "assets/tiny/llm"), "prompt_list": "",
+         "eval_jsonls": ""}  # fmt: skip
     for name, text in texts.items():
         row = {"text": text, "speech_tokens": [1], "id": 1}
         rows = files.get(name, [row] * (1 if name == "eval_jsonl" else 2))
@@ -195,6 +198,9 @@ TWO = (81920, 81920)  # MiB of each GPU
         ((24576, 81920), {"visible": "GPU-1a"}, None),
         ((24576, 81920), {"visible": "1", "num_gpus": "2"}, "1 GPUs: .*need 2"),
         (TWO, {"visible": "0,5"}, "names 5, which nvidia-smi does not list"),
+        (TWO, {"visible": "MIG-7f2c"}, None),  # its memory is not reported
+        (TWO, {"visible": "MIG-7f2c", "num_gpus": "2"}, "1 GPUs: .*need 2"),
+        (TWO, {"visible": ""}, "need 1"),
         (("[N/A]",), {}, None),
     ],
 )
@@ -205,7 +211,7 @@ def test_gpus(tmp_path, monkeypatch, gpus, settings, message):
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if visible := settings.pop("visible", None):
+    if (visible := settings.pop("visible", None)) is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     s = {"train_device": "cuda", "num_gpus": "1", "server_devices": "cuda:0", "server_instances": "1",
          "server_gib": "8", "vllm_memory_share": "0.40", "http_port": "9"} | settings  # fmt: skip

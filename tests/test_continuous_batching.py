@@ -87,7 +87,7 @@ def test_a_prompt_of_one_token_needs_no_keys(lm, prompts):
 
 
 def test_unsupported_settings_are_refused(lm, prompts):
-    with pytest.raises(ValueError, match="continuous batching does not support .*use generate"):
+    with pytest.raises(ValueError, match="continuous batching does not support .*use --engine batches"):
         engine(lm, OFFICIAL, 2)
     with pytest.raises(ValueError, match="prompt 1 has 300 tokens, and there is room for"):
         list(engine(lm, PLAIN, 2).generate([prompts[0], [1] * 300], [0, 1]))

@@ -25,7 +25,7 @@ from transformers import (
 from transformers import Qwen2ForCausalLM as Qwen2
 
 from scripts.check import language_model_findings
-from scripts.convert_llm import NUM_OUTPUTS, check_ids, main
+from scripts.convert_llm import COSYVOICE2, check_ids, main
 from tests.hub_repositories import draw_biases, make_cosyvoice2_llm
 from tts_grpo.speech.generation import OFFICIAL, Sampling, generate, load_lm
 from tts_grpo.speech.head_bias import UNREACHABLE, load_head_bias, restrict_to_sampleable_ids, sampleable_ids
@@ -35,6 +35,7 @@ from tts_grpo.training.verl_cpu.log_probs import fused_linear
 pytestmark = pytest.mark.slow
 
 TEXT, PROMPT_TEXT, PROMPT_SPEECH, SPEECH = "今天 ok\n", "早。", [3, 6560], [7, 0, 4000, 6560, 12]
+NUM_OUTPUTS = COSYVOICE2.num_outputs
 TEXT_ROWS = 320  # more than the tokenizer has tokens, as in the official model
 BLANK_EN_GENERATION = {  # Qwen2-0.5B-Instruct's; the token ids differ here
     "do_sample": True, "repetition_penalty": 1.1, "temperature": 0.7, "top_p": 0.8, "top_k": 20,
@@ -197,7 +198,7 @@ def test_only_speech_and_ends_are_sampled(converted, dtype, sampling):
     with torch.no_grad():
         model.lm_head.weight *= 0.01  # nearly uniform over the ids that the bias allows
     ids = tokenizer(render_prompt(tokenizer, TEXT), add_special_tokens=False)["input_ids"]
-    first = check_ids(tokenizer, converted)
+    first = check_ids(tokenizer, converted, COSYVOICE2)
     sampling = dataclasses.replace(sampling, max_new_tokens=100)
     responses = generate(model, [ids] * 8, range(8), sampling, text_lens=[9] * 8)
     generated = [token for response in responses for token in response.token_ids]
@@ -236,7 +237,7 @@ def test_pre_flight_check_without_a_bias(converted, tmp_path):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
 def test_training_and_rollouts_have_the_same_probabilities(converted, dtype, tolerance):
     model, tokenizer = load_lm(converted, dtype=dtype)
-    first = check_ids(tokenizer, converted)
+    first = check_ids(tokenizer, converted, COSYVOICE2)
     ids = tokenizer(render_prompt(tokenizer, TEXT), add_special_tokens=False)["input_ids"]
     (response,) = generate(model, [ids], [3], Sampling(max_new_tokens=60))
     labels = torch.tensor([[*ids, *response.token_ids]])

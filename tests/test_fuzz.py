@@ -22,7 +22,7 @@ from tts_grpo.evaluation.report.page import render
 from tts_grpo.reward.protocol import OUTPUT_NAMES, AnswerError, RolloutScore, answer_hash, decode_response
 from tts_grpo.text.errors import align_texts, locate_errors
 from tts_grpo.text.input_files import checked_text
-from tts_grpo.text.prompts import COSYVOICE2_CHAT_TEMPLATE, render_prompt
+from tts_grpo.text.prompts import COSYVOICE_CHAT_TEMPLATE, render_prompt
 from tts_grpo.text.rules import TextRules, model_text, usable_eval_set, usable_text
 from tts_grpo.text.tags import control_tokens
 from tts_grpo.text.tokens import NUM_SPEECH_TOKENS
@@ -84,7 +84,7 @@ def test_each_line_is_a_sample_or_is_rejected_with_a_reason(worker, trainer_pyth
 
 def test_a_prompt_contains_its_texts_once_and_no_control_token_more(assets, tokenizer):
     cosyvoice2 = AutoTokenizer.from_pretrained(assets / "llm")
-    cosyvoice2.chat_template = COSYVOICE2_CHAT_TEMPLATE
+    cosyvoice2.chat_template = COSYVOICE_CHAT_TEMPLATE
     rng, rules, used = random.Random(1), TextRules("zh", "remove"), 0
     templates = [(t, frozenset(control_tokens(t)), render_prompt(t, "X").split("X")) for t in (tokenizer, cosyvoice2)]
     for _ in range(EXAMPLES):

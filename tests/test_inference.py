@@ -1,3 +1,4 @@
+import argparse
 import json
 import shutil
 import subprocess
@@ -12,7 +13,9 @@ import infer_single
 from scripts.score import main as score_main
 from tts_grpo.speech.audio import load_audio, save_audio
 from tts_grpo.speech.cosyvoice2.random_weights import make_cosyvoice2_folder
-from tts_grpo.speech.synthesis import Synthesiser, utterance_seed
+from tts_grpo.speech.generation import OFFICIAL
+from tts_grpo.speech.synthesis import Synthesiser, add_arguments, sampling_of, utterance_seed
+from tts_grpo.text.input_files import read_eval_set
 from tts_grpo.text.jsonl import read_jsonl, write_jsonl
 from tts_grpo.text.rules import TextRules
 
@@ -54,6 +57,25 @@ def one_process(assets, eval_set, tmp_path_factory):
     done = infer(assets, eval_set, output_dir, 1)
     assert done.returncode == 0, done.stderr
     return output_dir
+
+
+def test_flags_of_cosyvoices_own_sampling(assets, eval_set):
+    """The length limits depend on the number of text tokens; the token limits of other texts are those of the flag."""
+    flags = ["--top-p", "0.8", "--top-k", "25", "--repetition-window", "10", "--min-token-text-ratio", "2",
+             "--max-token-text-ratio", "20"]  # fmt: skip
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    base = ["--llm-path", str(assets / "llm"), "--token2wav-dir", str(assets / "token2wav")]
+    assert sampling_of(parser.parse_args([*base, *flags])) == OFFICIAL
+    args = parser.parse_args([*base, *flags, "--min-token-text-ratio", "5", "--max-token-text-ratio", "6"])
+    synthesiser = Synthesiser(args, "cpu", eval_set.parent)
+    rows = read_eval_set(eval_set)[:3]
+    lengths = [len(synthesiser.tokenizer(row["target_text"])["input_ids"]) for row in rows]
+    for length, speech in zip(lengths, synthesiser.synthesise(rows, 0), strict=True):
+        assert 5 * length <= speech.num_speech_tokens <= 6 * length
+    set_flags = ["--eval-set", "x", "--output-dir", "y", "--device", "cuda"]
+    assert infer_dist.get_args([*base, *set_flags]).engine == "continuous"
+    assert infer_dist.get_args([*base, *set_flags, *flags]).engine == "batches"
 
 
 def results(output_dir: Path) -> dict[str, bytes]:

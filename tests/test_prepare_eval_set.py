@@ -97,24 +97,35 @@ def test_first_bytes(begin, expected):
             prepare_eval_set.suffix(begin, "x")
 
 
-def from_parquet(trainer_python, source: Path, output: Path, split: str) -> subprocess.CompletedProcess:
+def from_parquet(trainer_python, source: Path, output: Path, split: str, *flags: str) -> subprocess.CompletedProcess:
     """Runs in the trainer environment, because only this has pyarrow."""
     script = [trainer_python, str(ROOT / "scripts/prepare_eval_set.py")]
     environment = {"PYTHONPATH": str(ROOT), "PATH": str(Path(sys.executable).parent)}
-    command = [*script, "--source", str(source), "--split", split, "--output", str(output)]
+    command = [*script, "--source", str(source), "--split", split, "--output", str(output), *flags]
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize(("repository", "split"), [(CV3_EVAL, "zero_shot_zh"), (SEED_TTS, "test_zh")])
-def test_the_published_sets(trainer_python, assets, tmp_path, repository, split):
-    make_evaluation_sets(tmp_path, assets, trainer_python)
+@pytest.mark.parametrize(
+    ("repository", "split"),
+    [(CV3_EVAL, "zero_shot_zh"), (CV3_EVAL, "zero_shot_hard_en"), (SEED_TTS, "test_zh"), (SEED_TTS, "test_en")],
+)
+def test_the_published_sets(trainer_python, published, tmp_path, repository, split):
     output = tmp_path / "data/set.jsonl"
-    done = from_parquet(trainer_python, tmp_path / repository, output, split)
+    language = split[-2:]
+    done = from_parquet(trainer_python, published / repository, output, split, "--language", language)
     assert done.returncode == 0, done.stderr
     rows = read_jsonl(output)
+    assert {row["language"] for row in rows} == {language}
     assert [r["id"] for r in rows] == [f"{split}-{i}" for i in range(3)]
     assert [Path(r["prompt_audio"]).suffix for r in rows] == [".wav", ".mp3", ".flac"]
     assert all(len(load_audio(output.parent / r["prompt_audio"])) > 16_000 for r in rows)
+
+
+@pytest.fixture(scope="module")
+def published(trainer_python, assets, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("published")
+    make_evaluation_sets(folder, assets, trainer_python)
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from scripts import prepare_llm
 from tests.conftest import ROOT
 from tools.random_llm import DEFAULT_CHAT_TEMPLATE
 from tts_grpo.text.prompts import (
-    COSYVOICE2_CHAT_TEMPLATE,
+    COSYVOICE_CHAT_TEMPLATE,
     chat_messages,
     load_tokenizer,
     render_prompt,
@@ -108,8 +108,8 @@ def test_speech_that_a_rollout_continues_ends_the_prompt(assets, tokenizer, tmp_
     """All other prompts stay the same, those of messages without a role, which veRL renders, too."""
     plain, wrapped = copy.deepcopy(tokenizer), copy.deepcopy(tokenizer)
     if official:
-        plain.chat_template = COSYVOICE2_CHAT_TEMPLATE
-        wrapped.chat_template = with_speech_role(COSYVOICE2_CHAT_TEMPLATE)
+        plain.chat_template = COSYVOICE_CHAT_TEMPLATE
+        wrapped.chat_template = with_speech_role(COSYVOICE_CHAT_TEMPLATE)
     else:
         prepare_llm.main(["--sft-path", str(assets / "llm"), "--output-dir", str(tmp_path / "out"), "--speech-role"])
         wrapped = load_tokenizer(tmp_path / "out")

@@ -1,7 +1,7 @@
 import pytest
 from transformers import AutoTokenizer
 
-from tts_grpo.text.prompts import COSYVOICE2_CHAT_TEMPLATE, chat_messages, render_prompt
+from tts_grpo.text.prompts import COSYVOICE_CHAT_TEMPLATE, END_OF_SYSTEM, chat_messages, render_prompt
 from tts_grpo.text.tokens import speech_token_str
 
 EXPECTED = (
@@ -34,7 +34,7 @@ def test_foreign_template_is_an_error(assets):
 @pytest.fixture
 def cosyvoice2_tokenizer(assets):
     tokenizer = AutoTokenizer.from_pretrained(assets / "llm")
-    tokenizer.chat_template = COSYVOICE2_CHAT_TEMPLATE
+    tokenizer.chat_template = COSYVOICE_CHAT_TEMPLATE
     return tokenizer
 
 
@@ -83,3 +83,27 @@ def test_template_accepts_verls_arguments(tokenizer):
         chat_messages(tokenizer, "你好。"), tokenize=False, add_generation_prompt=True
     )
     assert whole == EXPECTED
+
+
+@pytest.fixture
+def cosyvoice3_tokenizer(cosyvoice2_tokenizer):
+    cosyvoice2_tokenizer.add_tokens([END_OF_SYSTEM])
+    return cosyvoice2_tokenizer
+
+
+def test_cosyvoice3_prompt(cosyvoice3_tokenizer):
+    before = "<|sos|>You are a helpful assistant.<|endofprompt|>"
+    assert render_prompt(cosyvoice3_tokenizer, "你好。") == f"{before}你好。<|task_id|>"
+    prompt = render_prompt(cosyvoice3_tokenizer, "你好。", "早。", [7, 8])
+    assert prompt == f"{before}早。你好。<|task_id|><|s_7|><|s_8|>"
+
+
+def test_instructions(cosyvoice2_tokenizer, tokenizer):
+    rendered = render_prompt(cosyvoice2_tokenizer, "你好。", instruct="用四川话说这句话")
+    assert rendered == "<|sos|>用四川话说这句话<|endofprompt|>你好。<|task_id|>"
+    cosyvoice2_tokenizer.add_tokens([END_OF_SYSTEM])  # CosyVoice3
+    rendered = render_prompt(cosyvoice2_tokenizer, "你好。", "早。", [7], instruct="请用广东话表达。")
+    expected = "<|sos|>You are a helpful assistant. 请用广东话表达。<|endofprompt|>你好。<|task_id|>"
+    assert rendered == expected  # without the recording
+    with pytest.raises(ValueError, match="takes no instructions"):
+        render_prompt(tokenizer, "你好。", instruct="请用广东话表达。")

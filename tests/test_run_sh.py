@@ -78,7 +78,7 @@ class Recipe:
         (self.root / "scripts").mkdir(parents=True)
         shutil.copytree(ROOT / "conf", self.root / "conf")
         shutil.copy(ROOT / "run.sh", self.root)
-        for name in ("lib.sh", "verl_cpu.sh", "settings.py", "checkpoints.py"):
+        for name in ("lib.sh", "eval_sets.sh", "verl_cpu.sh", "settings.py", "checkpoints.py"):
             shutil.copy(ROOT / "scripts" / name, self.root / "scripts")
         (self.root / "tts_grpo/reward").mkdir(parents=True)
         for name in ("libpython.py", "rewards.py"):
@@ -317,6 +317,33 @@ def test_every_preset_is_tested_and_an_unknown_one_is_refused(recipe):
     assert done.returncode == 1 and "recipe=seed is for profile=cosyvoice2" in done.stderr
 
 
+EVALUATIONS = {  # per evaluation of published figures: arguments of stages -1 and 4
+    "official": [
+        "--temperature 1.0 --top-p 0.8 --top-k 25 --repetition-penalty 1.0 --repetition-window 10 "
+        "--min-token-text-ratio 2 --max-token-text-ratio 20 ",
+        "--precision fp32 --lm-precision fp32 ", "--llm-text raw ", "data/test_en.jsonl ",
+    ],
+    "seed": [
+        "--temperature 0.8 --top-p 0.95 --top-k 50 --repetition-penalty 1.1 --repetition-window 0 ",
+        "--max-new-tokens 2048 ", "--precision fp16 --lm-precision fp32 ", "data/zero_shot_zh.jsonl ",
+    ],
+    "mair-hub": ["--top-k 50 --repetition-penalty 1.1 ", "data/zero_shot_zh-stripped.jsonl --strip-quotes "],
+}  # fmt: skip
+
+
+def test_evaluations_of_published_figures(recipe):
+    assert sorted(path.stem for path in (ROOT / "conf/evaluations").glob("*.sh")) == sorted(EVALUATIONS)
+    settings = {"profile": "cosyvoice2", "gpu_memory_gib": "80", "dataset": "zero_shot_zh test_en"}
+    for name, texts in EVALUATIONS.items():
+        shown = recipe.run("--dry-run", "-1", "4", **settings, evaluation=name).stdout.replace("\\", "")
+        for text in texts:
+            assert text in shown, (name, text)
+    shown = recipe.run("--dry-run", "4", evaluation="official", temperature="0.7").stdout
+    assert "--temperature 0.7 --top-p 0.8 --top-k 25 " in shown, "it is for any profile, and the environment counts"
+    done = recipe.run("0", "0", evaluation="paper")
+    assert done.returncode == 1 and "evaluation=paper is unknown: choose one of mair-hub official seed" in done.stderr
+
+
 ALGORITHMS = {  # per algorithm: arguments of veRL
     "grpo": [
         "adv_estimator=grpo ", "norm_adv_by_std_in_grpo=False ", "loss_mode=vanilla ", "loss_agg_mode=token-mean ",
@@ -547,7 +574,7 @@ def test_the_tongue_twister_is_synthesised_as_the_evaluation_is(recipe):
     lines = recipe.run("--dry-run", "4", "5", **settings).stdout.splitlines()
     evaluation, single = (next(line for line in lines if name in line) for name in ("infer_dist.py", "infer_single.py"))
     shared = re.search("--token2wav-dir .*--llm-text [a-z]+", evaluation)[0]
-    assert "--temperature 0.7 --top-p 0.9 --top-k 7 " in shared and f"{shared} --seed 3 " in single
+    assert "--temperature 0.7 --top-p 0.9 --top-k 7 " in shared and f"{shared} --language zh --seed 3 " in single
 
 
 def test_missing_inputs_name_the_stage(recipe):
@@ -881,8 +908,10 @@ def test_speech_of_other_settings_is_kept(recipe):
         stages = ("4", "4") if folders else ("0", "4")
         assert recipe.run(*stages, **settings).returncode == 0
         calls = recipe.calls_path.read_text()
-        folders.append(re.findall(r"--output-dir (\S+/eval/(?:sft|grpo)-\w+) ", calls.replace("a recipe", "a_recipe")))
-        links = [(recipe.exp_dir / "eval" / name).readlink().name for name in ("sft", "grpo")]
+        folders.append(
+            re.findall(r"--output-dir (\S+/eval/test/(?:sft|grpo)-\w+) ", calls.replace("a recipe", "a_recipe"))
+        )
+        links = [(recipe.exp_dir / "eval" / name).resolve().name for name in ("sft", "grpo")]
         assert links == [Path(folder).name for folder in folders[-1]]
     assert len({*folders[0], *folders[1]}) == 4 and folders[2] == folders[0]
 
@@ -894,8 +923,91 @@ def test_another_evaluation_set_goes_into_the_same_folder(recipe, tmp_path):
         (tmp_path / "set.jsonl").write_text(f'{{"id": "a", "target_text": "{text}"}}\n')
         done = recipe.run(*(("4", "4") if folders else ("0", "4")), eval_jsonl=str(tmp_path / "set.jsonl"))
         assert done.returncode == 0 and recipe.calls().count("compute_wer") == 2, done.stderr
-        folders.append([(recipe.exp_dir / "eval" / name).readlink() for name in ("sft", "grpo")])
+        folders.append([(recipe.exp_dir / "eval" / name).resolve() for name in ("sft", "grpo")])
     assert folders[0] == folders[1] and len(set(folders[0])) == 2
+
+
+def make_sets(folder: Path, *names: str) -> dict[str, str]:
+    """Write evaluation sets to a folder with a space in its name; return the path of each."""
+    (folder / "test sets").mkdir(exist_ok=True)
+    paths = {name: folder / f"test sets/{name}.jsonl" for name in names}
+    for name, path in paths.items():
+        path.write_text(f'{{"id": "{name}", "target_text": "好"}}\n')
+    return {name: str(path) for name, path in paths.items()}
+
+
+def test_several_sets_are_evaluated_in_one_run_and_a_finished_one_is_not_repeated(recipe, tmp_path):
+    sets = make_sets(tmp_path, "a", "b")
+    assert recipe.run("0", "4", eval_jsonl=sets["a"]).returncode == 0
+    both = {"eval_jsonls": " ".join(path.replace(" ", "\\ ") for path in sets.values())}
+    done = recipe.run("4", "4", **both)
+    assert done.returncode == 0 and "a: already evaluated" in done.stdout, done.stderr
+    assert recipe.calls() == ["infer_dist.py"] * 2 + ["compute_wer"] * 2 + ["summarise.py", "report.py"]
+    calls = recipe.calls_path.read_text()
+    assert calls.count(f"--eval-set {sets['b']} ") == 2 and f"--eval-set {sets['a']} " not in calls
+    assert calls.count(f"--exp-dir {recipe.exp_dir} --sets a b") == 2
+    for name in ("sft", "grpo"):
+        assert (recipe.exp_dir / "eval" / name).resolve().parent == recipe.exp_dir / "eval/a"
+        assert (recipe.exp_dir / "eval/b" / name).resolve().is_dir()
+    assert recipe.run("4", "4", **both).returncode == 0 and recipe.calls() == []
+    Path(sets["b"]).write_text('{"id": "b", "target_text": "好吗"}\n')
+    assert recipe.run("4", "4", **both).returncode == 0 and recipe.calls().count("infer_dist.py") == 2
+    assert f"--eval-set {sets['a']} " not in recipe.calls_path.read_text()
+    assert recipe.run("4", "4", **both, temperature="0.6").returncode == 0
+    assert recipe.calls().count("infer_dist.py") == 4, "another setting of the evaluation counts for each set"
+
+
+def test_sets_that_fail_are_named_and_the_others_are_kept(recipe, tmp_path):
+    sets = make_sets(tmp_path, "a", "b", "c")
+    settings = {"eval_jsonls": " ".join(path.replace(" ", "\\ ") for path in sets.values())}
+    with (recipe.root / "scripts/compute_wer.sh").open("a") as program:
+        program.write("[[ -z ${FAIL-} || $1 != */eval/c/* ]] || exit 3\n")
+    done = recipe.run("0", "4", **settings, FAIL="/eval/b/")
+    assert done.returncode == 1 and "the evaluation of b c failed" in done.stderr
+    assert "summary.json and report.html have a," in done.stderr
+    assert re.findall(" --sets (.*?)(?: --settings .*)?\n", recipe.calls_path.read_text()) == ["a", "a"]
+    assert recipe.calls()[-1] == "report.py"
+    assert recipe.run("4", "4", **settings).returncode == 0
+    calls = recipe.calls_path.read_text()
+    assert recipe.calls().count("infer_dist.py") == 4 and f"--eval-set {sets['a']} " not in calls
+    assert calls.count(" --sets a b c") == 2
+    failed = recipe.run("4", "4", **settings, seeds="7", FAIL="infer_dist")
+    assert failed.returncode == 1 and "no evaluation set could be evaluated (a b c)" in failed.stderr
+
+
+def test_sets_of_the_full_profile_are_chosen_by_name_and_language(recipe, tmp_path):
+    """English sets are transcribed by Whisper and scored as English, whatever the language of the training."""
+    workspace = tmp_path / "work space"
+    (workspace / "CosyVoice/cosyvoice").mkdir(parents=True)
+    settings = {"profile": "cosyvoice2", "workspace": str(workspace), "gpu_memory_gib": "80"}
+    names = "zero_shot_zh test_en test_hard zero_shot_hard_en"
+    dry = recipe.run("--dry-run", "-1", "4", **settings, dataset=names).stdout.replace("\\", "")
+    for repository, source in (
+        ("yuekai/CV3-Eval", "--split zero_shot_zh"), ("yuekai/seed_tts_cosy2", "--split test_en"),
+        ("zhaochenyang20/seed-tts-eval", "seed-tts-eval/zh/hardcase.lst"),
+    ):  # fmt: skip
+        assert f"--repo {repository} " in dry and source in dry
+    assert "-m pip install --quiet --requirement" in dry and "--repo Systran/faster-whisper-large-v3 " in dry
+    assert f"encode_prompts.py --eval-set {workspace}/data/zero_shot_zh.jsonl " in dry
+    known = [("zero_shot_zh", "zh"), ("test_en", "en"), ("test_hard", "zh"), ("zero_shot_hard_en", "en")]
+    for name, language in known:
+        assert f"--output {workspace}/data/{name}.jsonl --language {language} " in dry
+        asr = f"{workspace}/{'faster-whisper-large-v3' if language == 'en' else 'paraformer-zh'}"
+        scored = [line for line in dry.splitlines() if f"compute_wer.sh {recipe.exp_dir}/eval/{name}/sft " in line]
+        assert len(scored) == 1 and f" eval_asr_dir={asr} " in scored[0] and f" language={language} " in scored[0]
+        assert dry.count(f"--language {language} --eval-set {workspace}/data/{name}.jsonl ") == 2
+    one = recipe.run("--dry-run", "-1", "4", **settings, dataset="test_zh").stdout
+    assert "whisper" not in one and one.count("infer_dist.py") == 2 and "pip install" not in one
+    unknown = recipe.run("--dry-run", "4", **settings, dataset="test_zh zero_shot_ja")
+    assert unknown.returncode == 1 and "zero_shot_ja is unknown: choose from zero_shot_zh " in unknown.stderr
+    own = recipe.run("--dry-run", "4", **settings, dataset=names, eval_jsonl="/own/set.jsonl").stdout
+    assert own.count("infer_dist.py") == 2 == own.count("--eval-set /own/set.jsonl ")
+
+
+def test_sets_of_the_same_name_are_refused(recipe):
+    for names in ("/a/x.jsonl /b/x.jsonl", "/a/sft.jsonl"):
+        done = recipe.run("4", "4", eval_jsonls=names)
+        assert done.returncode == 1 and "rename a file" in done.stderr and recipe.calls() == []
 
 
 def test_more_steps_extend_a_training_and_fewer_are_refused(recipe):
@@ -1040,9 +1152,10 @@ RESULTS_DEPEND_ON = {
     "kl_loss_type lora_rank lora_alpha lora_modules recipe_args overrides language",
     "3": "llm_path",
     "4": "token2wav_dir infer_engine infer_batch_size infer_precision infer_lm_precision temperature top_p top_k "
-    "repetition_penalty max_new_tokens language text_tags llm_text",
-    "4s": "eval_asr_dir judge_asr_dir eval_jsonl language text_tags seeds quality_utterances reference_audio "
-    "speaker_model_dir",
+    "repetition_penalty repetition_window min_token_text_ratio max_token_text_ratio max_new_tokens language text_tags "
+    "llm_text",
+    "4s": "eval_asr_dir eval_asr_dir_en judge_asr_dir eval_jsonl eval_jsonls language text_tags seeds "
+    "quality_utterances reference_audio speaker_model_dir",
 }
 
 

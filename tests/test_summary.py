@@ -1,10 +1,12 @@
 import json
+import shutil
 
 import pytest
 
 from scripts.summarise import main, stage_seconds, summarise, table
 from tts_grpo.evaluation.aggregate import JUDGE_ERRORS, quality, rates
 from tts_grpo.evaluation.protocols import METRICS
+from tts_grpo.evaluation.report.page import set_rows
 from tts_grpo.text.jsonl import read_jsonl, write_json, write_jsonl
 
 
@@ -59,6 +61,38 @@ def test_a_second_opinion_is_compared_and_shown(exp_dir):
     assert summary["relative_drop"]["cer"] == pytest.approx(1 - 2.5 / 4.5)
     assert summary["judge"]["change"]["cer"]["relative_drop"] == pytest.approx(1 / 6)
     assert "by Outsider" in table(summary) and "30.00%   25.00%   16.7%" in table(summary)
+
+
+def test_several_sets_stand_side_by_side(exp_dir):
+    """The second set is English, with half as many errors by both models."""
+    shutil.copytree(exp_dir / "eval", exp_dir / "eval/zero_shot_zh")
+    for model in ("sft", "grpo"):
+        folder = exp_dir / "eval" / model
+        rows = [utterance(i, 2 - (model == "grpo"), 3.0) for i in range(20)]
+        rows = [row | {"errors": dict.fromkeys(METRICS["en"], row["errors"]["cer"])} for row in rows]
+        write_jsonl(exp_dir / "eval/test_en" / model / "seed_0/utterances.jsonl", rows)
+        english = {
+            "language": "en", "pooled": rates(rows, "en"),
+            "metrics": {name: {"title": metric.title, "mean": metric.mean} for name, metric in METRICS["en"].items()},
+        }  # fmt: skip
+        write_json(exp_dir / "eval/test_en" / model / "scores.json",
+                   json.loads((folder / "scores.json").read_text()) | english)  # fmt: skip
+    sets = ("zero_shot_zh", "test_en")
+    alone, summary = summarise(exp_dir, {}), summarise(exp_dir, {}, sets)
+    assert {key: summary[key] for key in alone} == alone and list(summary["sets"]) == list(sets)
+    assert summary["sets"]["test_en"]["relative_drop"]["wer"] == pytest.approx(0.5)
+    lines = table(summary).split("== all evaluation sets\n")[1].splitlines()
+    assert [line[:51].split("  ")[0] for line in lines[1:5]] == ["zero_shot_zh"] * 2 + ["test_en"] * 2
+    assert "seed-tts-eval CER" in lines[1] and "45.00%   25.00%   44.4%" in lines[1] and "micro CER" in lines[2]
+    assert "seed-tts-eval WER" in lines[3] and "20.00%   10.00%   50.0%" in lines[3] and "micro WER" in lines[4]
+    assert [(row["set"], row["title"], row["verdict"]) for row in set_rows(summary)] == [
+        (name, title, "better") for name, titles in (("zero_shot_zh", "CER"), ("test_en", "WER"))
+        for title in (f"seed-tts-eval {titles}", f"micro {titles}")
+    ]  # fmt: skip
+    assert set_rows(alone) == []
+    main(["--exp-dir", str(exp_dir), "--sets", *sets])
+    with pytest.raises(SystemExit, match=r"eval/test_zh/sft/scores.json is missing"):
+        main(["--exp-dir", str(exp_dir), "--sets", "test_zh"])
 
 
 def test_costs_of_later_stages_are_added_to_an_existing_summary(exp_dir):

@@ -1,13 +1,19 @@
-"""Write a language model with random weights, in the same format as the SFT model that the full profile trains.
+"""Write a language model with random weights, in the same format as a model that the full-size profiles train.
 
-    python tools/random_llm.py --output DIR [--mean-tokens 124]
+    python tools/random_llm.py --output DIR [--model llasa|cosyvoice3] [--mean-tokens 124]
 
-It is used to measure speed and memory, and for tests, without a download. The folder has the files, tensor names and
-dtypes of a checkpoint of yuekai/llasa_cosyvoice2_token_qwen_0.5b written by transformers 4: Qwen2.5-0.5B-Instruct, to
-whose tokenizer 6,561 speech tokens and ``<|SPEECH_GENERATION_START|>`` were added with ``add_tokens``, and whose
-embedding was resized to 158,227 ids (icefall, egs/emilia/TTS/llasa_cosyvoice2_token/train.py); LM head tied to the
-embedding, float16, Qwen's default chat template with its system prompt, and Qwen's generation config with a repetition
-penalty of 1.1.
+It is used to measure speed and memory, and for tests, without a download.
+
+llasa: the folder has the files, tensor names and dtypes of a checkpoint of yuekai/llasa_cosyvoice2_token_qwen_0.5b
+written by transformers 4: Qwen2.5-0.5B-Instruct, to whose tokenizer 6,561 speech tokens and
+``<|SPEECH_GENERATION_START|>`` were added with ``add_tokens``, and whose embedding was resized to 158,227 ids (icefall,
+egs/emilia/TTS/llasa_cosyvoice2_token/train.py); LM head tied to the embedding, float16, Qwen's default chat template
+with its system prompt, and Qwen's generation config with a repetition penalty of 1.1.
+
+cosyvoice3: the language model's part of Fun-CosyVoice3-0.5B-2512, ``llm.pt`` (the state of ``CosyVoice3LM`` in
+cosyvoice/llm/llm.py, float32) and ``CosyVoice-BlankEN`` (Qwen2-0.5B-Instruct). Convert it for training:
+
+    python scripts/convert_llm.py to-hf --cosyvoice-dir DIR --output HF_DIR
 
 The text vocabulary is Qwen's own: its 151,643 byte-pair ranks are in the package ``dashscope``
 (``pip install --no-deps dashscope``), or in the file of ``--qwen-ranks``.
@@ -15,8 +21,9 @@ The text vocabulary is Qwen's own: its 151,643 byte-pair ranks are in the packag
 The model generates random speech tokens and nothing else. Responses have ``--mean-tokens`` tokens on average (a
 geometric distribution), so that rollouts cause a realistic load for trainer and reward server. To achieve this, the
 first layer converts component 0, which is equal in all embeddings, to a constant in component 1 of the residual stream,
-and no later layer writes to either. The final norm removes component 0, so that component 1 of the tied embedding
-determines the logit of each id.
+and no later layer writes to either. The final norm removes component 0, so that component 1 of the head (or of the
+embedding, to which it may be tied) determines the logit of each id. The rows of CosyVoice3's head that cannot be
+sampled have the logit of a speech token, so that an error in their exclusion changes the mean length.
 """
 
 import argparse
@@ -62,6 +69,18 @@ SHAPES = {  # Qwen2.5-0.5B; "tiny" is for tests
     "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
              "intermediate_size": 128},
 }  # fmt: skip
+BLANK_EN = "CosyVoice-BlankEN"
+TEXT_ROWS = 151_936  # rows of Qwen2-0.5B's embedding; its tokenizer has 151,646 tokens
+COSYVOICE3_ROWS = NUM_SPEECH_TOKENS + 200  # CosyVoice3LM: speech tokens, sos, eos, task id, fill, unused
+COSYVOICE3_EOS = NUM_SPEECH_TOKENS + 1
+# Renders as Qwen2-Instruct's template does: with a system prompt first, even if the messages have none.
+QWEN2_CHAT_TEMPLATE = (
+    "{%- if messages[0]['role'] != 'system' %}"
+    "{{- '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{%- endif %}"
+    "{%- for message in messages %}"
+    "{{- '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
+)
 NEVER = -50.0  # logit of ids that are never sampled
 GAIN = 8.0  # gain of component 1 in the final norm; a large gain allows small values in the embeddings
 CONSTANT = 10.0  # value of components 0 and 1 of the residual stream, much larger than all others
@@ -70,6 +89,7 @@ CONSTANT = 10.0  # value of components 0 and 1 of the residual stream, much larg
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--model", choices=("llasa", "cosyvoice3"), default="llasa", help="model whose format it has")
     parser.add_argument("--shape", choices=sorted(SHAPES), default="0.5b", help="size of the network")
     parser.add_argument("--mean-tokens", type=float, default=124.0, help="mean number of speech tokens per response")
     parser.add_argument("--seed", type=int, default=0, help="random seed for the weights")
@@ -172,11 +192,25 @@ def make_model(tokenizer, shape: dict[str, int], mean_tokens: float, seed: int) 
     model = Qwen2ForCausalLM(
         Qwen2Config(vocab_size=rows, tie_word_embeddings=True, max_position_embeddings=32768, **shape)
     )
-    first, size = tokenizer.convert_tokens_to_ids(speech_token_str(0)), shape["hidden_size"]
+    first = tokenizer.convert_tokens_to_ids(speech_token_str(0))
     logits = torch.full((rows,), NEVER)
     logits[first : first + NUM_SPEECH_TOKENS] = 0.0
-    logits[end] = math.log(NUM_SPEECH_TOKENS / (mean_tokens - 1))
-    network, root = model.model, math.sqrt(size)
+    logits[end] = end_logit(mean_tokens)
+    add_constant(model.model)
+    embedding = model.model.embed_tokens.weight.detach()
+    embedding[:, 0] = CONSTANT
+    set_logits(embedding, logits)
+    return model.to(torch.float16)
+
+
+def end_logit(mean_tokens: float) -> float:
+    """Logit of the end token beside speech tokens with logit 0, for a mean number of tokens per response."""
+    return math.log(NUM_SPEECH_TOKENS / (mean_tokens - 1))
+
+
+def add_constant(network) -> None:
+    """Make component 1 of the final hidden states a constant, if component 0 of all embeddings is ``CONSTANT``."""
+    root = math.sqrt(network.config.hidden_size)
     with torch.no_grad():
         for layer in network.layers:
             for weight in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight):
@@ -188,11 +222,81 @@ def make_model(tokenizer, shape: dict[str, int], mean_tokens: float, seed: int) 
             weight[0, 0] = 2.0 / root  # RMSNorm scales the only large component to sqrt(size)
         mlp.down_proj.weight[:, 0] = 0.0
         mlp.down_proj.weight[1, 0] = CONSTANT / (2.0 * torch.nn.functional.silu(torch.tensor(2.0)))
-        network.embed_tokens.weight[:, 0] = CONSTANT
         network.norm.weight[0], network.norm.weight[1] = 0.0, GAIN
-        # Components 0 and 1 are equal, so that the norm scales each of them to sqrt(size / 2).
-        network.embed_tokens.weight[:, 1] = logits / (GAIN * root / math.sqrt(2.0))
-    return model.to(torch.float16)
+
+
+def set_logits(head: torch.Tensor, logits: torch.Tensor) -> None:
+    """Set the logits (V,) of a head (V, D) after :func:`add_constant`, but for small random components."""
+    # Components 0 and 1 are equal, so that the norm scales each of them to sqrt(D / 2).
+    head[:, 1] = logits / (GAIN * math.sqrt(head.shape[1] / 2.0))
+
+
+def write_blank_en(folder: Path, ranks: dict[bytes, int], shape: dict[str, int], seed: int) -> Qwen2ForCausalLM:
+    """Write CosyVoice-BlankEN: Qwen2-0.5B-Instruct's files and template, in bfloat16, without a tokenizer.json."""
+    names, merges = vocabulary(ranks)
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    pad, end = len(names), len(names) + 2
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=TEXT_ROWS, tie_word_embeddings=True, max_position_embeddings=32768,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000000.0}, **shape,
+    )  # fmt: skip
+    model = Qwen2ForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(folder)
+    write_json(folder / "config.json", {
+        "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": pad, "eos_token_id": end,
+        "hidden_act": "silu", "initializer_range": 0.02, "max_position_embeddings": 32768, "max_window_layers": 24,
+        "model_type": "qwen2", "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 32768,
+        "tie_word_embeddings": True, "torch_dtype": "bfloat16", "transformers_version": "4.40.1", "use_cache": True,
+        "use_sliding_window": False, "vocab_size": TEXT_ROWS, **shape,
+    })  # fmt: skip
+    write_json(folder / "generation_config.json", {
+        "bos_token_id": pad, "pad_token_id": pad, "do_sample": True, "eos_token_id": [end, pad],
+        "repetition_penalty": 1.1, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "transformers_version": "4.37.0",
+    })  # fmt: skip
+    (folder / "vocab.json").write_text(json.dumps(names, ensure_ascii=False), encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), encoding="utf-8")
+    plain = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    write_json(folder / "tokenizer_config.json", {
+        "add_prefix_space": False,
+        "added_tokens_decoder": {str(pad + i): {"content": name} | plain for i, name in enumerate(special)},
+        "additional_special_tokens": special[1:], "bos_token": None, "chat_template": QWEN2_CHAT_TEMPLATE,
+        "clean_up_tokenization_spaces": False, "eos_token": "<|im_end|>", "errors": "replace",
+        "model_max_length": 32768, "pad_token": "<|endoftext|>", "split_special_tokens": False,
+        "tokenizer_class": "Qwen2Tokenizer", "unk_token": None,
+    })  # fmt: skip
+    return model
+
+
+def cosyvoice3_state(model: Qwen2ForCausalLM, mean_tokens: float) -> dict[str, torch.Tensor]:
+    """State of a ``CosyVoice3LM``, float32, whose network and text embedding are those of CosyVoice-BlankEN.
+
+    Args:
+        model: result of :func:`write_blank_en`; it is changed, as training would change it.
+        mean_tokens: mean number of tokens per response, including the end token.
+    """
+    size = model.config.hidden_size
+    model.float()
+    add_constant(model.model)
+    head, speech = 0.02 * torch.randn(2, COSYVOICE3_ROWS, size)
+    for embedding in (model.model.embed_tokens.weight.detach(), speech):
+        embedding[:, 0], embedding[:, 1] = CONSTANT, 0.0
+    logits = torch.zeros(COSYVOICE3_ROWS)
+    logits[COSYVOICE3_EOS] = end_logit(mean_tokens)
+    set_logits(head, logits)
+    state = {f"llm.model.{name}": tensor for name, tensor in model.state_dict().items()}
+    # clone(), because torch.save writes the whole storage of a slice
+    return state | {"llm_decoder.weight": head.clone(), "speech_embedding.weight": speech.clone()}
+
+
+def write_cosyvoice3(
+    folder: Path, ranks: dict[bytes, int], shape: dict[str, int], mean_tokens: float, seed: int
+) -> int:
+    """Write llm.pt and CosyVoice-BlankEN; returns the number of parameters."""
+    model = write_blank_en(folder / BLANK_EN, ranks, shape, seed)
+    state = cosyvoice3_state(model, mean_tokens)
+    torch.save(state, folder / "llm.pt")
+    return model.num_parameters() + 2 * COSYVOICE3_ROWS * shape["hidden_size"]
 
 
 def save_model(model: Qwen2ForCausalLM, folder: Path, tokenizer) -> None:
@@ -217,12 +321,17 @@ def save_model(model: Qwen2ForCausalLM, folder: Path, tokenizer) -> None:
 
 def main(argv=None):
     args = get_args(argv)
-    tokenizer = make_tokenizer(read_ranks(args.qwen_ranks))
-    model = make_model(tokenizer, SHAPES[args.shape], args.mean_tokens, args.seed)
+    ranks, shape = read_ranks(args.qwen_ranks), SHAPES[args.shape]
     args.output.mkdir(parents=True, exist_ok=True)
-    save_tokenizer(tokenizer, args.output)
-    save_model(model, args.output, tokenizer)
-    print(json.dumps({"output": str(args.output), "parameters": model.num_parameters(), "vocabulary": len(tokenizer)}))
+    if args.model == "cosyvoice3":
+        parameters = write_cosyvoice3(args.output, ranks, shape, args.mean_tokens, args.seed)
+    else:
+        tokenizer = make_tokenizer(ranks)
+        model = make_model(tokenizer, shape, args.mean_tokens, args.seed)
+        save_tokenizer(tokenizer, args.output)
+        save_model(model, args.output, tokenizer)
+        parameters = model.num_parameters()
+    print(json.dumps({"output": str(args.output), "parameters": parameters}))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,4 @@ rollout_n=${rollout_n:-4} rollout_temperature=${rollout_temperature:-0.8} rollou
 rollout_top_k=${rollout_top_k:-25}
 norm_adv_by_std=${norm_adv_by_std:-True}
 
-# evaluation
-infer_lm_precision=${infer_lm_precision:-fp32} infer_precision=${infer_precision:-fp16}
-repetition_penalty=${repetition_penalty:-1.1} # of Qwen's generation_config.json, which upstream's inference reads
+evaluation=${evaluation:-seed}

@@ -8,7 +8,4 @@
 # reward: each rollout in a random voice of AISHELL's test set
 reward_voices=${reward_voices:-200} prompt_voice_per=${prompt_voice_per:-rollout}
 
-# evaluation: the texts without quotes and brackets
-eval_strip_quotes=${eval_strip_quotes:-1}
-infer_lm_precision=${infer_lm_precision:-fp32} infer_precision=${infer_precision:-fp16}
-repetition_penalty=${repetition_penalty:-1.1} # of Qwen's generation_config.json, which upstream's inference reads
+evaluation=${evaluation:-mair-hub}

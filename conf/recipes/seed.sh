@@ -18,6 +18,4 @@ total_steps=${total_steps:-2100}
 rollout_n=${rollout_n:-4} rollout_temperature=${rollout_temperature:-0.8} rollout_top_p=${rollout_top_p:-0.9}
 norm_adv_by_std=${norm_adv_by_std:-True}
 
-# evaluation
-infer_lm_precision=${infer_lm_precision:-fp32} infer_precision=${infer_precision:-fp16}
-repetition_penalty=${repetition_penalty:-1.1} # of Qwen's generation_config.json, which upstream's inference reads
+evaluation=${evaluation:-seed}

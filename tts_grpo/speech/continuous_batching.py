@@ -105,8 +105,8 @@ class ContinuousBatching:
     """
 
     def __init__(self, model, sampling: Sampling, slots: int, longest_prompt: int):
-        if sampling.repetition_window or sampling.min_token_text_ratio or sampling.max_token_text_ratio:
-            raise ValueError(f"continuous batching does not support {sampling}: use generate")
+        if sampling.needs_whole_batches:
+            raise ValueError(f"continuous batching does not support {sampling}: use --engine batches")
         if set(getattr(model.config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
             raise ValueError("continuous batching supports full attention only: use --engine batches")
         model.set_attn_implementation(NAME)

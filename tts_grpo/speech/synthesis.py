@@ -54,6 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling threshold; 1.0: off")
     parser.add_argument("--top-k", type=int, default=-1, help="sample from the K most likely tokens only; -1: off")
     parser.add_argument("--repetition-penalty", type=float, default=1.0, help="penalty on earlier token ids; 1.0: off")
+    parser.add_argument("--repetition-window", type=int, default=0, help="repetition aware sampling, as CosyVoice's: a "
+                        "token among this many last ones is replaced; 0: off")  # fmt: skip
+    parser.add_argument("--min-token-text-ratio", type=float, default=0.0, help="minimum number of tokens per token of "
+                        "the text; 0: none")  # fmt: skip
+    parser.add_argument("--max-token-text-ratio", type=float, default=0.0, help="maximum number of tokens per token of "
+                        "the text; 0: --max-new-tokens")  # fmt: skip
     parser.add_argument("--max-new-tokens", type=int, default=512, help="maximum number of tokens per utterance")
     parser.add_argument("--language", choices=LANGUAGES, default="zh", help="language of the texts")
     parser.add_argument(
@@ -68,6 +74,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="raw",
         help="what the language model reads: texts as they are, or with numbers and signs in words",
     )
+
+
+def sampling_of(args: argparse.Namespace) -> Sampling:
+    """How tokens are chosen, from the flags of :func:`add_arguments`."""
+    names = (field.name for field in dataclasses.fields(Sampling))
+    return Sampling(**{name: getattr(args, name) for name in names})
 
 
 def utterance_seed(seed: int, utt_id: str) -> int:
@@ -105,9 +117,7 @@ class Synthesiser:
         dtype = args.lm_precision and LM_PRECISIONS[args.lm_precision]
         self.model, self.tokenizer = load_lm(args.llm_path, device, dtype)
         self.token2wav = load_token2wav(args.token2wav_dir, device, args.precision)
-        self.sampling = Sampling(
-            args.temperature, args.top_p, args.top_k, args.max_new_tokens, repetition_penalty=args.repetition_penalty
-        )
+        self.sampling = sampling_of(args)
         self.rules = TextRules(args.language, args.text_tags, args.llm_text)
         self.prompt_dir, self.voices = prompt_dir, {}
         self.seconds = dict.fromkeys(("prompts", "generation", "token2wav"), 0.0)
@@ -167,7 +177,10 @@ class Synthesiser:
         prompts = self.prompts(utterances)
         seeds = [utterance_seed(seed, row["id"]) for row in utterances]
         with self.timed("generation"):
-            generated = generate_speech_tokens(self.model, self.tokenizer, prompts, seeds, self.sampling, len(prompts))
+            generated = generate_speech_tokens(
+                self.model, self.tokenizer, prompts, seeds, self.sampling, len(prompts),
+                texts=[self.texts(row)[1] for row in utterances],
+            )  # fmt: skip
         return self.decode(utterances, generated, seed)
 
     def synthesise_all(

@@ -1,5 +1,6 @@
 """token2wav: decode speech tokens to waveforms with the decoder of a model folder."""
 
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,7 +8,12 @@ import numpy as np
 
 from tts_grpo.speech.decoder import PromptVoice, Token2Wav, decode_finite
 from tts_grpo.speech.model_folders import TOKEN2WAV_FILES, token2wav_kind
-from tts_grpo.speech.tiny.token2wav import TinyToken2Wav
+
+DECODERS = {  # class of each kind of model folder; they are imported when needed
+    "tiny": "tts_grpo.speech.tiny.token2wav:TinyToken2Wav",
+    "cosyvoice2": "tts_grpo.speech.cosyvoice2.token2wav:CosyVoice2Token2Wav",
+    "cosyvoice3": "tts_grpo.speech.cosyvoice3.token2wav:CosyVoice3Token2Wav",
+}
 
 
 def load_token2wav(model_dir: str | Path, device: str = "cpu", precision: str = "fp32") -> Token2Wav:
@@ -23,16 +29,11 @@ def load_token2wav(model_dir: str | Path, device: str = "cpu", precision: str = 
         ValueError: the folder has no supported decoder, or the decoder does not support the precision.
     """
     kind = token2wav_kind(model_dir)
-    if kind == "tiny":
-        if precision != "fp32":
-            raise ValueError(f"{model_dir}: the tiny token2wav does not support the precision {precision}: use fp32")
-        return TinyToken2Wav(model_dir, device)
-    if kind == "cosyvoice2":
-        from tts_grpo.speech.cosyvoice2.token2wav import CosyVoice2Token2Wav
-
-        return CosyVoice2Token2Wav(model_dir, device, precision)
-    expected = " or ".join(files[0] for files in TOKEN2WAV_FILES.values())
-    raise ValueError(f"{model_dir}: no token2wav model found: expected {expected}")
+    if kind is None:
+        expected = " or ".join(files[0] for files in TOKEN2WAV_FILES.values())
+        raise ValueError(f"{model_dir}: no token2wav model found: expected {expected}")
+    module, name = DECODERS[kind].split(":")
+    return getattr(importlib.import_module(module), name)(model_dir, device, precision)
 
 
 def decode(

@@ -16,9 +16,18 @@ The form ``cosyvoice2`` is for the official model, converted by scripts/convert_
 
     <|sos|>TEXT<|task_id|><|s_N|>...<|eos1|>
 
+The form ``cosyvoice3`` has the same template, but the text follows a system prompt, which the model requires and which
+may have an instruction, such as a dialect, an emotion or a speed. It is part of the user message::
+
+    <|sos|>You are a helpful assistant.<|endofprompt|>TEXT<|task_id|><|s_N|>...<|eos1|>
+    <|sos|>You are a helpful assistant. 请用广东话表达。<|endofprompt|>TEXT<|task_id|><|s_N|>...<|eos1|>
+
+CosyVoice2 takes instructions, too, without the first sentence.
+
 Zero-shot prompting puts the prompt's transcript before TEXT and its speech tokens at the start of the response. In the
 data of a training, these speech tokens are a message of the role "speech" (:func:`with_speech_role`), because veRL
-renders a prompt from its messages.
+renders a prompt from its messages. A prompt with an instruction has neither transcript nor speech tokens, as in
+CosyVoice (``frontend_instruct2`` in cosyvoice/cli/frontend.py): the response would continue the recording's manner.
 """
 
 import hashlib
@@ -26,6 +35,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from tts_grpo.text.tags import END_OF_PROMPT
 from tts_grpo.text.tokens import format_speech_tokens
 
 IM_START = "<|im_start|>"
@@ -35,6 +45,8 @@ GENERATION_END = "<|SPEECH_GENERATION_END|>"  # end token of the tiny model
 INSTRUCTION = "Convert the text to speech: "
 SOS = "<|sos|>"
 TASK_ID = "<|task_id|>"
+END_OF_SYSTEM = "<|endofsystem|>"  # only CosyVoice3's tokenizer has it; no prompt does
+COSYVOICE3_SYSTEM = "You are a helpful assistant."  # example.py at ace7c47
 SPEECH = "speech"
 
 # veRL always asks for a generation prompt and passes no prefill, so the template itself ends with the start token.
@@ -45,8 +57,8 @@ LLASA_CHAT_TEMPLATE = (
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n<|SPEECH_GENERATION_START|>' }}{%- endif %}"
 )
 
-# The official model's input is sos, text, task id (Qwen2LM.inference in cosyvoice/llm/llm.py).
-COSYVOICE2_CHAT_TEMPLATE = (
+# The official models' input is sos, text, task id (Qwen2LM.inference in cosyvoice/llm/llm.py).
+COSYVOICE_CHAT_TEMPLATE = (
     "{%- for message in messages %}"
     "{%- if message['role'] == 'user' %}{{- '<|sos|>' + message['content'] + '<|task_id|>' }}"
     "{%- elif message['role'] == 'assistant' %}{{- message['content'] }}{%- endif %}"
@@ -68,7 +80,7 @@ _CHATML = re.compile(
 
 
 def speech_template(tokenizer) -> str:
-    """Return a chat template that renders this tokenizer's prompts in one of the two forms.
+    """Return a chat template that renders this tokenizer's prompts in one of the forms.
 
     The tokenizer's own template is kept if its prompts end with the token that starts speech. Otherwise the vocabulary
     must contain ``<|SPEECH_GENERATION_START|>``, and the template must be missing, ChatML (Qwen2.5's default, with its
@@ -89,7 +101,7 @@ def speech_template(tokenizer) -> str:
     if GENERATION_START not in tokenizer.get_vocab():
         raise ValueError(
             f"the tokenizer has neither {GENERATION_START} nor a template of the form {SOS}TEXT{TASK_ID}: it is not "
-            "a language model with CosyVoice2's speech tokens"
+            "a language model with CosyVoice's speech tokens"
         )
     if tokenizer.chat_template is None or _CHATML.fullmatch(own):
         return LLASA_CHAT_TEMPLATE
@@ -123,13 +135,42 @@ def _ending(tokenizer) -> str:
     return TASK_ID if TASK_ID in (tokenizer.chat_template or "") else GENERATION_START
 
 
-def chat_messages(tokenizer, text: str, prompt_text: str = "", speech: Sequence[int] = ()) -> list[dict[str, str]]:
+def form_of(tokenizer) -> str:
+    """The form of the tokenizer's prompts: ``llasa``, ``cosyvoice2`` or ``cosyvoice3``."""
+    if _ending(tokenizer) == GENERATION_START:
+        return "llasa"
+    return "cosyvoice3" if END_OF_SYSTEM in tokenizer.get_vocab() else "cosyvoice2"
+
+
+def before_text(tokenizer, instruct: str = "") -> str:
+    """Return what precedes the text in the user message of the tokenizer's form.
+
+    Args:
+        tokenizer: Hugging Face tokenizer.
+        instruct: how to speak, such as "请用广东话表达。", or "".
+
+    Raises:
+        ValueError: there is an instruction, and the language model takes none.
+    """
+    form = form_of(tokenizer)
+    if form == "llasa":
+        if instruct:
+            raise ValueError("this language model takes no instructions: remove the key instruct (or use CosyVoice3)")
+        return INSTRUCTION
+    system = [COSYVOICE3_SYSTEM] if form == "cosyvoice3" else []
+    parts = [*system, *([instruct] if instruct else [])]
+    return f"{' '.join(parts)}{END_OF_PROMPT}" if parts else ""
+
+
+def chat_messages(
+    tokenizer, text: str, prompt_text: str = "", speech: Sequence[int] = (), instruct: str = ""
+) -> list[dict[str, str]]:
     """Return the chat messages that ask for ``text``, after ``prompt_text``, in the tokenizer's form.
 
     ``speech`` has speech tokens that the response continues; a template needs :func:`with_speech_role` for them.
+    ``instruct`` says how to speak (:func:`before_text`).
     """
-    instruction = "" if _ending(tokenizer) == TASK_ID else INSTRUCTION
-    messages = [{"role": "user", "content": instruction + prompt_text + text}]
+    messages = [{"role": "user", "content": before_text(tokenizer, instruct) + prompt_text + text}]
     return messages + ([{"role": SPEECH, "content": format_speech_tokens(speech)}] if len(speech) else [])
 
 
@@ -145,7 +186,9 @@ def choose(items: Sequence, key: str, seed: int = 0):
     return items[int.from_bytes(hashlib.sha256(f"{seed}/{key}".encode()).digest()[:7], "big") % len(items)]
 
 
-def render_prompt(tokenizer, text: str, prompt_text: str = "", prompt_speech_tokens=()) -> str:
+def render_prompt(
+    tokenizer, text: str, prompt_text: str = "", prompt_speech_tokens: Sequence[int] = (), instruct: str = ""
+) -> str:
     """Render the full prompt of one utterance as text.
 
     Args:
@@ -153,14 +196,17 @@ def render_prompt(tokenizer, text: str, prompt_text: str = "", prompt_speech_tok
         text: text to synthesise.
         prompt_text: transcript of the prompt recording, or "".
         prompt_speech_tokens: speech tokens of the prompt recording, or none.
+        instruct: how to speak, or ""; the prompt recording is then left out.
 
     Raises:
-        ValueError: only one of ``prompt_text`` and ``prompt_speech_tokens`` is given, or the tokenizer's template
-            renders neither form.
+        ValueError: only one of ``prompt_text`` and ``prompt_speech_tokens`` is given, the tokenizer's template renders
+            no known form, or the language model takes no instructions.
     """
     if bool(prompt_text) != bool(len(prompt_speech_tokens)):
         raise ValueError("a zero-shot prompt needs both its text and its speech tokens")
-    messages, ending = chat_messages(tokenizer, text, prompt_text), _ending(tokenizer)
+    if instruct:
+        prompt_text, prompt_speech_tokens = "", ()
+    messages, ending = chat_messages(tokenizer, text, prompt_text, instruct=instruct), _ending(tokenizer)
     prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     if not prompt.endswith(ending) or (ending == TASK_ID and not prompt.startswith(SOS)):
         raise ValueError(

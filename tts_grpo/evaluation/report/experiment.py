@@ -96,22 +96,30 @@ def read_json(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def load_experiment(exp_dir: Path) -> Experiment:
+def load_experiment(exp_dir: Path, eval_set: str = "") -> Experiment:
     """Load an experiment's folder.
+
+    Args:
+        exp_dir: the folder.
+        eval_set: name of an evaluation set with results in ``eval/NAME``; by default, the results in ``eval``, which
+            are those of the first set.
 
     Raises:
         ValueError: a file of the evaluation is missing, or the utterances or seeds of the two models differ.
     """
     summary = read_json(exp_dir / "summary.json")
-    scores = {model: read_json(exp_dir / "eval" / model / "scores.json") for model in MODELS}
+    summary |= summary.get("sets", {}).get(eval_set, {})
+    eval_dir = exp_dir / "eval" / eval_set
+    scores = {model: read_json(eval_dir / model / "scores.json") for model in MODELS}
     titles = {name: entry["title"] for name, entry in summary.get("metrics", {}).items()} or METRIC_TITLES
     metrics = {name: title for name, title in titles.items() if name in summary["relative_drop"]}
     main_metric = next((name for name in MAIN_METRICS if name in metrics), None)
     if main_metric is None:
         raise ValueError(f"{exp_dir}/summary.json has none of {', '.join(MAIN_METRICS)}: run bash run.sh 4 4")
-    rows = {model: _rows_by_seed(exp_dir / "eval" / model) for model in MODELS}
+    rows = {model: _rows_by_seed(eval_dir / model) for model in MODELS}
     utterances = _utterances(rows, main_metric)
-    return Experiment(exp_dir.resolve().name, summary, scores, metrics, main_metric, utterances, list(rows["sft"]),
+    name = " ".join(filter(None, (exp_dir.resolve().name, eval_set)))
+    return Experiment(name, summary, scores, metrics, main_metric, utterances, list(rows["sft"]),
                       load_scalars(exp_dir / "tensorboard"))  # fmt: skip
 
 

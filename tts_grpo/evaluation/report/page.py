@@ -7,6 +7,7 @@ from pathlib import Path
 import jinja2
 import numpy as np
 
+from tts_grpo.evaluation.protocols import MAIN_METRIC
 from tts_grpo.evaluation.report import figures
 from tts_grpo.evaluation.report.alignment import cells
 from tts_grpo.evaluation.report.clips import Clip, load_clip
@@ -84,6 +85,21 @@ def error_rows(experiment: Experiment) -> list[dict]:
                 "models": [_with_interval(judge[m][name]["rate"], judge[m][name]["ci"], ".2%") for m in MODELS],
                 "drop": _with_interval(change["relative_drop"], change["relative_drop_ci"], ".1%"),
                 "verdict": change["verdict"],
+            })  # fmt: skip
+    return rows
+
+
+def set_rows(summary: dict) -> list[dict]:
+    """The table of evaluation sets: the published and the micro rate of each; empty if there is one set."""
+    rows = []
+    for name, part in summary.get("sets", {}).items():
+        for metric in ("seed-tts-eval", MAIN_METRIC[part["language"]]):
+            drop, ci = part["relative_drop"][metric], part["relative_drop_ci"][metric]
+            rates = [part[m]["pooled"][metric] for m in MODELS]
+            rows.append({
+                "set": name, "title": part["metrics"][metric]["title"],
+                "models": [_with_interval(rate["rate"], rate["ci"], ".2%") for rate in rates],
+                "drop": _with_interval(drop, ci, ".1%"), "verdict": part["verdict"][metric],
             })  # fmt: skip
     return rows
 
@@ -243,6 +259,7 @@ def render(experiment: Experiment, examples: int) -> str:
     return template("page.html").render(
         disagreements=find_disagreements(experiment.utterances, language), language=language,
         name=experiment.name, headline=headline(experiment), errors=error_rows(experiment),
+        sets=set_rows(experiment.summary),
         quality=quality_rows(experiment), per_seed=seed_rows(experiment),
         sample=experiment.scores["sft"].get("quality_sample"),
         recogniser=recogniser(experiment), num_utterances=len(experiment.utterances), seeds=experiment.seeds,

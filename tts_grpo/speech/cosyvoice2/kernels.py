@@ -180,11 +180,11 @@ class TransformerBlocks:
         return add_where(x, self.added, used)
 
 
-def gelu(x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
-    """GELU of a linear layer's output for (N, C)."""
+def gelu(x: torch.Tensor, layer: nn.Linear, approximate: str = "none") -> torch.Tensor:
+    """GELU of a linear layer's output for (N, C); a GPU always uses the tanh approximation."""
     if x.is_cuda:
         return torch._addmm_activation(layer.bias, x, layer.weight.T, use_gelu=True)
-    return F.gelu(layer(x))
+    return F.gelu(layer(x), approximate=approximate)
 
 
 @triton.jit
@@ -319,14 +319,14 @@ def _apply_snake(x, out, used, alpha, num, CHANNELS: tl.constexpr, FRAMES: tl.co
 
 
 @triton.jit
-def _dilated_conv(x, total, out, used, length, w, bias, alpha, dilation, ADD: tl.constexpr, ACTIVATE: tl.constexpr,
-                  CHANNELS: tl.constexpr, TAPS: tl.constexpr, FRAMES: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+def _dilated_conv(x, total, out, used, length, w, bias, alpha, dilation, offset, ADD: tl.constexpr,
+                  ACTIVATE: tl.constexpr, CHANNELS: tl.constexpr, TAPS: tl.constexpr, FRAMES: tl.constexpr,
+                  CHUNK: tl.constexpr):  # fmt: skip
     position = (tl.program_id(0) * FRAMES + tl.arange(0, FRAMES)).to(tl.int64)
     base = tl.program_id(1).to(tl.int64) * length
     columns = tl.arange(0, CHANNELS)
     acc = tl.zeros((FRAMES, CHANNELS), tl.float32)
-    acc = _convolve(acc, x, w, base, position, length, dilation, -(TAPS // 2) * dilation, columns, CHANNELS, CHANNELS,
-                    TAPS, CHUNK)  # fmt: skip
+    acc = _convolve(acc, x, w, base, position, length, dilation, offset, columns, CHANNELS, CHANNELS, TAPS, CHUNK)
     acc += tl.load(bias + columns)[None, :]
     at = (base + position)[:, None] * CHANNELS + columns[None, :]
     inside = (position < length)[:, None]
@@ -346,11 +346,12 @@ class SnakeResBlock(nn.Module):
         block: the module.
         masks: for each length T, float32 (B, 1, T), 0 after the end of each utterance; convolutions read zeros there.
         dtype: data type of the products.
+        causal: whether convolutions read earlier frames only, instead of as many earlier as later ones.
     """
 
-    def __init__(self, block: nn.Module, masks: dict[int, torch.Tensor], dtype: torch.dtype):
+    def __init__(self, block: nn.Module, masks: dict[int, torch.Tensor], dtype: torch.dtype, causal: bool = False):
         super().__init__()
-        self.masks, self.dtype = masks, dtype
+        self.masks, self.dtype, self.causal = masks, dtype, causal
         alphas = [snake.alpha for pair in zip(block.activations1, block.activations2, strict=True) for snake in pair]
         convs = [conv for pair in zip(block.convs1, block.convs2, strict=True) for conv in pair]
         self.first_alpha, self.taps = alphas[0], convs[0].kernel_size[0]
@@ -368,11 +369,12 @@ class SnakeResBlock(nn.Module):
         _apply_snake[(triton.cdiv(rows * length, 32),)](
             total, active, used, self.first_alpha, rows * length, channels, 32, num_warps=4
         )
+        earlier = self.taps - 1 if self.causal else self.taps // 2
         for i, (weight, bias, alpha, dilation) in enumerate(self.layers):
             out = torch.empty_like(active)
             _dilated_conv[(triton.cdiv(length, 64), rows)](
                 active, total, out, used, length, weight, bias, bias if alpha is None else alpha, dilation,
-                i % 2 == 1, alpha is not None, channels, self.taps, 64, min(CHUNK, channels),
+                -earlier * dilation, i % 2 == 1, alpha is not None, channels, self.taps, 64, min(CHUNK, channels),
                 num_warps=8 if channels > 128 else 4, num_stages=3,
             )  # fmt: skip
             active = out

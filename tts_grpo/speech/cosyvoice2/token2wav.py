@@ -21,7 +21,7 @@ import io
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -43,19 +43,19 @@ MEL_PER_TOKEN = 2
 MAX_UTTERANCES = 32
 PADDED_TOKENS, PADDED_TOKENS_SMALL_GPU = 16384, 4096
 SMALL_GPU_GIB = 40
-YAML_OBJECTS = ("flow", "hift", "feat_extractor")  # objects of cosyvoice2.yaml that are built; plain values are kept
+YAML_OBJECTS = ("flow", "hift", "feat_extractor")  # objects of the configuration that are built; plain values are kept
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def load_modules(model_dir: Path) -> dict:
-    """Build ``flow``, ``hift`` and ``feat_extractor`` of cosyvoice2.yaml, with random weights.
+def load_modules(model_dir: Path, config_file: str = "cosyvoice2.yaml") -> dict:
+    """Build the official ``flow``, ``hift`` and ``feat_extractor`` of a model folder, with random weights.
 
     Raises:
         ImportError: CosyVoice's source cannot be imported.
     """
     from hyperpyyaml import load_hyperpyyaml
 
-    text = (model_dir / "cosyvoice2.yaml").read_text(encoding="utf-8")
+    text = (model_dir / config_file).read_text(encoding="utf-8")
     entries = re.split(r"^(?=\S)", text, flags=re.MULTILINE)
     kept = [e for e in entries if e.split(":", 1)[0] in YAML_OBJECTS or re.fullmatch(r"\w+:[^!\[{\n]*\n*", e)]
     try:
@@ -125,28 +125,21 @@ class FixedNoise(TorchFunctionMode):
 
 
 class Flow:
-    """Speech tokens -> mel spectrograms, in batches.
+    """Speech tokens -> mel spectrograms, in batches; the parts that CosyVoice2 and CosyVoice3 have in common.
+
+    Subclasses set ``packed`` to use packed batches, or have ``solve`` for padded ones; both have ``encode``.
 
     Args:
-        module: CosyVoice's ``CausalMaskedDiffWithXvec``.
-        dtype: data type of the estimator; float32 uses padded batches, float16 and bfloat16 use packed ones.
+        module: the networks, with ``input_embedding`` and ``spk_embed_affine_layer``.
+        noise: float32 (1, 80, L), from which the solver starts.
     """
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype = torch.float32):
-        self.module, self.token_mask = module, None
-        module.encoder.pre_lookahead_layer.register_forward_pre_hook(
-            lambda _, args: (args[0] * self.token_mask[..., None], *args[1:])
-        )
-        self.noise = module.decoder.rand_noise.to(self.device)
+    packed = None
+
+    def __init__(self, module: nn.Module, noise: torch.Tensor):
+        self.module, self.noise = module, noise.to(module.input_embedding.weight.device)
         steps = torch.linspace(0, 1, NUM_STEPS + 1, device=self.device)
         self.times = 1 - torch.cos(steps * 0.5 * torch.pi)
-        self.packed = None
-        if dtype != torch.float32:
-            from tts_grpo.speech.cosyvoice2.packed_flow import (
-                PackedSolver,  # needs Triton, which only GPU builds of torch have
-            )
-
-            self.packed = PackedSolver(module.decoder, self.times, dtype)
 
     @property
     def device(self) -> torch.device:
@@ -187,7 +180,37 @@ class Flow:
         positions = (starts[:, None] + torch.arange(size)).clamp(max=mel.shape[2] - 1).to(self.device)
         return mel.gather(2, positions[:, None].expand(-1, mel.shape[1], -1))
 
-    def encode(self, tokens: torch.Tensor, lens: torch.Tensor) -> Iterator[torch.Tensor]:
+    def encode(self, tokens: torch.Tensor, lens: torch.Tensor) -> Iterable[torch.Tensor]:
+        """Encode ids (B, T) with lengths (B,) on the CPU: yields (B', 80, 2T') for consecutive slices of the batch."""
+        raise NotImplementedError
+
+    def solve(self, mu, mask, spks, condition) -> torch.Tensor:
+        """Mel (B, 80, L) from encoded tokens (B, 80, L), mask (B, 1, L), speakers (B, 80) and prompts (B, 80, L)."""
+        raise NotImplementedError
+
+
+class ConformerFlow(Flow):
+    """CosyVoice2's flow.
+
+    Args:
+        module: CosyVoice's ``CausalMaskedDiffWithXvec``.
+        dtype: data type of the estimator; float32 uses padded batches, float16 and bfloat16 use packed ones.
+    """
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype = torch.float32):
+        super().__init__(module, module.decoder.rand_noise)
+        self.token_mask = None
+        module.encoder.pre_lookahead_layer.register_forward_pre_hook(
+            lambda _, args: (args[0] * self.token_mask[..., None], *args[1:])
+        )
+        if dtype != torch.float32:
+            from tts_grpo.speech.cosyvoice2.packed_flow import (
+                packed_solver,  # needs Triton, which only GPU builds of torch have
+            )
+
+            self.packed = packed_solver(module.decoder, self.times, dtype)
+
+    def encode(self, tokens: torch.Tensor, lens: torch.Tensor) -> Iterable[torch.Tensor]:
         """Encode ids (B, T) with lengths (B,) in smaller batches, to limit the memory of attention.
 
         Yields:
@@ -276,24 +299,39 @@ class Vocoder:
 
     def source_spectrum(self, source: torch.Tensor):
         """STFT of (B, L) as real and imaginary part; each row is reflected at its own end, as by ``center=True``."""
-        position = torch.arange(source.shape[1], device=source.device)
-        ends = self.ends[:, None]
-        mirrored = torch.where(position < ends, position, 2 * (ends - 1) - position).clamp(min=0)
-        return self.stft(source.gather(1, mirrored))
+        return self.stft(reflect(source, self.ends))
 
     def waveform(self, magnitude: torch.Tensor, phase: torch.Tensor) -> torch.Tensor:
-        """``HiFTGenerator._istft`` for rows of different lengths: frames after the end are excluded from both sums."""
-        window = self.module.stft_window.to(magnitude.device)
-        spectrum = torch.polar(magnitude.clip(max=1e2).float(), phase.float())
-        frames = torch.fft.irfft(spectrum, self.n_fft, dim=1) * window[:, None] * self.frames
-        windows = (window**2)[:, None] * self.frames
-        length = (magnitude.shape[2] - 1) * self.hop + self.n_fft
-        summed, weight = (
-            F.fold(value, (1, length), kernel_size=(1, self.n_fft), stride=(1, self.hop))[:, 0, 0]
-            for value in (frames, windows)
-        )
-        edge = self.n_fft // 2
-        return (summed / weight.clamp(min=1e-11))[:, edge:-edge]
+        return inverse_stft(magnitude, phase, self.frames, self.module.stft_window, self.hop)
+
+
+def reflect(source: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Continue each row of (B, L) after its end, int64 (B,), with its mirror image, as ``torch.stft`` does."""
+    position, ends = torch.arange(source.shape[1], device=source.device), ends[:, None]
+    return source.gather(1, torch.where(position < ends, position, 2 * (ends - 1) - position).clamp(min=0))
+
+
+def inverse_stft(magnitude, phase, used: torch.Tensor, window: torch.Tensor, hop: int) -> torch.Tensor:
+    """``HiFTGenerator._istft`` for rows of different lengths: frames after the end are excluded from both sums.
+
+    Args:
+        magnitude, phase: (B, n_fft / 2 + 1, F).
+        used: float32 (B, 1, F), 0 after the end of each row.
+        window: (n_fft,).
+        hop: samples per frame.
+
+    Returns:
+        float32 (B, (F - 1) * hop).
+    """
+    window, n_fft = window.to(magnitude.device), len(window)
+    spectrum = torch.polar(magnitude.clip(max=1e2).float(), phase.float())
+    frames = torch.fft.irfft(spectrum, n_fft, dim=1) * window[:, None] * used
+    length = (magnitude.shape[2] - 1) * hop + n_fft
+    summed, weight = (
+        F.fold(value, (1, length), kernel_size=(1, n_fft), stride=(1, hop))[:, 0, 0]
+        for value in (frames, (window**2)[:, None] * used)
+    )
+    return (summed / weight.clamp(min=1e-11))[:, n_fft // 2 : -(n_fft // 2)]
 
 
 class CosyVoice2Token2Wav:
@@ -314,6 +352,8 @@ class CosyVoice2Token2Wav:
 
     sample_rate_hz = 24_000
     needs_voice = True
+    name, kind = "CosyVoice2", "cosyvoice2"
+    config_file, tokenizer_file = "cosyvoice2.yaml", "speech_tokenizer_v2.onnx"
 
     def __init__(
         self, model_dir: str | Path, device: str = "cpu", precision: str = "fp32", cache_dir: Path | None = None
@@ -322,15 +362,18 @@ class CosyVoice2Token2Wav:
         self.cache_dir = cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tts_grpo"
         if self.fast and self.device.type == "cpu" and "TRITON_INTERPRET" not in os.environ:
             raise ValueError(f"precision {precision} needs a GPU: on a CPU, token2wav runs in fp32")
-        if missing := missing_files(model_dir, TOKEN2WAV_FILES["cosyvoice2"]):
-            raise ValueError(f"{model_dir}: not a CosyVoice2 model folder: {describe(missing)} missing")
-        modules = load_modules(self.model_dir)
-        self.prompt_mel = modules["feat_extractor"]
+        if missing := missing_files(model_dir, TOKEN2WAV_FILES[self.kind]):
+            raise ValueError(f"{model_dir}: not a {self.name} model folder: {describe(missing)} missing")
         with torch.inference_mode(), tf32(self.fast):
-            self.flow = Flow(self._load_weights(modules["flow"], "flow.pt"), PRECISIONS[precision])
-            hift = self._load_weights(modules["hift"], "hift.pt", "generator.")
-            self.vocoder = Vocoder(hift, PRECISIONS[precision])
+            self.prompt_mel, self.flow, self.vocoder = self._load_networks(PRECISIONS[precision])
         self.sessions, self.sessions_lock, self.prompts = {}, threading.Lock(), {}
+
+    def _load_networks(self, dtype: torch.dtype) -> tuple[Callable, Flow, Vocoder]:
+        """The function from waveforms (1, T) to mel (1, 80, L) of prompts, the flow and the vocoder."""
+        modules = load_modules(self.model_dir)
+        flow = ConformerFlow(self._load_weights(modules["flow"], "flow.pt"), dtype)
+        vocoder = Vocoder(self._load_weights(modules["hift"], "hift.pt", "generator."), dtype)
+        return modules["feat_extractor"], flow, vocoder
 
     def _load_weights(self, module: nn.Module, name: str, prefix: str = "") -> nn.Module:
         state = torch.load(self.model_dir / name, map_location="cpu", weights_only=True)
@@ -366,14 +409,13 @@ class CosyVoice2Token2Wav:
 
         def compute(recording: np.ndarray) -> torch.Tensor:
             mel = log_mel_spectrogram(torch.from_numpy(recording), n_mels=128)[None].numpy()
-            ids = self._run_onnx("speech_tokenizer_v2.onnx", mel, np.array([mel.shape[2]], np.int32))
+            ids = self._run_onnx(self.tokenizer_file, mel, np.array([mel.shape[2]], np.int32))
             return torch.from_numpy(ids.ravel().astype(int))
 
         for i, recording in enumerate(recordings):
             if not 0 < len(recording) <= 30 * ASR_HZ:
-                raise ValueError(
-                    f"recording {i} has {len(recording) / ASR_HZ:.1f} s; the speech tokenizer accepts up to 30 s"
-                )
+                seconds = len(recording) / ASR_HZ
+                raise ValueError(f"item {i} has {seconds:.1f} s; the speech tokenizer accepts recordings up to 30 s")
         return [self._cached("tokens", recording, compute).tolist() for recording in recordings]
 
     def prompt_features(self, voice: PromptVoice) -> dict:
@@ -405,7 +447,7 @@ class CosyVoice2Token2Wav:
     def prompt_key(self) -> str:
         """Hash of the model files that tokens and features of recordings depend on."""
         digest = hashlib.sha256()
-        for name in ("cosyvoice2.yaml", "campplus.onnx", "speech_tokenizer_v2.onnx"):
+        for name in (self.config_file, "campplus.onnx", self.tokenizer_file):
             digest.update((self.model_dir / name).read_bytes())
         return digest.hexdigest()[:16]
 
@@ -433,13 +475,13 @@ class CosyVoice2Token2Wav:
 
     @functools.cached_property
     def _exact(self) -> "CosyVoice2Token2Wav":
-        return CosyVoice2Token2Wav(self.model_dir, str(self.device), "fp32", self.cache_dir)
+        return type(self)(self.model_dir, str(self.device), "fp32", self.cache_dir)
 
     @torch.inference_mode()
     def __call__(self, speech_tokens, prompt_voices=None, seed=0):
         check_speech_tokens(speech_tokens)
         if not prompt_voices or None in prompt_voices:
-            raise ValueError("CosyVoice2 needs a prompt voice for each utterance: pass prompt_audio and prompt_text")
+            raise ValueError(f"{self.name} needs a prompt voice for each utterance: pass prompt_audio and prompt_text")
         prompts = [self.prompt_features(voice) for voice in prompt_voices]
         lens = torch.tensor([len(tokens) for tokens in speech_tokens])
         order = lens.argsort().tolist()  # batching similar lengths reduces padding

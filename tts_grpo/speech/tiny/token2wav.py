@@ -18,12 +18,17 @@ class TinyToken2Wav:
 
     It is deterministic, and its training data has one voice, which is also that of all prompts of the tiny stack.
     Therefore ``seed`` and ``prompt_voices`` have no effect.
+
+    Raises:
+        ValueError: ``precision`` is not fp32.
     """
 
     sample_rate_hz = ASR_HZ
     needs_voice = False
 
-    def __init__(self, model_dir: str | Path, device: str = "cpu"):
+    def __init__(self, model_dir: str | Path, device: str = "cpu", precision: str = "fp32"):
+        if precision != "fp32":
+            raise ValueError(f"{model_dir}: the tiny token2wav does not support the precision {precision}: use fp32")
         self.device = torch.device(device)
         config = json.loads((Path(model_dir) / "config.json").read_text())
         self.tokenizer = SpeechTokenizer(**config["speech_tokenizer"])

@@ -1,0 +1,77 @@
+# shellcheck shell=bash disable=SC2154  # run.sh's variables
+# The published evaluation sets: where they come from, and how stage -1 prepares them.
+
+published_sets=(zero_shot_zh zero_shot_en zero_shot_hard_zh zero_shot_hard_en test_zh test_en test_hard)
+
+is_published() { [[ " ${published_sets[*]} " == *" ${1%-stripped} "* ]]; }
+
+# language_of NAME: print the language of a published set. Other sets have the language of the setting.
+language_of() {
+  if ! is_published "$1"; then
+    echo "$language"
+  elif [[ ${1%-stripped} == *_en ]]; then
+    echo en
+  else
+    echo zh
+  fi
+}
+
+# choose_eval_sets: set eval_jsonl and eval_jsonls from the names in dataset, and eval_asr_dir_en if one is English.
+# eval_jsonl and eval_jsonls of the environment take precedence.
+choose_eval_sets() {
+  local names name suffix='' files=() path
+  ((eval_strip_quotes == 0)) || suffix=-stripped
+  read -ra names <<<"$dataset"
+  for name in "${names[@]}"; do
+    is_published "$name" ||
+      die "dataset=$dataset: $name is unknown: choose from ${published_sets[*]}, or set eval_jsonl to a file of yours"
+    path=$workspace/data/$name$suffix.jsonl
+    files+=("${path// /\\ }")
+  done
+  [[ -n ${eval_jsonl-} || ${#files[@]} -eq 1 ]] || eval_jsonls=${eval_jsonls:-${files[*]}}
+  eval_jsonl=${eval_jsonl:-$workspace/data/${names[0]}$suffix.jsonl}
+  for name in "${names[@]}" "$(set_name "$eval_jsonl")"; do
+    [[ $(language_of "$name") != en ]] || eval_asr_dir_en=${eval_asr_dir_en:-$workspace/faster-whisper-large-v3}
+  done
+}
+
+# install_eval_sets: download and prepare the evaluation sets that do not exist yet, and Whisper if one is English.
+install_eval_sets() {
+  local file name
+  for file in "${eval_sets[@]}"; do
+    name=$(set_name "$file")
+    is_published "$name" || name=${dataset%% *}
+    [[ -e $file ]] || install_eval_set "${name%-stripped}" "$file"
+  done
+  [[ $eval_asr_dir_en != "$workspace/faster-whisper-large-v3" ]] || install_whisper
+}
+
+# install_eval_set NAME OUTPUT: download a published set and write it to OUTPUT.
+install_eval_set() {
+  local repo source flags=()
+  ((eval_strip_quotes == 0)) || flags=(--strip-quotes)
+  flags+=(--language "$(language_of "$1")")
+  case $1 in
+  zero_shot_*) repo=yuekai/CV3-Eval ;;
+  test_hard) repo=zhaochenyang20/seed-tts-eval ;; # seed-tts-eval's archive, which others publish as a repository
+  *) repo=yuekai/seed_tts_cosy2 ;;
+  esac
+  source=$workspace/data/$repo
+  if [[ $1 == test_hard ]]; then
+    download --hub huggingface --repo "$repo" --repo-type dataset --include zh/hardcase.lst "zh/prompt-wavs/*" \
+      --output-dir "$source" --require zh/hardcase.lst --need-gib 2
+    run "$trainer_bin/python" "$root/scripts/prepare_eval_set.py" --source "$source/zh/hardcase.lst" \
+      --output "$2" "${flags[@]}"
+  else # usually data/SPLIT-00000-of-0000N.parquet; otherwise the README.md lists the files
+    download --hub huggingface --repo "$repo" --repo-type dataset --include README.md "*$1*" \
+      --output-dir "$source" --need-gib 2
+    run "$trainer_bin/python" "$root/scripts/prepare_eval_set.py" --source "$source" --split "$1" \
+      --output "$2" "${flags[@]}"
+  fi
+}
+
+install_whisper() {
+  run "$speech_bin/python" -m pip install --quiet --requirement "$root/requirements-asr.txt"
+  download --hub huggingface --repo Systran/faster-whisper-large-v3 --output-dir "$eval_asr_dir_en" --need-gib 3.2 \
+    --require model.bin config.json tokenizer.json preprocessor_config.json
+}

@@ -1,0 +1,133 @@
+"""Compares CosyVoice3's token2wav on batches with single utterances, and with the official code if it is there."""
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tts_grpo.speech.cosyvoice2 import packed_flow
+from tts_grpo.speech.cosyvoice2 import token2wav as cosyvoice2
+from tts_grpo.speech.cosyvoice3.packed_dit import packed_solver
+from tts_grpo.speech.cosyvoice3.random_weights import write_token2wav
+from tts_grpo.speech.cosyvoice3.token2wav import CosyVoice3Token2Wav
+from tts_grpo.speech.decoder import PromptVoice
+from tts_grpo.speech.token2wav import load_token2wav
+
+pytestmark = pytest.mark.slow
+
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_token2wav(tmp_path_factory.mktemp("cosyvoice3"))
+
+
+@pytest.fixture(scope="module")
+def voices():
+    time = np.arange(16_000) / 16_000
+    speech = 0.3 * np.sin(2 * np.pi * 180 * time) + 0.05 * np.random.default_rng(1).standard_normal(16_000)
+    return [PromptVoice("你好", speech[:size].astype(np.float32), ()) for size in (16_000, 12_000)]
+
+
+def random_tokens(lens):
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 6561, n).tolist() for n in lens]
+
+
+def test_a_batch_equals_single_utterances(folder, voices):
+    token2wav = load_token2wav(folder)
+    assert isinstance(token2wav, CosyVoice3Token2Wav)
+    sequences, prompts = random_tokens([1, 7, 40, 23]), [voices[0], voices[1], voices[1], voices[0]]
+    waveforms, lens = token2wav(sequences, prompts)
+    assert lens.tolist() == [960 * len(tokens) for tokens in sequences]
+    for tokens, voice, waveform, length in zip(sequences, prompts, waveforms, lens, strict=True):
+        alone, _ = token2wav([tokens], [voice], seed=3)
+        assert alone.abs().max() > 1e-3
+        torch.testing.assert_close(waveform[:length], alone[0], rtol=0, atol=TOLERANCE / 10)
+        assert not waveform[length:].any()
+
+
+@pytest.fixture(scope="module")
+def official():
+    """The class names of CosyVoice's source in the folder of the environment variable cosyvoice_dir."""
+    source = os.environ.get("cosyvoice_dir", "")  # noqa: SIM112, the name of the setting
+    if not Path(source, "cosyvoice/flow/DiT").is_dir():
+        pytest.skip("set cosyvoice_dir to CosyVoice's source (and install x-transformers)")
+    pytest.importorskip("x_transformers")
+    others = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "cosyvoice"}
+    sys.path.insert(0, source)
+
+    def load(folder: Path) -> dict:
+        modules = cosyvoice2.load_modules(folder, "cosyvoice3.yaml")
+        modules["flow"].load_state_dict(torch.load(folder / "flow.pt"))
+        state = torch.load(folder / "hift.pt")
+        modules["hift"].load_state_dict({name.removeprefix("generator."): value for name, value in state.items()})
+        return modules | {name: modules[name].eval() for name in ("flow", "hift")}
+
+    yield load
+    sys.path.remove(source)
+    for name in [name for name in sys.modules if name.split(".")[0] == "cosyvoice"]:
+        del sys.modules[name]
+    sys.modules.update(others)
+
+
+def test_a_batch_equals_the_official_code_one_by_one(official, folder, voices, tmp_path):
+    if os.environ.get("FULL_SHAPE"):
+        folder = write_token2wav(tmp_path / "full", small=False)
+    token2wav, modules = load_token2wav(folder), official(folder)
+    sequences, prompts = random_tokens([1, 40, 23]), [voices[0], voices[1], voices[0]]
+    waveforms, lens = token2wav(sequences, prompts)
+    largest = 0.0
+    for tokens, voice, waveform, length in zip(sequences, prompts, waveforms, lens, strict=True):
+        prompt = {k: torch.as_tensor(v)[None] for k, v in token2wav.prompt_features(voice).items()}
+        size = lambda value: torch.tensor([value.shape[1]])  # noqa: E731
+        row = torch.tensor([tokens])
+        mel, _ = modules["flow"].inference(
+            row, size(row), prompt["tokens"], size(prompt["tokens"]), prompt["mel"], size(prompt["mel"]),
+            prompt["speaker_embedding"], streaming=False, finalize=True,
+        )  # fmt: skip
+        expected = modules["hift"].inference(speech_feat=mel)[0][0]
+        assert len(expected) == length and expected.abs().max() > 1e-3
+        largest = max(largest, (waveform[:length] - expected).abs().max().item())
+    assert largest < TOLERANCE
+
+
+def test_packed_utterances_equal_padded_ones(folder, voices, monkeypatch):
+    """The kernels, in float32 and run by Triton's interpreter, on two rows; then half precision."""
+    monkeypatch.setattr(packed_flow, "SIZES", (128, 256))
+    monkeypatch.setattr(cosyvoice2, "NUM_STEPS", 1)  # Triton's interpreter is slow
+    sequences, prompts = random_tokens([1, 40, 23]), [voices[1], voices[0], voices[1]]
+    padded = load_token2wav(folder)
+    prompts = [padded.prompt_features(voice) for voice in prompts]
+    with torch.inference_mode():
+        expected, packed = padded.flow(sequences, prompts), load_token2wav(folder).flow
+        estimator = packed.module.decoder["estimator"]
+        packed.packed = packed_solver(
+            estimator, packed.noise[0].T, packed.times[:1], packed.times, packed.rate, torch.float32
+        )
+        mel = packed(sequences, prompts)
+    for one, other, tokens in zip(mel, expected, sequences, strict=True):
+        torch.testing.assert_close(one[:, : 2 * len(tokens)], other[:, : 2 * len(tokens)], rtol=0, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_half_precision_is_close_to_fp32(folder, voices, monkeypatch):
+    monkeypatch.setattr(packed_flow, "SIZES", (128,))
+    monkeypatch.setattr(cosyvoice2, "NUM_STEPS", 1)
+    (tokens,) = random_tokens([5])
+    exact, half = load_token2wav(folder), load_token2wav(folder, precision="fp16")
+    assert half.exact().fast is False
+    prompts = [exact.prompt_features(voices[1])]
+    mels = [token2wav.flow([tokens], prompts) for token2wav in (exact, half)]
+    waveforms = [token2wav._vocode(mels[0], [5], 0)[0] for token2wav in (exact, half)]  # of the same mel
+    for first, second in (mels, waveforms):
+        assert 0 < (first - second).norm() / first.norm() < 0.002
