@@ -111,7 +111,8 @@ def units_of(text: str, language: str) -> list[str]:
 def measure(utterance: dict, speech: np.ndarray | None, language: str, networks: NetworkMetrics | None) -> None:
     """Add ``errors`` and ``quality`` to an utterance that has its ``hypothesis``, and ``judge_errors`` likewise.
 
-    ``language`` is that of the set.
+    ``language`` is that of the set. The judge's errors are clipped at the length of the text: Whisper repeats the same
+    words without end after a few recordings, which is its own fault, and would outweigh hundreds of utterances.
     """
     spoken = utterance.get("language", language)
     for hypothesis, errors in (("hypothesis", ERRORS), ("judge_hypothesis", JUDGE_ERRORS)):
@@ -121,6 +122,8 @@ def measure(utterance: dict, speech: np.ndarray | None, language: str, networks:
             counts = count_all(utterance["target_text"], utterance[hypothesis], spoken, language)
         except ValueError as error:
             raise ValueError(f"{utterance['id']}: {error}") from error
+        if errors == JUDGE_ERRORS:
+            counts = {metric: count.clipped() for metric, count in counts.items()}
         utterance[errors] = {metric: vars(count) for metric, count in counts.items()}
     if speech is None:
         utterance["quality"] = worst_values(networks)

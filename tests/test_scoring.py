@@ -135,6 +135,14 @@ def test_two_systems_are_compared_in_words(evaluate, spoken, truth, tmp_path):
     assert {c["verdict"] for c in compare_rates(bad, good, "zh").values()} == {"inconclusive: more audio failed"}
 
 
+def test_the_judges_errors_are_clipped_at_the_length_of_a_text():
+    """A transcript that loops counts as one error per unit, for the judge only."""
+    utterance = {"id": "a", "target_text": "今天", "hypothesis": "今天" * 50, "judge_hypothesis": "今天" * 50}
+    score.measure(utterance, None, "zh", None)
+    assert utterance["errors"][PER] == {"substitutions": 0, "deletions": 0, "insertions": 98, "length": 2}
+    assert all(sum(counts.values()) == 2 * counts["length"] for counts in utterance["judge_errors"].values())
+
+
 def test_the_program_writes_all_figures(evaluate, spoken, truth, assets, tmp_path, capsys):
     set_path, output_dir = tmp_path / "set.jsonl", tmp_path / "truth"
     rows = [{"id": r["id"], "target_text": r["text"]} for r in spoken[0]]

@@ -237,6 +237,15 @@ def same_recogniser(summary: dict) -> bool:
     return settings.get("eval_asr_dir", "") in of_reward.split(" ") if of_reward else False
 
 
+def template(name: str) -> jinja2.Template:
+    """A template of this folder."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )  # fmt: skip
+    return environment.get_template(name)
+
+
 def render(experiment: Experiment, examples: int) -> str:
     """Render the report as HTML."""
     prompts: dict[Path, Clip | str] = {}
@@ -245,11 +254,7 @@ def render(experiment: Experiment, examples: int) -> str:
          "examples": [make_example(u, seed, prompts) for u, seed in g.chosen]}
         for g in select(experiment.utterances, examples)
     ]  # fmt: skip
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )  # fmt: skip
-    return environment.get_template("page.html").render(
+    return template("page.html").render(
         disagreements=find_disagreements(experiment.utterances),
         has_tones=any(utterance.language == "zh" for utterance in experiment.utterances),
         name=experiment.name, headline=headline(experiment), errors=error_rows(experiment),
