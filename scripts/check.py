@@ -125,7 +125,7 @@ def eval_sets(s: dict) -> list[Path]:
 
 
 def check_files(s: dict) -> Iterator[Finding]:
-    kind = token2wav_kind(s["token2wav_dir"]) or "cosyvoice2"
+    kind = token2wav_kind(s["token2wav_dir"]) or s["profile"]
     missing = missing_files(s["token2wav_dir"], TOKEN2WAV_FILES[kind])
     asr_dirs = [s["reward_asr_dir"]]
     if s["reward_asr_dirs"]:
