@@ -47,7 +47,7 @@ infer_device=${infer_device:-cpu}
 infer_batch_size=${infer_batch_size:-50}
 infer_lm_precision=${infer_lm_precision:-fp32}
 temperature=${temperature:-1.0} top_p=${top_p:-1.0} top_k=${top_k:--1}
-max_new_tokens=${max_new_tokens:-$max_response_length}
+max_new_tokens=${max_new_tokens:-240} # sentences of the hard set need up to 200
 
 # shellcheck source=scripts/verl_cpu.sh
 source "$root/scripts/verl_cpu.sh"

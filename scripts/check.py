@@ -27,6 +27,7 @@ from tts_grpo.speech.model_folders import (
     as_list,
     check_llm_folder,
     generation_config,
+    language_fault,
     missing_files,
     token2wav_kind,
 )
@@ -144,6 +145,10 @@ def check_files(s: dict) -> Iterator[Finding]:
         Path(folder).resolve() for folder in (*asr_dirs, s["eval_asr_dir"])
     ]:
         yield False, "judge_asr_dir is a recogniser of the reward or the evaluation: a second opinion needs another"
+    recognisers = [*asr_dirs, *(s[name] for name in ("eval_asr_dir", "judge_asr_dir") if s[name])]
+    for folder in filter(os.path.isdir, dict.fromkeys(recognisers)):
+        if fault := language_fault(folder, s["language"]):
+            yield False, f"language={s['language']}: {fault}: set the folder of another one, or another language"
     if bool(s["prompt_audio"]) != bool(s["prompt_text"]):
         yield False, "a voice needs both prompt_audio and prompt_text"
     if kind == "cosyvoice2":

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from tts_grpo.speech.audio import load_audio
 from tts_grpo.speech.token2wav import load_token2wav
+from tts_grpo.speech.voices import load_prompt_voice
 from tts_grpo.text.input_files import read_eval_set, read_voices
 from tts_grpo.text.jsonl import write_jsonl
 
@@ -46,8 +46,11 @@ def main(argv=None):
     token2wav = load_token2wav(args.token2wav_dir, args.device)
     lines = []
     for row in tqdm(rows, desc="speech tokens", unit="recording"):
-        (tokens,) = token2wav.encode([load_audio(folder / row["prompt_audio"])])
-        lines.append({"text": row["prompt_text"], "speech_tokens": tokens})
+        try:
+            voice = load_prompt_voice(token2wav, folder / row["prompt_audio"], row["prompt_text"])
+        except (ValueError, OSError) as error:
+            raise SystemExit(f"encode_prompts.py: {error}") from error
+        lines.append({"text": voice.prompt_text, "speech_tokens": list(voice.prompt_speech_tokens)})
     write_jsonl(args.output, lines)
     print(f"{len(lines)} recordings: {args.output}")
 

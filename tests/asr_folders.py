@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tts_grpo.speech.cosyvoice2.random_weights import save_cmvn, save_funasr_configs
+from tts_grpo.speech.cosyvoice2.random_weights import make_sensevoice_folder, save_cmvn, save_funasr_configs
 
 TOKENS = [
     "<blank>",
@@ -106,6 +106,12 @@ def make_paraformer(folder: Path, tokens_per_frame: float = 0.5, seaco: bool = F
     (folder / "tokens.json").write_text(json.dumps(TOKENS, ensure_ascii=False), encoding="utf-8")
     (folder / "seg_dict").write_text("".join(f"{token} {token}\n" for token in TOKENS[3:-1]), encoding="utf-8")
     return folder
+
+
+def make_small_sensevoice(folder: Path) -> Path:
+    """A SenseVoice with few weights, all random, whose vocabulary has letters and Chinese characters."""
+    shape = {"output_size": 16, "attention_heads": 2, "linear_units": 32, "num_blocks": 1, "tp_blocks": 1}
+    return make_sensevoice_folder(folder, shape | {"vocab_size": 2000})
 
 
 def make_whisper(folder: Path, seed: int = 0) -> Path:

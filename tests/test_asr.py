@@ -5,10 +5,12 @@ import pytest
 import torch
 import yaml
 
+from tests.asr_folders import make_small_sensevoice
 from tests.hub_repositories import make_sensevoice
 from tts_grpo.speech.asr.loading import load_asr
 from tts_grpo.speech.asr.sensevoice import SenseVoice
 from tts_grpo.speech.audio import load_audio
+from tts_grpo.speech.model_folders import known_languages
 from tts_grpo.text.errors import pinyin_error_rate
 
 pytestmark = pytest.mark.slow
@@ -39,10 +41,30 @@ def test_onsets_are_the_times_of_the_syllables(asr, assets, test_rows):
     np.testing.assert_allclose(joined.onsets_s[-3:], np.array(other.onsets_s[-3:]) + later, atol=0.1)
 
 
-def test_the_language_is_passed_to_the_network(assets):
-    english = load_asr(assets / "asr_reward", language="en").recogniser
-    ids = english._model.model.lid_dict
-    assert english._language_id == ids["en"] != SenseVoice(assets / "asr_reward")._language_id == ids["zh"]
+def test_the_network_is_told_the_language_of_each_recording(tmp_path, assets, test_rows):
+    texts, speech = recordings(assets, test_rows, 6)
+    folder = make_small_sensevoice(tmp_path / "small")
+    languages = ["zh", "en"] * 3
+    chinese, english = SenseVoice(folder), load_asr(folder, language="en").recogniser
+    told = {"zh": chinese.log_likelihoods(speech, texts), "en": english.log_likelihoods(speech, texts)}
+    assert all(zh != en for zh, en in zip(*told.values(), strict=True))
+    found = chinese.log_likelihoods(speech, texts, languages)
+    np.testing.assert_allclose(found, [told[language][i] for i, language in enumerate(languages)], rtol=1e-5)
+    alone = [
+        (chinese if language == "zh" else english).transcribe([one])[0] for one, language in zip(speech, languages)
+    ]
+    assert english.transcribe(speech, languages) == alone
+    assert chinese.transcribe(speech[::-1], languages[::-1]) == alone[::-1]
+
+
+def test_a_language_that_the_recogniser_lacks_is_refused(assets, asr):
+    assert known_languages(assets / "asr_reward") == ("zh",)
+    with pytest.raises(ValueError, match="asr_reward does not know the language en: its vocabulary has zh only"):
+        SenseVoice(assets / "asr_reward", language="en")
+    with pytest.raises(ValueError, match="asr_eval does not know the language en"):
+        load_asr(assets / "asr_eval", language="en")
+    with pytest.raises(ValueError, match="does not know the language en"):
+        asr.transcribe([np.zeros(16000, np.float32)] * 2, ["zh", "en"])
     with pytest.raises(ValueError, match="no language 'fr': SenseVoice knows auto, zh, en"):
         SenseVoice(assets / "asr_reward", language="fr")
 

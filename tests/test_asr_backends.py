@@ -72,6 +72,17 @@ def test_whisper(whisper, speech):
     assert loaded.recogniser.transcribe(speech[1:3]) == texts
 
 
+def test_whisper_is_told_the_language_of_each_recording(whisper, speech, monkeypatch):
+    asr, given = load_asr(whisper, language="en").recogniser, []
+    with pytest.raises(ValueError, match="no language 'zh': this Whisper knows en"):
+        asr.transcribe(speech[:1], ["zh"])
+    monkeypatch.setattr(asr, "_check", lambda language: None)
+    monkeypatch.setattr(asr._model, "transcribe", lambda _, **options: given.append(options) or ([], None))
+    asr.transcribe(speech, ["en", "zh", "en", "zh", "en"])
+    assert [options["language"] for options in given] == ["en", "zh", "zh", "en"]  # the third recording is too short
+    assert [bool(options["initial_prompt"]) for options in given] == [False, True, True, False]
+
+
 @pytest.mark.parametrize("name", ["tokenizer.json", "preprocessor_config.json"])
 def test_whisper_does_not_download_a_missing_file(whisper, name):
     (whisper / name).rename(whisper / "away")
@@ -105,6 +116,9 @@ def test_sherpa_onnx(tmp_path, speech):
     texts = loaded.recogniser.transcribe(speech)
     assert texts[2] == "" and all(len(set(text) & CHARACTERS) > 1 and "<blank>" not in text for text in texts[:2])
     assert loaded.recogniser.transcribe(speech[::-1]) == texts[::-1]
+    assert loaded.recogniser.transcribe(speech, ["zh"] * len(speech)) == texts
+    with pytest.raises(ValueError, match="sherpa does not know the language en"):
+        load_asr(tmp_path / "sherpa", language="en")
     assert sherpa_onnx.FeatureExtractorConfig().dither == 0  # the default, which from_paraformer does not change
 
 

@@ -6,12 +6,15 @@ import subprocess
 
 import pytest
 import torch
+from sentencepiece import SentencePieceProcessor
 
+from tiny_stack.hard_texts import build
 from tiny_stack.texts import han_only
 from tiny_stack.written import PROMPTS, TEST
 from tts_grpo.reward.scorer import RewardScorer
 from tts_grpo.text.jsonl import read_jsonl
-from tts_grpo.text.rules import TextRules, is_plain, model_text
+from tts_grpo.text.rules import TextRules, is_plain, model_text, spoken_text, usable_text
+from tts_grpo.text.units import pinyin
 
 
 def test_checksums(assets):
@@ -33,6 +36,23 @@ def test_splits_do_not_overlap(assets):
     assert not set(texts["test"]) & set(texts["dev"])
     ids = [row["id"] for name in ("dev", "test") for row in splits[name]]
     assert len(set(ids)) == len(ids)
+
+
+def test_the_hard_set_is_new_and_can_be_read(assets):
+    rules = TextRules(llm_text="spoken")
+    rows = read_jsonl(assets / "data/hard.jsonl")
+    assert [{key: row[key] for key in ("id", "kind", "text")} for row in rows] == build()
+    texts = [han_only(row["text"]) for row in rows]
+    assert len(rows) >= 200 and len({row["text"] for row in rows}) == len(rows)
+    trained = [han_only(row["text"]) for name in ("train", "grpo") for row in read_jsonl(assets / f"data/{name}.jsonl")]
+    assert not any(text in sentence for text in texts for sentence in trained)
+    assert not any(len(sentence) >= 6 and sentence in text for text in texts for sentence in trained)
+    pieces = SentencePieceProcessor(str(assets / "asr_eval/chn_jpn_yue_eng_ko_spectok.bpe.model"))
+    for row in rows:
+        assert usable_text(row["text"], rules)
+        unknown = [c for c in spoken_text(row["text"], rules) if c != " " and pieces.piece_to_id(c) == pieces.unk_id()]
+        assert not unknown, (row["id"], unknown)
+    assert max(len(pinyin(row["text"], tones=False)) for row in rows) <= 26
 
 
 def test_sentences_with_digits_have_the_readings_in_words(assets, token2wav, asr):

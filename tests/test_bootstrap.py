@@ -76,3 +76,45 @@ def test_different_numbers_of_utterances_are_refused():
 )
 def test_verdicts(ci, better, more_failed, words):
     assert bootstrap.verdict(ci, better, more_failed) == words
+
+
+def runs_of(rates, num_utterances=100, units=10, rng=None):
+    """Simulated errors of one run per rate, (S, N, 2)."""
+    return np.array([fractions(rng.binomial(units, rate, num_utterances), units) for rate in rates])
+
+
+@pytest.mark.parametrize(("num_runs", "spread"), [(3, 0.03), (5, 0.03), (5, 0.0)])
+def test_intervals_over_runs_cover_the_mean_of_all_runs(num_runs, spread, monkeypatch):
+    """The rate of a run varies around 12%; with the largest spread, this is most of the variance."""
+    monkeypatch.setattr(bootstrap, "NUM_DRAWS", 1000)
+    bootstrap.draws.cache_clear()
+    bootstrap._run_weights.cache_clear()
+    rng, covered = np.random.default_rng(3), 0
+    for _ in range(100):
+        before = runs_of([0.2], rng=rng)
+        after = runs_of(np.clip(rng.normal(0.12, spread, num_runs), 0.01, 1), rng=rng)
+        low, high = bootstrap.compare_runs(before, after)["ci"]
+        covered += low <= -0.08 <= high
+    bootstrap.draws.cache_clear()
+    bootstrap._run_weights.cache_clear()
+    assert covered >= 90
+
+
+def test_comparison_over_runs():
+    rng = np.random.default_rng(4)
+    sft, run = runs_of([0.2], rng=rng), runs_of([0.12], rng=rng)
+    one, alone = bootstrap.compare_runs(sft, run), bootstrap.compare(sft[0], run[0])
+    for name, value in alone.items():  # with one run: variation of the evaluation only
+        assert one[name] == pytest.approx(value)
+    assert one["p"] < 0.001 and bootstrap.compare_runs(sft, sft)["p"] == 1.0
+    several = bootstrap.compare_runs(sft, np.concatenate([run, sft, runs_of([0.16], rng=rng)]))
+    assert several["ci"][1] - several["ci"][0] > 2 * (one["ci"][1] - one["ci"][0])
+    assert several["before"] == bootstrap.ratio(sft[0]) and several["after"] == pytest.approx(0.17, abs=0.03)
+    with pytest.raises(ValueError, match="different utterances"):
+        bootstrap.compare_runs(sft, run[:, 1:])
+
+
+def test_holm():
+    """Holm (1979): the smallest of 4 is multiplied by 4, the next by 3; and none is below an earlier one."""
+    assert bootstrap.holm([0.04, 0.01, 0.03, 0.005]) == pytest.approx([0.06, 0.03, 0.06, 0.02])
+    assert bootstrap.holm([0.9, 0.8]) == [1.0, 1.0] and bootstrap.holm([]) == []

@@ -51,7 +51,7 @@ def test_all_faults_are_reported_at_once(tmp_path, assets):
             http_port=str(taken.getsockname()[1]), eval_jsonl="/nowhere/set.jsonl",
             train_jsonl=str(tmp_path / "train.jsonl"), sft_path=str(tmp_path / "llm"), train_batch_size="3",
             reward_asr_dir=str(assets / "asr_eval"), max_checkpoints="1000000000", prompt_text="你好",
-            server_urls="http://127.0.0.1:9", exp_dir=str(tmp_path), rollout_n="3",
+            server_urls="http://127.0.0.1:9", exp_dir=str(tmp_path), rollout_n="3", language="en",
         )  # fmt: skip
     assert done.returncode == 1
     for text in (
@@ -59,6 +59,7 @@ def test_all_faults_are_reported_at_once(tmp_path, assets):
         "reward_asr_dir is eval_asr_dir", "prompt_audio and prompt_text", "9 rollouts are not a multiple of",
         "http_port ", "no reward server is ready at http://127.0.0.1:9", "llm is missing",
         "-- trainer.v1.trainer_mode=sync is refused",
+        "asr_eval does not know the language en: its vocabulary has zh only",
     ):  # fmt: skip
         assert any(line.startswith("WRONG") and text in line for line in done.stdout.splitlines()), (text, done.stdout)
 
@@ -69,7 +70,8 @@ def test_cosyvoice2_of_both_hubs_is_recognised(tmp_path, assets, venv_root, hub)
     folder = make_cosyvoice2(tmp_path, hub)
     s = {"token2wav_dir": str(folder), "reward_asr_dir": str(assets / "asr_reward"), "prompt_text": "",
          "eval_asr_dir": str(assets / "asr_eval"), "eval_jsonl": "", "eval_jsonls": "", "prompt_audio": "",
-         "prompt_list": "", "reward_asr_dirs": "", "judge_asr_dir": "", "venv_root": str(venv_root)}  # fmt: skip
+         "prompt_list": "", "reward_asr_dirs": "", "judge_asr_dir": "", "venv_root": str(venv_root),
+         "language": "zh"}  # fmt: skip
     assert [text for good, text in check.check_files(s) if not good] == []
     assert isinstance(load_token2wav(folder), CosyVoice2Token2Wav)
     (folder / "hift.pt").unlink()
@@ -196,6 +198,9 @@ TWO = (81920, 81920)  # MiB of each GPU
         ((24576, 81920), {"visible": "GPU-1a"}, None),
         ((24576, 81920), {"visible": "1", "num_gpus": "2"}, "1 GPUs: .*need 2"),
         (TWO, {"visible": "0,5"}, "names 5, which nvidia-smi does not list"),
+        (TWO, {"visible": "MIG-7f2c"}, None),  # its memory is not reported
+        (TWO, {"visible": "MIG-7f2c", "num_gpus": "2"}, "1 GPUs: .*need 2"),
+        (TWO, {"visible": ""}, "need 1"),
         (("[N/A]",), {}, None),
     ],
 )
@@ -206,7 +211,7 @@ def test_gpus(tmp_path, monkeypatch, gpus, settings, message):
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if visible := settings.pop("visible", None):
+    if (visible := settings.pop("visible", None)) is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     s = {"train_device": "cuda", "num_gpus": "1", "server_devices": "cuda:0", "server_instances": "1",
          "server_gib": "8", "vllm_memory_share": "0.40", "http_port": "9"} | settings  # fmt: skip

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import torch
 
+from tts_grpo.speech.audio import save_audio
 from tts_grpo.speech.cosyvoice2 import packed_flow
 from tts_grpo.speech.cosyvoice2 import token2wav as cosyvoice2
 from tts_grpo.speech.cosyvoice2.random_weights import FULL, SMALL, make_cosyvoice2_folder
 from tts_grpo.speech.cosyvoice2.token2wav import CosyVoice2Token2Wav, load_modules
 from tts_grpo.speech.decoder import PromptVoice
 from tts_grpo.speech.token2wav import load_token2wav
+from tts_grpo.speech.voices import load_prompt_voice
 
 pytestmark = pytest.mark.slow
 
@@ -187,6 +189,12 @@ def test_tokens_and_features_of_recordings_are_cached_on_disk(folder, voice, cac
     other = PromptVoice("好", voice.prompt_speech_16k[:20_000], ())
     load_token2wav(folder).prompt_features(other)
     assert len(list(cache.iterdir())) == 4
+
+
+def test_a_recording_that_the_tokenizer_does_not_accept_is_named(folder, tmp_path):
+    save_audio(tmp_path / "long.wav", np.zeros(31 * 16_000, np.float32), 16_000)
+    with pytest.raises(ValueError, match=r"long\.wav: item 0 has 31\.0 s; .* up to 30 s"):
+        load_prompt_voice(load_token2wav(folder), tmp_path / "long.wav", "好")
 
 
 def test_threads_may_prepare_voices(folder, voice, cache):

@@ -1,8 +1,10 @@
-"""The files of model folders, for the loaders and for ``run.sh --check``. Does not import torch."""
+"""The files of model folders, for the loaders and for ``run.sh --check``. Needs the standard library only."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from tts_grpo.text.input_files import LANGUAGES
 
 TOKEN2WAV_FILES = {  # the first file identifies the kind; others, such as config.json or flow.pt, may be in several
     "tiny": ("token_decoder.safetensors", "speech_tokenizer.safetensors", "config.json"),
@@ -17,6 +19,58 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # keys in a genera
 def token2wav_kind(folder: str | Path) -> str | None:
     """A key of ``TOKEN2WAV_FILES``, or None if the folder has no decoder."""
     return next((kind for kind, files in TOKEN2WAV_FILES.items() if (Path(folder) / files[0]).exists()), None)
+
+
+def known_languages(folder: str | Path) -> tuple[str, ...]:
+    """The languages of ``LANGUAGES`` that a recogniser can write, by its vocabulary.
+
+    The vocabulary is SenseVoice's SentencePiece model, Paraformer's tokens.json or sherpa-onnx's tokens.txt. For a
+    folder without these files, such as Whisper's, all languages are returned; Whisper's loader checks them itself.
+    """
+    folder = Path(folder)
+    if path := next(folder.glob("*.bpe.model"), None):
+        pieces = _sentence_pieces(path.read_bytes())
+    elif (folder / "tokens.json").is_file():
+        pieces = json.loads((folder / "tokens.json").read_text(encoding="utf-8"))
+    elif (folder / "tokens.txt").is_file():
+        pieces = (folder / "tokens.txt").read_text(encoding="utf-8").splitlines()
+    else:
+        return LANGUAGES
+    text = "".join(piece for piece in pieces if not piece.startswith("<"))  # without tags, such as <|zh|>
+    writes = {"zh": any("\u4e00" <= c <= "\u9fff" for c in text), "en": any(c.isascii() and c.isalpha() for c in text)}
+    return tuple(language for language in LANGUAGES if writes[language])
+
+
+def language_fault(folder: str | Path, language: str) -> str:
+    """Why a recogniser cannot be told a language; "" if it can."""
+    known = known_languages(folder)
+    if language in known:
+        return ""
+    return (
+        f"the recogniser {folder} does not know the language {language}: its vocabulary has {' and '.join(known)} only"
+    )
+
+
+def _sentence_pieces(model: bytes) -> Iterator[str]:
+    """The pieces of a SentencePiece model: field 1 of its protobuf message, of which field 1 is the text.
+
+    Source: sentencepiece_model.proto of github.com/google/sentencepiece; fields are written in ascending order.
+    """
+
+    def number(at: int) -> tuple[int, int]:
+        value = shift = 0
+        while True:
+            value |= (model[at] & 0x7F) << shift
+            at, shift = at + 1, shift + 7
+            if model[at - 1] < 0x80:
+                return value, at
+
+    at = 0
+    while at < len(model) and model[at] == 0x0A:
+        size, begin = number(at + 1)
+        text_size, text_begin = number(begin + 1)
+        yield model[text_begin : text_begin + text_size].decode("utf-8")
+        at = begin + size
 
 
 def missing_files(folder: str | Path, names: Sequence[str]) -> list[Path]:

@@ -10,9 +10,17 @@ from tts_grpo.text.prompts import choose
 
 
 def load_prompt_voice(token2wav: Token2Wav, audio_path: str | Path, prompt_text: str) -> PromptVoice:
-    """Load a recording and encode it as a prompt voice."""
+    """Load a recording and encode it as a prompt voice.
+
+    Raises:
+        ValueError: the file is no audio, or its speech tokens cannot be computed: it is empty, or longer than the
+            tokenizer accepts. The message names the file.
+    """
     speech = load_audio(audio_path)
-    return PromptVoice(prompt_text, speech, tuple(token2wav.encode([speech])[0]))
+    try:
+        return PromptVoice(prompt_text, speech, tuple(token2wav.encode([speech])[0]))
+    except ValueError as error:
+        raise ValueError(f"{audio_path}: {error}") from error
 
 
 def load_prompt_voices(token2wav: Token2Wav, path: str | Path) -> list[PromptVoice]:

@@ -14,6 +14,7 @@ from typing import Any
 from tts_grpo.text.jsonl import as_object, named, numbered_rows
 from tts_grpo.text.tokens import NUM_SPEECH_TOKENS
 
+LANGUAGES = ("zh", "en")  # whose texts can be read; zh: Chinese, which may contain English words
 FAULTS_SHOWN = 5
 MAX_ID_BYTES = 200  # a file name has at most 255 bytes, and a suffix follows the id
 TOKENS_PER_UNIT = 4  # speech tokens per syllable or word in fast speech: 25 tokens and 6 syllables per second
@@ -40,6 +41,21 @@ def checked_text(row: dict, *keys: str) -> str:
     if not _WORD.search(unicodedata.normalize("NFKC", text)):
         raise ValueError(f"{key} has no word: {text[:40]!r}")
     return text.strip()
+
+
+def checked_language(row: dict, default: str) -> str:
+    """Return the language of an entry: its ``language``, such as "en" or "en-US", or ``default`` if it has none.
+
+    Raises:
+        ValueError: it is none of ``LANGUAGES``.
+    """
+    given = row.get("language")
+    if given is None:
+        return default
+    language = re.split("[-_]", given)[0].lower() if isinstance(given, str) else ""
+    if language not in LANGUAGES:
+        raise ValueError(f"language is {given!r}, not {' or '.join(LANGUAGES)}")
+    return language
 
 
 def _kind(value: Any) -> str:

@@ -10,9 +10,9 @@ import unicodedata
 from dataclasses import dataclass
 
 from tts_grpo.text.clean import clean, find_tags, is_han
+from tts_grpo.text.input_files import LANGUAGES
 from tts_grpo.text.readings import tokens
 
-LANGUAGES = ("zh", "en")
 _SLOT = re.compile(r"\[(.)[^\]]*\]")
 _PLAIN_KINDS = ("han", "word", "other", "mark")
 _SCRIPTS = ("LATIN", "GREEK", "MICRO", "MODIFIER")  # scripts of names, of signs in formulas, and of phonetic symbols

@@ -11,6 +11,7 @@ from tts_grpo.speech.asr.recogniser import Recogniser
 from tts_grpo.speech.asr.sensevoice import SenseVoice
 from tts_grpo.speech.asr.sherpa import SherpaOnnx, sherpa_model
 from tts_grpo.speech.asr.whisper import Whisper
+from tts_grpo.speech.model_folders import language_fault
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,17 @@ def load_asr(model_dir: str | Path, device: str = "cpu", language: str = "zh") -
         model_dir: folder in the format of funasr (config.yaml, model.pt), faster-whisper (model.bin) or sherpa-onnx
             (tokens.txt, *.onnx).
         device: torch device; sherpa-onnx always runs on the CPU.
-        language: "zh" or "en", for SenseVoice and Whisper; a Paraformer has its own.
+        language: language of recordings without one of their own. SenseVoice and Whisper are told it; the vocabulary of
+            each must have its words.
 
     Raises:
-        ValueError: the folder has none of these formats, is incomplete, or has a funasr model of an unsupported kind.
+        ValueError: the folder has none of these formats, is incomplete, has a funasr model of an unsupported kind, or
+            does not know the language.
         ImportError: the package for this format is not installed.
     """
     folder = Path(model_dir)
+    if fault := language_fault(folder, language):
+        raise ValueError(fault)
     try:
         return _load(folder, device, language)
     except ModuleNotFoundError as error:

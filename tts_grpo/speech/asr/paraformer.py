@@ -7,7 +7,7 @@ import numpy as np
 
 from tts_grpo.speech.asr.funasr_model import load_funasr
 from tts_grpo.speech.asr.recogniser import recognise_in_batches
-from tts_grpo.speech.model_folders import PARAFORMER_FILES
+from tts_grpo.speech.model_folders import PARAFORMER_FILES, language_fault
 
 
 class Paraformer:
@@ -23,11 +23,18 @@ class Paraformer:
     """
 
     def __init__(self, model_dir: str | Path, device: str = "cpu", batch_size: int = 32):
-        self.batch_size = batch_size
+        self.batch_size, self.model_dir = batch_size, model_dir
         self._model = load_funasr(model_dir, device, PARAFORMER_FILES)
 
-    def transcribe(self, recordings: Sequence[np.ndarray]) -> list[str]:
-        """Transcripts of recordings, each float32 (T,) at 16 kHz; "" if no speech is recognised."""
+    def transcribe(self, recordings: Sequence[np.ndarray], languages: Sequence[str] | None = None) -> list[str]:
+        """Transcripts of recordings, each float32 (T,) at 16 kHz; "" if no speech is recognised.
+
+        Raises:
+            ValueError: the vocabulary has no words of a language. (The network is not told the language.)
+        """
+        for language in set(languages or ()):
+            if fault := language_fault(self.model_dir, language):
+                raise ValueError(fault)
         return recognise_in_batches(recordings, self._decode, self.batch_size, "")
 
     def _decode(self, batch: list[np.ndarray]) -> list[str]:

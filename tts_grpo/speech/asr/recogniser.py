@@ -28,8 +28,16 @@ class Transcript:
 class Recogniser(Protocol):
     """The interface of all recognisers."""
 
-    def transcribe(self, recordings: Sequence[np.ndarray]) -> list[str]:
-        """Transcripts of recordings, each float32 (T,) at 16 kHz."""
+    def transcribe(self, recordings: Sequence[np.ndarray], languages: Sequence[str] | None = None) -> list[str]:
+        """Transcripts of recordings, each float32 (T,) at 16 kHz.
+
+        Args:
+            recordings: the recordings.
+            languages: language of each; by default, that with which the recogniser was loaded.
+
+        Raises:
+            ValueError: the recogniser does not know a language.
+        """
 
 
 Result = TypeVar("Result")

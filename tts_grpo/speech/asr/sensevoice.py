@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tts_grpo.speech.asr.funasr_model import load_funasr
 from tts_grpo.speech.asr.recogniser import Transcript, recognise_in_batches
-from tts_grpo.speech.model_folders import SENSEVOICE_FILES
+from tts_grpo.speech.model_folders import SENSEVOICE_FILES, language_fault
 from tts_grpo.text.spoken import spoken_form
 
 # What the network may answer to its second and third query, as its vocabulary writes them: <|HAPPY|>
@@ -24,11 +24,12 @@ NUM_QUERIES = 4  # queries before the speech
 
 
 @dataclasses.dataclass(frozen=True)
-class _Pair:
-    """A recording and the pieces of its text; its length is the recording's."""
+class _Item:
+    """A recording, the number of its language, and the pieces of its text if needed; its length is the recording's."""
 
     recording: np.ndarray | torch.Tensor
-    pieces: torch.Tensor
+    language: int
+    pieces: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.recording)
@@ -42,13 +43,14 @@ class SenseVoice:
         device: torch device.
         batch_size: recordings decoded at once; None is 64 on a GPU, where a batch takes as long as the launches of its
             70 layers, and 32 on a CPU, where padding costs.
-        language: of the speech, passed to the network; "zh" hears English words in Chinese speech, too.
+        language: language of recordings without one of their own. The network is told it; "zh" also recognises English
+            words in Chinese speech.
 
     Attributes:
         tags: emotions and events that the vocabulary has, with their ids.
 
     Raises:
-        ValueError: the network does not know the language; or see :func:`load_funasr`.
+        ValueError: the network or its vocabulary does not have the language; or see :func:`load_funasr`.
     """
 
     def __init__(
@@ -59,73 +61,100 @@ class SenseVoice:
         self._model = load_funasr(model_dir, device, SENSEVOICE_FILES)
         frontend = self._model.kwargs["frontend"]
         self._frame_s = frontend.lfr_n * frontend.frame_shift / 1000
-        languages = self._model.model.lid_dict
-        if language not in languages:
-            raise ValueError(f"{model_dir}: no language {language!r}: SenseVoice knows {', '.join(languages)}")
-        self._language, self._language_id = language, languages[language]
+        self.model_dir, self.language = model_dir, language
+        self._language_ids: dict[str, int] = {}
+        self._language_id(language)
         pieces = self._model.kwargs["tokenizer"].sp
         ids = {tag: pieces.piece_to_id(f"<|{tag}|>") for tag in (*EMOTIONS, *EVENTS)}
         self.tags = {tag: number for tag, number in ids.items() if number != pieces.unk_id()}
 
-    def transcribe(self, recordings: Sequence[np.ndarray | torch.Tensor]) -> list[str]:
+    def transcribe(
+        self, recordings: Sequence[np.ndarray | torch.Tensor], languages: Sequence[str] | None = None
+    ) -> list[str]:
         """Transcripts of recordings, each float32 (T,) at 16 kHz, without SenseVoice's tags.
 
         One shorter than an analysis frame has the transcript "".
-        """
-        return [transcript.text for transcript in self.transcribe_with_onsets(recordings)]
 
-    def transcribe_with_onsets(self, recordings: Sequence[np.ndarray | torch.Tensor]) -> list[Transcript]:
+        Args:
+            recordings: the recordings, which may differ in language.
+            languages: language of each; by default, that of this object.
+
+        Raises:
+            ValueError: a language is not known.
+        """
+        return [transcript.text for transcript in self.transcribe_with_onsets(recordings, languages)]
+
+    def transcribe_with_onsets(
+        self, recordings: Sequence[np.ndarray | torch.Tensor], languages: Sequence[str] | None = None
+    ) -> list[Transcript]:
         """:meth:`transcribe`, with the time of each character."""
-        return recognise_in_batches(recordings, self._recognise, self.batch_size, Transcript())
+        items = [_Item(*both) for both in zip(recordings, self._ids_of(recordings, languages), strict=True)]
+        return recognise_in_batches(items, self._recognise, self.batch_size, Transcript())
 
     def log_likelihoods(
-        self, recordings: Sequence[np.ndarray | torch.Tensor], texts: Sequence[str]
+        self, recordings: Sequence[np.ndarray | torch.Tensor], texts: Sequence[str],
+        languages: Sequence[str] | None = None,
     ) -> list[float]:  # fmt: skip
         """Mean CTC log-likelihood per piece of each recording's text, at most 0.
 
         It is -inf for a recording that is too short for its text. The recordings are recognised once more for it.
 
         Raises:
-            ValueError: a text has no piece in the network's vocabulary.
+            ValueError: a text has no piece in the network's vocabulary, or a language is not known.
         """
         encode = self._model.kwargs["tokenizer"].encode
-        pieces = [torch.tensor(encode(spoken_form(text, self._language).text)) for text in texts]
+        languages = languages or [self.language] * len(texts)
+        pieces = [torch.tensor(encode(spoken_form(*both).text)) for both in zip(texts, languages, strict=True)]
         for text, ids in zip(texts, pieces, strict=True):
             if not len(ids):
                 raise ValueError(f"the text {text!r} has no piece in the vocabulary of the recogniser")
-        pairs = [_Pair(recording, ids) for recording, ids in zip(recordings, pieces, strict=True)]
-        return recognise_in_batches(pairs, self._log_likelihoods, self.batch_size, float("-inf"))
+        items = [_Item(*all_) for all_ in zip(recordings, self._ids_of(recordings, languages), pieces, strict=True)]
+        return recognise_in_batches(items, self._log_likelihoods, self.batch_size, float("-inf"))
+
+    def _ids_of(self, recordings: Sequence, languages: Sequence[str] | None) -> list[int]:
+        """Number of each recording's language in the network's first query."""
+        return [self._language_id(language) for language in languages or [self.language] * len(recordings)]
+
+    def _language_id(self, language: str) -> int:
+        if language not in self._language_ids:
+            known = self._model.model.lid_dict
+            if language not in known:
+                raise ValueError(f"{self.model_dir}: no language {language!r}: SenseVoice knows {', '.join(known)}")
+            if fault := language_fault(self.model_dir, language):
+                raise ValueError(fault)
+            self._language_ids[language] = known[language]
+        return self._language_ids[language]
 
     @torch.inference_mode()
-    def _log_likelihoods(self, pairs: list["_Pair"]) -> list[float]:
-        logits, ends = self._logits([pair.recording for pair in pairs])
-        sizes = torch.tensor([len(pair.pieces) for pair in pairs])
+    def _log_likelihoods(self, items: list[_Item]) -> list[float]:
+        logits, ends = self._logits(items)
+        sizes = torch.tensor([len(item.pieces) for item in items])
         log_probs = logits[:, NUM_QUERIES:].float().log_softmax(-1).transpose(0, 1)
         losses = F.ctc_loss(
-            log_probs, pad_sequence([pair.pieces for pair in pairs], batch_first=True).to(log_probs.device),
+            log_probs, pad_sequence([item.pieces for item in items], batch_first=True).to(log_probs.device),
             ends - NUM_QUERIES, sizes, self._model.model.blank_id, reduction="none",
         )  # fmt: skip
         return (-losses.cpu() / sizes).tolist()
 
     @torch.inference_mode()
-    def _logits(self, recordings) -> tuple[torch.Tensor, torch.Tensor]:
+    def _logits(self, items: list[_Item]) -> tuple[torch.Tensor, torch.Tensor]:
         """Outputs of the network (B, T, V), the answers to its queries first, and the length of each, int64 (B,)."""
         model = self._model.model
-        features, lens = self._features([torch.as_tensor(r, device=self.device) for r in recordings])
+        features, lens = self._features([torch.as_tensor(item.recording, device=self.device) for item in items])
         # The queries that SenseVoiceSmall.inference puts before the speech: language, emotion, event, written form
-        ids = [self._language_id, 1, 2, model.textnorm_dict["woitn"]]
-        queries = model.embed(torch.tensor([ids], device=self.device)).expand(len(features), -1, -1)
+        ids = [[item.language, 1, 2, model.textnorm_dict["woitn"]] for item in items]
+        queries = model.embed(torch.tensor(ids, device=self.device))
         ends = lens + NUM_QUERIES
         encoded, _ = model.encoder(torch.cat([queries, features], dim=1), ends.to(self.device))
         return model.ctc.ctc_lo(encoded), ends
 
     @torch.inference_mode()
-    def _recognise(self, recordings) -> list[Transcript]:
+    def _recognise(self, items: list[_Item]) -> list[Transcript]:
         """``AutoModel.generate``, with features and decoding of a batch computed together on the network's device."""
         from funasr.utils.postprocess_utils import rich_transcription_postprocess
 
         model, tokenizer = self._model.model, self._model.kwargs["tokenizer"]
-        logits, ends = self._logits(recordings)
+        logits, ends = self._logits(items)
         transcripts = []
         for pieces, end, tags in zip(
             logits.argmax(-1).tolist(), ends.tolist(), self._tag_probabilities(logits), strict=True

@@ -8,6 +8,7 @@ import torch
 
 from tts_grpo.speech.asr.recogniser import MIN_SAMPLES
 from tts_grpo.speech.audio import ASR_HZ
+from tts_grpo.speech.model_folders import language_fault
 
 
 def sherpa_model(folder: Path) -> Path:
@@ -28,15 +29,16 @@ class SherpaOnnx:
     Args:
         model_dir: folder with tokens.txt and model.int8.onnx or model.onnx; if both exist, model.int8.onnx is used, as
             in the original recipe.
-        language: "zh" or "en"; used by SenseVoice only.
+        language: language of recordings without one of their own. SenseVoice is told it: the model is loaded once per
+            language. A Paraformer is not told.
 
     Raises:
-        ValueError: a file is missing, or the model is neither Paraformer nor SenseVoice.
+        ValueError: a file is missing, the model is neither Paraformer nor SenseVoice, or its vocabulary has no words of
+            the language.
     """
 
     def __init__(self, model_dir: str | Path, language: str = "zh"):
         import onnx
-        import sherpa_onnx
 
         folder = Path(model_dir)
         path, tokens = sherpa_model(folder), folder / "tokens.txt"
@@ -45,23 +47,40 @@ class SherpaOnnx:
         # sherpa-onnx exits the process if the model is of another kind.
         kinds = {p.key: p.value for p in onnx.load(str(path), load_external_data=False).metadata_props}
         kind = kinds.get("model_type", "")
-        settings = {"tokens": str(tokens), "num_threads": torch.get_num_threads()}
-        if "paraformer" in kind:
-            self._model = sherpa_onnx.OfflineRecognizer.from_paraformer(paraformer=str(path), **settings)
-        elif kind.startswith("sense_voice"):
-            self._model = sherpa_onnx.OfflineRecognizer.from_sense_voice(
-                model=str(path), language=language, use_itn=False, **settings
-            )
-        else:
+        if "paraformer" not in kind and not kind.startswith("sense_voice"):
             raise ValueError(f"{path}: model_type {kind!r} in its metadata is neither Paraformer nor SenseVoice")
+        self.folder, self.path, self.kind, self.language, self._models = folder, path, kind, language, {}
+        self._model(language)
 
-    def transcribe(self, recordings: Sequence[np.ndarray]) -> list[str]:
+    def _model(self, language: str):
+        """The model for a language."""
+        import sherpa_onnx
+
+        key = language if self.kind.startswith("sense_voice") else ""
+        if key not in self._models:
+            if fault := language_fault(self.folder, language):
+                raise ValueError(fault)
+            settings = {"tokens": str(self.folder / "tokens.txt"), "num_threads": torch.get_num_threads()}
+            if key:
+                self._models[key] = sherpa_onnx.OfflineRecognizer.from_sense_voice(
+                    model=str(self.path), language=language, use_itn=False, **settings
+                )
+            else:
+                self._models[key] = sherpa_onnx.OfflineRecognizer.from_paraformer(paraformer=str(self.path), **settings)
+        return self._models[key]
+
+    def transcribe(self, recordings: Sequence[np.ndarray], languages: Sequence[str] | None = None) -> list[str]:
         """Transcripts of recordings, each float32 (T,) at 16 kHz; "" if shorter than one analysis frame."""
-        return [self._transcribe(np.asarray(r, dtype=np.float32)) if len(r) >= MIN_SAMPLES else "" for r in recordings]
+        models = [self._model(language) for language in languages or [self.language] * len(recordings)]
+        return [
+            self._transcribe(np.asarray(r, dtype=np.float32), model) if len(r) >= MIN_SAMPLES else ""
+            for r, model in zip(recordings, models, strict=True)
+        ]
 
-    def _transcribe(self, recording: np.ndarray) -> str:
+    @staticmethod
+    def _transcribe(recording: np.ndarray, model) -> str:
         # One at a time: in a batch, the padding of shorter recordings may be recognised as text.
-        stream = self._model.create_stream()
+        stream = model.create_stream()
         stream.accept_waveform(ASR_HZ, recording)
-        self._model.decode_stream(stream)
+        model.decode_stream(stream)
         return stream.result.text

@@ -374,12 +374,12 @@ def save_cmvn(path: Path, shift: float, scale: float, size: int = 560) -> None:
 
 
 def save_sentencepiece(path: Path, vocab_size: int) -> None:
-    """Write a SentencePiece model of single Chinese characters, as a serialised ``ModelProto``.
+    """Write a SentencePiece model of single letters and Chinese characters, as a serialised ``ModelProto``.
 
     (The generated module of the package sentencepiece needs a newer protobuf than Triton's client supports.)
     """
     unknown, control, normal = b"\x18\x02", b"\x18\x03", b"\x18\x01"  # field 3: type
-    codes = [*range(0x4E00, 0x9FA5), *range(0x3400, 0x4DB5)][: vocab_size - 3]
+    codes = [*range(0x61, 0x7B), *range(0x4E00, 0x9FA5), *range(0x3400, 0x4DB5)][: vocab_size - 3]
     pieces = [("<unk>", unknown), ("<s>", control), ("</s>", control), *((chr(code), normal) for code in codes)]
     with path.open("wb") as file:
         for piece, kind in pieces:

@@ -414,9 +414,8 @@ class CosyVoice2Token2Wav:
 
         for i, recording in enumerate(recordings):
             if not 0 < len(recording) <= 30 * ASR_HZ:
-                raise ValueError(
-                    f"recording {i} has {len(recording) / ASR_HZ:.1f} s; the speech tokenizer accepts up to 30 s"
-                )
+                seconds = len(recording) / ASR_HZ
+                raise ValueError(f"item {i} has {seconds:.1f} s; the speech tokenizer accepts recordings up to 30 s")
         return [self._cached("tokens", recording, compute).tolist() for recording in recordings]
 
     def prompt_features(self, voice: PromptVoice) -> dict:

@@ -1,0 +1,160 @@
+"""Tests of tools/repeat.py with a run.sh that trains nothing, and scores that are given."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests.conftest import ROOT
+from tools import repeat
+from tts_grpo.text.jsonl import write_jsonl
+
+# Stage 4 as run.sh prints it, and stages 0 to 3. A run whose number is in the file "kill" kills the calling program.
+RUN_SH = r"""
+set -eu
+if [[ $1 == --dry-run ]]; then
+  echo "bash $PWD/infer_dist.py --llm-path x --temperature $temperature --output-dir y --seeds 0 1 --batch-size 5"
+  echo "env bash $PWD/compute_wer.sh y $eval_jsonl"
+  exit
+fi
+echo "train $(basename "$exp_dir") ${credit-} $seed" >>calls
+[[ ! -f kill || $(<kill) != "$(basename "$exp_dir")" ]] || { rm kill && kill -9 "$PPID" && exit; }
+[[ ! -f fail ]] || { echo "no reward server" && exit 1; }
+mkdir -p "$exp_dir/sft_model" "$exp_dir/merged_hf_model"
+echo '{"stage": 2, "seconds": 41}' >"$exp_dir/stage_seconds.jsonl"
+"""
+COMPUTE_WER_SH = r"""echo "evaluate $1" >>calls
+cp -r "given/$(basename "$2" .jsonl)/$(basename "$1")/." "$1"
+"""
+RATES = {"sft": 0.2, "default": 0.1, "worse": 0.2}  # expected errors per unit
+
+
+def give_scores(root, set_name, number_of, name, rng):
+    """Scores of a model on a set of 60 texts of 10 syllables, for two evaluation seeds."""
+    rate = RATES[name.split("-")[0]]
+    for seed in (0, 1):
+        rows = [{
+            "id": f"u{i}", "error": None, "quality": {"speech_rate": 4.0 + 0.01 * i},
+            "errors": {repeat.METRIC: {"substitutions": int(n), "deletions": 0, "insertions": 0, "length": 10}},
+        } for i, n in enumerate(rng.binomial(10, rate, number_of))]  # fmt: skip
+        write_jsonl(root / f"given/{set_name}/{name}/seed_{seed}/utterances.jsonl", rows)
+    (root / f"given/{set_name}/{name}/scores.json").write_text("{}")
+
+
+@pytest.fixture
+def root(tmp_path):
+    rng = np.random.default_rng(0)
+    for name, text in (
+        ("run.sh", RUN_SH),
+        ("infer_dist.py", 'echo "infer $*" >>calls\n'),
+        ("compute_wer.sh", COMPUTE_WER_SH),
+    ):
+        (tmp_path / name).write_text(text)
+    for set_name in ("hard", "test"):
+        (tmp_path / f"{set_name}.jsonl").write_text("")
+        for name in ("sft", *(f"{s}-{n}" for s in ("default", "worse") for n in (1, 2, 3))):
+            give_scores(tmp_path, set_name, 60, name, rng)
+    (tmp_path / "settings").write_text("# two settings\ndefault\nworse credit=utterance learning_rate='2e-4'\n")
+    return tmp_path
+
+
+def arguments(root, *more):
+    sets = [str(root / "hard.jsonl"), str(root / "test.jsonl")]
+    return [str(root / "settings"), "--root", str(root), "--seeds", "1", "2", "3", "--sets", *sets, *more]
+
+
+def test_runs_are_trained_once_and_compared(root, capsys):
+    page = root / "page.md"
+    page.write_text("Text\n\n<!-- table: repeat -->\n\n<!-- table: repeat runs -->\n| old |\n")
+    repeat.main(arguments(root, "--page", str(page)))
+    calls = (root / "calls").read_text().splitlines()
+    assert [call for call in calls if call.startswith("train")] == [
+        f"train {setting}-{seed} {credit} {seed}" for setting, credit in (("default", ""), ("worse", "utterance"))
+        for seed in (1, 2, 3)
+    ]  # fmt: skip
+    assert sum(call.startswith("infer") for call in calls) == 14  # 6 runs and the SFT model, on two sets
+    assert sum("sft_model" in call for call in calls) == 2 and all(
+        "--temperature 1.0" in c for c in calls if "infer" in c
+    )
+    lines = [line for line in capsys.readouterr().out.splitlines() if "training 41 s" in line]
+    assert len(lines) == 6 and "1/6 default, seed 1: SFT " in lines[0]
+
+    recorded = json.loads((root / "exp/repeat/results.json").read_text("utf-8"))
+    assert {"title", "date", "commit", "machine", "command", "conditions", "figures", "runs"} <= recorded.keys()
+    primary, *others = recorded["figures"]
+    assert primary["primary"] and not any(figure["primary"] for figure in others)
+    assert (primary["set"], primary["before"], primary["after"]) == ("hard", "sft", "default")
+    assert primary["relative_change_percent"] == pytest.approx(-50, abs=8) and primary["conclusion"] == "better"
+    low, high = primary["ci95"]
+    assert low < -50 < high < -20 and len(primary["rates_after"]) == 3 and primary["p_holm"] == primary["p"]
+    assert len(others) == 5 and all(figure["p_holm"] >= figure["p"] for figure in others)
+    verdicts = {(f["set"], f["before"], f["after"]): f["conclusion"] for f in others}
+    assert (
+        verdicts["hard", "sft", "worse"] == "not significant (95%)" and verdicts["test", "default", "worse"] == "worse"
+    )
+    assert recorded["runs"][0]["quality"]["hard-temperature=1.0"]["speech_rate"]["difference"] == 0
+    made = repeat.tables(recorded, "repeat")
+    assert page.read_text() == "Text\n\n" + "\n\n".join(
+        "\n".join([f"<!-- table: {name} -->", *lines]) for name, lines in made.items()
+    ) + "\n"  # fmt: skip
+
+    (root / "calls").unlink()
+    repeat.main(arguments(root))
+    assert not (root / "calls").exists(), "something was trained or evaluated again"
+
+
+def test_a_killed_command_continues(root):
+    (root / "kill").write_text("worse-2")
+    command = [sys.executable, str(ROOT / "tools/repeat.py"), *arguments(root)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    assert subprocess.run(command, env=environment, capture_output=True, timeout=60).returncode == -signal.SIGKILL
+    before = (root / "calls").read_text().splitlines()
+    assert before[-1] == "train worse-2 utterance 2"
+    repeat.main(arguments(root))
+    after = (root / "calls").read_text().splitlines()[len(before) :]
+    assert [call for call in after if call.startswith("train")] == [f"train worse-{n} utterance {n}" for n in (2, 3)]
+    assert not any("sft" in call or "default" in call for call in after)
+
+
+def test_failures_stop_the_command(root):
+    (root / "fail").write_text("")
+    with pytest.raises(
+        SystemExit, match=r"(?s)no reward server\n.*training default-1 failed \(1\), see .*default-1.log"
+    ):
+        repeat.main(arguments(root))
+    (root / "fail").unlink()
+    repeat.main(arguments(root))
+    (root / "settings").write_text("default credit=utterance\n")
+    with pytest.raises(SystemExit, match="default-1 was trained with other variables"):
+        repeat.main(arguments(root))
+    (root / "settings").write_text("default\n")
+    with pytest.raises(SystemExit, match="was evaluated with other settings"):
+        write_jsonl(root / "exp/repeat/eval/hard-temperature=1.0/sft/commands.json", [[]])
+        repeat.main(arguments(root))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("default seed=3", "seed cannot be set per setting"),
+        ("default credit", "'credit' is not of the form variable=value"),
+        ("sft", "'sft' is not a new name"),
+        ("# nothing", "has no setting"),
+    ],
+)
+def test_wrong_lines_are_named(tmp_path, line, message):
+    (tmp_path / "settings").write_text(line + "\n")
+    with pytest.raises(ValueError, match=message):
+        repeat.read_settings(tmp_path / "settings")
+
+
+def test_the_commands_are_those_of_stage_4():
+    infer, score = repeat.stage_4_commands(
+        ROOT, {"eval_jsonl": str(ROOT / "assets/tiny/data/hard.jsonl"), "seeds": "7"}
+    )
+    assert infer[infer.index("--seeds") + 1] == "7" and "--llm-path" in infer and "--output-dir" in infer
+    assert score[-1].endswith("hard.jsonl") and infer[infer.index("--eval-set") + 1] == score[-1]

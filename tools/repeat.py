@@ -1,0 +1,423 @@
+"""Train settings with several seeds each, evaluate all runs, and compare them: a table with intervals over the seeds.
+
+    python tools/repeat.py SETTINGS_FILE [--seeds 1 2 3 4 5] [--output FILE.json]
+
+Each line of SETTINGS_FILE is a name with shell variables of run.sh: ``utterance credit=utterance learning_rate=2e-4``.
+A line with a name only has the default settings; ``#`` begins a comment.
+
+The runs are trained one after the other (bash run.sh 0 3), in exp/NAME/SETTING-SEED. Each is evaluated on every set
+with every sampling; the SFT model is evaluated once. The commands are those of stage 4, and get settings of the
+environment such as ``seeds``, ``judge_asr_dir`` and ``http_port``. After a crash, the same command continues: what is
+finished is not repeated. Logs are in exp/NAME/log.
+
+The primary comparison is that of the first setting with the SFT model, on the first set with the first sampling, by the
+toneless pinyin error rate of the evaluation recogniser. The p-values of all others are corrected (Holm). All intervals
+are 95%, by bootstrap over training seeds and utterances (tts_grpo/evaluation/bootstrap.py); with one seed, they do not
+contain the variation of the training. The JSON file has the form of docs/results, and the tables are printed.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from tts_grpo.evaluation import bootstrap
+from tts_grpo.evaluation.aggregate import ERRORS, JUDGE_ERRORS, compare_quality, error_fractions, read_utterances
+from tts_grpo.evaluation.provenance import ROOT, provenance, replace_tables
+from tts_grpo.text.jsonl import read_jsonl, write_json, write_text
+
+METRIC = "pinyin_error_rate_toneless"
+SETS = ("assets/tiny/data/hard.jsonl", "assets/tiny/data/test.jsonl")
+QUALITY = ("speech_rate", "f0_std_semitones", "dnsmos_ovrl", "speaker_similarity")
+RECOGNISERS = {ERRORS: "evaluation", JUDGE_ERRORS: "judge"}  # names of the recognisers by the key of their errors
+# Variables that this program sets, or that would make runs incomparable.
+RESERVED = {"exp_name", "exp_dir", "seed", "sft_path", "eval_jsonl", "eval_asr_dir", "judge_asr_dir", "seeds",
+            "temperature", "top_p", "top_k", "max_new_tokens", "force"}  # fmt: skip
+
+
+def get_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("settings_file", type=Path, help="a line per setting: NAME [VARIABLE=VALUE ...]")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="training seeds")
+    parser.add_argument("--sets", type=Path, nargs="+", default=[ROOT / path for path in SETS], help="test sets; the "
+                        "name of a set is that of its file")  # fmt: skip
+    parser.add_argument("--samplings", nargs="+", default=["temperature=1.0"], metavar="SAMPLING", help="variables of "
+                        "run.sh for each sampling of the evaluation: 'temperature=0.6 top_p=0.9'")  # fmt: skip
+    parser.add_argument("--name", default="repeat", help="folder of all results below exp/")
+    parser.add_argument("--keep-audio", action="store_true", help="keep the speech of the evaluations")
+    parser.add_argument("--output", type=Path, help="JSON file for the figures (default: exp/NAME/results.json)")
+    parser.add_argument("--title", default="Settings over several training seeds", help="title of the figures")
+    parser.add_argument("--page", type=Path, help="Markdown page whose tables are replaced, see --table")
+    parser.add_argument("--table", default="repeat", help="the tables follow <!-- table: TABLE --> and "
+                        "<!-- table: TABLE runs --> in the page")  # fmt: skip
+    parser.add_argument("--root", type=Path, default=ROOT, help="checkout whose run.sh is run")
+    args = parser.parse_args(argv)
+    args.folder = args.root / "exp" / args.name
+    args.output = args.output or args.folder / "results.json"
+    return args
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run of a setting with one seed."""
+
+    setting: str
+    variables: dict[str, str]
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.setting}-{self.seed}"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A test set and a sampling, and the commands of stage 4 for them."""
+
+    test_set: Path
+    sampling: str
+    infer: list[str] = field(compare=False, default_factory=list)
+    score: list[str] = field(compare=False, default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return f"{self.test_set.stem}-{re.sub(r'[^A-Za-z0-9.=]+', '-', self.sampling)}"
+
+
+def assignments(text: str, where: str) -> dict[str, str]:
+    """``NAME=VALUE ...`` in shell syntax as a dict.
+
+    Raises:
+        ValueError: a word has another form.
+    """
+    found = {}
+    for word in shlex.split(text, comments=True):
+        name, equals, value = word.partition("=")
+        if not equals or not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+            raise ValueError(f"{where}: {word!r} is not of the form variable=value")
+        found[name] = value
+    return found
+
+
+def read_settings(path: Path) -> dict[str, dict[str, str]]:
+    """Variables of each setting by its name.
+
+    Raises:
+        ValueError: a line has another form, a name is used twice, a variable is reserved, or there is no line.
+    """
+    settings: dict[str, dict[str, str]] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        name, _, rest = line.strip().partition(" ")
+        if not name or name.startswith("#"):
+            continue
+        where = f"{path}:{number}"
+        if not re.fullmatch(r"[A-Za-z0-9_.-]+", name) or name == "sft" or name in settings:
+            raise ValueError(f"{where}: {name!r} is not a new name of letters, digits, '_', '.' and '-'")
+        settings[name] = assignments(rest, where)
+        if reserved := settings[name].keys() & RESERVED:
+            raise ValueError(f"{where}: {', '.join(sorted(reserved))} cannot be set per setting: see --help")
+    if not settings:
+        raise ValueError(f"{path} has no setting: write a line such as: default")
+    return settings
+
+
+def stage_4_commands(root: Path, environment: dict[str, str]) -> tuple[list[str], list[str]]:
+    """The first inference and the first scoring command that stage 4 would run, as words.
+
+    Raises:
+        RuntimeError: run.sh prints none.
+    """
+    done = subprocess.run(
+        ["bash", "run.sh", "--dry-run", "4"], cwd=root, env=os.environ | environment, capture_output=True, text=True
+    )
+    lines = [shlex.split(line) for line in done.stdout.splitlines() if "infer_dist.py" in line or "compute_wer" in line]
+    infer = next((line for line in lines if any(word.endswith("infer_dist.py") for word in line)), None)
+    score = next((line for line in lines if any(word.endswith("compute_wer.sh") for word in line)), None)
+    if not infer or not score:
+        raise RuntimeError(f"bash run.sh --dry-run 4 printed no commands: {done.stderr.strip()[-500:]}")
+    return infer, score
+
+
+def evaluations_of(args) -> list[Evaluation]:
+    """All test sets with all samplings, in order."""
+    found = []
+    for sampling in args.samplings:
+        variables = assignments(sampling, "--samplings")
+        for test_set in args.sets:
+            given = variables | {"eval_jsonl": str(test_set.absolute()), "exp_dir": str(args.folder)}
+            found.append(Evaluation(test_set, sampling, *stage_4_commands(args.root, given)))
+    found.sort(key=lambda one: args.sets.index(one.test_set))
+    if len({one.name for one in found}) < len(found):
+        raise ValueError("two test sets or two samplings have the same name: rename one")
+    return found
+
+
+def replaced(command: list[str], values: dict[str, str]) -> list[str]:
+    """A command with other values after these flags."""
+    return [values.get(before, word) for before, word in zip(["", *command], command, strict=False)]
+
+
+def execute(command: list[str], log: Path, cwd: Path, environment: dict[str, str], what: str) -> None:
+    """Run a command, with its output appended to a file.
+
+    Raises:
+        RuntimeError: it failed; the message has the end of its output.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as file:
+        file.write(f"\n$ {shlex.join(command)}\n".encode())
+        file.flush()
+        code = subprocess.run(command, cwd=cwd, env=os.environ | environment, stdout=file, stderr=file).returncode
+    if code:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        raise RuntimeError("\n".join([*lines[-5:], f"{what} failed ({code}), see {log}; the same command continues"]))
+
+
+def train(args, run: Run) -> None:
+    """Stages 0 to 3 of a run, unless they are recorded as done.
+
+    Raises:
+        RuntimeError: a stage failed, or the run was trained with other variables.
+    """
+    exp_dir = args.folder / run.name
+    record, wanted = exp_dir / "trained.json", {"variables": run.variables, "seed": run.seed}
+    started = exp_dir / "settings.json"
+    if started.exists() and json.loads(started.read_text(encoding="utf-8")) != wanted:
+        raise RuntimeError(f"{exp_dir} was trained with other variables: give the setting another name, or set --name")
+    if record.exists():
+        return
+    write_json(started, wanted)
+    environment = run.variables | {
+        "exp_dir": str(exp_dir), "exp_name": f"{args.name}-{run.name}", "seed": str(run.seed)
+    }  # fmt: skip
+    log = args.folder / "log" / f"{run.name}.log"
+    execute(["bash", "run.sh", "0", "3"], log, args.root, environment, f"training {run.name}")
+    write_json(record, wanted)
+
+
+def train_seconds(exp_dir: Path) -> int | None:
+    """Seconds of stages 0 to 3 of a run, including interrupted ones."""
+    path = exp_dir / "stage_seconds.jsonl"
+    return round(sum(row["seconds"] for row in read_jsonl(path) if row["stage"] <= 3)) if path.exists() else None
+
+
+def evaluate(args, one: Evaluation, model: Path, name: str) -> Path:
+    """Synthesise and score a test set with a model, unless that is done; return the folder of the scores.
+
+    Raises:
+        RuntimeError: a command failed, or the folder was evaluated with other settings.
+    """
+    output_dir = args.folder / "eval" / one.name / name
+    infer = replaced(one.infer, {"--llm-path": str(model), "--output-dir": str(output_dir)})
+    score = [*one.score[:-2], str(output_dir), one.score[-1]]
+    record, commands = output_dir / "commands.json", [infer, score]
+    if record.exists() and json.loads(record.read_text(encoding="utf-8")) != commands:
+        raise RuntimeError(f"{output_dir} was evaluated with other settings: set another --name, or delete the folder")
+    if (output_dir / "seconds").exists():
+        return output_dir
+    write_json(record, commands)
+    began = time.monotonic()
+    log = args.folder / "log" / f"{name}.log"
+    path = os.pathsep.join(filter(None, [str(args.root), os.environ.get("PYTHONPATH")]))
+    for command in commands:
+        execute(command, log, args.root, {"PYTHONPATH": path}, f"evaluation of {name} on {one.name}")
+    if not args.keep_audio:
+        for wavs in output_dir.glob("seed_*/wavs"):
+            shutil.rmtree(wavs)
+    write_text(output_dir / "seconds", f"{time.monotonic() - began:.0f}\n")
+    return output_dir
+
+
+def eval_seconds(args, name: str) -> int:
+    """Seconds of all evaluations of a model, without interrupted ones."""
+    return sum(int(path.read_text()) for path in (args.folder / "eval").glob(f"*/{name}/seconds"))
+
+
+def run_all(args, runs: list[Run], evaluations: list[Evaluation]) -> None:
+    """Train and evaluate everything that is not done, with one line of output per run."""
+    sft = args.folder / runs[0].name / "sft_model"
+    for number, run in enumerate(runs, 1):
+        train(args, run)
+        models = {run.name: args.folder / run.name / "merged_hf_model"}
+        if number == 1:
+            models = {"sft": sft} | models
+        for name, model in models.items():
+            for one in evaluations:
+                evaluate(args, one, model, name)
+        first = args.folder / "eval" / evaluations[0].name
+        rates = {name: bootstrap.ratio(fractions(first / name, ERRORS)) for name in ("sft", run.name)}
+        print(
+            f"{time.strftime('%F %T')} {number}/{len(runs)} {run.setting}, seed {run.seed}: SFT {rates['sft']:.2%}, "
+            f"GRPO {rates[run.name]:.2%} on {evaluations[0].name}; training {train_seconds(args.folder / run.name)} s, "
+            f"evaluation {eval_seconds(args, run.name)} s",
+            flush=True,
+        )
+
+
+def fractions(output_dir: Path, key: str) -> np.ndarray:
+    """Errors and units of each utterance, (N, 2), in the order of the ids; by METRIC and one recogniser."""
+    found = error_fractions(read_utterances(output_dir), METRIC, False, key)
+    return np.array([found[utt_id] for utt_id in sorted(found)])
+
+
+def stack(folder: Path, names: list[str], key: str) -> np.ndarray:
+    """Errors and units of runs, (S, N, 2)."""
+    return np.stack([fractions(folder / name, key) for name in names])
+
+
+def pairs(settings: list[str]) -> Iterator[tuple[str, str]]:
+    """What is compared: each setting with the SFT model, and with the first setting."""
+    yield from (("sft", setting) for setting in settings)
+    yield from ((settings[0], setting) for setting in settings[1:])
+
+
+def comparisons(args, settings: list[str], evaluations: list[Evaluation]) -> list[dict]:
+    """The figures of all comparisons; the first is the primary one."""
+    names = {setting: [f"{setting}-{seed}" for seed in args.seeds] for setting in settings} | {"sft": ["sft"]}
+    found = []
+    for one in evaluations:
+        folder = args.folder / "eval" / one.name
+        scores = json.loads((folder / "sft" / "scores.json").read_text(encoding="utf-8"))
+        for key in (ERRORS, JUDGE_ERRORS)[: 2 if "judge" in scores else 1]:
+            for first, second in pairs(settings):
+                change = bootstrap.compare_runs(stack(folder, names[first], key), stack(folder, names[second], key))
+                rates, ci = map(bootstrap.ratio, stack(folder, names[second], key)), change["relative_drop_ci"]
+                found.append({
+                    "set": one.test_set.stem, "sampling": one.sampling, "recogniser": RECOGNISERS[key],
+                    "before": first, "after": second, "rate_before": percent(change["before"]),
+                    "rate_after": percent(change["after"]), "rates_after": list(map(percent, rates)),
+                    "relative_change_percent": percent(change["relative_drop"], -1, 1),
+                    "ci95": ci and [percent(bound, -1, 1) for bound in ci[::-1]],
+                    "p": change["p"], "conclusion": bootstrap.verdict(change["ci"], "lower"),
+                })  # fmt: skip
+    adjusted = bootstrap.holm([figure["p"] for figure in found[1:]])
+    for figure, p in zip(found, [found[0]["p"], *adjusted], strict=True):
+        figure |= {"p_holm": p, "primary": figure is found[0]}
+        if p >= 0.05:
+            figure["conclusion"] = bootstrap.NOT_SIGNIFICANT
+    return found
+
+
+def percent(value: float | None, sign: int = 1, digits: int = 2) -> float | None:
+    return None if value is None else round(100 * sign * value, digits)
+
+
+def quality_of(folder: Path, name: str) -> dict[str, dict]:
+    """Change of the speech-quality metrics of a run against the SFT model, that were measured."""
+    changes = compare_quality(read_utterances(folder / "sft"), read_utterances(folder / name))
+    return {
+        metric: {
+            "difference": round(changes[metric]["difference"], 4),
+            "ci95": changes[metric]["ci"] and [round(bound, 4) for bound in changes[metric]["ci"]],
+            "conclusion": changes[metric]["verdict"],
+        }
+        for metric in QUALITY if metric in changes
+    }  # fmt: skip
+
+
+def run_figures(args, runs: list[Run], evaluations: list[Evaluation]) -> list[dict]:
+    """Seconds, error rates and quality of each run."""
+    found = []
+    for run in runs:
+        folders = {one.name: args.folder / "eval" / one.name for one in evaluations}
+        found.append({
+            "setting": run.setting, "seed": run.seed, "train_seconds": train_seconds(args.folder / run.name),
+            "eval_seconds": eval_seconds(args, run.name),
+            "rates": {
+                name: percent(bootstrap.ratio(fractions(folder / run.name, ERRORS))) for name, folder in folders.items()
+            },
+            "quality": {name: quality_of(folder, run.name) for name, folder in folders.items()},
+        })  # fmt: skip
+    return found
+
+
+def results(args, settings: dict[str, dict[str, str]], runs: list[Run], evaluations: list[Evaluation]) -> dict:
+    """The contents of the JSON file."""
+    shown = "; ".join(" ".join([name, *map("=".join, found.items())]) for name, found in settings.items())
+    infer = evaluations[0].infer
+    seeds = " ".join(itertools.takewhile(str.isdecimal, infer[infer.index("--seeds") + 1 :]))
+    return {
+        **provenance(args.title, ["tools/repeat.py", *sys.argv[1:]]),
+        "conditions": f"settings: {shown}; seeds {' '.join(map(str, args.seeds))}; toneless pinyin error rate, "
+        f"evaluation seeds {seeds}; 95% intervals by bootstrap over training seeds and utterances; p-values of all "
+        "comparisons but the primary one corrected by Holm's method",
+        "settings": settings,
+        "figures": comparisons(args, list(settings), evaluations),
+        "runs": run_figures(args, runs, evaluations),
+    }
+
+
+def change_text(figure: dict) -> str:
+    """Format a change as "-33.0% (-40.1% to -25.1%)"."""
+    if figure["relative_change_percent"] is None:
+        return "-"
+    ci = figure["ci95"]
+    return f"{figure['relative_change_percent']:+.1f}%" + (f" ({ci[0]:+.1f}% to {ci[1]:+.1f}%)" if ci else "")
+
+
+def comparison_table(recorded: dict) -> list[str]:
+    """Lines of the table of comparisons."""
+    lines = ["| Set | Sampling | Recogniser | Compared | Error rates | Change (95% interval) | p | Conclusion |",
+             "| --- | --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+    for figure in recorded["figures"]:
+        cells = (
+            figure["set"], figure["sampling"], figure["recogniser"],
+            f"{figure['before']} → {figure['after']}{' (primary)' if figure['primary'] else ''}",
+            f"{figure['rate_before']:.2f}% → {figure['rate_after']:.2f}%",
+            change_text(figure), f"{figure['p_holm']:.2g}", figure["conclusion"],
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def run_table(recorded: dict) -> list[str]:
+    """Lines of the table of runs; quality is that of the first set and sampling."""
+    names = list(recorded["runs"][0]["rates"])
+    lines = [f"| Setting | Seed | Training, s | Evaluation, s | {' | '.join(names)} | Changes of quality (95%) |",
+             f"|{' --- |' * (5 + len(names))}"]  # fmt: skip
+    for run in recorded["runs"]:
+        rates = " | ".join(f"{run['rates'][name]:.2f}%" for name in names)
+        changed = [
+            f"{metric} {found['difference']:+.3f}"
+            for metric, found in run["quality"][names[0]].items() if found["conclusion"] != bootstrap.NOT_SIGNIFICANT
+        ]  # fmt: skip
+        seconds = f"{run['train_seconds']} | {run['eval_seconds']}"
+        lines.append(f"| {run['setting']} | {run['seed']} | {seconds} | {rates} | {', '.join(changed) or 'none'} |")
+    return lines
+
+
+def tables(recorded: dict, name: str) -> dict[str, list[str]]:
+    """Lines of each table by the name in its comment, from the contents of the JSON file."""
+    return {name: comparison_table(recorded), f"{name} runs": run_table(recorded)}
+
+
+def main(argv=None):
+    args = get_args(argv)
+    try:
+        settings = read_settings(args.settings_file)
+        runs = [Run(name, variables, seed) for name, variables in settings.items() for seed in args.seeds]
+        evaluations = evaluations_of(args)
+        run_all(args, runs, evaluations)
+    except (ValueError, OSError, RuntimeError) as error:
+        raise SystemExit(f"repeat.py: {error}") from None
+    recorded = results(args, settings, runs, evaluations)
+    write_json(args.output, recorded)
+    made = tables(recorded, args.table)
+    if args.page:
+        write_text(args.page, replace_tables(args.page.read_text(encoding="utf-8"), made))
+    print("\n\n".join("\n".join(lines) for lines in made.values()))
+
+
+if __name__ == "__main__":
+    main()
