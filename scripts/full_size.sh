@@ -123,17 +123,22 @@ install_official() {
 }
 
 install_profile() {
-  clone_cosyvoice
-  install_official
+  install_evaluation
   download --hub modelscope --repo iic/SenseVoiceSmall --output-dir "$reward_asr_dir" --need-gib 1 \
     --require model.pt config.yaml am.mvn configuration.json
+  install_texts
+  [[ $prompt_list != "$aishell_voices" ]] || install_voices
+  install_known_answers
+}
+
+# install_evaluation: download what bash run.sh evaluate needs.
+install_evaluation() {
+  clone_cosyvoice
+  install_official
   download --hub modelscope --repo iic/speech_seaco_paraformer_large_asr_nat-zh-cn-16k-common-vocab8404-pytorch \
     --output-dir "$eval_asr_dir" --need-gib 2 --require model.pt config.yaml am.mvn configuration.json tokens.json
   install_llm
-  install_texts
-  [[ $prompt_list != "$aishell_voices" ]] || install_voices
   install_eval_sets
-  install_known_answers
 }
 
 install_llm() {
@@ -212,7 +217,7 @@ install_known_answers() {
     [[ $(language_of "$(set_name "$file")") != "$language" ]] || { path=$file && break; }
   done
   [[ -e $known_answer_jsonl ]] || run "$speech_bin/python" "$root/scripts/encode_prompts.py" --eval-set "$path" \
-    --token2wav-dir "$token2wav_dir" --output "$known_answer_jsonl"
+    --token2wav-dir "$token2wav_dir" --language "$language" --output "$known_answer_jsonl"
 }
 
 # token2wav imports CosyVoice's modules
