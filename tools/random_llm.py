@@ -40,7 +40,6 @@ from safetensors.torch import save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from tts_grpo.speech.cosyvoice3.random_weights import write_token2wav
 from tts_grpo.text.jsonl import write_json
 from tts_grpo.text.prompts import GENERATION_START, IM_END
 from tts_grpo.text.tokens import NUM_SPEECH_TOKENS, speech_token_str
@@ -329,6 +328,8 @@ def main(argv=None):
     if args.model == "cosyvoice3":
         parameters = write_cosyvoice3(args.output, ranks, shape, args.mean_tokens, args.seed)
         if args.token2wav:
+            from tts_grpo.speech.cosyvoice3.random_weights import write_token2wav  # needs onnx
+
             write_token2wav(args.output, args.seed, small=args.shape == "tiny")
     else:
         tokenizer = make_tokenizer(ranks)
