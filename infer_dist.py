@@ -186,10 +186,14 @@ def check_fingerprint(args) -> None:
 
 
 def fingerprints(rows: list[dict], set_dir: Path) -> dict[str, str]:
-    """Return ``id -> fingerprint``: a hash of the text, the prompt text and the content of the prompt's recording."""
+    """Return ``id -> fingerprint``: a hash of text, prompt text, content of the prompt's recording, and instruction."""
     recordings = {row["prompt_audio"] for row in rows if row["prompt_audio"]}
     checksums = {path: checksum(set_dir / path) for path in recordings}
-    parts = {row["id"]: [row["target_text"], row["prompt_text"], checksums.get(row["prompt_audio"])] for row in rows}
+    parts = {
+        row["id"]: [row["target_text"], row["prompt_text"], checksums.get(row["prompt_audio"])]
+        + ([row["instruct"]] if "instruct" in row else [])
+        for row in rows
+    }
     return {utt_id: hashlib.sha256(json.dumps(part).encode()).hexdigest() for utt_id, part in parts.items()}
 
 

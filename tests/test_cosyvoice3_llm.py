@@ -202,11 +202,12 @@ def test_training_and_rollouts_have_the_same_probabilities(loaded, converted):
     torch.testing.assert_close(log_probs[0, len(ids) - 1 :].tolist(), response.log_probs, atol=1e-5, rtol=0)
 
 
-def test_round_trip_is_bit_equal(official, converted, tmp_path):
+def test_round_trip_is_bit_equal(official, converted, tmp_path, capsys):
     """A checkpoint of CosyVoice's trainer has two more entries."""
     like = tmp_path / "epoch_3_whole.pt"
     torch.save(torch.load(official / "llm.pt") | {"epoch": 3, "step": 12_000}, like)
     main(["to-official", "--hf", str(converted), "--like", str(like), "--output", str(tmp_path / "back.pt")])
+    assert '"changed_tensors": 0' in capsys.readouterr().out
     before, after = torch.load(official / "llm.pt"), torch.load(tmp_path / "back.pt")
     assert list(before) == list(after)
     for name, tensor in before.items():
@@ -263,11 +264,12 @@ def make_upstream(folder, official):
     return folder
 
 
-def test_upstream_folder_becomes_official(official, tmp_path):
+def test_upstream_folder_becomes_official(official, tmp_path, capsys):
     hf, like, back = make_upstream(tmp_path / "hf", official), official / "llm.pt", tmp_path / "llm.pt"
     with pytest.raises(ValueError, match="no bias, so that text ids.*convert_llm.py"):
         load_lm(hf)
     main(["to-official", "--hf", str(hf), "--like", str(like), "--output", str(back)])
+    assert '"changed_tensors": 0' not in capsys.readouterr().out  # it is in bfloat16
     before, after = torch.load(like), torch.load(back)
     for name in ("llm_decoder.weight", "speech_embedding.weight", "llm.model.model.norm.weight"):
         assert torch.equal(before[name].bfloat16().float(), after[name]), name

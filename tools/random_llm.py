@@ -1,6 +1,6 @@
 """Write a language model with random weights, in the same format as a model that the full-size profiles train.
 
-    python tools/random_llm.py --output DIR [--model llasa|cosyvoice3] [--mean-tokens 124]
+    python tools/random_llm.py --output DIR [--model cosyvoice3] [--mean-tokens 124]
 
 It is used to measure speed and memory, and for tests, without a download.
 
