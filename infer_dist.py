@@ -186,11 +186,12 @@ def check_fingerprint(args) -> None:
 
 
 def fingerprints(rows: list[dict], set_dir: Path) -> dict[str, str]:
-    """Return ``id -> fingerprint``: a hash of text, prompt text, content of the prompt's recording, and instruction."""
+    """Return ``id -> fingerprint``: a hash of texts, language, content of the prompt's recording, and instruction."""
     recordings = {row["prompt_audio"] for row in rows if row["prompt_audio"]}
     checksums = {path: checksum(set_dir / path) for path in recordings}
+    keys = ("target_text", "language", "prompt_text")
     parts = {
-        row["id"]: [row["target_text"], row["prompt_text"], checksums.get(row["prompt_audio"])]
+        row["id"]: [*(row[key] for key in keys), checksums.get(row["prompt_audio"])]
         + ([row["instruct"]] if "instruct" in row else [])
         for row in rows
     }

@@ -126,8 +126,8 @@ stage_2() {
   local check=() trainer
   trainer=$(plain_path "$venv_root/trainer")
   ((check_reward == 0)) || check=(--check)
-  run "$trainer_bin/python" "$root/reward_tts.py" --jsonl "$known_answer_jsonl" --limit 64 \
-    --server-urls "$server_urls" "${check[@]}"
+  run "$trainer_bin/python" "$root/reward_tts.py" --jsonl "$known_answer_jsonl" --limit 64 --language "$language" \
+    --train-parquet "$exp_dir/data/train.parquet" --server-urls "$server_urls" "${check[@]}"
   run_beside_server env "${train_env[@]}" "$trainer_bin/python" "$root/scripts/train.py" --log-file "$exp_dir/log/train.log" \
     --total-steps "$total_steps" --checkpoint-dir "$exp_dir/checkpoints" --failure-file "$exp_dir/reward_failure" \
     --server-url "${server_urls%%[, ]*}" --tensorboard-dir "$exp_dir/tensorboard" --validation-dir "$exp_dir/validation" -- \
@@ -453,7 +453,7 @@ configure() {
   server_command+=(--language "$language")
   text_flags=(--language "$language" --text-tags "$text_tags" --llm-text "$llm_text")
   data_flags=(
-    --eval-set "${eval_sets[@]}" "${text_flags[@]}" --max-prompt-length "$max_prompt_length" --max-bad-ratio "$max_bad_ratio"
+    --eval-set "${eval_sets[@]}" --asr-dirs "${asr_dirs[@]}" "${text_flags[@]}" --max-prompt-length "$max_prompt_length" --max-bad-ratio "$max_bad_ratio"
     --max-test-overlap "$max_test_overlap" --batch-size "$train_batch_size" --max-new-tokens "$max_new_tokens"
   )
   voices_jsonl=$exp_dir/voices.jsonl # stage 0 makes it from prompt_list, with speech_prefix=voice
@@ -514,7 +514,7 @@ configure() {
     actor_rollout_ref.rollout.calculate_log_probs=True algorithm.rollout_correction.bypass_mode="$reuse_log_probs"
     actor_rollout_ref.actor.calculate_entropy=True # logged only: entropy_coeff is 0
     reward.custom_reward_function.path="$(hydra "$root/reward_tts.py")" reward.custom_reward_function.name=compute_score
-    "+reward.custom_reward_function.reward_kwargs={server_urls: $(hydra "$server_urls"), failure_file: $(hydra "$exp_dir/reward_failure"), by_syllable: $by_syllable, patience_s: $reward_patience_s, max_unscored_share: $max_unscored_share, rewards: $(hydra "$rewards"), check_freq: $check_freq, known_answer_jsonl: $(hydra "$(realpath -m "$known_answer_jsonl")")}"
+    "+reward.custom_reward_function.reward_kwargs={server_urls: $(hydra "$server_urls"), failure_file: $(hydra "$exp_dir/reward_failure"), by_syllable: $by_syllable, patience_s: $reward_patience_s, max_unscored_share: $max_unscored_share, language: $language, rewards: $(hydra "$rewards"), check_freq: $check_freq, known_answer_jsonl: $(hydra "$(realpath -m "$known_answer_jsonl")")}"
     trainer.n_gpus_per_node="$num_gpus" trainer.nnodes="$num_nodes"
     "trainer.logger=[console,tensorboard]" trainer.project_name=tts_grpo trainer.experiment_name="$(hydra "$exp_name")"
     trainer.default_local_dir="$(hydra "$exp_dir/checkpoints")" trainer.resume_mode=auto

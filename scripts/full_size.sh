@@ -217,7 +217,7 @@ install_known_answers() {
     [[ $(language_of "$(set_name "$file")") != "$language" ]] || { path=$file && break; }
   done
   [[ -e $known_answer_jsonl ]] || run "$speech_bin/python" "$root/scripts/encode_prompts.py" --eval-set "$path" \
-    --token2wav-dir "$token2wav_dir" --output "$known_answer_jsonl"
+    --token2wav-dir "$token2wav_dir" --language "$language" --output "$known_answer_jsonl"
 }
 
 # token2wav imports CosyVoice's modules

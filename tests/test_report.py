@@ -17,6 +17,7 @@ import pytest
 import soundfile as sf
 
 from scripts import report, summarise
+from tools import compare
 from tts_grpo.evaluation.protocols import count_all
 from tts_grpo.evaluation.report import figures
 from tts_grpo.evaluation.report.alignment import cells
@@ -162,6 +163,47 @@ def test_missing_files(exp_dir, tmp_path):
         report.main(["--exp-dir", str(tmp_path / "exp")])
 
 
+@pytest.fixture(scope="module")
+def comparison(exp_dir, tmp_path_factory):
+    """A page of seven experiments: one twice, with other settings; runs of tools/repeat.py; and one without scores."""
+    folder = tmp_path_factory.mktemp("comparison")
+    shutil.copytree(exp_dir, folder / "a")
+    shutil.copytree(exp_dir / "eval", folder / "eval/hard-t1")
+    for name in ("b", "c", "d", "e", "f", "grpo"):  # the last one has scores in eval/hard-t1/grpo
+        log_training(folder / name / "tensorboard")
+    shutil.copytree(exp_dir, folder / "b", dirs_exist_ok=True)
+    summary = json.loads((folder / "b/summary.json").read_text())
+    summary["settings"] |= {"seed": "43", "exp_name": "b"}
+    write_json(folder / "b/summary.json", summary)
+    output = folder / "comparison.html"
+    compare.main([*(str(folder / name) for name in ("a", "b", "c", "d", "e", "f", "grpo")), "--output", str(output)])
+    return output
+
+
+def test_the_comparison_has_the_curves_and_scores_of_all_experiments(comparison, exp_dir):
+    page = comparison.read_text(encoding="utf-8")
+    summary = json.loads((exp_dir / "summary.json").read_text())
+    rows = re.findall(r"<tr><th scope=\"row\">(\w+)</th>(.*?)</tr>", page, re.DOTALL)
+    scores = {name: row for name, row in rows if "%" in row}
+    assert scores.keys() == {"a", "b", "grpo"} and "<td>hard-t1</td>" in scores["grpo"]
+    for row in scores.values():
+        for model in ("sft", "grpo"):
+            assert f"{summary[model]['pooled']['pinyin_error_rate_toneless']['rate']:.2%}" in row
+    plots = re.findall(r'<figure class="plot">.*?</figure>', page, re.DOTALL)
+    reward = next(plot for plot in plots if "<figcaption>Reward</figcaption>" in plot)
+    assert all(f"var(--run{number})" in reward for number in range(6)) and "stroke-dasharray" in reward
+    assert "0.705" in reward and reward.count("<tr>") == 1 + 30
+    assert '<th scope="row">seed</th><td>42</td><td>43</td><td>–</td>' in page and "exp_name" not in page
+    test_page_loads_nothing_from_outside(page)
+
+
+def test_experiments_that_cannot_be_compared_are_named(exp_dir, tmp_path):
+    with pytest.raises(SystemExit, match="named twice"):
+        compare.main([str(exp_dir), str(exp_dir)])
+    with pytest.raises(SystemExit, match=f"{tmp_path} has neither scores nor a training log"):
+        compare.main([str(exp_dir), str(tmp_path)])
+
+
 def test_quality_metrics_and_verdicts_are_shown(exp_dir, tmp_path):
     shutil.copytree(exp_dir, tmp_path / "exp")
     for model in ("sft", "grpo"):
@@ -230,7 +272,7 @@ def test_disagreements_of_the_protocols_are_shown_with_their_reason():
         counts = count_all(target, transcript, "zh")
         sample = Sample(None, None, transcript, 0, 1.0, counts["cer"].errors, counts["spoken"].errors)
         utterances.append(Utterance(utt_id, target, 3, {model: {"0": sample} for model in ("sft", "grpo")}))
-    shown, reasons = find_disagreements(utterances, "zh")
+    shown, reasons = find_disagreements(utterances)
     assert {d.utt_id: (d.spoken_text, d.why, d.spoken) for d in shown} == {
         "a": ("约百分之五十", "percent, traditional characters", 0), "d": ("二百", "digits in the transcript", 0),
     }  # fmt: skip
@@ -333,14 +375,15 @@ def test_the_page_in_a_browser(browser, page, exp_dir):
 
 
 @needs_browser
+@pytest.mark.parametrize("kind", ["report", "comparison"])
 @pytest.mark.parametrize("width", [400, 1400])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_layout_fits_and_contrast_is_sufficient(browser, page, exp_dir, width, scheme):
+def test_layout_fits_and_contrast_is_sufficient(browser, page, exp_dir, comparison, kind, width, scheme):
     feature = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", feature)
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    browser.get((exp_dir / "report.html").resolve().as_uri())
+    browser.get({"report": exp_dir / "report.html", "comparison": comparison}[kind].resolve().as_uri())
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     contrasts = browser.execute_script(CONTRASTS)
     assert len(contrasts) > 50

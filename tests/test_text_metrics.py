@@ -48,6 +48,11 @@ def test_no_rate_without_reference():
         pinyin_error_rate(["你", "好"], ["你"], tones=True)
 
 
+def test_clipped_errors():
+    assert ErrorCounts(1, 2, 30, 10).clipped() == ErrorCounts(1, 2, 7, 10)
+    assert ErrorCounts(1, 2, 3, 10).clipped() == ErrorCounts(1, 2, 3, 10)
+
+
 def test_alignment_and_counts():
     pairs = align_texts("天山水火", "天人水火风", "toneless").pairs
     aligned = [

@@ -4,6 +4,8 @@
 recordings, of their resynthesis from speech tokens, and of the language model's speech with greedy decoding and with
 sampling (temperature 1.0, top_p 1.0, top_k -1). ``*_ms_per_s`` are CPU milliseconds per second of audio on one thread
 with batches of 32.
+
+``--test-set hard`` with a folder of recordings of its sentences, made by tiny_stack.corpus, measures the hard set.
 """
 
 import argparse
@@ -23,6 +25,7 @@ from tts_grpo.speech.token2wav import decode, load_token2wav
 from tts_grpo.text.errors import pinyin_error_rate
 from tts_grpo.text.jsonl import read_jsonl
 from tts_grpo.text.prompts import render_prompt
+from tts_grpo.text.rules import TextRules, model_text
 from tts_grpo.text.tokens import TOKEN_HZ
 
 SEED = 0
@@ -33,6 +36,8 @@ UNITS = {"size_mb": "MB", "codes_used": "of 6561", "token2wav_ms_per_s": "ms", "
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--assets-dir", type=Path, default=Path("assets/tiny"), help="folder of the tiny stack")
+    parser.add_argument("--test-set", default="test", help="name of the set in the folder's data")
+    parser.add_argument("--audio-dir", type=Path, help="recordings of some of its sentences (default: recordings)")
     return parser.parse_args(argv)
 
 
@@ -49,18 +54,19 @@ def cpu_ms(function) -> float:
     return 1000 * min(times[1:])
 
 
-def measure(assets: Path) -> dict[str, float]:
-    """All metrics, by name."""
+def measure(assets: Path, test_set: str = "test", audio_dir: Path | None = None) -> dict[str, float]:
+    """All metrics, by name, on the sentences of a set that have recordings."""
     token2wav = load_token2wav(assets / "token2wav")
     eval_asr, reward_asr = SenseVoice(assets / "asr_eval"), SenseVoice(assets / "asr_reward")
-    audio = {path.stem: load_audio(path) for path in sorted((assets / "recordings").glob("*.ogg"))}
-    rows = [row for row in read_jsonl(assets / "data" / "test.jsonl") if row["id"] in audio]
+    audio = {path.stem: load_audio(path) for path in sorted((audio_dir or assets / "recordings").glob("*.*"))}
+    rows = [row for row in read_jsonl(assets / "data" / f"{test_set}.jsonl") if row["id"] in audio]
     texts, recordings = [row["text"] for row in rows], [audio[row["id"]] for row in rows]
     tokens = token2wav.encode(recordings)
     resynthesised = decode(token2wav, tokens)
     lm = load_lm(assets / "llm", "cpu")
-    greedy = synthesise_and_transcribe(lm, token2wav, eval_asr, texts, 0.0, SEED)
-    sampled = synthesise_and_transcribe(lm, token2wav, eval_asr, texts, 1.0, SEED)
+    in_words = [model_text(text, TextRules(llm_text="spoken")) for text in texts]
+    greedy = synthesise_and_transcribe(lm, token2wav, eval_asr, in_words, 0.0, SEED)
+    sampled = synthesise_and_transcribe(lm, token2wav, eval_asr, in_words, 1.0, SEED)
     per = lambda transcripts: pinyin_error_rate(texts, transcripts, tones=False)  # noqa: E731
     counts = json.loads((assets / "token2wav" / "corpus_token_counts.json").read_text())
     return {
@@ -97,7 +103,8 @@ def lm_speed(lm, texts: list[str]) -> float:
 
 def main(argv=None):
     logging.disable(logging.INFO)  # funasr logs at this level
-    metrics = measure(get_args(argv).assets_dir)
+    args = get_args(argv)
+    metrics = measure(args.assets_dir, args.test_set, args.audio_dir)
     for name, value in metrics.items():
         text = f"{100 * value:8.2f} %" if name.endswith(("_per", "_share")) else f"{value:8.2f} {UNITS.get(name, '')}"
         print(f"{name:24}{text}")

@@ -177,9 +177,7 @@ def main(argv=None):
     for name in ("asr_reward", "asr_eval"):
         shutil.copytree(args.work_dir / name, args.output_dir / name, dirs_exist_ok=True)
     export_data(args.work_dir, args.output_dir)
-    hard_audio = args.work_dir / "hard"  # made for preset=full only
-    hard_audio = hard_audio if hard_audio.exists() else None
-    write_hard_set(args.output_dir / "data" / "hard.jsonl", hard_audio, args.output_dir / "token2wav")
+    write_hard_set(args.output_dir / "data" / "hard.jsonl")
     export_recordings(args.work_dir, args.output_dir)
     chosen = choose_lm(args.work_dir, args.output_dir, args.device)
     export_lm(chosen, args.output_dir / "llm")

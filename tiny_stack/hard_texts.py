@@ -1,10 +1,9 @@
 """Write the hard test set, hard.jsonl: long sentences, tongue-twisters, repetitions, rare syllables and numbers.
 
-    python -m tiny_stack.hard_texts --output assets/tiny/data/hard.jsonl [--audio-dir DIR --token2wav-dir DIR]
+    python -m tiny_stack.hard_texts --output assets/tiny/data/hard.jsonl
 
 The kinds are those of seed-tts-eval's test_hard; all texts were written for this project. Most are filled-in patterns,
-drawn with a fixed seed. Each line has ``id`` (hard-KIND-NUMBER), ``kind`` and ``text``. With recordings of the texts
-by the teacher (python -m tiny_stack.corpus), it also has their ``speech_tokens``.
+drawn with a fixed seed. Each line has ``id`` (hard-KIND-NUMBER), ``kind`` and ``text``.
 
 Characters are limited to those that the tiny recognisers know, and lengths to 26 syllables, about 7 s;
 the training texts have at most 20.
@@ -16,8 +15,6 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-from tts_grpo.speech.audio import load_audio
-from tts_grpo.speech.token2wav import load_token2wav
 from tts_grpo.text.jsonl import write_text
 
 SEED = 19
@@ -124,8 +121,6 @@ RARE = """
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="JSONL to write")
-    parser.add_argument("--audio-dir", type=Path, default=None, help="the teacher's recordings, ID.flac")
-    parser.add_argument("--token2wav-dir", type=Path, default=Path("assets/tiny/token2wav"), help="speech tokenizer")
     return parser.parse_args(argv)
 
 
@@ -175,7 +170,7 @@ def distinct(texts: Iterator[str], count: int) -> list[str]:
 
 
 def build() -> list[dict[str, str]]:
-    """The rows of hard.jsonl, without speech tokens."""
+    """The rows of hard.jsonl."""
     kinds = {
         "long": distinct(long_sentences(random.Random(SEED)), NUM_LONG),
         "twister": list(twisters(random.Random(SEED))),
@@ -189,21 +184,15 @@ def build() -> list[dict[str, str]]:
     ]  # fmt: skip
 
 
-def write_hard_set(output: Path, audio_dir: Path | None, token2wav_dir: Path) -> None:
-    """Write hard.jsonl; with ``speech_tokens`` if there are recordings, files ID.flac in ``audio_dir``."""
-    rows = build()
-    if audio_dir:
-        token2wav = load_token2wav(token2wav_dir)
-        for row in rows:
-            row["speech_tokens"] = token2wav.encode([load_audio(audio_dir / f"{row['id']}.flac")])[0]
-    lines = (json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in rows)
+def write_hard_set(output: Path) -> None:
+    """Write hard.jsonl."""
+    lines = (json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in build())
     write_text(output, "".join(lines))
-    print(f"{len(rows)} sentences: {output}")
 
 
 def main(argv=None):
     args = get_args(argv)
-    write_hard_set(args.output, args.audio_dir, args.token2wav_dir)
+    write_hard_set(args.output)
 
 
 if __name__ == "__main__":

@@ -70,9 +70,6 @@ stage_1() {
   "$python" -m tiny_stack.texts --output "$work_dir/texts.jsonl" "${text_args[@]}"
   "$python" -m tiny_stack.corpus --texts "$work_dir/texts.jsonl" --output-dir "$work_dir/audio" \
     --num-procs "$num_procs"
-  [[ $preset == full ]] || return 0
-  "$python" -m tiny_stack.hard_texts --output "$work_dir/hard.jsonl"
-  "$python" -m tiny_stack.corpus --texts "$work_dir/hard.jsonl" --output-dir "$work_dir/hard" --num-procs "$num_procs"
 }
 
 stage_2() {

@@ -32,6 +32,11 @@ class ErrorCounts:
     def errors(self) -> int:
         return self.substitutions + self.deletions + self.insertions
 
+    def clipped(self) -> "ErrorCounts":
+        """The counts with so few insertions that the rate is at most 1, as after a transcript that loops."""
+        fewest = min(self.insertions, max(0, self.length - self.substitutions - self.deletions))
+        return replace(self, insertions=fewest)
+
     @property
     def rate(self) -> float:
         """Errors per reference unit; may exceed 1.

@@ -23,7 +23,10 @@ STYLE = {
 # Placeholder colours that to_svg() replaces by the page's CSS variables.
 INK, MUTED, GRID = "#010203", "#010204", "#010205"
 COLOURS = {"sft": "#010206", "grpo": "#010207"}
+RUN_COLOURS = [f"#0102{number:02x}" for number in range(16, 22)]  # of several experiments, with DASHES from the 7th on
+DASHES = ("", "6 2", "2 2", "8 2 2 2")
 CSS = {INK: "--ink", MUTED: "--muted", GRID: "--rule", COLOURS["sft"]: "--sft", COLOURS["grpo"]: "--grpo"}
+CSS |= {colour: f"--run{number}" for number, colour in enumerate(RUN_COLOURS)}
 SIZE = (4.4, 2.75)  # inches of 72 CSS pixels: the width of a column, so that text is not scaled
 MAX_BINS = 6  # maximum number of bins of utterance length
 MAX_SMOOTHING_STEPS = 20  # maximum number of steps in a running mean
@@ -232,8 +235,8 @@ def share(value: float) -> str:
 
 CURVES = (
     Curve("Reward", ("critic/score/mean",), r"val-core/.*/reward/mean@\d+", from_zero=False),
-    Curve("Pinyin error rate in validation", (), r"val-aux/.*/pinyin_error_rate/mean@\d+", share,
-          note="Measured with the reward's recogniser and its setting for tones."),
+    Curve("Error rate in validation", (), r"val-aux/.*/pinyin_error_rate/mean@\d+", share,
+          note="Of syllables (pinyin) and English words, with the reward's recogniser and its setting for tones."),
     Curve("Response length, tokens", ("response_length/mean",), r"val-aux/.*/num_speech_tokens/mean@\d+",
           from_zero=False),
     Curve("Truncated responses", ("response_length/clip_ratio",), form=share),
@@ -291,6 +294,53 @@ def curve(spec: Curve, scalars: dict[str, list[tuple[int, float]]]) -> Plot | No
     names = {line: "training", points: "validation"}
     rows = [[str(step), *cells] for step, cells in sorted(by_step.items())]
     return Plot(spec.title, spec.note, to_svg(figure, spec.title), ["step", *(names[tag] for tag in drawn)], rows)
+
+
+def run_style(number: int) -> tuple[str, str]:
+    """Colour and dashes (SVG's stroke-dasharray, "" for a solid line) of the curves of an experiment."""
+    return RUN_COLOURS[number % len(RUN_COLOURS)], DASHES[number // len(RUN_COLOURS) % len(DASHES)]
+
+
+@styled
+def overlay(spec: Curve, runs: dict[str, dict[str, list[tuple[int, float]]]]) -> Plot | None:
+    """Draw one training curve of several experiments; None if no log has values for it.
+
+    The line is the running mean of the training, or the validation with circles if the training does not have it.
+
+    Args:
+        spec: the curve.
+        runs: scalars of each experiment, by its name.
+    """
+    figure, axes = new_axes("step", spec.form)
+    by_step: dict[int, list[str]] = {}
+    for number, scalars in enumerate(runs.values()):
+        tag = find_tag(scalars, spec.tags) or (find_tag(scalars, [spec.points]) if spec.points else None)
+        if tag is None:
+            continue
+        steps, values = map(np.array, zip(*scalars[tag], strict=True))
+        of_training = bool(find_tag({tag: scalars[tag]}, spec.tags))
+        colour, dashes = run_style(number)
+        (line,) = axes.plot(steps, running_mean(values) if of_training else values, color=colour, linewidth=1.8)
+        if dashes:
+            line.set_dashes([float(length) / 1.8 for length in dashes.split()])
+        if not of_training:
+            line.set(marker="o", markersize=5, markerfacecolor="none")
+        for step, value in scalars[tag]:
+            by_step.setdefault(step, [""] * len(runs))[number] = spec.form(value)
+    if not by_step:
+        return None
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    if spec.from_zero:
+        axes.set_ylim(bottom=min(0, axes.get_ylim()[0]) if axes.dataLim.y0 < 0 else 0)
+    rows = [[str(step), *cells] for step, cells in sorted(by_step.items())]
+    return Plot(spec.title, spec.note, to_svg(figure, spec.title), ["step", *runs], rows)
+
+
+def overlays(runs: dict[str, dict[str, list[tuple[int, float]]]]) -> list[Plot]:
+    """All training curves for which the log of an experiment has values, each of all experiments."""
+    parts = {spec.title: spec for scalars in runs.values() for spec in part_curves(scalars)}
+    specs = [CURVES[0], *parts.values(), *CURVES[1:]]
+    return [plot for spec in specs for plot in [overlay(spec, runs)] if plot]
 
 
 def part_curves(scalars: dict[str, list[tuple[int, float]]]) -> list[Curve]:
