@@ -186,7 +186,10 @@ def check_fingerprint(args) -> None:
 
 
 def fingerprints(rows: list[dict], set_dir: Path) -> dict[str, str]:
-    """Return ``id -> fingerprint``: a hash of texts, language, content of the prompt's recording, and instruction."""
+    """Return ``id -> fingerprint``: a hash of what the utterance is made from.
+
+    This is text, language, prompt text, the content of the prompt's recording and, if there is one, the instruction.
+    """
     recordings = {row["prompt_audio"] for row in rows if row["prompt_audio"]}
     checksums = {path: checksum(set_dir / path) for path in recordings}
     keys = ("target_text", "language", "prompt_text")

@@ -5,8 +5,8 @@ JSONL is streamed, and memory grows by one integer per text. Unusable lines (not
 <|im_end|>, another language, too long a prompt) are skipped, counted, and listed with line number and reason in
 rejects.jsonl (for an array, with the number of the element). The run stops without writing parquet files if too many
 lines are unusable, if there are fewer texts than a batch has, if too many test texts are also training texts, or if the
-evaluation set has a fault. A line may have a ``language`` of its own, zh or en, and an ``instruct`` (how to speak);
-other keys are ignored.
+evaluation set has a fault. A line may have a ``language`` of its own, zh or en, and an instruction how to speak,
+``instruct``; other keys are ignored.
 
 Columns: ``data_source``, ``prompt`` (chat messages; the checkpoint's template renders them), ``ability``,
 ``reward_model`` (``ground_truth`` is the text), ``extra_info`` (split, index, text, language; see below for

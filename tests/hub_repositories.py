@@ -27,7 +27,6 @@ from tts_grpo.speech.cosyvoice2.random_weights import (
     save_funasr_configs,
     sensevoice_config,
 )
-from tts_grpo.speech.cosyvoice3.random_weights import write_token2wav
 from tts_grpo.text.jsonl import write_jsonl
 
 COSYVOICE3 = "FunAudioLLM/Fun-CosyVoice3-0.5B-2512"  # on both hubs
@@ -39,18 +38,18 @@ NOT_OPENED = b"not opened by this recipe"
 VOXBOX, CV3_EVAL, SEED_TTS = "SparkAudio/voxbox", "yuekai/CV3-Eval", "yuekai/seed_tts_cosy2"
 
 
-def make_all(root: Path, assets: Path, checkpoint: Path, cosyvoice3_llm: Path, trainer_python: str) -> None:
+def make_all(root: Path, assets: Path, checkpoint: Path, cosyvoice3_dir: Path, trainer_python: str) -> None:
     """Make all repositories as ``root/OWNER/NAME``.
 
     Args:
         root: folder of the repositories.
         assets: folder of the tiny stack.
         checkpoint: one of the SFT model (tools/random_llm.py).
-        cosyvoice3_llm: llm.pt and CosyVoice-BlankEN (tools/random_llm.py).
+        cosyvoice3_dir: folder of CosyVoice3 (tools/random_llm.py).
         trainer_python: Python of the trainer environment.
     """
     make_cosyvoice2(root, "modelscope")
-    make_cosyvoice3(root, cosyvoice3_llm)
+    make_cosyvoice3(root, cosyvoice3_dir)
     make_sensevoice(root / SENSEVOICE, assets / "asr_reward")
     make_paraformer(root / SEACO_PARAFORMER, seaco=True)
     make_llasa(root / LLASA, checkpoint)
@@ -100,14 +99,13 @@ def make_cosyvoice2(root: Path, hub: str) -> Path:
     return folder
 
 
-def make_cosyvoice3(root: Path, llm: Path) -> Path:
+def make_cosyvoice3(root: Path, model: Path) -> Path:
     """Make Fun-CosyVoice3-0.5B-2512 with the files of FunAudioLLM's repository at revision 29e01c4. Returns the folder.
 
-    ModelScope's listing of 2026-09 is the same without config.json.
+    ModelScope's listing of 2026-09 is the same without config.json. ``model`` has the files that CosyVoice opens.
     """
-    folder = write_token2wav(root / COSYVOICE3)
-    shutil.copytree(llm, folder, dirs_exist_ok=True)
-    state = torch.load(llm / "llm.pt")
+    folder = shutil.copytree(model, root / COSYVOICE3)
+    state = torch.load(model / "llm.pt")
     state["llm_decoder.weight"] += 0.01
     torch.save(state, folder / "llm.rl.pt")
     (folder / "README.md").write_text("# Fun-CosyVoice3\n")

@@ -36,16 +36,16 @@ needs_source = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def official(cosyvoice3_llm, tmp_path_factory):
+def official(cosyvoice3_dir, tmp_path_factory):
     """The model with weights in which no direction of the hidden states is constant."""
     folder = tmp_path_factory.mktemp("official")
-    state = torch.load(cosyvoice3_llm / "llm.pt")
+    state = torch.load(cosyvoice3_dir / "llm.pt")
     torch.manual_seed(1)
     for name, tensor in state.items():
         if name != "llm.model.lm_head.weight":  # tied to the embedding
             tensor.normal_(1.0 if "norm" in name else 0.0, 0.1)
     torch.save(state, folder / "llm.pt")
-    (folder / "CosyVoice-BlankEN").symlink_to(cosyvoice3_llm / "CosyVoice-BlankEN")
+    (folder / "CosyVoice-BlankEN").symlink_to(cosyvoice3_dir / "CosyVoice-BlankEN")
     return folder
 
 
@@ -215,9 +215,9 @@ def test_round_trip_is_bit_equal(official, converted, tmp_path, capsys):
         assert torch.equal(tensor, after[name]), name
 
 
-def test_random_weights_have_the_requested_mean_length(cosyvoice3_llm):
-    state = torch.load(cosyvoice3_llm / "llm.pt")
-    logits = official_logits(cosyvoice3_llm, state, [END_OF_PROMPT, 5, 1000], SPEECH)
+def test_random_weights_have_the_requested_mean_length(cosyvoice3_dir):
+    state = torch.load(cosyvoice3_dir / "llm.pt")
+    logits = official_logits(cosyvoice3_dir, state, [END_OF_PROMPT, 5, 1000], SPEECH)
     assert logits.shape == (6, 6761) and logits[:, 6563:].mean().abs() < 0.1  # no lower than those of speech tokens
     sampleable = [*range(6561), 6562]
     probs = logits[:, sampleable].softmax(-1)

@@ -41,10 +41,10 @@ def make_source(folder: Path, assets: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def shared(trainer_python, venv_root, assets, sft_checkpoint, cosyvoice3_llm, tmp_path_factory):
+def shared(trainer_python, venv_root, assets, sft_checkpoint, cosyvoice3_dir, tmp_path_factory):
     """Variables for every run: the hubs, the repository to clone, small sizes."""
     folder = tmp_path_factory.mktemp("profile")
-    hub_repositories.make_all(folder / "hub", assets, sft_checkpoint, cosyvoice3_llm, trainer_python)
+    hub_repositories.make_all(folder / "hub", assets, sft_checkpoint, cosyvoice3_dir, trainer_python)
     hub = Hub(folder / "hub")
     yield {
         "profile": "cosyvoice2", "venv_root": str(venv_root), "make_envs": "0", "cosyvoice_url": str(folder / "source"),

@@ -592,7 +592,7 @@ def test_credit_reaches_the_reward(recipe):
     assert done.returncode == 1 and "credit=word: expected syllable or utterance" in done.stderr
 
 
-@pytest.mark.parametrize("profile", ["tiny", "cosyvoice2"])
+@pytest.mark.parametrize("profile", ["tiny", "cosyvoice2", "cosyvoice3"])
 def test_dry_run_prints_and_runs_nothing(recipe, profile):
     done = recipe.run("--dry-run", "-1", "5", "--", "trainer.foo=1", profile=profile)
     assert done.returncode == 0, done.stderr
