@@ -136,7 +136,8 @@ def check_files(s: dict) -> Iterator[Finding]:
     for folder in asr_dirs:
         missing += missing_files(folder, SENSEVOICE_FILES)
     # the evaluation supports several ASR backends (tts_grpo/speech/asr/loading.py)
-    others = (Path(s[name]) for name in ("eval_asr_dir", "judge_asr_dir", "prompt_audio", "prompt_list") if s[name])
+    names = ("eval_asr_dir", "eval_asr_dir_en", "judge_asr_dir", "prompt_audio", "prompt_list")
+    others = (Path(s[name]) for name in names if s[name])
     missing += [path for path in (*others, *eval_sets(s)) if not path.exists()]
     yield from (
         (False, f"{path} is missing: run bash run.sh -1 -1 to download it, or set its variable") for path in missing
