@@ -42,8 +42,10 @@ SETS = ("assets/tiny/data/hard.jsonl", "assets/tiny/data/test.jsonl")
 QUALITY = ("speech_rate", "f0_std_semitones", "dnsmos_ovrl", "speaker_similarity")
 RECOGNISERS = {ERRORS: "evaluation", JUDGE_ERRORS: "judge"}  # names of the recognisers by the key of their errors
 # Variables that this program sets, or that would make runs incomparable.
-RESERVED = {"exp_name", "exp_dir", "seed", "sft_path", "eval_jsonl", "eval_asr_dir", "judge_asr_dir", "seeds",
-            "temperature", "top_p", "top_k", "max_new_tokens", "force"}  # fmt: skip
+RESERVED = {
+    "exp_name", "exp_dir", "seed", "force", "sft_path", "evaluation", "eval_jsonl", "eval_jsonls", "eval_asr_dir",
+    "judge_asr_dir", "seeds", "temperature", "top_p", "top_k", "max_new_tokens",
+}  # fmt: skip
 
 
 def get_args(argv=None):
@@ -155,7 +157,9 @@ def evaluations_of(args) -> list[Evaluation]:
     for sampling in args.samplings:
         variables = assignments(sampling, "--samplings")
         for test_set in args.sets:
-            given = variables | {"eval_jsonl": str(test_set.absolute()), "exp_dir": str(args.folder)}
+            given = variables | {
+                "eval_jsonl": str(test_set.absolute()), "eval_jsonls": "", "exp_dir": str(args.folder)
+            }  # fmt: skip
             found.append(Evaluation(test_set, sampling, *stage_4_commands(args.root, given)))
     found.sort(key=lambda one: args.sets.index(one.test_set))
     if len({one.name for one in found}) < len(found):
