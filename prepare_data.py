@@ -5,10 +5,11 @@ JSONL is streamed, and memory grows by one integer per text. Unusable lines (not
 <|im_end|>, another language, too long a prompt) are skipped, counted, and listed with line number and reason in
 rejects.jsonl (for an array, with the number of the element). The run stops without writing parquet files if too many
 lines are unusable, if there are fewer texts than a batch has, if too many test texts are also training texts, or if the
-evaluation set has a fault. Keys other than ``text`` are ignored.
+evaluation set has a fault. A line may have a ``language`` of its own, zh or en; other keys are ignored.
 
 Columns: ``data_source``, ``prompt`` (chat messages; the checkpoint's template renders them), ``ability``,
-``reward_model`` (``ground_truth`` is the text), ``extra_info`` (split, index, text; see below for speech_prefix).
+``reward_model`` (``ground_truth`` is the text), ``extra_info`` (split, index, text, language; see below for
+speech_prefix).
 
 A rollout can continue speech. With --speech-prefix recording, the prompt ends with the first 1 to 5 s, and at most
 half, of the text's own recording, whose ``speech_tokens`` each line must have; the reward decodes prefix and response
@@ -25,7 +26,7 @@ import collections
 import itertools
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +34,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from tts_grpo.text.input_files import checked_speech_tokens, checked_text, read_known_answers
+from tts_grpo.speech.model_folders import language_fault
+from tts_grpo.text.input_files import LANGUAGES, checked_speech_tokens, checked_text, read_known_answers
 from tts_grpo.text.jsonl import as_object, dump_line, numbered_rows
 from tts_grpo.text.prompts import chat_messages, choose, load_tokenizer, render_prompt, with_speech_role
 from tts_grpo.text.rules import (
@@ -54,7 +56,7 @@ BATCH_LINES = 4096
 NUM_EXAMPLES = 10
 PREFIX_LENGTHS = range(TOKEN_HZ, 5 * TOKEN_HZ + 1)  # 1 to 5 s, as in mair-hub (prepare_data.py:54 at 374bc49)
 CHANGED = "changed"
-EXTRA_INFO = [("split", pa.string()), ("index", pa.int64()), ("text", pa.string())]
+EXTRA_INFO = [("split", pa.string()), ("index", pa.int64()), ("text", pa.string()), ("language", pa.string())]
 COLUMNS = [
     ("data_source", pa.string()),
     ("prompt", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
@@ -76,7 +78,9 @@ def get_args(argv=None):
     parser.add_argument("--llm-path", type=Path, help="checkpoint whose template and tokenizer are used")
     parser.add_argument("--eval-set", type=Path, nargs="+", default=[], help="evaluation sets to check as well")
     parser.add_argument("--data-source", default="text-to-speech", help="name of the data in veRL's metrics")
-    parser.add_argument("--language", choices=("zh", "en"), default="zh", help="language of the texts")
+    parser.add_argument("--language", choices=LANGUAGES, default="zh", help="language of lines without one")
+    parser.add_argument("--asr-dirs", type=Path, nargs="*", default=[], help="recognisers of the reward: texts in a "
+                        "language that one of them does not know are left out")  # fmt: skip
     parser.add_argument("--text-tags", choices=("reject", "remove"), default="reject", help="texts with tags such "
                         "as [laughter]: leave them out, or remove the tags")  # fmt: skip
     parser.add_argument("--llm-text", choices=("raw", "spoken"), default="raw", help="what the language model reads: "
@@ -116,12 +120,20 @@ def rows_with_progress(path: Path) -> Iterator[tuple[int, Any]]:
             raise SystemExit(f"prepare_data.py: {error}") from error
 
 
-def parse_row(row: Any, rules: TextRules) -> tuple[str, str]:
-    """Return ``(text, "")`` for a usable row, or ``("", reason)``."""
-    try:
-        return usable_text(checked_text(as_object(row), "text"), rules), ""
-    except ValueError as reason:
-        return "", str(reason)
+def unknown_languages(folders: Iterable[Path]) -> dict[str, str]:
+    """Return the languages that a recogniser does not know, each with a message."""
+    faults = {(language, language_fault(folder, language)) for folder in folders for language in LANGUAGES}
+    return {language: fault for language, fault in sorted(faults, reverse=True) if fault}
+
+
+def parse_row(row: Any, rules: TextRules) -> tuple[str, TextRules]:
+    """Return the text of a usable row, and the rules in its language.
+
+    Raises:
+        ValueError: the row cannot be used; the message is the reason.
+    """
+    rules = rules.of(as_object(row))
+    return usable_text(checked_text(row, "text"), rules), rules
 
 
 class Prefixes:
@@ -176,18 +188,20 @@ class Prompts:
 class Tally:
     """Statistics of the texts of a split, and of its unusable lines."""
 
-    def __init__(self, rules: TextRules):
-        self.rules, self.kept, self.repeated = rules, 0, 0
+    def __init__(self):
+        self.kept = self.repeated = 0
         self.bad, self.content_counts, self.keys = collections.Counter(), collections.Counter(), set()
+        self.languages = collections.Counter()
         self.first_fault, self.examples = "", []
 
-    def add(self, raw: Any, text: str) -> None:
-        """Add a line to the statistics: its raw text, and the usable text or "" if it has none."""
+    def add(self, raw: Any, usable: "Usable | None") -> None:
+        """Add a line to the statistics: its raw text, and the usable text if it has one."""
         if not isinstance(raw, str) or is_plain(raw):
             return
         self.content_counts.update(name for name, pattern in CONTENT_PATTERNS.items() if pattern.search(raw))
         self.content_counts["tags"] += bool(find_tags(raw))
-        if text and (reading := spoken_text(text, self.rules)).replace(" ", "").lower() != without_punctuation(raw):
+        reading = spoken_text(usable.text, usable.rules) if usable else ""
+        if usable and reading.replace(" ", "").lower() != without_punctuation(raw):
             self.content_counts[CHANGED] += 1
             if len(self.examples) < NUM_EXAMPLES:
                 self.examples.append(f"{raw} -> {reading}")
@@ -196,11 +210,12 @@ class Tally:
         self.bad[re.split(r": | \(|, ", reason)[0]] += 1
         self.first_fault = self.first_fault or f"the first: {number}, {reason}"
 
-    def keep(self, texts: list[str]) -> None:
-        for text in texts:
-            key = hash(comparison_key(text, self.rules))
+    def keep(self, texts: list["Usable"]) -> None:
+        for usable in texts:
+            key = hash(comparison_key(usable.text, usable.rules))
             self.repeated += key in self.keys
             self.keys.add(key)
+            self.languages[usable.rules.language] += 1
         self.kept += len(texts)
 
     def lines(self, name: str) -> Iterator[str]:
@@ -208,6 +223,8 @@ class Tally:
         yield f"{name}: {self.kept} samples, {self.bad.total()} lines left out" + (
             f": {dict(self.bad.most_common(5))}" if self.bad else ""
         )
+        if len(self.languages) > 1:
+            yield f"  languages: {', '.join(f'{name} {count}' for name, count in sorted(self.languages.items()))}"
         counts = [f"{what} {count}" for what, count in self.content_counts.items() if count and what != CHANGED]
         yield f"  number of texts with: {', '.join(counts) or 'digits, Latin letters or tags 0'}"
         if self.repeated:
@@ -226,12 +243,14 @@ class Usable(NamedTuple):
 
     Attributes:
         text: the text.
+        rules: the rules in its language.
         prompt_text: what the language model reads.
         speech: speech tokens at the end of the prompt.
         own_speech: those of them that are speech of the text itself.
     """
 
     text: str
+    rules: TextRules
     prompt_text: str
     speech: list[int]
     own_speech: list[int]
@@ -245,7 +264,7 @@ def sample(tokenizer, usable: Usable, split: str, index: int, data_source: str) 
         "prompt": chat_messages(tokenizer, usable.prompt_text, speech=usable.speech),
         "ability": "text-to-speech",
         "reward_model": {"style": "rule", "ground_truth": text},
-        "extra_info": {"split": split, "index": index, "text": text}
+        "extra_info": {"split": split, "index": index, "text": text, "language": usable.rules.language}
         | ({"speech_prefix": usable.own_speech} if usable.own_speech else {}),
     }
 
@@ -256,7 +275,8 @@ class Converter:
     def __init__(self, args, tokenizer):
         self.args, self.tokenizer, self.rules = args, tokenizer, rules_of(args)
         self.prompts, self.prefixes = Prompts(tokenizer, args.max_prompt_length), Prefixes(args)
-        self.tallies = {split: Tally(self.rules) for split in SPLITS}
+        self.tallies = {split: Tally() for split in SPLITS}
+        self.unknown_languages = unknown_languages(args.asr_dirs)
 
     def convert(self, path: Path, split: str, output: Path, rejects) -> None:
         """Stream one file to ``output``; rejected lines are written to the file object ``rejects``."""
@@ -268,21 +288,21 @@ class Converter:
                     sample(self.tokenizer, usable, split, tally.kept + i, self.args.data_source)
                     for i, usable in enumerate(texts)
                 ]
-                tally.keep([usable.text for usable in texts])
+                tally.keep(texts)
                 if rows:
                     writer.write_table(pa.Table.from_pylist(rows, schema=schema))
 
     def _parse(self, row: Any) -> tuple[Usable | None, str]:
         """Return ``(usable, "")`` for a usable line, or ``(None, reason)``; its prompt has not been checked."""
-        text, reason = parse_row(row, self.rules)
-        if not text:
-            return None, reason
         try:
+            text, rules = parse_row(row, self.rules)
+            if fault := self.unknown_languages.get(rules.language):
+                return None, fault
             before, speech = self.prefixes.of(row, text)
         except ValueError as error:
             return None, str(error)
         own_speech = [] if before else speech
-        return Usable(text, model_text(before + text, self.rules), speech, own_speech), ""
+        return Usable(text, rules, model_text(before + text, rules), speech, own_speech), ""
 
     def _usable(self, batch, path: Path, tally: Tally, rejects) -> list[Usable]:
         """Return the usable texts of a batch."""
@@ -292,7 +312,7 @@ class Converter:
         texts = []
         for number, row, usable, reason in parsed:
             fault = next(faults) if usable else reason
-            tally.add(row.get("text") if isinstance(row, dict) else None, "" if fault else usable.text)
+            tally.add(row.get("text") if isinstance(row, dict) else None, None if fault else usable)
             if fault:
                 tally.reject(number, fault)
                 rejects.write(dump_line({"file": str(path), "line": number, "reason": fault}))
@@ -356,11 +376,11 @@ def check_eval_set(path: Path, args, prompts: Prompts) -> tuple[set[int], list[s
         rows = usable_eval_set(path, rules)
     except (ValueError, OSError) as error:
         raise SystemExit(f"prepare_data.py: {error}") from error
-    texts = [model_text(row["prompt_text"] + row["target_text"], rules) for row in rows]
+    texts = [model_text(row["prompt_text"] + row["target_text"], rules.of(row)) for row in rows]
     token = find_control_tokens(prompts.tokenizer, texts)
     if wrong := next((row["id"] for row, token in zip(rows, token, strict=True) if token), None):
         raise SystemExit(f"prepare_data.py: {path}: the prompt of {wrong} would contain a control token")
-    return {hash(comparison_key(row["target_text"], rules)) for row in rows}, warnings_of(
+    return {hash(comparison_key(row["target_text"], rules.of(row))) for row in rows}, warnings_of(
         rows, path, args.max_new_tokens, rules
     )
 
@@ -371,11 +391,14 @@ def preview(args) -> None:
 
     rules = rules_of(args)
     for number, row in itertools.islice(numbered_rows(args.train_file), args.preview):
-        text, reason = parse_row(row, rules)
-        print(f"{number}  {text or reason}")
-        if text:
-            print(f"   model   {model_text(text, rules)}\n   spoken  {spoken_text(text, rules)}")
-            print(f"   units   {' '.join(unit.written[0] for unit in sentence(text, rules.language).units)}")
+        try:
+            text, its_rules = parse_row(row, rules)
+        except ValueError as reason:
+            print(f"{number}  {reason}")
+            continue
+        print(f"{number}  {text}")
+        print(f"   model   {model_text(text, its_rules)}\n   spoken  {spoken_text(text, its_rules)}")
+        print(f"   units   {' '.join(unit.written[0] for unit in sentence(text, its_rules.language).units)}")
 
 
 def batched(items: Iterator, size: int) -> Iterator[tuple]:
@@ -417,6 +440,8 @@ def main(argv=None):
         if args.preview:
             preview(args)
             return
+        if fault := unknown_languages(args.asr_dirs).get(args.language):
+            raise SystemExit(f"prepare_data.py: language={args.language}: {fault}: set reward_asr_dir to another one")
         for path in (args.train_file, args.test_file):
             if not path.is_file():
                 raise SystemExit(f"prepare_data.py: {path} is missing")

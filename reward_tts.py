@@ -3,8 +3,8 @@
 
 veRL calls :func:`compute_score` (``reward.custom_reward_function.path=reward_tts.py``). As a program, it scores a JSONL
 with ``text`` and ``speech_tokens`` on a running server. With ``--check`` it runs a known-answer check of the server:
-speech tokens must score high against their own text and low against another text, and a text that the file also has
-with digits (``written``) must score about as high as in words.
+in each language, speech tokens must score high against their own text and low against another text, and a text that the
+file also has with digits (``written``) must score about as high as in words.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from tts_grpo.reward.client import RewardClient, RewardServerError, UnscoredRoll
 from tts_grpo.reward.protocol import PART_KEY, ROLLOUT_COUNTS, SERVER_KEY, RolloutScore
 from tts_grpo.reward.rewards import DEFAULT as DEFAULT_REWARDS
 from tts_grpo.reward.rewards import parse_rewards
-from tts_grpo.text.input_files import read_known_answers
+from tts_grpo.text.input_files import LANGUAGES, read_known_answers
 from tts_grpo.text.jsonl import write_jsonl, write_text
 from tts_grpo.text.tokens import parse_speech_tokens
 from tts_grpo.training import credit
@@ -37,7 +37,7 @@ _bad_rollouts = _unscored_rollouts = _rollouts = 0  # of this worker
 
 async def compute_score(
     data_source, solution_str, ground_truth, extra_info=None, server_urls=DEFAULT_URL, failure_file=None,
-    by_syllable=False, patience_s=180.0, max_unscored_share=0.0, rewards=DEFAULT_REWARDS, **_
+    by_syllable=False, patience_s=180.0, max_unscored_share=0.0, rewards=DEFAULT_REWARDS, language="zh", **_
 ):  # fmt: skip
     """Score one rollout.
 
@@ -45,8 +45,8 @@ async def compute_score(
         data_source: data source of the sample; not used.
         solution_str: the response as text, with ``<|s_N|>`` for each speech token.
         ground_truth: the reference text.
-        extra_info: further data of the sample. The response continues the speech tokens in ``speech_prefix``, if any
-            (speech_prefix=recording): they are decoded and transcribed together.
+        extra_info: further data of the sample: the ``language`` of its text; and the response continues the speech
+            tokens in ``speech_prefix``, if any (speech_prefix=recording): they are decoded and transcribed together.
         server_urls: URLs of the reward servers, separated by commas or spaces.
         failure_file: file to which every exception is reported. scripts/train.py watches it and stops the training at
             once; veRL itself would log the exception and let the other rollouts finish.
@@ -56,6 +56,7 @@ async def compute_score(
             others; one more is allowed. Each of these is counted, and scores 0 like a bad one. With 0, the first one
             stops the training.
         rewards: the setting ``rewards``, with the parts that the server's rewards must have.
+        language: language of samples whose ``extra_info`` has none.
 
     Returns:
         ``score`` in [0, 1]; for the metrics, ``pinyin_error_rate``, ``num_speech_tokens``, the numbers of
@@ -71,9 +72,11 @@ async def compute_score(
     try:
         prefix = (extra_info or {}).get("speech_prefix")
         prefix = [] if prefix is None else [int(token) for token in prefix]
+        language = (extra_info or {}).get("language") or language
         return await _score(
-            solution_str, prefix, ground_truth, server_urls, by_syllable, patience_s, max_unscored_share, rewards
-        )
+            solution_str, prefix, ground_truth, language, server_urls, by_syllable, patience_s, max_unscored_share,
+            rewards,
+        )  # fmt: skip
     except Exception as error:
         if failure_file is None:
             raise
@@ -86,8 +89,8 @@ def _part_names(rewards: str) -> tuple[str, ...]:
 
 
 async def _score(
-    solution_str: str, prefix: list[int], ground_truth: str, server_urls: str, by_syllable: bool, patience_s: float,
-    max_share: float, rewards: str,
+    solution_str: str, prefix: list[int], ground_truth: str, language: str, server_urls: str, by_syllable: bool,
+    patience_s: float, max_share: float, rewards: str,
 ) -> dict[str, float | str]:  # fmt: skip
     global _client, _rollouts, _unscored_rollouts
     _rollouts += 1
@@ -101,7 +104,7 @@ async def _score(
     if _client is None:
         _client = RewardClient(server_urls.replace(",", " ").split(), patience_s=patience_s)
     try:
-        score = await _client.score([*prefix, *speech_tokens], ground_truth)
+        score = await _client.score([*prefix, *speech_tokens], ground_truth, language)
         if set(score.parts) != set(names):
             raise RewardServerError(
                 f"the reward server's reward has the parts {', '.join(score.parts)}, this training's "
@@ -163,11 +166,14 @@ def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jsonl", type=Path, required=True, help="lines with text and speech_tokens")
     parser.add_argument("--server-urls", default=DEFAULT_URL, help="reward servers, separated by commas or spaces")
-    parser.add_argument("--limit", type=int, default=None, help="maximum number of lines to score")
+    parser.add_argument("--limit", type=int, default=None, help="maximum number of lines to score, of each language")
+    parser.add_argument("--language", choices=LANGUAGES, default="zh", help="language of lines without one")
     parser.add_argument("--patience-s", type=float, default=10.0, help="seconds for which failed requests are retried")
     parser.add_argument(
         "--check", action="store_true", help="known-answer check: right texts must score high, wrong ones low"
     )
+    parser.add_argument("--train-parquet", type=Path, default=None, help="stage 0's training data; with --check, the "
+                        "lines must have each of its languages")  # fmt: skip
     parser.add_argument("--output", type=Path, default=None, help="also write a JSONL with each line's score here")
     args = parser.parse_args(argv)
     if args.check and args.output:
@@ -176,11 +182,11 @@ def get_args(argv=None):
 
 
 async def score_rows(args, rows: list[dict], texts: list[str]) -> list:
-    """Score the speech tokens of rows against ``texts``."""
+    """Score the speech tokens of rows against ``texts``, in the languages of the rows."""
     client = RewardClient(args.server_urls.replace(",", " ").split(), patience_s=args.patience_s)
     try:
         pairs = zip(rows, texts, strict=True)
-        return await asyncio.gather(*(client.score(row["speech_tokens"], text) for row, text in pairs))
+        return await asyncio.gather(*(client.score(row["speech_tokens"], text, row["language"]) for row, text in pairs))
     finally:
         await client.close()
 
@@ -225,7 +231,7 @@ def lost_by_digits(args, rows: list[dict], scores: list) -> float:
 
 
 def check_server(rows: list[dict], url: str, patience_s: float) -> dict[str, float | str]:
-    """Run the known-answer check on one server.
+    """Run the known-answer check on one server, with rows of one language.
 
     Right and wrong texts are sent in random order, so that answers which are given to other requests are noticed.
 
@@ -250,12 +256,12 @@ def check_server(rows: list[dict], url: str, patience_s: float) -> dict[str, flo
         "lost_by_digits": lost_by_digits(args, rows, right),
     }
     if fault := known_answer_check(*means.values()):
-        raise RewardServerError(f"known-answer check of {url} failed: {fault}")
+        raise RewardServerError(f"known-answer check of {url} failed in language {rows[0]['language']}: {fault}")
     return means | {"server_hash": right[0].server}
 
 
 def check_servers(rows: list[dict], server_urls: str, patience_s: float) -> list[dict[str, float | str]]:
-    """Run the known-answer check on each server.
+    """Run the known-answer check on each server, in each language.
 
     Args:
         rows: known answers, see :func:`load_rows`.
@@ -263,40 +269,75 @@ def check_servers(rows: list[dict], server_urls: str, patience_s: float) -> list
         patience_s: time in seconds for which failed requests are retried.
 
     Returns:
-        For each server, its URL as ``server``, the number of ``samples``, and the result of :func:`check_server`.
+        For each server and language, its URL as ``server``, the ``language``, the number of ``samples``, and the result
+        of :func:`check_server`.
 
     Raises:
         RewardServerError: a server does not answer, fails the check, or computes other rewards than the first one.
     """
     urls = server_urls.replace(",", " ").split()
-    results = [{"server": url, "samples": len(rows)} | check_server(rows, url, patience_s) for url in urls]
+    results = [
+        {"server": url, "language": language, "samples": len(own)} | check_server(own, url, patience_s)
+        for url in urls
+        for language, own in by_language(rows).items()
+    ]
     for result in results:
         if result["server_hash"] != results[0]["server_hash"]:
             raise RewardServerError(
-                f"{result['server']} computes other rewards than {urls[0]}: its models, voices, language, curve, tones "
+                f"{result['server']} computes other rewards than {urls[0]}: its models, voices, curve, tones "
                 "or precision differ. Start the same server everywhere"
             )
     return results
 
 
-def load_rows(path: Path, limit: int | None) -> list[dict]:
+def by_language(rows: list[dict]) -> dict[str, list[dict]]:
+    """Return the rows of each language."""
+    return {name: [row for row in rows if row["language"] == name] for name in sorted({r["language"] for r in rows})}
+
+
+def load_rows(path: Path, limit: int | None, language: str = "zh") -> list[dict]:
     """Read the lines to score.
 
+    Args:
+        path: a file of known answers.
+        limit: largest number of lines of each language.
+        language: language of lines without one.
+
     Raises:
-        SystemExit: there are fewer than two lines, or a line has no text or no speech tokens.
+        SystemExit: there are fewer than two lines of a language, or a line has no text or no speech tokens.
     """
     try:
-        rows = read_known_answers(path, limit)
+        rows = read_known_answers(path, limit, language)
     except (ValueError, OSError) as error:
         raise SystemExit(f"reward_tts.py: {error}") from error
-    if len(rows) < 2:
-        raise SystemExit(f"reward_tts.py: {path}: needs at least two lines")
+    for name, own in by_language(rows).items():
+        if len(own) < 2:
+            raise SystemExit(f"reward_tts.py: {path}: needs at least two lines in language {name}")
     return rows
+
+
+def check_languages(rows: list[dict], known_answers: Path, train_parquet: Path) -> None:
+    """Check that there are known answers in each language of the training data.
+
+    Raises:
+        SystemExit: a language has none.
+    """
+    import pyarrow.parquet as pq
+
+    texts = pq.ParquetFile(train_parquet).read(columns=["extra_info.language"])["extra_info"]
+    languages = {info["language"] for info in texts.to_pylist()}
+    if missing := sorted(languages - by_language(rows).keys()):
+        raise SystemExit(
+            f"reward_tts.py: {known_answers} has no line in language {missing[0]}, in which there are training texts: "
+            "add real speech in it to known_answer_jsonl, or set check_reward=0"
+        )
 
 
 def main(argv=None):
     args = get_args(argv)
-    rows = load_rows(args.jsonl, args.limit)
+    rows = load_rows(args.jsonl, args.limit, args.language)
+    if args.check and args.train_parquet:
+        check_languages(rows, args.jsonl, args.train_parquet)
     try:
         if args.check:
             for result in check_servers(rows, args.server_urls, args.patience_s):

@@ -2,9 +2,13 @@
 # Train a speech language model with GRPO, stage by stage.
 #
 #   bash run.sh [--dry-run] [START [STOP]] [-- VERL_OVERRIDE...]
+#   bash run.sh [--dry-run] evaluate
+#   bash run.sh [--dry-run] reproduce [SYSTEM...]
 #   bash run.sh --check | --settings
 #
 #   no stage: all, from -1 to 5; START alone: this stage. --dry-run prints the commands and runs none.
+#   evaluate: scores the language model without any training: exp/evaluate-$profile/eval/SET/sft/scores.json
+#   reproduce: does so for the published systems, and compares the scores with the published ones
 #   --check: reports in a minute everything that would stop a run; runs no stage
 #   --settings: prints all settings with their values, the origins of the values, and their meanings
 #   VERL_OVERRIDE: veRL settings of stage 2, such as algorithm.norm_adv_by_std_in_grpo=False
@@ -33,6 +37,7 @@ source "$root/scripts/lib.sh"
 source "$root/scripts/eval_sets.sh"
 
 dry_run=0 mode=run
+models=(sft grpo) # of the evaluation
 server_pid='' memory_pid='' background_pids=()
 running='' began=0 # current stage, and its start time in seconds
 verl_overrides=()
@@ -56,21 +61,22 @@ cleanup() {
 
 stage_-1() {
   work_on environments
-  local check_libpython=$root/tts_grpo/reward/libpython.py
-  if ((make_envs)); then
-    run "$base_python" -I "$check_libpython"
-    make_environments
-  fi
-  run "$speech_bin/python" -I "$check_libpython"
+  make_environments
   [[ -z $(type -t install_profile) ]] || install_profile
   echo "environments: $venv_root/speech, $venv_root/trainer"
 }
 
+# make_environments: make the environments, unless make_envs is 0, and check their Python.
 make_environments() {
-  export base_python venv_root
-  in_background bash "$root/scripts/make_env.sh" speech "$root/requirements-cosyvoice.txt"
-  in_background bash "$root/scripts/make_env.sh" trainer "$trainer_requirements"
-  wait_for_all || die "an environment could not be made: see above"
+  local check_libpython=$root/tts_grpo/reward/libpython.py
+  if ((make_envs)); then
+    run "$base_python" -I "$check_libpython"
+    export base_python venv_root
+    in_background bash "$root/scripts/make_env.sh" speech "$root/requirements-cosyvoice.txt"
+    in_background bash "$root/scripts/make_env.sh" trainer "$trainer_requirements"
+    wait_for_all || die "an environment could not be made: see above"
+  fi
+  run "$speech_bin/python" -I "$check_libpython"
 }
 
 stage_0() {
@@ -78,15 +84,20 @@ stage_0() {
   state=$(state_of 0)
   [[ -e $sft_model/config.json ]] && done_with 0 "$state" && skip && return
   work_on "$state"
-  local speech_role=()
-  [[ $speech_prefix == none ]] || speech_role=(--speech-role)
-  run "$trainer_bin/python" "$root/scripts/prepare_llm.py" --sft-path "$sft_path" --output-dir "$sft_model" "${speech_role[@]}"
+  prepare_llm
   [[ $speech_prefix != voice ]] || run "$speech_bin/python" "$root/scripts/encode_prompts.py" --voices "$prompt_list" \
     --token2wav-dir "$token2wav_dir" --output "$voices_jsonl"
   run "$trainer_bin/python" "$root/prepare_data.py" --train-file "$train_jsonl" --test-file "$test_jsonl" \
     --output-dir "$exp_dir/data" --llm-path "$sft_model" "${data_flags[@]}"
   mark_done 0 "$state"
   echo "data: $exp_dir/data"
+}
+
+# prepare_llm: make sft_model from sft_path.
+prepare_llm() {
+  local speech_role=()
+  [[ $speech_prefix == none ]] || speech_role=(--speech-role)
+  run "$trainer_bin/python" "$root/scripts/prepare_llm.py" --sft-path "$sft_path" --output-dir "$sft_model" "${speech_role[@]}"
 }
 
 stage_1() {
@@ -115,8 +126,8 @@ stage_2() {
   local check=() trainer
   trainer=$(plain_path "$venv_root/trainer")
   ((check_reward == 0)) || check=(--check)
-  run "$trainer_bin/python" "$root/reward_tts.py" --jsonl "$known_answer_jsonl" --limit 64 \
-    --server-urls "$server_urls" "${check[@]}"
+  run "$trainer_bin/python" "$root/reward_tts.py" --jsonl "$known_answer_jsonl" --limit 64 --language "$language" \
+    --train-parquet "$exp_dir/data/train.parquet" --server-urls "$server_urls" "${check[@]}"
   run_beside_server env "${train_env[@]}" "$trainer_bin/python" "$root/scripts/train.py" --log-file "$exp_dir/log/train.log" \
     --total-steps "$total_steps" --checkpoint-dir "$exp_dir/checkpoints" --failure-file "$exp_dir/reward_failure" \
     --server-url "${server_urls%%[, ]*}" --tensorboard-dir "$exp_dir/tensorboard" --validation-dir "$exp_dir/validation" -- \
@@ -146,7 +157,7 @@ stage_3() {
 }
 
 stage_4() {
-  local state file evaluated=() failed=()
+  local state evaluated=() failed=()
   need "$exp_dir/merged_hf_model/config.json" 3
   need "$sft_model/config.json" 0
   need_made_from 3 "$exp_dir/merged_hf_model"
@@ -154,10 +165,7 @@ stage_4() {
   done_with 4 "$state" && skip && return
   work_on "$state"
   ((force)) && run rm -rf "$exp_dir/eval"
-  for file in "${eval_sets[@]}"; do
-    if evaluate "$file"; then evaluated+=("$(set_name "$file")"); else failed+=("$(set_name "$file")"); fi
-  done
-  ((${#evaluated[@]})) || die "no evaluation set could be evaluated (${failed[*]}): see above"
+  evaluate_all
   show_first_set "${evaluated[0]}"
   run "$speech_bin/python" "$root/scripts/summarise.py" --exp-dir "$exp_dir" --sets "${evaluated[@]}" --settings "$(recorded_settings)"
   run "$speech_bin/python" "$root/scripts/report.py" --exp-dir "$exp_dir" --sets "${evaluated[@]}"
@@ -166,13 +174,34 @@ stage_4() {
   echo "report: $exp_dir/report.html; figures: $exp_dir/summary.json; speech and alignments: $exp_dir/eval"
 }
 
+# evaluate_all: evaluate each set, and put the names into the arrays evaluated and failed.
+evaluate_all() {
+  local file
+  for file in "${eval_sets[@]}"; do
+    if evaluate "$file"; then evaluated+=("$(set_name "$file")"); else failed+=("$(set_name "$file")"); fi
+  done
+  ((${#evaluated[@]})) || die "no evaluation set could be evaluated (${failed[*]}): see above"
+}
+
+# evaluate_only: install what the evaluation needs, and evaluate the language model as it is.
+evaluate_only() {
+  local evaluated=() failed=()
+  [[ ! -e $exp_dir/.done/0 && ! -e $exp_dir/checkpoints ]] || die "$exp_dir has a training, whose language model would be replaced: set another exp_name"
+  make_environments
+  [[ -z $(type -t install_evaluation) ]] || install_evaluation
+  prepare_llm
+  evaluate_all
+  ((${#failed[@]} == 0)) || die "the evaluation of ${failed[*]} failed: see above; the same command repeats only what failed"
+  echo "scores: $exp_dir/eval/SET/sft/scores.json of ${evaluated[*]}"
+}
+
 # set_name FILE: print the name of an evaluation set, that of its file.
 set_name() { basename "$1" .jsonl; }
 
-# evaluate FILE: synthesise and score one evaluation set with both models, unless that is done already. Its results do not
+# evaluate FILE: synthesise and score one evaluation set with all models, unless that is done already. Its results do not
 # depend on the other sets. It returns a failure instead of ending the run, so that the other sets are still evaluated.
 evaluate() {
-  local name state set_language
+  local name state set_language model
   name=$(set_name "$1")
   set_language=$(language_of "$name")
   local eval_jsonl=$1 eval_jsonls='' language=$set_language eval_asr_dir=$eval_asr_dir
@@ -183,9 +212,14 @@ evaluate() {
     echo "$name: already evaluated"
     return
   fi
-  infer sft "$sft_model" && infer grpo "$exp_dir/merged_hf_model" && score sft && score grpo && wait_for_all &&
-    mark_done "4-$name" "$state"
+  ((dry_run)) || rm -f "$exp_dir/.done/4-$name"
+  for model in "${models[@]}"; do infer "$model" "$(model_folder "$model")" || return; done
+  for model in "${models[@]}"; do score "$model"; done
+  wait_for_all && mark_done "4-$name" "$state"
 }
+
+# model_folder NAME: print the folder of a model of the evaluation.
+model_folder() { [[ $1 == sft ]] && echo "$sft_model" || echo "$exp_dir/merged_hf_model"; }
 
 # show_first_set NAME: make eval/sft and eval/grpo links to the results of a set.
 show_first_set() {
@@ -276,14 +310,14 @@ recorded_settings() {
 # print the state for the evaluation's speech of that model.
 state_of() {
   ((dry_run)) && return
-  local stages=("$1") read=() made_from=()
+  local stages=("$1") read=() made_from=() model
   case $1${2:+model} in
   0) [[ $speech_prefix != voice ]] || read=(prompt_list="$prompt_list" token2wav_dir="$token2wav_dir") made_from=(seed="$seed") ;;
   2) made_from=(data="$(checksum "$exp_dir/.done/0")") ;;
   3) [[ -n $llm_path ]] || made_from=(training="$(checksum "$exp_dir/checkpoints/settings")" checkpoint="$(basename "$(last_checkpoint)")") ;;
   4)
     stages+=(4s)
-    read=(sft_model="$sft_model" merged_hf_model="$exp_dir/merged_hf_model")
+    for model in "${models[@]}"; do read+=("$model=$(model_folder "$model")"); done
     ;;
   4model) read=(model="$2") made_from=(model="$2") ;;
   esac
@@ -298,7 +332,7 @@ commands_of() {
     configure
     case $1 in
     2) run "${server_command[@]}" && stage_2 ;;
-    4) for model in sft grpo; do infer "$model" model && score "$model"; done ;;
+    4) for model in "${models[@]}"; do infer "$model" model && score "$model"; done ;;
     4model) infer model model ;;
     *) "stage_$1" ;;
     esac
@@ -419,7 +453,7 @@ configure() {
   server_command+=(--language "$language")
   text_flags=(--language "$language" --text-tags "$text_tags" --llm-text "$llm_text")
   data_flags=(
-    --eval-set "${eval_sets[@]}" "${text_flags[@]}" --max-prompt-length "$max_prompt_length" --max-bad-ratio "$max_bad_ratio"
+    --eval-set "${eval_sets[@]}" --asr-dirs "${asr_dirs[@]}" "${text_flags[@]}" --max-prompt-length "$max_prompt_length" --max-bad-ratio "$max_bad_ratio"
     --max-test-overlap "$max_test_overlap" --batch-size "$train_batch_size" --max-new-tokens "$max_new_tokens"
   )
   voices_jsonl=$exp_dir/voices.jsonl # stage 0 makes it from prompt_list, with speech_prefix=voice
@@ -480,7 +514,7 @@ configure() {
     actor_rollout_ref.rollout.calculate_log_probs=True algorithm.rollout_correction.bypass_mode="$reuse_log_probs"
     actor_rollout_ref.actor.calculate_entropy=True # logged only: entropy_coeff is 0
     reward.custom_reward_function.path="$(hydra "$root/reward_tts.py")" reward.custom_reward_function.name=compute_score
-    "+reward.custom_reward_function.reward_kwargs={server_urls: $(hydra "$server_urls"), failure_file: $(hydra "$exp_dir/reward_failure"), by_syllable: $by_syllable, patience_s: $reward_patience_s, max_unscored_share: $max_unscored_share, rewards: $(hydra "$rewards"), check_freq: $check_freq, known_answer_jsonl: $(hydra "$(realpath -m "$known_answer_jsonl")")}"
+    "+reward.custom_reward_function.reward_kwargs={server_urls: $(hydra "$server_urls"), failure_file: $(hydra "$exp_dir/reward_failure"), by_syllable: $by_syllable, patience_s: $reward_patience_s, max_unscored_share: $max_unscored_share, language: $language, rewards: $(hydra "$rewards"), check_freq: $check_freq, known_answer_jsonl: $(hydra "$(realpath -m "$known_answer_jsonl")")}"
     trainer.n_gpus_per_node="$num_gpus" trainer.nnodes="$num_nodes"
     "trainer.logger=[console,tensorboard]" trainer.project_name=tts_grpo trainer.experiment_name="$(hydra "$exp_name")"
     trainer.default_local_dir="$(hydra "$exp_dir/checkpoints")" trainer.resume_mode=auto
@@ -513,6 +547,17 @@ main() {
     esac
     shift
   done
+  case ${positional[0]-} in
+  reproduce)
+    ((dry_run == 0)) || positional+=(--dry-run)
+    exec "${base_python:-python3}" "$root/scripts/reproduce.py" "${positional[@]:1}"
+    ;;
+  evaluate)
+    ((${#positional[@]} == 1)) || usage
+    mode=evaluate positional=(4) models=(sft)
+    exp_name=${exp_name:-evaluate-${recipe:-${profile:-tiny}}}
+    ;;
+  esac
   start=${positional[0]--1} stop=${positional[1]-${positional[0]-5}}
   if ((${#positional[@]} > 2)) || ! [[ $start =~ ^(-1|[0-5])$ && $stop =~ ^(-1|[0-5])$ ]] || ((start > stop)); then
     usage
@@ -544,6 +589,10 @@ main() {
   # Idle OpenMP threads yield their core. Spinning threads make torch ten times slower on a busy machine.
   export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
   ((dry_run)) || end_left_processes
+  if [[ $mode == evaluate ]]; then
+    evaluate_only
+    exit
+  fi
   ((dry_run || start > 3 || stop < 1)) || choose_checkpoint
   for ((stage = start; stage <= stop; stage++)); do
     echo "== stage $stage ($(date +%T))"

@@ -48,7 +48,7 @@ from tts_grpo.reward.protocol import (
 )
 from tts_grpo.reward.rewards import DEFAULT, files, parse_rewards
 from tts_grpo.speech.model_folders import TOKEN2WAV_FILES, token2wav_kind
-from tts_grpo.text.input_files import read_known_answers, read_voices
+from tts_grpo.text.input_files import LANGUAGES, read_known_answers, read_voices
 from tts_grpo.text.tokens import NUM_SPEECH_TOKENS
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ START_TIMEOUT_S = 600.0  # time limit for an instance to load and warm up
 FATAL_CUDA_ERRORS = re.compile("CUDA error|CUBLAS_STATUS_|CUDNN_STATUS_")
 MAX_DEATHS = 5  # over all instances, and of Triton; more deaths indicate a systematic fault
 PORTS_TIMEOUT_S = 20.0  # for which the ports may be in use after Triton has ended
-KNOWN_ANSWERS = 8  # entries of --known-answers with which each instance checks the parts of the reward
+KNOWN_ANSWERS = 8  # entries of --known-answers in a language with which each instance checks the parts of the reward
 WARM_UP_TOKENS = (40, 75)  # numbers of speech tokens in the two warm-up batches
 
 
@@ -101,7 +101,8 @@ def get_args(argv=None):
     )
     parser.add_argument("--reward-curve", choices=("tanh", "exp"), default="tanh", help="see tts_grpo/reward/curves.py")
     parser.add_argument("--no-tones", dest="tones", action="store_false", help="compare pinyin without tones")
-    parser.add_argument("--language", choices=("zh", "en"), default="zh", help="language of texts and recogniser")
+    parser.add_argument("--language", choices=LANGUAGES, default="zh", help="language that each recogniser must "
+                        "know, and of --known-answers without one; requests name their own")  # fmt: skip
     parser.add_argument("--address", default="127.0.0.1", help="address to listen on; 0.0.0.0 serves other machines")
     parser.add_argument(
         "--secret-file", type=Path, default=None, help="file with a secret that scoring requests must have in a header"
@@ -151,7 +152,7 @@ def serve_instance(pipe, args, device: str) -> None:
     try:
         scorer = load_scorer(args, device)
         warm_up(scorer, args.max_batch_size)
-        check_parts(scorer, args.known_answers)
+        check_parts(scorer, args.known_answers, args.language)
     except Exception as error:
         pipe.send(f"{type(error).__name__}: {error}")
         return
@@ -192,23 +193,27 @@ def load_scorer(args, device: str):
     elif args.prompt_audio:
         voices = [load_prompt_voice(token2wav, args.prompt_audio, args.prompt_text)]
     asr, *more_asrs = (SenseVoice(path, device, language=args.language) for path in (args.asr_dir, *args.more_asr_dirs))
-    parts = load_parts(args.specs, Context(device, args.language, args.reward_curve, asr, args.token2wav_dir))
+    parts = load_parts(args.specs, Context(device, args.reward_curve, asr, args.token2wav_dir))
     return RewardScorer(
         token2wav, asr, args.tones, args.reward_curve, voices, args.seed, args.prompt_voice_per, args.language, parts,
         more_asrs, args.asr_pool,
     )  # fmt: skip
 
 
-def check_parts(scorer, known_answers: Path | None) -> None:
-    """Run the known-answer checks of the parts of the reward.
+def check_parts(scorer, known_answers: Path | None, language: str) -> None:
+    """Run the known-answer checks of the parts of the reward, in each language of the known answers.
 
     Raises:
         RuntimeError: a part failed; the message says how.
         ValueError: the file has no line, or a line of it is not as it should be.
     """
     if known_answers:
-        rows = read_known_answers(known_answers, KNOWN_ANSWERS)
-        if faults := scorer.check([row["speech_tokens"] for row in rows], [row["text"] for row in rows]):
+        rows, faults = read_known_answers(known_answers, KNOWN_ANSWERS, language), []
+        for spoken in dict.fromkeys(row["language"] for row in rows):
+            own = [row for row in rows if row["language"] == spoken]
+            inputs = [[row[key] for row in own] for key in ("speech_tokens", "text", "language")]
+            faults += [f"{fault} (language {spoken})" for fault in scorer.check(*inputs)]
+        if faults:
             raise RuntimeError("; ".join(faults))
 
 
@@ -326,13 +331,14 @@ class Instance:
             self.process.kill()
 
 
-def request_fault(length: int, size: int, text: bytes = b"") -> str:
+def request_fault(length: int, size: int, text: bytes = b"", language: bytes = b"zh") -> str:
     """Return why a sample's input is refused, or "".
 
     Args:
         length: its TOKEN_LENS.
         size: length of its row of TOKENS.
         text: its GT_TEXT, if the model has it.
+        language: its LANGUAGE, likewise.
     """
     if not 0 < length <= size:
         return f"TOKEN_LENS is {length}, but TOKENS has {size} tokens"
@@ -344,29 +350,34 @@ def request_fault(length: int, size: int, text: bytes = b"") -> str:
         text.decode("utf-8")
     except UnicodeDecodeError as error:
         return f"GT_TEXT is not UTF-8: {error}"
+    if language not in map(str.encode, LANGUAGES):
+        return f"LANGUAGE is {language!r}: the reward server scores {' and '.join(LANGUAGES)}"
     return ""
 
 
-def call_with_valid(instance, method: str, failed: Callable[[str], object], tokens, token_lens, texts=None) -> list:
+def call_with_valid(
+    instance, method: str, failed: Callable[[str], object], tokens, token_lens, texts=None, languages=None
+) -> list:
     """Call an instance's method with the samples of a batch that are valid; the others are answered with an error.
 
     Args:
         instance: the instance.
-        method: method of ``RewardScorer``, which takes the samples' tokens, and their texts if there are any.
+        method: method of ``RewardScorer``, which takes the samples' tokens, and their texts and languages if there are
+            any.
         failed: makes the result of a sample from the reason why it is refused.
         tokens: TOKENS, int32 (B, T).
         token_lens: TOKEN_LENS, int32 (B, 1).
         texts: GT_TEXT, bytes (B,), or None.
+        languages: LANGUAGE, bytes (B,), or None.
 
     Returns:
         B results.
     """
-    lens, texts_or_none = token_lens[:, 0].tolist(), [b""] * len(tokens) if texts is None else texts
-    faults = [request_fault(n, tokens.shape[1], text) for n, text in zip(lens, texts_or_none, strict=True)]
+    lens, more = token_lens[:, 0].tolist(), [values for values in (texts, languages) if values is not None]
+    faults = [request_fault(n, tokens.shape[1], *values) for n, *values in zip(lens, *more, strict=True)]
     valid = [i for i, fault in enumerate(faults) if not fault]
     arguments = [[tokens[i, : lens[i]].tolist() for i in valid]]
-    if texts is not None:
-        arguments.append([texts[i].decode("utf-8") for i in valid])
+    arguments += [[values[i].decode("utf-8") for i in valid] for values in more]
     results = iter(instance.call(method, *arguments) if valid else [])
     return [failed(fault) if fault else next(results) for fault in faults]
 
@@ -383,7 +394,7 @@ def identity(args) -> str:
         paths += [args.prompt_list, *sorted({Path(voice["prompt_audio"]) for voice in read_voices(args.prompt_list)})]
     options = (
         VERSION, args.prompt_text, args.prompt_voice_per, args.seed, args.precision, args.reward_curve, args.tones,
-        args.language, args.rewards, args.asr_pool,
+        args.rewards, args.asr_pool,
     )  # fmt: skip
     digest = hashlib.sha256(repr(options).encode())
     for path in paths:
@@ -397,12 +408,14 @@ def infer_function(instance: Instance):
     from pytriton.decorators import batch
 
     @batch
-    def infer(TOKENS, TOKEN_LENS, GT_TEXT):
+    def infer(TOKENS, TOKEN_LENS, GT_TEXT, LANGUAGE):
         failed = lambda fault: RolloutScore(error=fault)  # noqa: E731
-        scores = call_with_valid(instance, "score", failed, TOKENS, TOKEN_LENS, GT_TEXT[:, 0])
+        scores = call_with_valid(instance, "score", failed, TOKENS, TOKEN_LENS, GT_TEXT[:, 0], LANGUAGE[:, 0])
         requests = [
-            (tokens[: max(length, 0)].tolist(), text.decode("utf-8", "replace"))
-            for tokens, length, text in zip(TOKENS, TOKEN_LENS[:, 0].tolist(), GT_TEXT[:, 0], strict=True)
+            (tokens[: max(length, 0)].tolist(), text.decode("utf-8", "replace"), language.decode("utf-8", "replace"))
+            for tokens, length, text, language in zip(
+                TOKENS, TOKEN_LENS[:, 0].tolist(), GT_TEXT[:, 0], LANGUAGE[:, 0], strict=True
+            )
         ]
         return encode_response(scores, instance.server, requests)
 
@@ -492,7 +505,7 @@ def bind_models(triton, instances: list[Instance], config) -> None:
         model_name=MODEL_NAME,
         model_version=VERSION,
         infer_func=[infer_function(instance) for instance in instances],
-        inputs=[*tokens, Tensor(name="GT_TEXT", dtype=bytes, shape=(1,))],
+        inputs=[*tokens, *(Tensor(name=name, dtype=bytes, shape=(1,)) for name in ("GT_TEXT", "LANGUAGE"))],
         outputs=[
             Tensor(name="REWARDS", dtype=np.float32, shape=(1,)),
             Tensor(name="ERROR_RATES", dtype=np.float32, shape=(1,)),

@@ -116,20 +116,25 @@ download() { run "$speech_bin/python" "$root/scripts/download.py" "$@"; }
 cosyvoice2_files=(cosyvoice2.yaml flow.pt hift.pt llm.pt campplus.onnx speech_tokenizer_v2.onnx)
 
 install_profile() {
+  install_evaluation
+  download --hub modelscope --repo iic/SenseVoiceSmall --output-dir "$reward_asr_dir" --need-gib 1 \
+    --require model.pt config.yaml am.mvn configuration.json
+  install_texts
+  [[ $prompt_list != "$aishell_voices" ]] || install_voices
+  install_known_answers
+}
+
+# install_evaluation: download what bash run.sh evaluate needs.
+install_evaluation() {
   clone_cosyvoice
   # 3.8 of the repository's 5.2 GiB: the exports for TensorRT, TorchScript and batches are left out
   download --hub modelscope --repo iic/CosyVoice2-0.5B --output-dir "$token2wav_dir" --need-gib 4 \
     --include "${cosyvoice2_files[@]}" 'CosyVoice-BlankEN/*' configuration.json README.md \
     --require "${cosyvoice2_files[@]}" CosyVoice-BlankEN/config.json
-  download --hub modelscope --repo iic/SenseVoiceSmall --output-dir "$reward_asr_dir" --need-gib 1 \
-    --require model.pt config.yaml am.mvn configuration.json
   download --hub modelscope --repo iic/speech_seaco_paraformer_large_asr_nat-zh-cn-16k-common-vocab8404-pytorch \
     --output-dir "$eval_asr_dir" --need-gib 2 --require model.pt config.yaml am.mvn configuration.json tokens.json
   install_llm
-  install_texts
-  [[ $prompt_list != "$aishell_voices" ]] || install_voices
   install_eval_sets
-  install_known_answers
 }
 
 install_llm() {
@@ -198,7 +203,7 @@ install_known_answers() {
     [[ $(language_of "$(set_name "$file")") != "$language" ]] || { path=$file && break; }
   done
   [[ -e $known_answer_jsonl ]] || run "$speech_bin/python" "$root/scripts/encode_prompts.py" --eval-set "$path" \
-    --token2wav-dir "$token2wav_dir" --output "$known_answer_jsonl"
+    --token2wav-dir "$token2wav_dir" --language "$language" --output "$known_answer_jsonl"
 }
 
 # token2wav imports CosyVoice's modules

@@ -128,7 +128,7 @@ setting lora_modules all-linear 2 text "modules with LoRA adapters, separated by
 setting eval_jsonl '' 4s input "test set, JSONL; infer_dist.py synthesises what has changed in it"
 setting eval_jsonls '' 4s inputs? "several test sets, separated by spaces, instead of eval_jsonl; a set has the name of its file"
 setting eval_asr_dir_en '' 4s input? "speech recogniser of test_en and of other sets in English; empty: eval_asr_dir"
-setting language zh "0 2 4 4s" "zh|en" "language of texts and recognisers; zh: Chinese, which may contain English words"
+setting language zh "0 2 4 4s" "zh|en" "language of lines that have no key language of their own; zh: Chinese, which may contain English words"
 setting seeds "0 1 2 3 4" 4s ints "random seeds; the set is synthesised once with each"
 setting judge_asr_dir '' 4s input? "a further recogniser that nothing was trained or chosen by, for a second opinion"
 setting quality_utterances 100 4s "int>=0" "utterances for speaker similarity, DNSMOS and F0; 0: none"

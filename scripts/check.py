@@ -145,10 +145,7 @@ def check_files(s: dict) -> Iterator[Finding]:
         Path(folder).resolve() for folder in (*asr_dirs, s["eval_asr_dir"])
     ]:
         yield False, "judge_asr_dir is a recogniser of the reward or the evaluation: a second opinion needs another"
-    recognisers = [*asr_dirs, *(s[name] for name in ("eval_asr_dir", "judge_asr_dir") if s[name])]
-    for folder in filter(os.path.isdir, dict.fromkeys(recognisers)):
-        if fault := language_fault(folder, s["language"]):
-            yield False, f"language={s['language']}: {fault}: set the folder of another one, or another language"
+    yield from check_languages(s, asr_dirs)
     if bool(s["prompt_audio"]) != bool(s["prompt_text"]):
         yield False, "a voice needs both prompt_audio and prompt_text"
     if kind == "cosyvoice2":
@@ -156,6 +153,23 @@ def check_files(s: dict) -> Iterator[Finding]:
         yield finding(status == 0, "CosyVoice's modules", " cannot be imported: is cosyvoice_dir right?")
     if not missing:
         yield True, "files of token2wav, recognisers and evaluation set"
+
+
+def check_languages(s: dict, reward_asr_dirs: Sequence[str]) -> Iterator[Finding]:
+    """Check that the recognisers know their languages; those of the training texts are checked with the texts."""
+    needed = {folder: {s["language"]} for folder in reward_asr_dirs}
+    for path in eval_sets(s):
+        try:
+            languages = {row["language"] for row in read_eval_set(path, language=s["language"])}
+        except (OSError, ValueError):  # reported with the data
+            continue
+        english = languages == {"en"} and s["eval_asr_dir_en"]
+        for folder in (english or s["eval_asr_dir"], s["judge_asr_dir"]):
+            needed.setdefault(folder, set()).update(languages)
+    for folder, languages in needed.items():
+        for language in sorted(languages):
+            if folder and Path(folder).is_dir() and (fault := language_fault(folder, language)):
+                yield False, f"language {language}: {fault}: set the folder of another recogniser, or another language"
 
 
 def check_data(s: dict, data_flags: Sequence[str] = ()) -> Iterator[Finding]:
@@ -289,7 +303,17 @@ def check_server(s: dict) -> Iterator[Finding]:
         )
     if running and s["check_reward"] == "1":
         python = Path(s["venv_root"]) / "trainer/bin/python"
-        command = [python, ROOT / "reward_tts.py", "--check", "--limit", "32", "--patience-s", "0"]
+        command = [
+            python,
+            ROOT / "reward_tts.py",
+            "--check",
+            "--limit",
+            "32",
+            "--patience-s",
+            "0",
+            "--language",
+            s["language"],
+        ]
         status, line = run([*command, "--jsonl", s["known_answer_jsonl"], "--server-urls", running[0]])
         yield status == 0, f"known answers of {running[0]}: {line}"
 

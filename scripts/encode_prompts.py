@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from tts_grpo.speech.token2wav import load_token2wav
 from tts_grpo.speech.voices import load_prompt_voice
-from tts_grpo.text.input_files import read_eval_set, read_voices
+from tts_grpo.text.input_files import LANGUAGES, read_eval_set, read_voices
 from tts_grpo.text.jsonl import write_jsonl
 
 
@@ -25,9 +25,11 @@ def get_args(argv=None):
     source.add_argument("--eval-set", type=Path, help="JSONL with prompt_text and prompt_audio, and with ids")
     source.add_argument("--voices", type=Path, help="JSONL with prompt_text and prompt_audio")
     parser.add_argument("--token2wav-dir", type=Path, required=True, help="folder with the speech tokenizer")
+    parser.add_argument("--language", choices=LANGUAGES, default="zh", help="language of utterances without one")
     parser.add_argument("--limit", type=int, default=64, help="maximum number of recordings of the set")
     parser.add_argument("--device", default="cpu", help="torch device")
-    parser.add_argument("--output", type=Path, required=True, help="JSONL to write, with text and speech_tokens")
+    parser.add_argument("--output", type=Path, required=True, help="JSONL to write, with text, language (of a set) and "
+                        "speech_tokens")  # fmt: skip
     return parser.parse_args(argv)
 
 
@@ -37,7 +39,8 @@ def main(argv=None):
         if args.voices:
             rows = read_voices(args.voices)
         else:
-            rows = [row for row in read_eval_set(args.eval_set) if row["prompt_audio"]][: args.limit]
+            found = read_eval_set(args.eval_set, language=args.language)
+            rows = [row for row in found if row["prompt_audio"]][: args.limit]
     except (ValueError, OSError) as error:
         raise SystemExit(f"encode_prompts.py: {error}") from error
     if not rows:
@@ -50,7 +53,8 @@ def main(argv=None):
             voice = load_prompt_voice(token2wav, folder / row["prompt_audio"], row["prompt_text"])
         except (ValueError, OSError) as error:
             raise SystemExit(f"encode_prompts.py: {error}") from error
-        lines.append({"text": voice.prompt_text, "speech_tokens": list(voice.prompt_speech_tokens)})
+        language = {"language": row["language"]} if "language" in row else {}
+        lines.append({"text": voice.prompt_text, "speech_tokens": list(voice.prompt_speech_tokens)} | language)
     write_jsonl(args.output, lines)
     print(f"{len(lines)} recordings: {args.output}")
 

@@ -17,7 +17,14 @@ import numpy as np
 import torch
 
 from tts_grpo.evaluation.aggregate import ERRORS, JUDGE_ERRORS, quality, rates
-from tts_grpo.evaluation.protocols import MAIN_METRIC, METRICS, align_units, count_all, prepare_hypothesis
+from tts_grpo.evaluation.protocols import (
+    MAIN_METRIC,
+    METRICS,
+    align_units,
+    count_all,
+    prepare_hypothesis,
+    set_language,
+)
 from tts_grpo.speech.asr.loading import load_asr
 from tts_grpo.speech.audio import ASR_HZ, load_audio
 from tts_grpo.speech.nets.metrics import NetworkMetrics
@@ -38,7 +45,7 @@ def get_args(argv=None):
     parser.add_argument("--output-dir", type=Path, required=True, help="folder with seed_*/manifest.jsonl")
     parser.add_argument("--eval-set", type=Path, required=True, help="JSONL of the test set")
     parser.add_argument("--seeds", type=int, nargs="+", help="seeds to score (default: all in the folder)")
-    parser.add_argument("--language", choices=LANGUAGES, default="zh", help="language of the test set")
+    parser.add_argument("--language", choices=LANGUAGES, default="zh", help="language of utterances without one")
     parser.add_argument("--text-tags", choices=("reject", "remove"), default="reject", help="texts with tags such "
                         "as [laughter]: reject the set, or remove the tags")  # fmt: skip
     parser.add_argument("--asr-dir", type=Path, required=True, help="folder of the evaluation recogniser")
@@ -70,7 +77,7 @@ def utterances_of(manifest: Path, eval_set: list[dict], set_dir: Path) -> list[d
             )
         prompt = row.get("prompt_audio")
         found.append({
-            "id": row["id"], "target_text": text,
+            "id": row["id"], "target_text": text, **({"language": row["language"]} if "language" in row else {}),
             "audio": str(manifest.parent / line["wav"]) if line.get("wav") else None,
             "prompt_audio": str((set_dir / prompt).absolute()) if prompt else None,
             "error": line.get("error"), "finish_reason": line.get("finish_reason"),
@@ -104,14 +111,15 @@ def units_of(text: str, language: str) -> list[str]:
 def measure(utterance: dict, speech: np.ndarray | None, language: str, networks: NetworkMetrics | None) -> None:
     """Add ``errors`` and ``quality`` to an utterance that has its ``hypothesis``, and ``judge_errors`` likewise.
 
-    The judge's errors are clipped at the length of the text: Whisper repeats the same words without end after a few
-    recordings, which is its own fault, and would outweigh hundreds of utterances.
+    ``language`` is that of the set. The judge's errors are clipped at the length of the text: Whisper repeats the same
+    words without end after a few recordings, which is its own fault, and would outweigh hundreds of utterances.
     """
+    spoken = utterance.get("language", language)
     for hypothesis, errors in (("hypothesis", ERRORS), ("judge_hypothesis", JUDGE_ERRORS)):
         if hypothesis not in utterance:
             continue
         try:
-            counts = count_all(utterance["target_text"], utterance[hypothesis], language)
+            counts = count_all(utterance["target_text"], utterance[hypothesis], spoken, language)
         except ValueError as error:
             raise ValueError(f"{utterance['id']}: {error}") from error
         if errors == JUDGE_ERRORS:
@@ -120,7 +128,7 @@ def measure(utterance: dict, speech: np.ndarray | None, language: str, networks:
     if speech is None:
         utterance["quality"] = worst_values(networks)
         return
-    units = [units_of(text, language) for text in (utterance["target_text"], utterance["hypothesis"])]
+    units = [units_of(text, spoken) for text in (utterance["target_text"], utterance["hypothesis"])]
     utterance["quality"] = basic_metrics(speech, *units, utterance["finish_reason"])
     if networks:
         utterance["quality"] |= networks.measure(speech, utterance["prompt_audio"])
@@ -131,23 +139,31 @@ def score(
 ) -> None:
     """Add ``hypothesis``, ``errors`` and ``quality`` to the utterances; network metrics at ``network_positions``.
 
+    ``language`` is that of the set; the recognisers are told the language of each utterance.
+
     With a further recogniser ``judge``, also ``judge_hypothesis`` and ``judge_errors``.
     """
     for first in range(0, len(utterances), CHUNK):
         part = utterances[first : first + CHUNK]
         recordings = [read_recording(utterance) for utterance in part]
         usable = [speech for speech in recordings if speech is not None]
-        transcripts = {"hypothesis": iter(asr.transcribe(usable))}
+        languages = [utterance.get("language", language) for utterance in part]
+        told = [spoken for spoken, speech in zip(languages, recordings, strict=True) if speech is not None]
+        transcripts = {"hypothesis": iter(asr.transcribe(usable, told))}
         if judge:
-            transcripts["judge_hypothesis"] = iter(judge.transcribe(usable))
+            transcripts["judge_hypothesis"] = iter(judge.transcribe(usable, told))
         for position, (utterance, speech) in enumerate(zip(part, recordings, strict=True), first):
             for name, texts in transcripts.items():
-                utterance[name] = prepare_hypothesis("" if speech is None else next(texts), language)
+                text = "" if speech is None else next(texts)
+                utterance[name] = prepare_hypothesis(text, utterance.get("language", language))
             measure(utterance, speech, language, networks if position in network_positions else None)
 
 
 def alignment_text(utterances: list[dict], language: str) -> str:
-    """Alignments by character or word, as Kaldi's wer_per_utt_details.pl writes them: ref, hyp, op, #csid."""
+    """Alignments by the units of the set's main metric, as Kaldi's wer_per_utt_details.pl writes them.
+
+    Each utterance has four lines: ref, hyp, op, #csid.
+    """
     units, lines = METRICS[language][MAIN_METRIC[language]].units, []
     for utterance in utterances:
         found = align_units(units(utterance["target_text"]), units(utterance["hypothesis"]))
@@ -178,8 +194,8 @@ def describe(utterances: list[dict], language: str) -> dict:
     }
 
 
-def system_scores(by_seed: dict[str, list[dict]], args, networks: NetworkMetrics | None) -> dict:
-    """The contents of scores.json, except for the ASR model."""
+def system_scores(by_seed: dict[str, list[dict]], args, networks: NetworkMetrics | None, language: str) -> dict:
+    """The contents of scores.json, except for the ASR model; ``language`` is that of the set."""
     pooled = [utterance for utterances in by_seed.values() for utterance in utterances]
     measured = quality(pooled)
     for name, entry in measured.items():
@@ -189,10 +205,10 @@ def system_scores(by_seed: dict[str, list[dict]], args, networks: NetworkMetrics
     size = len(pooled) // len(by_seed)
     sample = {"seed": next(iter(by_seed)), "utterances": len(evenly_spaced(args.quality_utterances, size))}
     return {
-        "language": args.language,
-        "metrics": {n: {"title": m.title, "mean": m.mean} for n, m in METRICS[args.language].items()},
-        "pooled": rates(pooled, args.language), "quality": measured, "quality_sample": sample if networks else None,
-        "seeds": {seed: describe(utterances, args.language) for seed, utterances in by_seed.items()},
+        "language": language,
+        "metrics": {n: {"title": m.title, "mean": m.mean} for n, m in METRICS[language].items()},
+        "pooled": rates(pooled, language), "quality": measured, "quality_sample": sample if networks else None,
+        "seeds": {seed: describe(utterances, language) for seed, utterances in by_seed.items()},
         "eval_set_sha256": hashlib.sha256(args.eval_set.read_bytes()).hexdigest(),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }  # fmt: skip
@@ -259,8 +275,9 @@ def main(argv=None):
         eval_set = usable_eval_set(args.eval_set, TextRules(args.language, args.text_tags))
     except (ValueError, OSError) as error:
         raise SystemExit(f"score.py: {error}") from error
-    asr = load_asr(args.asr_dir, args.device, args.language)
-    judge = load_asr(args.judge_asr_dir, args.device, args.language) if args.judge_asr_dir else None
+    language, first = set_language(row["language"] for row in eval_set), eval_set[0]["language"]
+    asr = load_asr(args.asr_dir, args.device, first)
+    judge = load_asr(args.judge_asr_dir, args.device, first) if args.judge_asr_dir else None
     reference, networks = references(args.reference_audio), None
     if args.quality_utterances:
         networks = NetworkMetrics(args.device, args.speaker_model_dir, reference)
@@ -269,16 +286,16 @@ def main(argv=None):
         utterances = utterances_of(manifest, eval_set, args.eval_set.parent)
         network_positions = set() if by_seed else set(evenly_spaced(args.quality_utterances, len(utterances)))
         opinion = judge.recogniser if judge else None
-        score(utterances, asr.recogniser, args.language, networks, network_positions, opinion)
+        score(utterances, asr.recogniser, language, networks, network_positions, opinion)
         write_jsonl(manifest.parent / "utterances.jsonl", utterances)
-        write_text(manifest.parent / "alignment.txt", alignment_text(utterances, args.language))
+        write_text(manifest.parent / "alignment.txt", alignment_text(utterances, language))
         by_seed[manifest.parent.name[5:]] = utterances
-    scores = system_scores(by_seed, args, networks)
+    scores = system_scores(by_seed, args, networks, language)
     about = asr.describe()
     scores |= {"asr": about, "asr_dir": str(args.asr_dir), "asr_sha256": about["sha256"]}
     if judge:
         pooled = [utterance for utterances in by_seed.values() for utterance in utterances]
-        scores["judge"] = {"asr": judge.describe(), "pooled": rates(pooled, args.language, JUDGE_ERRORS)}
+        scores["judge"] = {"asr": judge.describe(), "pooled": rates(pooled, language, JUDGE_ERRORS)}
     write_json(args.output_dir / "scores.json", scores)
     print(table(scores))
     failed = sum(seed["failed"] for seed in scores["seeds"].values())

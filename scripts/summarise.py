@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from tts_grpo.evaluation.aggregate import JUDGE_ERRORS, compare_quality, compare_rates, read_utterances
-from tts_grpo.evaluation.protocols import MAIN_METRIC
+from tts_grpo.evaluation.protocols import SET_METRICS
 from tts_grpo.evaluation.provenance import git_commit
 from tts_grpo.text.jsonl import read_jsonl, write_json
 from tts_grpo.training.verl_log import read_steps
@@ -150,10 +150,10 @@ def quality_lines(summary: dict) -> list[str]:
 
 
 def set_lines(sets: dict[str, dict]) -> list[str]:
-    """Format the published rate and the micro rate of each evaluation set, side by side."""
+    """Format the published rate and the micro rates of each evaluation set, side by side."""
     lines = [f"{'evaluation set':28} {'metric':22} {'SFT':>8} {'GRPO':>8}   relative drop (95% interval)"]
     for name, figures in sets.items():
-        for metric in ("seed-tts-eval", MAIN_METRIC[figures["language"]]):
+        for metric in SET_METRICS[figures["language"]]:
             before, after = (figures[m]["pooled"][metric]["rate"] for m in MODELS)
             shown = drop_text(figures["relative_drop"][metric], figures["relative_drop_ci"][metric])
             title = figures["metrics"][metric]["title"]

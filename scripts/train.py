@@ -48,7 +48,7 @@ SHOWN = {  # veRL's metric name -> our name and format
 }
 VALIDATION = {
     "score/mean@1": "reward {:.3f}",
-    "pinyin_error_rate/mean@1": "pinyin error rate {:.2%}",
+    "pinyin_error_rate/mean@1": "error rate {:.2%}",
     "num_speech_tokens/mean@1": "{:.1f} tokens",
     "bad_rollout/mean@1": "{:.1%} bad",
 }

@@ -213,9 +213,10 @@ def make_evaluation_sets(root: Path, assets: Path, trainer_python: str) -> None:
         (SEED_TTS, ("test_zh", "test_en", "wenetspeech4tts")),
     ):  # fmt: skip
         for split in splits:
+            prompt, target = ("over here", "how are you") if split.endswith("_en") else ("在这里", "你好吗")
             rows = [
-                {"id": f"{split}-{i}", "prompt_text": "在这里", "prompt_audio": {"path": paths[i]},
-                 "target_text": "你好吗"}
+                {"id": f"{split}-{i}", "prompt_text": prompt, "prompt_audio": {"path": paths[i]},
+                 "target_text": target}
                 | ({"prompt_audio_cosy2_tokens": [1, 2], "target_audio_cosy2_tokens": [3]}
                    if repository == SEED_TTS else {})
                 for i in range(len(audio))

@@ -70,8 +70,8 @@ def test_cosyvoice2_of_both_hubs_is_recognised(tmp_path, assets, venv_root, hub)
     folder = make_cosyvoice2(tmp_path, hub)
     s = {"token2wav_dir": str(folder), "reward_asr_dir": str(assets / "asr_reward"), "prompt_text": "",
          "eval_asr_dir": str(assets / "asr_eval"), "eval_jsonl": "", "eval_jsonls": "", "prompt_audio": "",
-         "prompt_list": "", "reward_asr_dirs": "", "judge_asr_dir": "", "venv_root": str(venv_root),
-         "language": "zh"}  # fmt: skip
+         "prompt_list": "", "reward_asr_dirs": "", "judge_asr_dir": "", "venv_root": str(venv_root), "language": "zh",
+         "eval_asr_dir_en": ""}  # fmt: skip
     assert [text for good, text in check.check_files(s) if not good] == []
     assert isinstance(load_token2wav(folder), CosyVoice2Token2Wav)
     (folder / "hift.pt").unlink()

@@ -105,6 +105,8 @@ def test_split_batch_limits_padded_tokens(monkeypatch):
     batches = [lens[rows] for rows in cosyvoice2.split_batch(lens, 100)]
     assert batches == [[1, 1, 1, 1], [1, 20, 30], [30], [60], [120]]
     assert cosyvoice2.split_batch([], 100) == []
+    monkeypatch.setattr(cosyvoice2, "FEW_UTTERANCES", 2)
+    assert [lens[rows] for rows in cosyvoice2.split_batch(lens, 1000)] == [[1, 1, 1, 1], [1, 20], [30, 30], [60, 120]]
 
 
 def test_short_utterances_are_solved_without_the_padding_of_long_ones(folder, voice, monkeypatch):

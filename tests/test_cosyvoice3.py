@@ -1,18 +1,25 @@
 """Compares CosyVoice3's token2wav on batches with single utterances, and with the official code if it is there."""
 
+import hashlib
+import json
 import os
+import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from tools import bench_token2wav
 from tts_grpo.speech.cosyvoice2 import packed_flow
 from tts_grpo.speech.cosyvoice2 import token2wav as cosyvoice2
+from tts_grpo.speech.cosyvoice3.config import load_config
+from tts_grpo.speech.cosyvoice3.modules import FlowNetwork, VocoderNetwork
 from tts_grpo.speech.cosyvoice3.packed_dit import packed_solver
-from tts_grpo.speech.cosyvoice3.random_weights import write_token2wav
-from tts_grpo.speech.cosyvoice3.token2wav import CosyVoice3Token2Wav
+from tts_grpo.speech.cosyvoice3.random_weights import FULL, YAML, write_token2wav
+from tts_grpo.speech.cosyvoice3.token2wav import CosyVoice3Token2Wav, PromptMel
 from tts_grpo.speech.decoder import PromptVoice
 from tts_grpo.speech.token2wav import load_token2wav
 
@@ -102,12 +109,13 @@ def test_a_batch_equals_the_official_code_one_by_one(official, folder, voices, t
 
 
 def test_packed_utterances_equal_padded_ones(folder, voices, monkeypatch):
-    """The kernels, in float32 and run by Triton's interpreter, on two rows; then half precision."""
-    monkeypatch.setattr(packed_flow, "SIZES", (128, 256))
+    """The kernels, in float32 and run by Triton's interpreter, on a row of two utterances."""
+    monkeypatch.setattr(packed_flow, "SIZES", (72,))
+    monkeypatch.setattr(packed_flow, "MIN_MEAN_FRAMES", 36)
     monkeypatch.setattr(cosyvoice2, "NUM_STEPS", 1)  # Triton's interpreter is slow
-    sequences, prompts = random_tokens([1, 40, 23]), [voices[1], voices[0], voices[1]]
-    padded = load_token2wav(folder)
-    prompts = [padded.prompt_features(voice) for voice in prompts]
+    sequences, padded = random_tokens([3, 12]), load_token2wav(folder)
+    prompts = [padded.prompt_features(replace(voices[0], prompt_speech_16k=voices[0].prompt_speech_16k[:6000]))] * 2
+    assert packed_flow.assign_rows([2 * (len(prompts[0]["tokens"]) + n) for n in (3, 12)], 0) == [[0, 1]]
     with torch.inference_mode():
         expected, packed = padded.flow(sequences, prompts), load_token2wav(folder).flow
         estimator = packed.module.decoder["estimator"]
@@ -121,13 +129,62 @@ def test_packed_utterances_equal_padded_ones(folder, voices, monkeypatch):
 
 @torch.inference_mode()
 def test_half_precision_is_close_to_fp32(folder, voices, monkeypatch):
-    monkeypatch.setattr(packed_flow, "SIZES", (128,))
+    monkeypatch.setattr(packed_flow, "SIZES", (32,))
     monkeypatch.setattr(cosyvoice2, "NUM_STEPS", 1)
-    (tokens,) = random_tokens([5])
+    (tokens,) = random_tokens([1])
     exact, half = load_token2wav(folder), load_token2wav(folder, precision="fp16")
     assert half.exact().fast is False
-    prompts = [exact.prompt_features(voices[1])]
+    prompts = [exact.prompt_features(replace(voices[0], prompt_speech_16k=voices[0].prompt_speech_16k[:6000]))]
     mels = [token2wav.flow([tokens], prompts) for token2wav in (exact, half)]
-    waveforms = [token2wav._vocode(mels[0], [5], 0)[0] for token2wav in (exact, half)]  # of the same mel
+    waveforms = [token2wav._vocode(mels[0], [1], 0)[0] for token2wav in (exact, half)]  # of the same mel
     for first, second in (mels, waveforms):
         assert 0 < (first - second).norm() / first.norm() < 0.002
+
+
+def test_layers_have_the_official_names_and_shapes(tmp_path):
+    """The hashes are those of the official modules at ace7c47, with the sizes of the released model."""
+    (tmp_path / "cosyvoice3.yaml").write_text(YAML.format(**FULL))
+    flow, vocoder = load_config(tmp_path / "cosyvoice3.yaml")
+    with torch.device("meta"):
+        networks = FlowNetwork(flow), VocoderNetwork(vocoder)
+    hashes = []
+    for network in networks:
+        layers = sorted(f"{name} {tuple(value.shape)}" for name, value in network.state_dict().items())
+        hashes.append(hashlib.sha256("\n".join(layers).encode()).hexdigest()[:16])
+    assert hashes == ["871db1407ae1b02f", "23949a08e41072e2"]
+
+
+def test_prompt_mel_equals_that_of_the_official_frontend():
+    from matcha.utils.audio import mel_spectrogram
+
+    speech = torch.randn(1, 9_000)
+    expected = mel_spectrogram(speech, 1920, 80, 24_000, 480, 1920, 0, None, center=False)
+    torch.testing.assert_close(PromptMel()(speech), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [("dim_head: 64", "", "KeyError.*dim_head"), ("'cosine'", "'linear'", "t_scheduler is linear"),
+     ("sample_rate: 24000", "sample_rate: 22050", "sample_rate is 22050")],
+)  # fmt: skip
+def test_unsupported_configurations_are_refused(tmp_path, old, new, message):
+    (tmp_path / "cosyvoice3.yaml").write_text(YAML.format(**FULL).replace(old, new))
+    with pytest.raises(ValueError, match=message):
+        load_config(tmp_path / "cosyvoice3.yaml")
+
+
+def test_errors_name_missing_files_and_wrong_weights(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    torch.save({"input_embedding.weight": torch.zeros(3, 3)}, copy / "flow.pt")
+    with pytest.raises(ValueError, match=r"flow\.pt"):
+        load_token2wav(copy)
+    (copy / "speech_tokenizer_v3.onnx").unlink()
+    with pytest.raises(ValueError, match=r"not a CosyVoice3 model folder: speech_tokenizer_v3\.onnx is missing"):
+        load_token2wav(copy)
+
+
+def test_benchmark_measures_batches(folder, capsys):
+    lengths = ["--seconds", "0.1", "0.2", "0.4", "--num-rollouts", "3", "--prompt-s", "0.5"]
+    bench_token2wav.main(["--random", str(folder), "--runs", "fp32:2", *lengths])
+    result = json.loads(capsys.readouterr().out)
+    assert result["fp32:2"]["rollouts"] == 3 and result["fp32:2"]["rollouts_per_s"] > 0

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from zhon.hanzi import punctuation
 
-from tts_grpo.evaluation.protocols import METRICS, count_all, pool, prepare_hypothesis
+from tts_grpo.evaluation.protocols import METRICS, count_all, mixed_units, pool, prepare_hypothesis
 from tts_grpo.text.jsonl import read_jsonl
 
 NUM_UTTERANCES = 600
@@ -115,6 +115,17 @@ def test_english_equals_the_reference_to_the_last_digit():
 def test_known_answers(truth, hypothesis, metric, errors, length):
     counts = count_all(truth, prepare_hypothesis(hypothesis, "zh"), "zh")[metric]
     assert (counts.errors, counts.length) == (errors, length)
+
+
+@pytest.mark.parametrize(
+    ("text", "units"),
+    [
+        ("我们用GPT-4写Python，it's 好！", ["我", "们", "用", "gpt4", "写", "python", "it's", "好"]),
+        ("Ｈｅｌｌｏ, world。", ["hello", "world"]), ("……", []),
+    ],
+)  # fmt: skip
+def test_units_of_mixed_text_are_characters_and_words(text, units):
+    assert mixed_units(text) == units
 
 
 def test_macro_and_micro_weigh_utterances_differently():

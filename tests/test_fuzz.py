@@ -50,9 +50,11 @@ def random_line(rng: random.Random) -> str:
     """Return a line of a file of texts: mostly an object with a text, at times another object or no JSON at all."""
     kind = rng.random()
     if kind < 0.7:
-        return json.dumps({"text": random_text(rng)}, ensure_ascii=rng.random() < 0.5)
+        language = rng.choice(({}, {}, {"language": "zh"}, {"language": "en"}, {"language": "en_GB"}))
+        text = rng.choice(("", "", "today ")) + random_text(rng)
+        return json.dumps({"text": text} | language, ensure_ascii=rng.random() < 0.5)
     if kind < 0.85:
-        return json.dumps({rng.choice(("text", "x")): rng.choice(JSON_VALUES)})
+        return json.dumps({"text": "今天", rng.choice(("text", "language", "x")): rng.choice(JSON_VALUES)})
     line = json.dumps({"text": "今天" + random_text(rng)}, ensure_ascii=False)
     return line[: rng.randrange(len(line))] + rng.choice(("", "}", "\\ud800", "[" * 2000))
 
@@ -71,15 +73,17 @@ def test_each_line_is_a_sample_or_is_rejected_with_a_reason(worker, trainer_pyth
     assert len(rows) + len(bad) == len(lines) and all(bad.values())
     assert min(len(rows), len(bad)) > 0.1 * len(lines)
     kept, rules = [line for n, line in enumerate(lines, 1) if n not in bad], TextRules("zh", "remove", "spoken")
-    control = set(control_tokens(tokenizer))
+    control, languages = set(control_tokens(tokenizer)), set()
     for index, (line, row) in enumerate(zip(kept, rows, strict=True)):
-        text = row["reward_model"]["ground_truth"]
-        assert text == usable_text(checked_text(json.loads(line), "text"), rules), ascii(line)
-        assert row["extra_info"] == {"split": "train", "index": index, "text": text}
+        text, its_rules = row["reward_model"]["ground_truth"], rules.of(json.loads(line))
+        assert text == usable_text(checked_text(json.loads(line), "text"), its_rules), ascii(line)
+        assert row["extra_info"] == {"split": "train", "index": index, "text": text, "language": its_rules.language}
         (message,) = row["prompt"]
-        assert message["content"].endswith(model_text(text, rules)), ascii(line)
+        assert message["content"].endswith(model_text(text, its_rules)), ascii(line)
+        languages.add(its_rules.language)
         ids = tokenizer(message["content"], add_special_tokens=False)["input_ids"]
         assert not control.intersection(ids), ascii(line)
+    assert languages == {"zh", "en"}
 
 
 def test_a_prompt_contains_its_texts_once_and_no_control_token_more(assets, tokenizer):
@@ -153,18 +157,18 @@ def random_pairs(seed: int, language: str):
         yield text, rng.choice((text, edited, edited, random_text(rng), ""))
 
 
-@pytest.mark.parametrize("language", ["zh", "en"])
-def test_every_transcript_has_a_score(language):
-    used = 0
+@pytest.mark.parametrize(("language", "of_set"), [("zh", "zh"), ("en", "en"), ("zh", "mixed"), ("en", "mixed")])
+def test_every_transcript_has_a_score(language, of_set):
+    used, metrics = 0, {name: metric for name, metric in METRICS[of_set].items() if metric.applies(language)}
     for text, transcript in random_pairs(3, language):
         used += 1
         case = ascii((text, transcript))
         hypothesis = prepare_hypothesis(transcript, language)
-        scores = count_all(text, hypothesis, language)
-        assert scores.keys() == METRICS[language].keys()
+        scores = count_all(text, hypothesis, language, of_set)
+        assert scores.keys() == metrics.keys()
         for name, count in scores.items():
             assert min(vars(count).values()) >= 0 and count.length > 0, (name, case)
-            if not METRICS[language][name].match:
+            if not metrics[name].match:
                 assert count.substitutions + count.deletions <= count.length, (name, case)
             if not hypothesis.strip():
                 assert count.rate == 1.0 and count.deletions == count.length, (name, case)
@@ -174,7 +178,7 @@ def test_every_transcript_has_a_score(language):
         onsets = [0.2 * i for i in range(len(transcript))]
         errors, starts = locate_errors(alignment, onsets, 0.2 * len(transcript) + 1)
         assert sum(errors) == alignment.errors and len(errors) == len(starts) == alignment.length, case
-        lines = alignment_text([{"id": "a", "target_text": text, "hypothesis": hypothesis}], language).splitlines()
+        lines = alignment_text([{"id": "a", "target_text": text, "hypothesis": hypothesis}], of_set).splitlines()
         assert [line.split()[1] for line in lines] == ["ref", "hyp", "op", "#csid"], case
     assert used > 0.2 * EXAMPLES
 
@@ -208,7 +212,7 @@ def experiment_of(pairs: list[tuple[str, str]], language: str) -> Experiment:
                         counts["spoken"].errors)  # fmt: skip
         better = Sample(None, None, text, 0, 1.0)
         samples = {"sft": {"0": sample}, "grpo": {"0": better if i % 2 else sample}}
-        utterances.append(Utterance(f"utt{i}", text, counts[name].length, samples))
+        utterances.append(Utterance(f"utt{i}", text, counts[name].length, samples, language=language))
     rates = {name: {"rate": 0.5, "substitutions": 1, "deletions": 1, "insertions": 0, "length": 4}}
     scores = {"pooled": rates, "seeds": {"0": rates}, "asr_dir": "asr", "language": language}
     summary = {"relative_drop": {name: 0.1}, "relative_drop_ci": {}, "settings": {"text": pairs[0][0]}}

@@ -196,14 +196,15 @@ def test_deleted_or_damaged_audio_is_synthesised_again(assets, eval_set, one_pro
         np.testing.assert_allclose(again, before, atol=1e-3)  # not exact, because the batches differ
 
 
-def test_another_voice_changes_the_fingerprint(eval_set, tmp_path):
-    rows = [{"id": "a", "target_text": "好", "prompt_text": "你好", "prompt_audio": "a.wav"}]
+def test_another_voice_or_language_changes_the_fingerprint(eval_set, tmp_path):
+    rows = [{"id": "a", "target_text": "好", "language": "zh", "prompt_text": "你好", "prompt_audio": "a.wav"}]
     found = set()
     for content in (b"1", b"2"):
         (tmp_path / "a.wav").write_bytes(content)
         found.add(infer_dist.fingerprints(rows, tmp_path)["a"])
-    found.add(infer_dist.fingerprints([rows[0] | {"prompt_text": "您好"}], tmp_path)["a"])
-    assert len(found) == 3
+    for change in ({"prompt_text": "您好"}, {"language": "en"}):
+        found.add(infer_dist.fingerprints([rows[0] | change], tmp_path)["a"])
+    assert len(found) == 4
 
 
 def test_a_record_that_a_crash_truncated_within_a_character(tmp_path):

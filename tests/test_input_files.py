@@ -85,11 +85,14 @@ def write(path, *rows):
 def test_an_evaluation_set(tmp_path):
     (tmp_path / "a.wav").touch()
     prompt = {"prompt_text": "在。", "prompt_audio": "a.wav"}
-    path = write(tmp_path / "x", {"id": 7, "text": " 今天 "}, {"id": "b c", "target_text": "好", "text": 5} | prompt)
+    rows = [{"id": 7, "text": " 今天 "}, {"id": "b c", "target_text": "ok", "text": 5, "language": "EN"} | prompt]
+    path = write(tmp_path / "x", *rows)
     assert read_eval_set(path) == [
-        {"id": "7", "target_text": "今天", "prompt_text": "", "prompt_audio": None},
-        {"id": "b c", "target_text": "好"} | prompt,
+        {"id": "7", "target_text": "今天", "language": "zh", "prompt_text": "", "prompt_audio": None},
+        {"id": "b c", "target_text": "ok", "language": "en"} | prompt,
     ]
+    with pytest.raises(ValueError, match="line 2: language is 'fr', not zh or en"):
+        read_eval_set(write(tmp_path / "x", rows[0], rows[1] | {"language": "fr"}))
 
 
 @pytest.mark.parametrize(
@@ -142,7 +145,7 @@ def test_all_faults_are_named_at_once(tmp_path):
 @pytest.mark.parametrize("tokens", [None, [], "1", [1, "2"], [True], [6561], [-1], [1.0]])
 def test_known_answers_need_speech_tokens(tmp_path, tokens):
     good = {"text": "好", "speech_tokens": [0, 6560], "id": "kept"}
-    assert read_known_answers(write(tmp_path / "x", good, {"text": "好"}), limit=1) == [good]
+    assert read_known_answers(write(tmp_path / "x", good, {"text": "好"}), limit=1) == [good | {"language": "zh"}]
     with pytest.raises(ValueError, match="x, line 2: .*speech.token"):
         read_known_answers(write(tmp_path / "x", good, good | {"speech_tokens": tokens}))
 

@@ -80,9 +80,9 @@ def test_buckets():
 
 
 def test_request_is_padded_to_its_bucket():
-    tokens, lens, text = encode_request([5, 6, 7], "你好")["inputs"]
+    tokens, lens, text, language = encode_request([5, 6, 7], "你好")["inputs"]
     assert tokens["shape"] == [1, 512] and tokens["data"] == [5, 6, 7] + [0] * 509
-    assert lens["data"] == [3] and text["data"] == ["你好"]
+    assert lens["data"] == [3] and text["data"] == ["你好"] and language["data"] == ["zh"]
 
 
 def changed_response(name, data):
@@ -98,7 +98,9 @@ def test_response():
     assert decode_response(response(), *REQUEST) == ANSWER
 
 
-@pytest.mark.parametrize("request_", [([1, 2, 4], "你好"), ([1, 2], "你好"), ([1, 2, 3], "你")])
+@pytest.mark.parametrize(
+    "request_", [([1, 2, 4], "你好"), ([1, 2], "你好"), ([1, 2, 3], "你"), ([1, 2, 3], "你好", "en")]
+)
 def test_an_answer_to_another_request_is_an_error(request_):
     for body in (response(), response(error="not finite")):
         with pytest.raises(AnswerError):

@@ -72,7 +72,7 @@ def test_schema(worker, trainer_python, tmp_path):
         "prompt": [{"role": "user", "content": "Convert the text to speech: 你好。"}],
         "ability": "text-to-speech",
         "reward_model": {"style": "rule", "ground_truth": "你好。"},
-        "extra_info": {"split": "train", "index": 0, "text": "你好。"},
+        "extra_info": {"split": "train", "index": 0, "text": "你好。", "language": "zh"},
     }
     assert second["extra_info"]["index"] == 1
     assert rows_of(trainer_python, tmp_path / "out/test.parquet")[0]["extra_info"]["split"] == "test"
@@ -95,6 +95,49 @@ def test_what_stage_0_prints(worker, trainer_python, tmp_path):
     row = rows_of(trainer_python, tmp_path / "out/train.parquet")[0]
     assert row["prompt"][0]["content"] == "Convert the text to speech: 二零二四年有百分之五十的人。"
     assert row["reward_model"]["ground_truth"] == texts[0]
+
+
+def test_each_line_is_read_in_its_language(worker, trainer_python, tmp_path):
+    lines = [
+        {"text": "房间302。"}, {"text": "Room 302 costs $5.", "language": "en-US"}, {"text": "Room 302."},
+        {"text": "我们meet在302。", "language": "zh"}, {"text": "Room 北京", "language": "en"},
+        {"text": "きのう", "language": "ja"},
+        {"text": "Room three hundred two costs five dollars", "language": "en"},
+    ]  # fmt: skip
+    train = [json.dumps(row) for row in lines]
+    flags = ("--max-bad-ratio", "0.5", "--llm-text", "spoken")
+    done = prepare(worker, tmp_path, train, [line("明天")], *flags)
+    assert done.returncode == 0 and "languages: en 2, zh 2" in done.stdout, done.stdout + done.stderr
+    assert "1 texts have the same reading as an earlier one" in done.stdout
+    rows = rows_of(trainer_python, tmp_path / "out/train.parquet")
+    assert [row["extra_info"]["language"] for row in rows] == ["zh", "en", "zh", "en"]
+    assert [row["prompt"][0]["content"][28:] for row in rows[:2]] == [
+        "房间三零二。", "Room three hundred two costs five dollars.",
+    ]  # fmt: skip
+    reasons = {row["line"]: row["reason"] for row in map(json.loads, (tmp_path / "out/rejects.jsonl").open())}
+    assert "no Chinese character (language zh; an English text needs" in reasons[3]
+    assert (
+        "letters of another script than en's: chinese" in reasons[5] and reasons[6] == "language is 'ja', not zh or en"
+    )
+    known = '{"text": "明天", "speech_tokens": [1]}'
+    for text, missing in ((f"{known}\n{known}", "no line in language en"), (f"{known}\n{train[1]}", "line 2")):
+        (tmp_path / "known.jsonl").write_text(text)
+        command = ["--check", "--jsonl", tmp_path / "known.jsonl", "--train-parquet", tmp_path / "out/train.parquet"]
+        done = subprocess.run([trainer_python, "reward_tts.py", *command], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 1 and missing in done.stderr
+    done = prepare(worker, tmp_path, train, [line("明天")], *flags, "--language", "en")
+    assert done.returncode == 1 and "1 of 1 lines" in done.stderr
+
+
+def test_languages_that_a_recogniser_of_the_reward_does_not_know_are_refused(worker, tmp_path, assets):
+    english = [json.dumps({"text": f"Room {i}", "language": "en"}) for i in range(2)]
+    flags = ("--asr-dirs", str(assets / "asr_reward"))
+    done = prepare(worker, tmp_path, [line("你好"), *english], [line("明天")], *flags, "--max-bad-ratio", "0.9")
+    assert done.returncode == 0 and "train: 1 samples, 2 lines left out" in done.stdout, done.stderr
+    assert "does not know the language en" in (tmp_path / "out/rejects.jsonl").read_text()
+    done = prepare(worker, tmp_path, english, english, *flags, "--language", "en")
+    assert done.returncode == 1 and "prepare_data.py: language=en: the recogniser" in done.stderr
+    assert "asr_reward does not know the language en: its vocabulary has zh only: set reward_asr_dir" in done.stderr
 
 
 TAGGED = {

@@ -109,11 +109,11 @@ def check_tiles(row, lens) -> None:
 
 @given(speech_tokens, st.text())
 def test_requests_keep_tokens_and_text(tokens, text):
-    inputs = {value["name"]: value for value in encode_request(tokens, text)["inputs"]}
+    inputs = {value["name"]: value for value in encode_request(tokens, text, "en")["inputs"]}
     (length,) = inputs["TOKEN_LENS"]["data"]
     assert inputs["TOKENS"]["data"][:length] == tokens and not any(inputs["TOKENS"]["data"][length:])
     assert inputs["TOKENS"]["shape"] == [1, bucket(length)] == [1, len(inputs["TOKENS"]["data"])]
-    assert inputs["GT_TEXT"]["data"] == [text]
+    assert (inputs["GT_TEXT"]["data"], inputs["LANGUAGE"]["data"]) == ([text], ["en"])
 
 
 @given(st.one_of(st.floats(), st.none(), st.text(), st.booleans(), st.integers()))
@@ -155,7 +155,7 @@ batches = st.tuples(
 @given(batches)
 def test_scores_survive_the_round_trip(sent):
     """Each rollout of a batch is returned as its own response, in Triton's JSON format."""
-    requests = [([i, 5], "好") for i in range(len(sent))]
+    requests = [([i, 5], "好", "zh" if i % 2 else "en") for i in range(len(sent))]
     tensors = encode_response(sent, "hash", requests)
     assert set(tensors) == set(OUTPUT_NAMES)
     for i, score in enumerate(sent):
@@ -164,37 +164,41 @@ def test_scores_survive_the_round_trip(sent):
         body = {"outputs": [{"name": n, "data": d} for n, d in data.items()]}
         assert decode_response(body, *requests[i]) == score
         with pytest.raises(AnswerError):
-            decode_response(body, [i + 1, 5], "好")
+            decode_response(body, [i + 1, 5], *requests[i][1:])
+        with pytest.raises(AnswerError):
+            decode_response(body, [i, 5], "好", "en" if i % 2 else "zh")
 
 
 class EchoInstance:
     """Answers each sample with its input; a server's instance gets only valid samples."""
 
-    def call(self, method, speech_tokens, texts):
+    def call(self, method, speech_tokens, texts, languages):
         assert speech_tokens and all(speech_tokens) and len(speech_tokens) == len(texts)
-        return list(zip(speech_tokens, texts, strict=True))
+        return list(zip(speech_tokens, texts, languages, strict=True))
 
 
 samples = st.tuples(
     st.one_of(st.integers(-2, 8), st.sampled_from((-(2**31), 2048, 2049, 2**31 - 1))),
     st.one_of(st.binary(max_size=6), st.text(max_size=6).map(str.encode), st.just("好".encode() * 5462)),
+    st.sampled_from((b"zh", b"en", b"zh", b"", b"fr", b"\xff")),
 )
 
 
 @given(st.lists(samples, min_size=1, max_size=6), st.sampled_from((1, 6, 512, 2048, 3000)), st.integers(-1, 7000))
 def test_each_request_of_a_batch_is_answered_with_its_own_result_or_a_reason(batch, size, token):
     tokens = np.full((len(batch), size), token, np.int32) + np.arange(len(batch), dtype=np.int32)[:, None]
-    lens, texts = zip(*batch, strict=True)
-    inputs = (tokens, np.array(lens, np.int32)[:, None], np.array(texts, dtype=object))
+    lens, *texts = zip(*batch, strict=True)
+    inputs = (tokens, np.array(lens, np.int32)[:, None], *(np.array(values, dtype=object) for values in texts))
     results = call_with_valid(EchoInstance(), "score", lambda fault: fault, *inputs)
     assert len(results) == len(batch)
-    for i, ((length, text), result) in enumerate(zip(batch, results, strict=True)):
+    for i, ((length, text, language), result) in enumerate(zip(batch, results, strict=True)):
         if isinstance(result, str):
             with pytest.raises((ValueError, AssertionError)):
                 assert 0 < length <= min(size, 2048) and len(text) <= MAX_TEXT_BYTES and [text.decode("utf-8")]
+                assert language in (b"zh", b"en")
             assert result.isprintable()
         else:
-            assert result == ([token + i] * length, text.decode("utf-8"))
+            assert result == ([token + i] * length, text.decode("utf-8"), language.decode())
 
 
 @given(speech_tokens)

@@ -272,7 +272,7 @@ def test_disagreements_of_the_protocols_are_shown_with_their_reason():
         counts = count_all(target, transcript, "zh")
         sample = Sample(None, None, transcript, 0, 1.0, counts["cer"].errors, counts["spoken"].errors)
         utterances.append(Utterance(utt_id, target, 3, {model: {"0": sample} for model in ("sft", "grpo")}))
-    shown, reasons = find_disagreements(utterances, "zh")
+    shown, reasons = find_disagreements(utterances)
     assert {d.utt_id: (d.spoken_text, d.why, d.spoken) for d in shown} == {
         "a": ("约百分之五十", "percent, traditional characters", 0), "d": ("二百", "digits in the transcript", 0),
     }  # fmt: skip

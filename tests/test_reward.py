@@ -52,7 +52,7 @@ def rows(assets):
 def score_all(client: RewardClient, pairs):
     async def go():
         try:
-            return await asyncio.gather(*(client.score(tokens, text) for tokens, text in pairs), return_exceptions=True)
+            return await asyncio.gather(*(client.score(*pair) for pair in pairs), return_exceptions=True)
         finally:
             await client.close()
 
@@ -98,6 +98,10 @@ def test_bad_input_is_refused_or_named(reward_server, rows):
     body = encode_request(rows[0]["speech_tokens"], rows[0]["text"])
     assert post(reward_server, body) == 200
     assert post(reward_server, body | {"inputs": body["inputs"][:2]}) == 400
+    foreign = [(rows[0]["speech_tokens"], rows[0]["text"], language) for language in ("fr", "en")]
+    unknown, english = score_all(RewardClient([reward_server.url]), foreign)
+    assert "LANGUAGE is b'fr': the reward server scores zh and en" in str(unknown)
+    assert isinstance(english, UnscoredRolloutError) and "does not know the language en" in str(english)
     (out_of_range,) = score_all(RewardClient([reward_server.url]), [([7000, 1, 2], "你好")])
     (no_word,) = score_all(RewardClient([reward_server.url]), [(rows[0]["speech_tokens"], "。")])
     good, bad = score_all(
@@ -125,8 +129,10 @@ class FakeClient:
 
     def __init__(self, texts: dict, server: str, shift: int = 0, right: float = 1.0):
         self.texts, self.server, self.shift, self.right, self.waiting = texts, server, shift, right, []
+        self.languages = []
 
-    async def score(self, speech_tokens, text):
+    async def score(self, speech_tokens, text, language):
+        self.languages.append(language)
         reward = self.right if self.texts[tuple(speech_tokens)] == text else 1.0 - self.right
         answer = asyncio.get_running_loop().create_future()
         # other parts give any text the score 1
@@ -144,13 +150,13 @@ class FakeClient:
 
 
 def test_servers_with_swapped_outputs_or_other_models_fail_the_known_answer_check(monkeypatch):
-    rows = [{"speech_tokens": [i], "text": f"第{i}句"} for i in range(64)]
+    rows = [{"speech_tokens": [i], "text": f"第{i}句", "language": "zh"} for i in range(64)]
     texts = {(i,): row["text"] for i, row in enumerate(rows)}
 
-    def check(*clients: FakeClient):
+    def check(*clients: FakeClient, languages: int = 1):
         made = iter(clients)
         monkeypatch.setattr(reward_tts, "RewardClient", lambda urls, patience_s: next(made))
-        return reward_tts.check_servers(rows, ",".join("abc"[: len(clients)]), 0.0)
+        return reward_tts.check_servers(rows, ",".join("abc"[: len(clients) // languages]), 0.0)
 
     results = check(FakeClient(texts, "one"), FakeClient(texts, "one"))
     assert [result["server"] for result in results] == ["a", "b"]
@@ -162,6 +168,14 @@ def test_servers_with_swapped_outputs_or_other_models_fail_the_known_answer_chec
         check(FakeClient(texts, "one", right=0.0))
     with pytest.raises(RewardServerError, match="b computes other rewards than a"):
         check(FakeClient(texts, "one"), FakeClient(texts, "two"))
+    for row in rows[:8]:
+        row["language"] = "en"
+    english = FakeClient(texts, "one", right=0.0)
+    with pytest.raises(RewardServerError, match="known-answer check of a failed in language en: speech of the right"):
+        check(english)
+    assert english.languages == ["en"] * 16
+    results = check(FakeClient(texts, "one"), FakeClient(texts, "one"), languages=2)
+    assert [(result["language"], result["samples"]) for result in results] == [("en", 8), ("zh", 56)]
 
 
 def test_compute_score(reward_server, rows, monkeypatch):
@@ -239,7 +253,7 @@ def test_any_exception_is_reported_and_gives_no_reward(tmp_path, monkeypatch, ar
 def test_unscored_rollouts_are_counted_up_to_a_small_share(monkeypatch):
     """With at most 10%, and one more, the third of 12 rollouts that servers cannot score stops the training."""
 
-    async def score(client, tokens, text):
+    async def score(client, tokens, text, language):
         if tokens == [0]:
             raise UnscoredRolloutError("not finite")
         return RolloutScore(0.5, 0.1, "好", parts={"intelligibility": 0.5})
@@ -333,7 +347,7 @@ def test_a_rollout_that_one_server_cannot_score_is_tried_once_more_on_the_next(m
 
 def test_an_answer_to_another_request_is_no_reward_and_the_request_is_sent_again(monkeypatch):
     scores = RolloutScore(0.5, 0.2, "好"), RolloutScore(1.0, 0.0, "不好")
-    requests = ([1, 2], "好"), ([3], "不好")
+    requests = ([1, 2], "好", "zh"), ([3], "不好", "en")
     tensors = encode_response(scores, "hash", requests)
     rows = [{n: [v.decode() for v in row] if row.dtype.kind == "S" else row.tolist()
              for n, row in ((n, tensor[i]) for n, tensor in tensors.items())} for i in (0, 1)]  # fmt: skip
@@ -371,12 +385,12 @@ def test_a_server_that_computes_other_rewards_is_refused(monkeypatch, assets, tm
     changed += [
         [*flags, str(assets / "asr_reward"), *extra]
         for extra in (
-            ["--no-tones"], ["--language", "en"], ["--reward-curve", "exp"], ["--precision", "fp16"],
+            ["--no-tones"], ["--reward-curve", "exp"], ["--precision", "fp16"],
             ["--rewards", "intelligibility:2 pauses"], ["--more-asr-dirs", str(assets / "asr_eval")],
             ["--asr-pool", "worst"],
         )
     ]  # fmt: skip
-    assert len({token2wav_asr_server.identity(get_args(arguments)) for arguments in changed} | {same}) == 9
+    assert len({token2wav_asr_server.identity(get_args(arguments)) for arguments in changed} | {same}) == 8
 
 
 def test_patience_begins_with_the_first_failure(monkeypatch):
@@ -504,7 +518,7 @@ def first(name):
     Path(name).touch()
     return not seen
 
-def score(self, speech_tokens, ground_truths, scored=RewardScorer._score):
+def score(self, speech_tokens, *texts, scored=RewardScorer._score):
     ids = {tokens[0] for tokens in speech_tokens}
     if 11 in ids and len(ids) > 1:
         Path("split").touch()
@@ -515,7 +529,7 @@ def score(self, speech_tokens, ground_truths, scored=RewardScorer._score):
         time.sleep(3600)
     if 14 in ids:
         time.sleep(1)
-    return scored(self, speech_tokens, ground_truths)
+    return scored(self, speech_tokens, *texts)
 
 RewardScorer._score = score
 """

@@ -170,7 +170,7 @@ class Fixed:
     def __init__(self, text):
         self.text, self.given = text, []
 
-    def transcribe_with_onsets(self, recordings):
+    def transcribe_with_onsets(self, recordings, languages=None):
         self.given += recordings
         return [Transcript(self.text, tuple(0.2 * (i + 1) for i in range(len(self.text))))] * len(recordings)
 

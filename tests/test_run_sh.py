@@ -748,7 +748,7 @@ def shown_settings(copy, *arguments, **variables) -> dict[str, tuple[str, str]]:
     done = copy.run("--settings", *arguments, **variables)
     assert done.returncode == 0 and copy.calls() == [], done.stderr
     rows = re.findall(
-        r"^(?!setting )(\w+) +(.*?)\s+(environment|recipe|algorithm|profile|default|command line) ",
+        r"^(?!setting )(\w+) +(.*?)\s+(environment|recipe|evaluation|algorithm|profile|default|command line) ",
         done.stdout,
         re.MULTILINE,
     )
@@ -973,6 +973,26 @@ def test_sets_that_fail_are_named_and_the_others_are_kept(recipe, tmp_path):
     assert calls.count(" --sets a b c") == 2
     failed = recipe.run("4", "4", **settings, seeds="7", FAIL="infer_dist")
     assert failed.returncode == 1 and "no evaluation set could be evaluated (a b c)" in failed.stderr
+
+
+def test_a_model_is_evaluated_without_a_training(recipe, tmp_path):
+    sets = make_sets(tmp_path, "a", "b")
+    settings = {"eval_jsonls": " ".join(path.replace(" ", "\\ ") for path in sets.values())}
+    failed = recipe.run("evaluate", **settings, FAIL="/eval/b/")
+    assert failed.returncode == 1 and "the evaluation of b failed" in failed.stderr
+    calls = recipe.calls()
+    assert calls[2:] == ["prepare_llm.py", "infer_dist.py", "compute_wer", "infer_dist.py"]
+    assert not (recipe.exp_dir / ".done/4-b").exists()
+    done = recipe.run("evaluate", **settings)
+    assert done.returncode == 0 and "a: already evaluated" in done.stdout, done.stderr
+    assert recipe.calls()[2:] == ["prepare_llm.py", "infer_dist.py", "compute_wer"]
+    assert "eval/SET/sft/scores.json of a b" in done.stdout and not (recipe.exp_dir / "eval/b/grpo").exists()
+    shown = recipe.run("--dry-run", "evaluate", exp_dir="").stdout.replace("\\", "")
+    assert f"--output-dir {recipe.root}/exp/evaluate-tiny/sft_model" in shown and "merged_hf" not in shown
+    assert recipe.run("evaluate", "4").returncode == 2
+    assert recipe.run("0", "0").returncode == 0
+    refused = recipe.run("evaluate")
+    assert refused.returncode == 1 and "has a training, whose language model would be replaced" in refused.stderr
 
 
 def test_sets_of_the_full_profile_are_chosen_by_name_and_language(recipe, tmp_path):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.asr_folders import make_small_sensevoice
 from tests.hub_repositories import make_sensevoice
 from token2wav_asr_server import call_with_valid
 from tts_grpo.reward.protocol import RolloutScore
@@ -63,7 +64,7 @@ class FixedAsr:
     def __init__(self, text="你好", onsets_s=(0.04, 0.24)):
         self.transcript = Transcript(text, onsets_s)
 
-    def transcribe_with_onsets(self, recordings):
+    def transcribe_with_onsets(self, recordings, languages=None):
         return [self.transcript] * len(recordings)
 
 
@@ -105,6 +106,33 @@ def test_errors_are_placed_at_the_speech_tokens_of_their_syllable():
     assert score.unit_starts == (1, 5, 12)  # 25 per second, minus the ASR's delay of 1; the third is between 5 and 20
 
 
+def test_a_batch_may_mix_languages(token2wav, tmp_path):
+    """Each rollout is scored as by a scorer of its language; an unknown language fails alone."""
+    asr = SenseVoice(make_small_sensevoice(tmp_path / "small"))
+    tokens, texts = (
+        [[14 * i % 6561 for i in range(20 + 5 * j)] for j in range(4)],
+        ["我有3个", "I have 3", "好的OK", "3 5"],
+    )
+    languages = ["zh", "en", "zh", "en"]
+    scorer, english = RewardScorer(token2wav, asr), RewardScorer(token2wav, asr, language="en")
+    scores = scorer.score(tokens, texts, languages)
+    assert [len(score.unit_losses) for score in scores] == [4, 3, 4, 2]
+    for i, language in enumerate(languages):
+        (alone,) = (scorer if language == "zh" else english).score(tokens[i : i + 1], texts[i : i + 1])
+        assert alone == scores[i]
+    scores = scorer.score(tokens[:2], texts[:2], ["zh", "fr"])
+    assert not scores[0].error and "'fr'" in scores[1].error
+
+
+def test_english_is_scored_and_credited_by_word():
+    heard = "we met five people to day"
+    asr = FixedAsr(heard, tuple(0.04 + 0.1 * i for i in range(len(heard))))
+    (score,) = RewardScorer(RecordingDecoder(), asr).score([[1] * 75], ["We saw 5 people today."], ["en"])
+    assert score.error_rate == 1 / 5  # a word that the recogniser has split is right
+    assert score.unit_losses == (0, pytest.approx(1 - score.reward), 0, 0, 0)
+    assert score.unit_starts == (0, 8, 18, 30, 48)  # at 0.1 s per character of the transcript
+
+
 def test_scores_are_the_same_at_each_call_and_in_each_batch(token2wav, assets, tmp_path):
     """Uses the ASR model's config as published."""
     asr = SenseVoice(make_sensevoice(tmp_path / "SenseVoiceSmall", assets / "asr_reward"))
@@ -128,6 +156,7 @@ SAMPLES = (  # TOKEN_LENS, GT_TEXT, one of the tokens, what the error says
     (40, b"\xff", 5, "GT_TEXT is not UTF-8"),
     (40, "今天".encode() * 2731, 5, "a text of 16386 bytes: the reward server takes at most 16384"),
     (40, b"", 5, "has no word"),
+    (40, "今天".encode(), 5, "LANGUAGE is b'ja': the reward server scores zh and en"),
     (40, "今天".encode(), 6561, "a speech token is not in [0, 6561)"),
     (1, "今天".encode(), 5, ""),
 )
@@ -140,13 +169,14 @@ def test_a_request_that_is_wrong_fails_alone(token2wav, asr):
     scorer = RewardScorer(token2wav, asr)
     instance = types.SimpleNamespace(call=lambda method, *arguments: getattr(scorer, method)(*arguments))
     inputs = (tokens, np.array(lens, np.int32)[:, None])
+    languages = np.array([b"ja" if "LANGUAGE" in message else b"zh" for message in messages], object)
     scores = call_with_valid(
-        instance, "score", lambda fault: RolloutScore(error=fault), *inputs, np.array(texts, object)
+        instance, "score", lambda fault: RolloutScore(error=fault), *inputs, np.array(texts, object), languages
     )
     for score, message in zip(scores, messages, strict=True):
         assert message in score.error and bool(message) == np.isnan(score.reward) == bool(score.error)
     spoken = call_with_valid(instance, "synthesise", lambda fault: SampleSpeech(tokens[0, :0], 0, fault), *inputs)
-    assert [not speech.error for speech in spoken] == [i in (0, 5, 6, 7, 9) for i in range(len(SAMPLES))]
+    assert [not speech.error for speech in spoken] == [i in (0, 5, 6, 7, 8, 10) for i in range(len(SAMPLES))]
     assert call_with_valid(None, "score", str, tokens[1:2], np.array([[0]]), np.array(texts[:1], object)) == [
         "TOKEN_LENS is 0, but TOKENS has 2100 tokens"
     ]

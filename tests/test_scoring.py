@@ -8,6 +8,7 @@ import soundfile as sf
 
 from scripts import score
 from tts_grpo.evaluation.aggregate import compare_quality, compare_rates, read_utterances
+from tts_grpo.evaluation.protocols import METRICS, set_language
 from tts_grpo.speech.asr.sensevoice import SenseVoice
 from tts_grpo.speech.audio import ASR_HZ, load_audio, resample, save_audio
 from tts_grpo.text.jsonl import read_jsonl, write_jsonl
@@ -179,8 +180,9 @@ def test_the_program_writes_all_figures(evaluate, spoken, truth, assets, tmp_pat
 class FixedTranscript:
     """An ASR model that returns the same transcript for every recording."""
 
-    def transcribe(self, recordings):
-        return ["The fox doesn't jump!"] * len(recordings)
+    def transcribe(self, recordings, languages):
+        assert len(languages) == len(recordings)
+        return ["狐狸不跳" if language == "zh" else "The fox doesn't jump!" for language in languages]
 
 
 def test_english_is_scored_by_words(tmp_path):
@@ -195,6 +197,27 @@ def test_english_is_scored_by_words(tmp_path):
     assert scores["wer"]["rate"] == 4 / 6 and scores["seed-tts-eval"]["rate"] == (0 + 4 / 2) / 2
     assert "pinyin_error_rate" not in scores and utterances[0]["quality"]["speech_rate"] == 4.0
     assert score.alignment_text(utterances, "en").splitlines()[1] == "a hyp the fox doesn't jump"
+
+
+def test_a_set_of_several_languages_has_mixed_error_rates_and_those_of_each_language(tmp_path):
+    texts = {"a": ("en", "the fox doesn't jump 2 times"), "b": ("zh", "狐狸不叫"), "c": ("en", "A dog.")}
+    for utt_id in texts:
+        save_audio(tmp_path / "seed_0" / f"{utt_id}.wav", np.full(ASR_HZ, 0.1, np.float32), ASR_HZ)
+    line = {"finish_reason": "eos", "num_speech_tokens": 25, "duration_s": 1.0, "error": None}
+    write_jsonl(tmp_path / "seed_0/manifest.jsonl", [line | {"id": i, "wav": f"{i}.wav"} for i in texts])
+    eval_set = [{"id": i, "target_text": text, "language": language} for i, (language, text) in texts.items()]
+    utterances = score.utterances_of(tmp_path / "seed_0/manifest.jsonl", eval_set, tmp_path)
+    language = set_language(row["language"] for row in eval_set)
+    score.score(utterances, FixedTranscript(), language, None, set())
+    scores = score.describe(utterances, language)
+    errors = {"cer_zh": (1, 4), "wer_en": (2 + 4, 6 + 2), "mer": (7, 12), "spoken_en": (6, 8), "spoken": (7, 12)}
+    assert language == "mixed" and list(scores)[: len(METRICS["mixed"])] == list(METRICS["mixed"])
+    for name, (wrong, length) in errors.items():
+        assert (scores[name]["rate"], scores[name]["length"]) == (wrong / length, length), name
+    assert scores["seed-tts-eval_en"]["rate"] == (2 / 6 + 2) / 2
+    assert "b ref 狐 狸 不 叫" in score.alignment_text(utterances, language)
+    changes = compare_rates(utterances, utterances, language)
+    assert changes.keys() == METRICS["mixed"].keys() and changes["cer_zh"]["difference"] == 0
 
 
 def test_only_the_requested_seeds_are_scored_and_pooled(tmp_path):

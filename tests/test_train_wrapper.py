@@ -24,7 +24,7 @@ def test_one_line_per_step(tmp_path, capsys):
     assert run(tmp_path, f"print('noise'); print({STEP!r})") == 0
     shown = capsys.readouterr().out
     assert "step 3/9: reward 0.812, 51 tokens, entropy 2.50" in shown and "noise" not in shown
-    assert "validation after step 3: reward 0.700, pinyin error rate 5.00%" in shown
+    assert "validation after step 3: reward 0.700, error rate 5.00%" in shown
     assert "noise" in (tmp_path / "log").read_text()
 
 

@@ -3,10 +3,10 @@
     python tools/bench_token2wav.py --random DIR --device cuda:0 --runs fp16:32 fp16:128 fp32:32 --official 24
 
 A run is a precision and a batch size. Rollouts have random tokens, lengths between those of --seconds and a random
-order, and the same prompt voice, whose features are computed before. --random DIR makes a CosyVoice3 folder with random
+order, and the same prompt voice, whose features are computed before. --random DIR makes a folder of --model with random
 weights of the full size (or of a small one, --small) in DIR, which is sufficient to measure speed and exactness.
 
---official N decodes the first N rollouts by CosyVoice's own ``flow.inference`` and ``hift.inference``, one at a time,
+--official N decodes the first N rollouts by CosyVoice3's own ``flow.inference`` and ``hift.inference``, one at a time,
 and compares them with a batch in fp32; CosyVoice's source, its third_party/Matcha-TTS and x-transformers must be on
 PYTHONPATH. The differences of the other precisions are relative errors of the mel spectrogram, and of the waveform of
 the same mel spectrogram (phases add up frequencies, so small differences in the mel spectrogram shift them).
@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from tts_grpo.speech.audio import ASR_HZ
+from tts_grpo.speech.cosyvoice2.random_weights import FULL, SMALL, make_cosyvoice2_folder
 from tts_grpo.speech.cosyvoice2.token2wav import MEL_PER_TOKEN, load_modules, tf32
 from tts_grpo.speech.cosyvoice3.random_weights import write_token2wav
 from tts_grpo.speech.decoder import PromptVoice, Token2Wav
@@ -34,6 +35,7 @@ from tts_grpo.text.tokens import NUM_SPEECH_TOKENS, TOKEN_HZ
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--random", type=Path, required=True, help="folder for the model with random weights")
+    parser.add_argument("--model", choices=("cosyvoice2", "cosyvoice3"), default="cosyvoice3", help="kind of model")
     parser.add_argument("--small", action="store_true", help="make a small model, to test this program")
     parser.add_argument("--device", default="cpu", help="torch device")
     parser.add_argument("--runs", nargs="+", default=["fp32:16"], help="precision:batch size of each run")
@@ -160,8 +162,13 @@ def precision_effect(exact, half, tokens, voice: PromptVoice) -> dict:
 
 def main(argv=None):
     args = get_args(argv)
+    if args.official and args.model != "cosyvoice3":
+        raise SystemExit("bench_token2wav.py: --official needs --model cosyvoice3; for CosyVoice2, use bench_reward.py")
     if not (args.random / "flow.pt").exists():
-        write_token2wav(args.random, small=args.small)
+        if args.model == "cosyvoice3":
+            write_token2wav(args.random, small=args.small)
+        else:
+            make_cosyvoice2_folder(args.random, SMALL if args.small else FULL)
     if args.device != "cpu":
         torch.cuda.set_device(args.device)  # kernels and graphs run on the current device
     tokens, voice = rollouts(args), prompt_voice(args.prompt_s)

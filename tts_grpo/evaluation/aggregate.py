@@ -1,8 +1,8 @@
 """Aggregate scored utterances to the metrics of a system, and compare two systems.
 
-A scored utterance is a line of ``utterances.jsonl``: ``id``, ``errors`` (substitutions, deletions, insertions, length
-per error metric), ``quality`` (a number or null per quality metric) and ``error`` (why it has no audio, or null). With
-a second recogniser (``judge_asr_dir``), ``judge_errors`` has its errors.
+A scored utterance is a line of ``utterances.jsonl``: ``id``, ``language``, ``errors`` (substitutions, deletions,
+insertions, length per error metric), ``quality`` (a number or null per quality metric) and ``error`` (why it has no
+audio, or null). With a second recogniser (``judge_asr_dir``), ``judge_errors`` has its errors.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from tts_grpo.evaluation import bootstrap
-from tts_grpo.evaluation.protocols import METRICS, pool
+from tts_grpo.evaluation.protocols import METRICS, Metric, pool
 from tts_grpo.speech.quality import QUALITY_METRICS
 from tts_grpo.text.errors import ErrorCounts
 from tts_grpo.text.jsonl import read_jsonl
@@ -61,12 +61,18 @@ def quality_fractions(rows: Sequence[dict], name: str) -> dict[str, np.ndarray]:
     return _sum_by_id(rows, fraction)
 
 
+def _used(rows: Sequence[dict], metric: Metric) -> list[dict]:
+    """The utterances that a metric is computed over."""
+    return [row for row in rows if metric.applies(row.get("language", ""))]
+
+
 def rates(rows: Sequence[dict], language: str, key: str = ERRORS) -> dict[str, dict]:
     """``rate``, its 95% interval ``ci``, and the counts, by error metric; ``key`` chooses the recogniser."""
     result = {}
     for name, metric in METRICS[language].items():
-        rate, total = pool((ErrorCounts(**row[key][name]) for row in rows), metric.macro)
-        fractions = np.array(list(error_fractions(rows, name, metric.macro, key).values()))
+        used = _used(rows, metric)
+        rate, total = pool((ErrorCounts(**row[key][name]) for row in used), metric.macro)
+        fractions = np.array(list(error_fractions(used, name, metric.macro, key).values()))
         result[name] = {"rate": rate, "ci": bootstrap.interval(fractions), **vars(total)}
     return result
 
@@ -99,7 +105,8 @@ def compare_rates(
     failed = [sum(bool(row["error"]) for row in rows) / len(rows) for rows in (before, after)]
     changes = {}
     for name, metric in METRICS[language].items():
-        changes[name] = _compare(*(error_fractions(rows, name, metric.macro, key) for rows in (before, after)))
+        used = (_used(rows, metric) for rows in (before, after))
+        changes[name] = _compare(*(error_fractions(rows, name, metric.macro, key) for rows in used))
         changes[name]["verdict"] = bootstrap.verdict(changes[name]["ci"], "lower", failed[1] > failed[0])
     return changes
 

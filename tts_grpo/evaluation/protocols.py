@@ -30,7 +30,13 @@ hypotheses of a Chinese set are converted to simplified characters (``zhconv``, 
     of "50%" consists of errors only.
 ``pinyin_error_rate``, ``pinyin_error_rate_toneless``
     These are like ``spoken``, but Chinese is compared by syllable, with or without tones, so that homophones are not
-    errors. The reward is computed from one of them. Chinese only.
+    errors. The reward is computed from one of them. Chinese, which may contain English words.
+``mer`` (mixed error rate)
+    For sets with texts in several languages, whose key ``language`` differs. As in published work on code-switching
+    (github.com/wenet-e2e/wenet, tools/compute-wer.py, with --char=1), a unit is a Chinese character or a run of other
+    letters and digits, in NFKC and lower case. The rate is total errors over total units. ``spoken`` and the pinyin
+    error rates are computed over all texts, too, and the metrics above over those of each language (``cer_zh``,
+    ``wer_en``).
 
 One rule of ours applies to all protocols: an utterance without usable audio has an empty hypothesis, so that all its
 units are deletions and its error rate is 100%. The published scripts omit such utterances, so that failing on difficult
@@ -41,7 +47,7 @@ import re
 import string
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jiwer
 import numpy as np
@@ -52,6 +58,8 @@ from tts_grpo.text.errors import ErrorCounts, align_texts
 from tts_grpo.text.units import sentence
 
 _PUNCTUATION = str.maketrans("", "", (hanzi.punctuation + string.punctuation).replace("'", ""))
+_CHINESE_PUNCTUATION = str.maketrans(dict.fromkeys(hanzi.punctuation, " "))
+_MIXED_UNIT = re.compile(r"[㐀-䶿一-鿿]|[^\s㐀-䶿一-鿿]+")
 _BETWEEN_CHINESE = re.compile(r"(?<=[㐀-䶿一-鿿])\s+(?=[㐀-䶿一-鿿])")
 
 
@@ -64,12 +72,18 @@ class Metric:
         macro: whether the rate is the mean over utterances; otherwise it is total errors over total units.
         units: function that splits a text into units, for the published protocols.
         match: how units are compared in our protocols, see :func:`tts_grpo.text.errors.align_sentences`.
+        language: language of the utterances that it is computed over; empty: all.
     """
 
     title: str
     macro: bool
     units: Callable[[str], list[str]] | None = None
     match: str = ""
+    language: str = ""
+
+    def applies(self, language: str) -> bool:
+        """Return whether it is computed for an utterance in a language."""
+        return self.language in ("", language)
 
     @property
     def mean(self) -> str:
@@ -92,6 +106,15 @@ def micro_characters(text: str) -> list[str]:
     return seed_characters(unicodedata.normalize("NFKC", text).upper())
 
 
+def mixed_units(text: str) -> list[str]:
+    """Split a text into Chinese characters and words, without punctuation except apostrophes, in NFKC, lower case.
+
+    Chinese punctuation, which has no space after it, separates words.
+    """
+    text = unicodedata.normalize("NFKC", text.translate(_CHINESE_PUNCTUATION))
+    return _MIXED_UNIT.findall(text.translate(_PUNCTUATION).lower())
+
+
 METRICS = {
     "zh": {
         "seed-tts-eval": Metric("seed-tts-eval CER", True, seed_characters),
@@ -108,7 +131,27 @@ METRICS = {
         "spoken": Metric("spoken-form WER", False, match="written"),
     },
 }
-MAIN_METRIC = {"zh": "cer", "en": "wer"}  # the metric whose units the alignments use
+MIXED = "mixed"  # language of a set whose texts are in several languages
+METRICS[MIXED] = {
+    f"{name}_{language}": replace(metric, title=f"{metric.title}, {language}", language=language)
+    for language, metrics in METRICS.items()
+    for name, metric in metrics.items()
+} | {
+    "mer": Metric("micro MER", False, mixed_units),
+    "spoken": Metric("spoken-form MER", False, match="written"),
+    "pinyin_error_rate": Metric("mixed error rate by pinyin", False, match="toned"),
+    "pinyin_error_rate_toneless": Metric("mixed error rate by pinyin, toneless", False, match="toneless"),
+}
+MAIN_METRIC = {"zh": "cer", "en": "wer", MIXED: "mer"}  # the metric whose units the alignments use
+SET_METRICS = {  # rows of tables of several sets
+    "zh": ("seed-tts-eval", "cer"), "en": ("seed-tts-eval", "wer"), MIXED: ("mer", "cer_zh", "wer_en"),
+}  # fmt: skip
+
+
+def set_language(languages: Iterable[str]) -> str:
+    """Return the language of a set, by those of its texts: a key of ``METRICS``."""
+    found = set(languages)
+    return found.pop() if len(found) == 1 else MIXED
 
 
 def prepare_hypothesis(text: str, language: str) -> str:
@@ -125,19 +168,22 @@ def align_units(reference: Sequence[str], hypothesis: Sequence[str]) -> jiwer.Wo
     return jiwer.process_words(" ".join(reference), " ".join(hypothesis))
 
 
-def count_all(target_text: str, hypothesis: str, language: str) -> dict[str, ErrorCounts]:
+def count_all(target_text: str, hypothesis: str, language: str, of_set: str = "") -> dict[str, ErrorCounts]:
     """Count the errors of one utterance for each metric.
 
     Args:
         target_text: the reference text.
         hypothesis: the transcript, as returned by :func:`prepare_hypothesis`; "" if there is no audio.
-        language: one of :data:`tts_grpo.text.spoken.LANGUAGES`.
+        language: language of the text, one of :data:`tts_grpo.text.input_files.LANGUAGES`.
+        of_set: language of the set, a key of ``METRICS``; by default, that of the text.
 
     Raises:
         ValueError: the target text has no unit for a metric, so that its error rate is undefined.
     """
     counts = {}
-    for name, metric in METRICS[language].items():
+    for name, metric in METRICS[of_set or language].items():
+        if not metric.applies(language):
+            continue
         reference = metric.units(target_text) if metric.units else sentence(target_text, language).units
         if not reference:
             raise ValueError(f"{target_text!r} has no unit for {metric.title}: remove the utterance from the set")

@@ -72,20 +72,21 @@ class RewardClient:
         self._slots = asyncio.Semaphore(max_in_flight)
         self._session: aiohttp.ClientSession | None = None
 
-    async def score(self, speech_tokens: Sequence[int], ground_truth: str) -> RolloutScore:
-        """Score one rollout.
+    async def score(self, speech_tokens: Sequence[int], ground_truth: str, language: str = "zh") -> RolloutScore:
+        """Score one rollout against its reference text, which is in the given language.
 
         Raises:
             RewardServerError: no server returned a reward in time, or a server refused the request.
             UnscoredRolloutError: a server could not score this rollout, nor could the next one (or the same one again).
         """
-        body = json.dumps(encode_request(speech_tokens, ground_truth), ensure_ascii=False).encode()
+        request = (speech_tokens, ground_truth, language)
+        body = json.dumps(encode_request(*request), ensure_ascii=False).encode()
         async with self._slots:
             first, failed_at, sample_error = next(self._request_numbers), None, None
             for attempt in itertools.count():
                 url = self.server_urls[(first + attempt) % len(self.server_urls)]
                 try:
-                    answer = await self._request(url, body, speech_tokens, ground_truth)
+                    answer = await self._request(url, body, *request)
                     score = dataclasses.replace(answer, attempts=attempt + 1)
                     self._check_identity(score.server, url)
                     return score
@@ -114,11 +115,11 @@ class RewardClient:
         if server != first:
             before = f"{first_url} does" if first_url != url else "it did before"
             raise RewardServerError(
-                f"{url} computes other rewards than {before}: its models, voices, language, curve, tones or precision "
+                f"{url} computes other rewards than {before}: its models, voices, curve, tones or precision "
                 "differ. Start the same server everywhere; training resumes from its last checkpoint"
             )
 
-    async def _request(self, url: str, body: bytes, speech_tokens: Sequence[int], ground_truth: str) -> RolloutScore:
+    async def _request(self, url: str, body: bytes, *request) -> RolloutScore:
         if self._session is None:
             self._session = aiohttp.ClientSession(
                 headers=secret_headers(),
@@ -136,7 +137,7 @@ class RewardClient:
                     raise aiohttp.ClientError(f"status {response.status}: {cause(answer)}")
                 raise RewardServerError(f"{url} refused a request with status {response.status}: {cause(answer)}")
         try:
-            return decode_response(json.loads(answer), speech_tokens, ground_truth)
+            return decode_response(json.loads(answer), *request)
         except SampleError:
             raise
         except (KeyError, ValueError) as error:

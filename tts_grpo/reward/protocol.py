@@ -4,13 +4,15 @@ The model ``token2wav_asr`` scores rollouts. The model ``token2wav`` only synthe
 
 A request has one rollout, or several of one bucket, in Triton's HTTP/JSON inference protocol (KServe v2). The version
 of this protocol is the version of the Triton models, which is part of a request's address: a server of another version
-refuses the request. The first three tensors are inputs of ``token2wav_asr``, the others are its outputs:
+refuses the request. The first four tensors are inputs of ``token2wav_asr``, the others are its outputs:
 
 ============== ======= ====== ============================================================
 TOKENS         int32   [B, T] speech tokens, padded with 0 to a bucket (Triton batches only
                               requests of equal shape)
 TOKEN_LENS     int32   [B, 1] number of speech tokens
 GT_TEXT        bytes   [B, 1] reference text, UTF-8
+LANGUAGE       bytes   [B, 1] its language, zh or en: the recognisers are told it, and numbers are
+                              read in it
 -------------- ------- ------ ------------------------------------------------------------
 REWARDS        float32 [B, 1] in [0, 1]; NaN where ERRORS is not empty
 ERROR_RATES    float32 [B, 1] pinyin error rate of the transcripts; NaN where ERRORS is not empty
@@ -23,7 +25,7 @@ UNIT_LOSSES    float32 [B, N] what the reward lost at each unit (syllable, word)
 UNIT_STARTS    int32   [B, N] index of the first speech token of each unit, padded with -1
 SERVER         bytes   [B, 1] what the reward depends on besides the request, as a hash: content
                               of the models, voices, parts of the reward and their weights,
-                              language, curve, tones, precision, and this protocol's version
+                              curve, tones, precision, and this protocol's version
 RESCORED       int32   [B, 1] 1 if half precision overflowed and fp32 was used, else 0
 ERRORS         bytes   [B, 1] empty, or the reason why this sample could not be scored
 CHECKS         bytes   [B, 1] hash of the sample's request and answer, as the instance had them,
@@ -60,7 +62,9 @@ if TYPE_CHECKING:  # scripts/check.py imports the names before any environment e
 # Numbers that reward_tts.py returns for each rollout besides the score: 1 if so, else 0
 ROLLOUT_COUNTS = ("bad_rollout", "unscored_rollout", "retried_rollout", "rescored_rollout", "empty_transcript")
 SERVER_KEY = "reward_server"  # key of the server's hash beside these numbers
-VERSION = 4  # of this protocol; 3 had no CHECKS, and 2 had UNIT_ERRORS instead of UNIT_LOSSES and PARTS
+VERSION = (
+    5  # of this protocol; 4 had no LANGUAGE, 3 had no CHECKS, and 2 had UNIT_ERRORS instead of UNIT_LOSSES and PARTS
+)
 MODEL_NAME = "token2wav_asr"
 SPEECH_MODEL_NAME = "token2wav"
 SPEECH_OUTPUT_NAMES = ("WAVEFORM", "WAVEFORM_LENS", "SAMPLE_RATE", "ERRORS")
@@ -135,7 +139,7 @@ class RolloutScore:
     server: str = field(default="", compare=False)
 
 
-def answer_hash(speech_tokens: Sequence[int], ground_truth: str, score: RolloutScore) -> str:
+def answer_hash(speech_tokens: Sequence[int], ground_truth: str, score: RolloutScore, language: str = "zh") -> str:
     """Return a hash of a request and its answer, with numbers as float32 and without the hash of the server.
 
     Triton and PyTriton pass tensors through several processes and shared memory. With this hash, the client notices
@@ -147,7 +151,7 @@ def answer_hash(speech_tokens: Sequence[int], ground_truth: str, score: RolloutS
         numbers = ()
     content = (
         list(speech_tokens), struct.pack(f"<{len(numbers)}f", *numbers), score.unit_starts, names, score.rescored,
-        *(text.rstrip("\0") for text in (ground_truth, score.transcript, score.error)),  # as numpy's bytes
+        *(text.rstrip("\0") for text in (ground_truth, language, score.transcript, score.error)),  # as numpy's bytes
     )  # fmt: skip
     return hashlib.sha256(repr(content).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
@@ -164,7 +168,7 @@ def bucket(num_tokens: int) -> int:
     raise ValueError(f"{num_tokens} speech tokens: the reward server takes at most {BUCKETS[-1]}")
 
 
-def encode_request(speech_tokens: Sequence[int], ground_truth: str) -> dict:
+def encode_request(speech_tokens: Sequence[int], ground_truth: str, language: str = "zh") -> dict:
     """Return the JSON body of a request to score one rollout.
 
     Raises:
@@ -172,8 +176,11 @@ def encode_request(speech_tokens: Sequence[int], ground_truth: str) -> dict:
     """
     if (size := len(ground_truth.encode("utf-8"))) > MAX_TEXT_BYTES:
         raise ValueError(f"a text of {size} bytes: the reward server takes at most {MAX_TEXT_BYTES}")
-    text = {"name": "GT_TEXT", "shape": [1, 1], "datatype": "BYTES", "data": [ground_truth]}
-    return {"inputs": [*_token_inputs(speech_tokens), text], "outputs": [{"name": name} for name in OUTPUT_NAMES]}
+    texts = [
+        {"name": name, "shape": [1, 1], "datatype": "BYTES", "data": [text]}
+        for name, text in (("GT_TEXT", ground_truth), ("LANGUAGE", language))
+    ]
+    return {"inputs": [*_token_inputs(speech_tokens), *texts], "outputs": [{"name": name} for name in OUTPUT_NAMES]}
 
 
 def encode_speech_request(speech_tokens: Sequence[int]) -> dict:
@@ -222,14 +229,14 @@ def padded_tensor(rows: Sequence[Sequence[float]], dtype: str) -> np.ndarray:
 
 
 def encode_response(
-    scores: Sequence[RolloutScore], server: str, requests: Sequence[tuple[Sequence[int], str]]
+    scores: Sequence[RolloutScore], server: str, requests: Sequence[tuple[Sequence[int], str, str]]
 ) -> dict[str, np.ndarray]:
     """Return the tensors of the response for a batch.
 
     Args:
         scores: B scores.
         server: the server's hash.
-        requests: speech tokens and text of the B requests.
+        requests: speech tokens, text and language of the B requests.
     """
     import numpy as np
 
@@ -245,17 +252,25 @@ def encode_response(
         "SERVER": text_tensor([server] * len(scores)),
         "RESCORED": np.array([[score.rescored] for score in scores], np.int32),
         "ERRORS": text_tensor([score.error for score in scores]),
-        "CHECKS": text_tensor([answer_hash(*pair, score) for pair, score in zip(requests, scores, strict=True)]),
+        "CHECKS": text_tensor(
+            [
+                answer_hash(tokens, text, score, language)
+                for (tokens, text, language), score in zip(requests, scores, strict=True)
+            ]
+        ),
     }
 
 
-def decode_response(body: dict, speech_tokens: Sequence[int], ground_truth: str) -> RolloutScore:
+def decode_response(
+    body: dict, speech_tokens: Sequence[int], ground_truth: str, language: str = "zh"
+) -> RolloutScore:  # fmt: skip
     """Return the score of one rollout from a response; the inverse of :func:`encode_response`.
 
     Args:
         body: the response.
         speech_tokens: speech tokens of the request.
         ground_truth: text of the request.
+        language: language of the request.
 
     Raises:
         AnswerError: the response is not the answer to this request.
@@ -274,7 +289,7 @@ def decode_response(body: dict, speech_tokens: Sequence[int], ground_truth: str)
     except (TypeError, IndexError) as fault:
         raise ValueError(f"the reward server's answer does not have the form of this protocol: {fault}") from fault
     if error:
-        _verify(check, speech_tokens, ground_truth, RolloutScore(error=str(error)))
+        _verify(check, speech_tokens, ground_truth, RolloutScore(error=str(error)), language)
         raise SampleError(f"the reward server could not score a sample: {error}")
     if not isinstance(reward, int | float) or not 0.0 <= reward <= 1.0:
         raise ValueError(f"the reward server answered with a reward of {reward}")
@@ -298,13 +313,13 @@ def decode_response(body: dict, speech_tokens: Sequence[int], ground_truth: str)
         float(reward), float(error_rate), transcript, tuple(map(float, losses)), starts, scores, bool(rescored),
         server=server,
     )  # fmt: skip
-    _verify(check, speech_tokens, ground_truth, answer)
+    _verify(check, speech_tokens, ground_truth, answer, language)
     return answer
 
 
-def _verify(check, speech_tokens: Sequence[int], ground_truth: str, answer: RolloutScore) -> None:
+def _verify(check, speech_tokens: Sequence[int], ground_truth: str, answer: RolloutScore, language: str) -> None:
     try:
-        wanted = answer_hash(speech_tokens, ground_truth, answer)
+        wanted = answer_hash(speech_tokens, ground_truth, answer, language)
     except OverflowError:  # a number is too large for float32
         wanted = None
     if check != wanted:

@@ -50,7 +50,7 @@ class RewardScorer:
         seed: random seed for the choice of the voice prompt.
         voice_per: "text" chooses a voice prompt per reference text, so that all rollouts of a GRPO group have the same
             voice. "rollout" chooses one per text and speech tokens; the same rollout always gets the same voice.
-        language: language of the texts, see :func:`tts_grpo.text.spoken.spoken_form`.
+        language: language of texts without one of their own, see :func:`tts_grpo.text.spoken.spoken_form`.
         parts: parts of the reward; by default its intelligibility alone.
         more_asrs: further recognisers. Each is given the waveforms in a variation of its own (``VARIATIONS``).
         pool: error rate of several recognisers: their "mean", or the "worst" one.
@@ -69,7 +69,7 @@ class RewardScorer:
         self.token2wav, self.asr, self.language = token2wav, asr, language
         self.match = "toned" if tones else "toneless"
         self.prompt_voices, self.seed, self.voice_per = prompt_voices, seed, voice_per
-        self.parts = parts or load_parts(parse_rewards(DEFAULT), Context(curve=curve, language=language, asr=asr))
+        self.parts = parts or load_parts(parse_rewards(DEFAULT), Context(curve=curve, asr=asr))
         self.more_asrs, self.pool = more_asrs, pool
         self.seconds = dict.fromkeys(("token2wav", "asr", "text", *(part.spec.name for part in self.parts)), 0.0)
         for part in self.parts:
@@ -79,28 +79,34 @@ class RewardScorer:
                     "prompt_list"
                 )
 
-    def score(self, speech_tokens: Sequence[Sequence[int]], ground_truths: Sequence[str]) -> list[RolloutScore]:
+    def score(
+        self, speech_tokens: Sequence[Sequence[int]], ground_truths: Sequence[str],
+        languages: Sequence[str] | None = None,
+    ) -> list[RolloutScore]:  # fmt: skip
         """Score samples as one batch; if that fails, one by one, so that a bad sample gives an error for itself only.
 
         Args:
             speech_tokens: B sequences of speech token ids.
             ground_truths: B reference texts.
+            languages: language of each text; by default, that of this object.
 
         Raises:
             Exception: one of ``MACHINE_FAULTS``, for a sample alone.
         """
+        languages = languages or [self.language] * len(ground_truths)
         try:
-            return self._score(speech_tokens, ground_truths)
+            return self._score(speech_tokens, ground_truths, languages)
         except Exception as error:
             if len(speech_tokens) == 1 and isinstance(error, MACHINE_FAULTS):
                 raise
             if len(speech_tokens) == 1:
                 return [RolloutScore(error=f"{type(error).__name__}: {error}")]
         torch.cuda.empty_cache()  # after the except clause, in which the traceback holds the tensors of the batch
-        return [self.score([tokens], [text])[0] for tokens, text in zip(speech_tokens, ground_truths, strict=True)]
+        samples = zip(speech_tokens, ground_truths, languages, strict=True)
+        return [self.score([tokens], [text], [language])[0] for tokens, text, language in samples]
 
-    def _score(self, speech_tokens, ground_truths) -> list[RolloutScore]:
-        batch, rescored = self._batch(speech_tokens, ground_truths)
+    def _score(self, speech_tokens, ground_truths, languages) -> list[RolloutScore]:
+        batch, rescored = self._batch(speech_tokens, ground_truths, languages)
         scored = [self._timed(part.spec.name, part, batch) for part in self.parts]
         scores = []
         for i, errors in enumerate(batch.errors):
@@ -113,13 +119,16 @@ class RewardScorer:
             )  # fmt: skip
         return scores
 
-    def check(self, speech_tokens: Sequence[Sequence[int]], ground_truths: Sequence[str]) -> list[str]:
-        """Run the known-answer checks of the parts on real speech.
+    def check(
+        self, speech_tokens: Sequence[Sequence[int]], ground_truths: Sequence[str],
+        languages: Sequence[str] | None = None,
+    ) -> list[str]:  # fmt: skip
+        """Run the known-answer checks of the parts on real speech, as :meth:`score` is given it.
 
         Returns:
             Why parts failed; empty if all of them passed.
         """
-        batch, _ = self._batch(speech_tokens, ground_truths)
+        batch, _ = self._batch(speech_tokens, ground_truths, languages or [self.language] * len(ground_truths))
         return [fault for part in self.parts if (fault := part.check(batch))]
 
     def _timed(self, name: str, function: Callable, *arguments):
@@ -128,28 +137,28 @@ class RewardScorer:
         self.seconds[name] += time.perf_counter() - start
         return result
 
-    def _batch(self, speech_tokens, ground_truths) -> tuple[Batch, list[int]]:
+    def _batch(self, speech_tokens, ground_truths, languages) -> tuple[Batch, list[int]]:
         """Return what the parts are given, and the indices of samples that were decoded in fp32."""
-        references = [sentence(text, self.language) for text in ground_truths]
+        references = list(map(sentence, ground_truths, languages))
         for reference in references:
             if not reference.units:
                 raise ValueError(f"the ground truth {reference.raw!r} has no word")
         voices = [self._voice(*pair) for pair in zip(ground_truths, speech_tokens, strict=True)]
         waveforms, lens, rescored = self._timed("token2wav", self._waveforms, speech_tokens, voices)
-        heard = self._timed("asr", self._transcribe, waveforms, lens)
+        heard = self._timed("asr", self._transcribe, waveforms, lens, languages)
         durations_s = [len(tokens) / TOKEN_HZ for tokens in speech_tokens]
-        errors = self._timed("text", self._errors, references, heard, durations_s)
-        return Batch(speech_tokens, references, waveforms, lens, heard[0], errors, voices), rescored
+        errors = self._timed("text", self._errors, references, heard, durations_s, languages)
+        return Batch(speech_tokens, references, waveforms, lens, heard[0], errors, voices, languages), rescored
 
     def _voice(self, ground_truth: str, speech_tokens: Sequence[int]) -> PromptVoice | None:
         key = ground_truth if self.voice_per == "text" else f"{ground_truth}/{format_speech_tokens(speech_tokens)}"
         return choose_voice(self.prompt_voices, key, self.seed)
 
-    def _errors(self, references, transcripts, durations_s) -> list[UnitErrors]:
+    def _errors(self, references, transcripts, durations_s, languages) -> list[UnitErrors]:
         """Errors of each sample over all recognisers; with pool="mean", those at a unit are summed."""
         found = []
-        for i, (reference, duration_s) in enumerate(zip(references, durations_s, strict=True)):
-            of_recognisers = [self._compare(reference, one[i], duration_s) for one in transcripts]
+        for i, sample in enumerate(zip(references, durations_s, languages, strict=True)):
+            of_recognisers = [self._compare(one[i], *sample) for one in transcripts]
             if self.pool == "worst" or len(of_recognisers) == 1:
                 found.append(max(of_recognisers, key=lambda errors: errors.error_rate))
                 continue
@@ -158,8 +167,10 @@ class RewardScorer:
             found.append(UnitErrors(rate, sums, of_recognisers[0].starts))
         return found
 
-    def _compare(self, reference: Sentence, transcript: Transcript, duration_s: float) -> UnitErrors:
-        alignment = align_sentences(reference, sentence(transcript.text, self.language), self.match)
+    def _compare(
+        self, transcript: Transcript, reference: Sentence, duration_s: float, language: str
+    ) -> UnitErrors:  # fmt: skip
+        alignment = align_sentences(reference, sentence(transcript.text, language), self.match)
         errors, onsets_s = locate_errors(alignment, transcript.onsets_s, duration_s)
         starts = tuple(max(0, round((onset_s - ONSET_DELAY_S) * TOKEN_HZ)) for onset_s in onsets_s)
         return UnitErrors(sum(errors) / len(errors), tuple(errors), starts)
@@ -189,13 +200,16 @@ class RewardScorer:
         waveforms = resample_batch(waveforms, self.token2wav.sample_rate_hz, ASR_HZ)
         return waveforms, (lens * ASR_HZ // self.token2wav.sample_rate_hz).tolist(), rescored
 
-    def _transcribe(self, waveforms: torch.Tensor, lens: Sequence[int]) -> list[list[Transcript]]:
+    def _transcribe(
+        self, waveforms: torch.Tensor, lens: Sequence[int], languages: Sequence[str]
+    ) -> list[list[Transcript]]:
         """Transcripts of each recogniser, with the times of the waveforms as they are."""
         recordings = [wave[:n] for wave, n in zip(waveforms, lens, strict=True)]
-        results = [self.asr.transcribe_with_onsets(recordings)]
+        results = [self.asr.transcribe_with_onsets(recordings, languages)]
         for asr, variation in zip(self.more_asrs, itertools.cycle(VARIATIONS)):
             speed = variation[2]
-            transcripts = asr.transcribe_with_onsets([vary(recording, *variation) for recording in recordings])
+            varied = [vary(recording, *variation) for recording in recordings]
+            transcripts = asr.transcribe_with_onsets(varied, languages)
             results.append([
                 dataclasses.replace(one, onsets_s=tuple(onset_s * speed for onset_s in one.onsets_s))
                 for one in transcripts
@@ -205,7 +219,7 @@ class RewardScorer:
     def synthesise_and_transcribe(self, speech_tokens: Sequence[Sequence[int]], voices=None) -> list[Transcript]:
         """Synthesise speech tokens, each with its voice prompt, and transcribe them with the first recogniser."""
         waveforms, lens, _ = self._timed("token2wav", self._waveforms, speech_tokens, voices)
-        return self._timed("asr", self._transcribe, waveforms, lens)[0]
+        return self._timed("asr", self._transcribe, waveforms, lens, [self.language] * len(lens))[0]
 
 
 def vary(recording: torch.Tensor, gain: float, signal_to_noise_db: float, speed: float) -> torch.Tensor:

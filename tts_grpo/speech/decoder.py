@@ -2,7 +2,7 @@
 
 A decoder is called with a batch of speech-token sequences of different lengths and one prompt voice per sequence. Its
 result is deterministic for a seed and does not depend on the rest of the batch. The decoders are in
-``tiny/token2wav.py`` and ``cosyvoice2/token2wav.py``; ``token2wav.py`` loads the one that is in a model folder.
+``tiny``, ``cosyvoice2`` and ``cosyvoice3``; ``token2wav.py`` loads the one that is in a model folder.
 """
 
 import dataclasses

@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-token-text-ratio", type=float, default=0.0, help="maximum number of tokens per token of "
                         "the text; 0: --max-new-tokens")  # fmt: skip
     parser.add_argument("--max-new-tokens", type=int, default=512, help="maximum number of tokens per utterance")
-    parser.add_argument("--language", choices=LANGUAGES, default="zh", help="language of the texts")
+    parser.add_argument("--language", choices=LANGUAGES, default="zh", help="language of texts without one")
     parser.add_argument(
         "--text-tags",
         choices=("reject", "remove"),
@@ -131,7 +131,8 @@ class Synthesiser:
 
     def texts(self, row: dict) -> tuple[str, str]:
         """An utterance's texts of prompt and target, as the language model reads them."""
-        return model_text(row["prompt_text"], self.rules), model_text(row["target_text"], self.rules)
+        rules = self.rules.of(row)
+        return model_text(row["prompt_text"], rules), model_text(row["target_text"], rules)
 
     def check(self, utterances: Sequence[dict]) -> None:
         """Refuse utterances without the prompt that this token2wav needs, and texts with control tokens.

@@ -1,19 +1,17 @@
 """token2wav: decode speech tokens to waveforms with the decoder of a model folder."""
 
-import importlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from tts_grpo.speech.cosyvoice2.token2wav import CosyVoice2Token2Wav
+from tts_grpo.speech.cosyvoice3.token2wav import CosyVoice3Token2Wav
 from tts_grpo.speech.decoder import PromptVoice, Token2Wav, decode_finite
 from tts_grpo.speech.model_folders import TOKEN2WAV_FILES, token2wav_kind
+from tts_grpo.speech.tiny.token2wav import TinyToken2Wav
 
-DECODERS = {  # class of each kind of model folder; they are imported when needed
-    "tiny": "tts_grpo.speech.tiny.token2wav:TinyToken2Wav",
-    "cosyvoice2": "tts_grpo.speech.cosyvoice2.token2wav:CosyVoice2Token2Wav",
-    "cosyvoice3": "tts_grpo.speech.cosyvoice3.token2wav:CosyVoice3Token2Wav",
-}
+DECODERS = {"tiny": TinyToken2Wav, "cosyvoice2": CosyVoice2Token2Wav, "cosyvoice3": CosyVoice3Token2Wav}
 
 
 def load_token2wav(model_dir: str | Path, device: str = "cpu", precision: str = "fp32") -> Token2Wav:
@@ -32,8 +30,7 @@ def load_token2wav(model_dir: str | Path, device: str = "cpu", precision: str = 
     if kind is None:
         expected = " or ".join(files[0] for files in TOKEN2WAV_FILES.values())
         raise ValueError(f"{model_dir}: no token2wav model found: expected {expected}")
-    module, name = DECODERS[kind].split(":")
-    return getattr(importlib.import_module(module), name)(model_dir, device, precision)
+    return DECODERS[kind](model_dir, device, precision)
 
 
 def decode(

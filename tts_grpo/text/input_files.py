@@ -4,6 +4,7 @@ One error lists the faults of a whole file. This module imports the standard lib
 reads these files before any environment exists.
 """
 
+import collections
 import os
 import re
 import unicodedata
@@ -65,8 +66,10 @@ def _kind(value: Any) -> str:
     return "null" if value is None else f"the number {value}" if not isinstance(value, bool) else str(value).lower()
 
 
-def read_eval_set(path: str | Path, prepare: Callable[[str], str] = lambda text: text) -> list[dict[str, str | None]]:
-    """Read an evaluation set; each utterance has ``id``, ``target_text``, ``prompt_text`` and ``prompt_audio``.
+def read_eval_set(
+    path: str | Path, prepare: Callable[[str], str] = lambda text: text, language: str = "zh"
+) -> list[dict[str, str | None]]:
+    """Read an evaluation set: utterances with ``id``, ``target_text``, ``language``, ``prompt_text``, ``prompt_audio``.
 
     ``target_text`` may be called ``text`` in the file. An integer id is converted to a string. An utterance without a
     prompt has the ``prompt_text`` "" and the ``prompt_audio`` None.
@@ -74,17 +77,19 @@ def read_eval_set(path: str | Path, prepare: Callable[[str], str] = lambda text:
     Args:
         path: the file.
         prepare: function applied to each target text and prompt text; it may raise a ValueError.
+        language: language of utterances without one of their own.
 
     Raises:
-        ValueError: an utterance lacks its id or text, a text has no word, a prompt is incomplete or its recording is
-            missing, an id is not usable as a file name or is not unique, or there is no utterance. The message lists
-            the faults (the first ``FAULTS_SHOWN``, and the number of the others).
+        ValueError: an utterance lacks its id or text, a text has no word, a language is unknown, a prompt is incomplete
+            or its recording is missing, an id is not usable as a file name or is not unique, or there is no utterance.
+            The message lists the faults (the first ``FAULTS_SHOWN``, and the number of the others).
         OSError: the file cannot be opened.
     """
     ids: dict[str, tuple[int, str]] = {}
 
     def utterance(number: int, row: dict) -> dict[str, str | None]:
         found = {"id": new_id(row.get("id"), number, ids), "target_text": checked_text(row, "target_text", "text")}
+        found["language"] = checked_language(row, language)
         found |= _prompt(Path(path).parent, row) or {"prompt_text": "", "prompt_audio": None}
         texts = {name: prepare(found[name]) for name in ("target_text", "prompt_text") if found[name]}
         checked_text(texts, "target_text")  # it must still have a word
@@ -141,13 +146,19 @@ def new_id(utt_id: Any, number: int, ids: dict[str, tuple[int, str]]) -> str:
 
 
 def read_texts(path: str | Path) -> list[dict]:
-    """Read a file of texts; each entry has ``text``.
+    """Read a file of texts; each entry has ``text``, and possibly ``language``.
 
     Raises:
-        ValueError: an entry has no text or a text without a word, or there is no entry; the message lists the faults.
+        ValueError: an entry has no text, a text without a word or an unknown language, or there is no entry; the
+            message lists the faults.
         OSError: the file cannot be opened.
     """
-    return _read(path, lambda number, row: row | {"text": checked_text(row, "text")}, "text")
+
+    def text(number: int, row: dict) -> dict:
+        checked_language(row, "zh")
+        return row | {"text": checked_text(row, "text")}
+
+    return _read(path, text, "text")
 
 
 def read_voices(path: str | Path) -> list[dict[str, str]]:
@@ -168,19 +179,30 @@ def read_voices(path: str | Path) -> list[dict[str, str]]:
     return _read(path, voice, "voice")
 
 
-def read_known_answers(path: str | Path, limit: int | None = None) -> list[dict]:
-    """Read known answers; each entry has ``text`` and ``speech_tokens``, and other keys are kept.
+def read_known_answers(path: str | Path, limit: int | None = None, language: str = "zh") -> list[dict]:
+    """Read known answers; each entry has ``text``, ``language`` and ``speech_tokens``, and other keys are kept.
 
     Args:
         path: the file.
-        limit: largest number of entries to read.
+        limit: largest number of entries of each language; the first ones are taken.
+        language: language of entries without one of their own.
 
     Raises:
-        ValueError: an entry lacks one of them, an id is not a speech token, or there is no entry; the message lists the
-            faults.
+        ValueError: an entry has no text or speech tokens, an id is not a speech token, a language is unknown, or there
+            is no entry; the message lists the faults.
         OSError: the file cannot be opened.
     """
-    return _read(path, _known_answer, "entry", limit)
+    counts: collections.Counter[str] = collections.Counter()
+
+    def known_answer(number: int, row: dict) -> dict | None:
+        spoken = checked_language(row, language)
+        counts[spoken] += 1
+        if limit is not None and counts[spoken] > limit:
+            return None
+        checked_speech_tokens(row)
+        return row | {"text": checked_text(row, "text"), "language": spoken}
+
+    return _read(path, known_answer, "entry")
 
 
 def checked_speech_tokens(row: dict) -> list[int]:
@@ -198,19 +220,13 @@ def checked_speech_tokens(row: dict) -> list[int]:
     return tokens
 
 
-def _known_answer(number: int, row: dict) -> dict:
-    checked_speech_tokens(row)
-    return row | {"text": checked_text(row, "text")}
-
-
-def _read(path: str | Path, check: Callable[[int, dict], dict], what: str, limit: int | None = None) -> list[dict]:
-    """Return the entries as ``check`` returns them; its ValueErrors are collected into one, with file and line."""
+def _read(path: str | Path, check: Callable[[int, dict], dict | None], what: str) -> list[dict]:
+    """Return the entries as ``check`` returns them, without None; its ValueErrors are collected, with file and line."""
     found, faults = [], []
     for number, row in numbered_rows(path):
-        if limit is not None and len(found) + len(faults) == limit:
-            break
         try:
-            found.append(check(number, as_object(row)))
+            if (entry := check(number, as_object(row))) is not None:
+                found.append(entry)
         except ValueError as fault:
             faults.append((number, fault))
     if faults:

@@ -8,12 +8,12 @@ import functools
 import itertools
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import zhconv
 
-from tts_grpo.text.input_files import over_token_limit, read_eval_set
+from tts_grpo.text.input_files import checked_language, over_token_limit, read_eval_set
 from tts_grpo.text.spoken import SpokenForm, has_language, spoken_form, text_fault
 from tts_grpo.text.tags import apply_tags
 
@@ -28,7 +28,8 @@ class TextRules:
     """Settings of run.sh that apply to texts.
 
     Attributes:
-        language: "zh" is Chinese, which may contain English words; "en" is English.
+        language: language of texts without one of their own. "zh" is Chinese, which may contain English words; "en" is
+            English.
         text_tags: "reject" or "remove", see :func:`tts_grpo.text.tags.apply_tags`.
         llm_text: input of the language model: "raw" is the unchanged text; "spoken" has numbers and signs in words.
     """
@@ -36,6 +37,19 @@ class TextRules:
     language: str = "zh"
     text_tags: str = "reject"
     llm_text: str = "raw"
+
+    def of(self, row: dict) -> "TextRules":
+        """Return the rules for an entry of a file, in its language.
+
+        Raises:
+            ValueError: the language is unknown.
+        """
+        return _in_language(self, checked_language(row, self.language))
+
+
+@functools.lru_cache
+def _in_language(rules: TextRules, language: str) -> TextRules:
+    return replace(rules, language=language)
 
 
 @functools.cache
@@ -64,7 +78,7 @@ def usable_text(text: str, rules: TextRules) -> str:
     if fault := text_fault(text, rules.language):
         raise ValueError(fault)
     if not has_language(text, rules.language):
-        raise ValueError("no Chinese character (language=zh)")
+        raise ValueError('no Chinese character (language zh; an English text needs "language": "en", or language=en)')
     return text
 
 
@@ -114,7 +128,7 @@ def usable_eval_set(path: str | Path, rules: TextRules) -> list[dict[str, str | 
         ValueError: an utterance cannot be used, or contains tags that the rules reject; the message lists the faults.
         OSError: the file cannot be opened.
     """
-    return read_eval_set(path, lambda text: apply_tags(text, rules.text_tags))
+    return read_eval_set(path, lambda text: apply_tags(text, rules.text_tags), rules.language)
 
 
 def warnings_of(rows: list[dict], path: str | Path, max_new_tokens: int, rules: TextRules) -> list[str]:
@@ -128,7 +142,7 @@ def warnings_of(rows: list[dict], path: str | Path, max_new_tokens: int, rules: 
     unusual = []
     for row in rows:
         try:
-            usable_text(row["target_text"], rules)
+            usable_text(row["target_text"], rules.of(row))
         except ValueError as fault:
             unusual.append((row["id"], fault))
     if unusual:

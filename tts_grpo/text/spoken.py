@@ -103,7 +103,8 @@ def text_fault(raw: str, language: str = "zh") -> str:
     """
     spoken = spoken_form(raw, language)
     if scripts := foreign_scripts(raw, language):
-        return f"letters of another script than {language}'s: {', '.join(scripts).lower()}"
+        mixed = "; a text that mixes Chinese and English has language zh" if scripts == ["CHINESE"] else ""
+        return f"letters of another script than {language}'s: {', '.join(scripts).lower()}{mixed}"
     if not any(c.isalnum() for c in spoken.text):
         return "nothing to synthesise: no letter, digit or Chinese character"
     return ""

@@ -61,7 +61,7 @@ from verl.utils import tensordict_utils as tu  # noqa: E402
 
 NAME = "tts_grpo"
 POLL_S = 0.1
-KNOWN_ANSWERS = 64  # entries of the file that a check takes
+KNOWN_ANSWERS = 64  # entries of the file that a check takes, of each language
 
 
 def credits_syllables(config: DictConfig) -> bool:
@@ -334,7 +334,7 @@ class SpeechGRPOTrainer(PPOTrainerSync):
         import reward_tts  # imports of this module's processes that need no reward server stay small
 
         options = self._reward_options()
-        rows = reward_tts.load_rows(Path(options["known_answer_jsonl"]), KNOWN_ANSWERS)
+        rows = reward_tts.load_rows(Path(options["known_answer_jsonl"]), KNOWN_ANSWERS, options.get("language", "zh"))
         try:
             reward_tts.check_servers(rows, options["server_urls"], float(options.get("patience_s", 180)))
         except reward_tts.RewardServerError as error:

@@ -18,6 +18,7 @@ class Disagreement:
 
     Attributes:
         spoken_text: the usual reading of the text, in words.
+        language: language of the text.
         why: what the published protocol compares as it is written.
         published, spoken: errors by the published protocol and by the spoken one.
     """
@@ -25,6 +26,7 @@ class Disagreement:
     utt_id: str
     target_text: str
     spoken_text: str
+    language: str
     why: str
     published: int
     spoken: int
@@ -43,15 +45,15 @@ def reason(target_text: str, hypotheses: Sequence[str], language: str) -> str:
     return ", ".join(causes) or "letters, spaces, erhua or fillers"
 
 
-def find_disagreements(utterances: Sequence[Utterance], language: str) -> tuple[list[Disagreement], dict[str, int]]:
+def find_disagreements(utterances: Sequence[Utterance]) -> tuple[list[Disagreement], dict[str, int]]:
     """Utterances that the protocols count differently, the largest difference first; how many there are by reason."""
     found = []
     for utterance in utterances:
         samples = [sample for model in MODELS for sample in utterance.samples[model].values()]
         published, spoken = sum(s.published for s in samples), sum(s.spoken for s in samples)
         if published != spoken:
-            why = reason(utterance.target_text, [sample.hypothesis for sample in samples], language)
-            reading = spoken_form(utterance.target_text, language).text
-            found.append(Disagreement(utterance.utt_id, utterance.target_text, reading, why, published, spoken))
+            text, language = utterance.target_text, utterance.language
+            why, reading = reason(text, [s.hypothesis for s in samples], language), spoken_form(text, language).text
+            found.append(Disagreement(utterance.utt_id, text, reading, language, why, published, spoken))
     found.sort(key=lambda one: (-abs(one.published - one.spoken), one.utt_id))
     return found[:SHOWN], dict(Counter(one.why for one in found).most_common())

@@ -27,7 +27,7 @@ class Sample:
         fault: why there is no usable audio, or None.
         hypothesis: transcript by the evaluation recogniser.
         errors: by the main metric.
-        published, spoken: by micro CER (English: WER), and by the spoken protocol.
+        published, spoken: by micro CER (English: WER; a set of several languages: MER), and by the spoken protocol.
     """
 
     audio: Path | None
@@ -47,6 +47,7 @@ class Utterance:
         length: number of units by the main metric.
         samples: samples by model and seed.
         prompt_audio: path of the prompt recording, or None.
+        language: language of the text.
     """
 
     utt_id: str
@@ -54,6 +55,7 @@ class Utterance:
     length: int
     samples: dict[str, dict[str, Sample]]
     prompt_audio: Path | None = None
+    language: str = "zh"
 
     def errors(self, model: str) -> int:
         """Errors of a model over all seeds."""
@@ -117,7 +119,7 @@ def load_experiment(exp_dir: Path, eval_set: str = "") -> Experiment:
     if main_metric is None:
         raise ValueError(f"{exp_dir}/summary.json has none of {', '.join(MAIN_METRICS)}: run bash run.sh 4 4")
     rows = {model: _rows_by_seed(eval_dir / model) for model in MODELS}
-    utterances = _utterances(rows, main_metric)
+    utterances = _utterances(rows, main_metric, scores["sft"].get("language", "zh"))
     name = " ".join(filter(None, (exp_dir.resolve().name, eval_set)))
     return Experiment(name, summary, scores, metrics, main_metric, utterances, list(rows["sft"]),
                       load_scalars(exp_dir / "tensorboard"))  # fmt: skip
@@ -137,7 +139,7 @@ def _rows_by_seed(output_dir: Path) -> dict[str, dict[str, dict]]:
     return by_seed
 
 
-def _utterances(rows: dict[str, dict[str, dict[str, dict]]], metric: str) -> list[Utterance]:
+def _utterances(rows: dict[str, dict[str, dict[str, dict]]], metric: str, language: str) -> list[Utterance]:
     id_sets = {(seed, frozenset(by_id)) for by_seed in rows.values() for seed, by_id in by_seed.items()}
     if len(id_sets) != len(rows["sft"]) or rows["sft"].keys() != rows["grpo"].keys():
         raise ValueError("SFT and GRPO were not scored on the same utterances and seeds: run force=1 bash run.sh 4 4")
@@ -146,13 +148,15 @@ def _utterances(rows: dict[str, dict[str, dict[str, dict]]], metric: str) -> lis
         samples = {m: {seed: _sample(by_id[utt_id], metric) for seed, by_id in rows[m].items()} for m in MODELS}
         prompt = row.get("prompt_audio")
         length = row["errors"][metric]["length"]
-        utterances.append(Utterance(utt_id, row["target_text"], length, samples, Path(prompt) if prompt else None))
+        utterances.append(Utterance(
+            utt_id, row["target_text"], length, samples, Path(prompt) if prompt else None, row.get("language", language)
+        ))  # fmt: skip
     return utterances
 
 
 def _sample(row: dict, metric: str) -> Sample:
     errors = {name: ErrorCounts(**counts).errors for name, counts in row["errors"].items()}
-    published = errors.get("cer", errors.get("wer", 0))
+    published = next((errors[name] for name in ("cer", "wer", "mer") if name in errors), 0)
     return Sample(
         row["audio"], row["error"], row["hypothesis"], errors[metric], row["duration_s"], published,
         errors.get("spoken", published),

@@ -235,8 +235,8 @@ def share(value: float) -> str:
 
 CURVES = (
     Curve("Reward", ("critic/score/mean",), r"val-core/.*/reward/mean@\d+", from_zero=False),
-    Curve("Pinyin error rate in validation", (), r"val-aux/.*/pinyin_error_rate/mean@\d+", share,
-          note="Measured with the reward's recogniser and its setting for tones."),
+    Curve("Error rate in validation", (), r"val-aux/.*/pinyin_error_rate/mean@\d+", share,
+          note="Of syllables (pinyin) and English words, with the reward's recogniser and its setting for tones."),
     Curve("Response length, tokens", ("response_length/mean",), r"val-aux/.*/num_speech_tokens/mean@\d+",
           from_zero=False),
     Curve("Truncated responses", ("response_length/clip_ratio",), form=share),

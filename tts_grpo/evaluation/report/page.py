@@ -7,7 +7,7 @@ from pathlib import Path
 import jinja2
 import numpy as np
 
-from tts_grpo.evaluation.protocols import MAIN_METRIC
+from tts_grpo.evaluation.protocols import SET_METRICS
 from tts_grpo.evaluation.report import figures
 from tts_grpo.evaluation.report.alignment import cells
 from tts_grpo.evaluation.report.clips import Clip, load_clip
@@ -54,6 +54,7 @@ class Example:
 
     utt_id: str
     target_text: str
+    language: str
     length: int
     players: list[Player]
 
@@ -90,10 +91,10 @@ def error_rows(experiment: Experiment) -> list[dict]:
 
 
 def set_rows(summary: dict) -> list[dict]:
-    """The table of evaluation sets: the published and the micro rate of each; empty if there is one set."""
+    """The table of evaluation sets: the published and the micro rates of each; empty if there is one set."""
     rows = []
     for name, part in summary.get("sets", {}).items():
-        for metric in ("seed-tts-eval", MAIN_METRIC[part["language"]]):
+        for metric in SET_METRICS[part["language"]]:
             drop, ci = part["relative_drop"][metric], part["relative_drop_ci"][metric]
             rates = [part[m]["pooled"][metric] for m in MODELS]
             rows.append({
@@ -171,7 +172,7 @@ def _title(metric: str, verdict: str, size: str) -> str:
     return f"{metric[:1].upper()}{metric[1:]}: {verdict or 'before and after GRPO'}"
 
 
-def make_example(utterance: Utterance, seed: str, prompts: dict[Path, Clip | str], language: str) -> Example:
+def make_example(utterance: Utterance, seed: str, prompts: dict[Path, Clip | str]) -> Example:
     """Players for one utterance; their widths are proportional to the durations."""
     samples = {model: utterance.samples[model][seed] for model in MODELS}
     clips = {model: _clip(sample.audio, sample.fault, model) for model, sample in samples.items()}
@@ -180,10 +181,8 @@ def make_example(utterance: Utterance, seed: str, prompts: dict[Path, Clip | str
             prompts[utterance.prompt_audio] = _clip(utterance.prompt_audio, None, "prompt")
         clips = {"prompt": prompts[utterance.prompt_audio]} | clips
     longest = max((clip.duration_s for clip in clips.values() if isinstance(clip, Clip)), default=1.0)
-    players = [
-        _player(kind, clip, longest, utterance, seed, samples.get(kind), language) for kind, clip in clips.items()
-    ]
-    return Example(utterance.utt_id, utterance.target_text, utterance.length, players)
+    players = [_player(kind, clip, longest, utterance, seed, samples.get(kind)) for kind, clip in clips.items()]
+    return Example(utterance.utt_id, utterance.target_text, utterance.language, utterance.length, players)
 
 
 def _clip(audio: Path | None, fault: str | None, kind: str) -> Clip | str:
@@ -197,7 +196,7 @@ def _clip(audio: Path | None, fault: str | None, kind: str) -> Clip | str:
 
 
 def _player(
-    kind: str, clip: Clip | str, longest: float, utterance: Utterance, seed: str, sample: Sample | None, language: str
+    kind: str, clip: Clip | str, longest: float, utterance: Utterance, seed: str, sample: Sample | None
 ) -> Player:
     audio = clip if isinstance(clip, Clip) else None
     errors = [(s, t.errors, s == seed) for s, t in utterance.samples[kind].items()] if sample else []
@@ -205,7 +204,7 @@ def _player(
     return Player(
         kind, TITLES[kind], audio, clip if isinstance(clip, str) else "",
         100 * audio.duration_s / longest if audio else 0, errors,
-        cells(utterance.target_text, hypothesis, language) if sample else [], hypothesis,
+        cells(utterance.target_text, hypothesis, utterance.language) if sample else [], hypothesis,
     )  # fmt: skip
 
 
@@ -250,14 +249,14 @@ def template(name: str) -> jinja2.Template:
 def render(experiment: Experiment, examples: int) -> str:
     """Render the report as HTML."""
     prompts: dict[Path, Clip | str] = {}
-    language = experiment.scores["sft"].get("language", "zh")
     groups = [
         {"title": g.title, "rule": g.rule,
-         "examples": [make_example(u, seed, prompts, language) for u, seed in g.chosen]}
+         "examples": [make_example(u, seed, prompts) for u, seed in g.chosen]}
         for g in select(experiment.utterances, examples)
     ]  # fmt: skip
     return template("page.html").render(
-        disagreements=find_disagreements(experiment.utterances, language), language=language,
+        disagreements=find_disagreements(experiment.utterances),
+        has_tones=any(utterance.language == "zh" for utterance in experiment.utterances),
         name=experiment.name, headline=headline(experiment), errors=error_rows(experiment),
         sets=set_rows(experiment.summary),
         quality=quality_rows(experiment), per_seed=seed_rows(experiment),

@@ -17,7 +17,7 @@ class Reward:
 
     def __call__(self, batch: Batch) -> list[float]:
         recordings = [row[:n] for row, n in zip(batch.waveforms, batch.lens, strict=True)]
-        found = self.asr.log_likelihoods(recordings, [reference.raw for reference in batch.references])
+        found = self.asr.log_likelihoods(recordings, [reference.raw for reference in batch.references], batch.languages)
         return [math.exp(min(0.0, value) / self.temperature) for value in found]
 
     def spoiled(self, batch: Batch) -> Batch:

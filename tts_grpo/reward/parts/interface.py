@@ -69,6 +69,7 @@ class Batch:
         transcripts: transcript of each waveform, with times, by the first recogniser.
         errors: recognition errors of each rollout, over all recognisers of the reward.
         voices: prompt voice of each rollout; None is the decoder's default voice.
+        languages: language of each text, "zh" or "en".
     """
 
     speech_tokens: Sequence[Sequence[int]]
@@ -78,6 +79,7 @@ class Batch:
     transcripts: Sequence[Transcript]
     errors: Sequence[UnitErrors]
     voices: Sequence[PromptVoice | None]
+    languages: Sequence[str]
 
     def __len__(self) -> int:
         return len(self.lens)
@@ -122,14 +124,12 @@ class Context:
 
     Attributes:
         device: torch device of the server's process.
-        language: language of the texts, "zh" or "en".
         curve: the setting ``reward_curve``.
         asr: the first recogniser (``tts_grpo.speech.asr.sensevoice.SenseVoice``).
         token2wav_dir: folder of the token2wav model.
     """
 
     device: str = "cpu"
-    language: str = "zh"
     curve: str = "tanh"
     asr: object = None
     token2wav_dir: Path | None = None

@@ -17,21 +17,22 @@ class Reward:
 
     Args:
         units_per_s: reference, such as the speech rate of the SFT model in the report.
+        units_per_s_en: reference for English texts, whose units are words; 0: ``units_per_s``.
         width: a rate that differs by the factor exp(width) has the score 0.61.
     """
 
-    def __init__(self, context: Context, units_per_s: float, width: float = 0.15):
-        self.units_per_s, self.width = units_per_s, width
+    def __init__(self, context: Context, units_per_s: float, width: float = 0.15, units_per_s_en: float = 0):
+        self.units_per_s, self.width = {"zh": units_per_s, "en": units_per_s_en or units_per_s}, width
 
     def __call__(self, batch: Batch) -> list[float]:
         scores = []
-        for recording, reference in zip(batch.recordings, batch.references, strict=True):
+        for recording, reference, language in zip(batch.recordings, batch.references, batch.languages, strict=True):
             leading, trailing, _ = silences(recording)
             seconds = len(recording) / ASR_HZ - leading - trailing
             if seconds <= 0:
                 scores.append(0.0)
                 continue
-            distance = math.log(len(reference.units) / seconds / self.units_per_s) / self.width
+            distance = math.log(len(reference.units) / seconds / self.units_per_s[language]) / self.width
             scores.append(math.exp(-(distance**2) / 2))
         return scores
 

@@ -2,7 +2,7 @@
 
 For each rollout the program gets a POST request with the JSON object::
 
-    {"version": 1, "text": "...", "sample_rate_hz": 16000, "waveform": "..."}
+    {"version": 1, "text": "...", "language": "zh", "sample_rate_hz": 16000, "waveform": "..."}
 
 where ``waveform`` has the samples as 16-bit little-endian integers in base64. It answers with status 200 and
 ``{"version": 1, "score": 0.7}``, the score in [0, 1].
@@ -45,11 +45,11 @@ class Reward:
 
     def __call__(self, batch: Batch) -> list[float]:
         texts = [reference.raw for reference in batch.references]
-        return list(self.pool.map(self._score, batch.recordings, texts))
+        return list(self.pool.map(self._score, batch.recordings, texts, batch.languages))
 
-    def _score(self, recording: np.ndarray, text: str) -> float:
+    def _score(self, recording: np.ndarray, text: str, language: str) -> float:
         samples = np.round(np.clip(recording, -1, 1) * 32767).astype("<i2")
-        body = {"version": VERSION, "text": text, "sample_rate_hz": ASR_HZ,
+        body = {"version": VERSION, "text": text, "language": language, "sample_rate_hz": ASR_HZ,
                 "waveform": base64.b64encode(samples.tobytes()).decode()}  # fmt: skip
         request = urllib.request.Request(
             self.url, json.dumps(body).encode(), {"Content-Type": "application/json"}, method="POST"

@@ -21,7 +21,7 @@ from torch import nn
 from tts_grpo.speech.cosyvoice2.kernels import QUERIES, CausalConv, CausalResnetBlock, TransformerBlocks
 
 GAP = 2  # zero frames after each utterance for CosyVoice2's convolutions
-SIZES = (2048, 4096, 8192)  # frames per row; the mean rollout has 371, including three seconds of prompt
+SIZES = tuple(range(2048, 8193, 1024))  # frames per row; the mean rollout has 371, including three seconds of prompt
 MIN_MEAN_FRAMES = 128  # frames per utterance on average, at least; limits the number of utterances per row
 
 

@@ -41,6 +41,8 @@ MEL_PER_TOKEN = 2
 # Limits for a batch of encoder and vocoder: utterances, and tokens after padding. A quarter of the tokens needs 2 GiB
 # less memory and is 10% slower.
 MAX_UTTERANCES = 32
+# More than this many utterances are split if padding increases their tokens by more than this factor.
+FEW_UTTERANCES, MAX_PADDING = 8, 1.25
 PADDED_TOKENS, PADDED_TOKENS_SMALL_GPU = 16384, 4096
 SMALL_GPU_GIB = 40
 YAML_OBJECTS = ("flow", "hift", "feat_extractor")  # objects of the configuration that are built; plain values are kept
@@ -78,12 +80,14 @@ def max_padded_tokens(device: torch.device) -> int:
 def split_batch(lens: Sequence[int], max_tokens: int) -> list[slice]:
     """Slices of a batch with at most ``MAX_UTTERANCES`` utterances and ``max_tokens`` tokens after padding.
 
-    A single utterance may be longer than ``max_tokens``.
+    A single utterance may be longer than ``max_tokens``. See ``MAX_PADDING``, too.
     """
     slices, first = [], 0
     for end in range(1, len(lens) + 1):
-        padded = max(lens[first : end + 1]) * (end + 1 - first)
-        if end in (len(lens), first + MAX_UTTERANCES) or padded > max_tokens:
+        some = lens[first : end + 1]
+        padded = max(some) * (end + 1 - first)
+        wasteful = len(some) > FEW_UTTERANCES and padded > MAX_PADDING * sum(some)
+        if end in (len(lens), first + MAX_UTTERANCES) or padded > max_tokens or wasteful:
             slices.append(slice(first, end))
             first = end
     return slices
@@ -127,14 +131,15 @@ class FixedNoise(TorchFunctionMode):
 class Flow:
     """Speech tokens -> mel spectrograms, in batches; the parts that CosyVoice2 and CosyVoice3 have in common.
 
-    Subclasses set ``packed`` to use packed batches, or have ``solve`` for padded ones; both have ``encode``.
+    Subclasses set ``packed`` to use packed batches, or have ``solve`` for padded ones; both have ``encode``. The padded
+    batches of the solver have ``padded_share`` of the tokens that those of the vocoder have.
 
     Args:
         module: the networks, with ``input_embedding`` and ``spk_embed_affine_layer``.
         noise: float32 (1, 80, L), from which the solver starts.
     """
 
-    packed = None
+    packed, padded_share = None, 1.0
 
     def __init__(self, module: nn.Module, noise: torch.Tensor):
         self.module, self.noise = module, noise.to(module.input_embedding.weight.device)
@@ -170,7 +175,8 @@ class Flow:
             mel = self.packed(mu, spks, condition, (MEL_PER_TOKEN * lens).tolist())
         else:
             mel = torch.zeros_like(mu)
-            for rows in split_batch(lens.tolist(), max_padded_tokens(self.device)):
+            limit = int(self.padded_share * max_padded_tokens(self.device))
+            for rows in split_batch(lens.tolist(), limit):
                 frames = MEL_PER_TOKEN * lens[rows]
                 part = (rows, slice(None), slice(int(frames.max())))  # without the padding of longer utterances
                 mask = (torch.arange(int(frames.max())) < frames[:, None])[:, None].to(mu)
@@ -378,7 +384,7 @@ class CosyVoice2Token2Wav:
     def _load_weights(self, module: nn.Module, name: str, prefix: str = "") -> nn.Module:
         state = torch.load(self.model_dir / name, map_location="cpu", weights_only=True)
         try:
-            module.load_state_dict({key.removeprefix(prefix): value for key, value in state.items()})
+            module.load_state_dict({key.removeprefix(prefix): value for key, value in state.items()}, assign=True)
         except RuntimeError as error:
             raise ValueError(f"{self.model_dir / name}: {error}") from error
         for layer in module.modules():

@@ -48,13 +48,12 @@ def modulate(x, shift, scale, dtype: torch.dtype, gate=None, y=None) -> torch.Te
 
 
 @triton.jit
-def _rotate(qkv, frames, frequencies, num, stride, width, PAIRS: tl.constexpr, FRAMES: tl.constexpr):
+def _rotate(qkv, cosines, sines, num, stride, width, PAIRS: tl.constexpr, FRAMES: tl.constexpr):
     rows = tl.program_id(0) * FRAMES + tl.arange(0, FRAMES)
     inside = (rows < num)[:, None]
     pairs = tl.arange(0, PAIRS)
-    frame = tl.load(frames + rows, mask=rows < num, other=0).to(tl.float32)
-    angle = frame[:, None] * tl.load(frequencies + pairs)[None, :]
-    cosine, sine = tl.cos(angle), tl.sin(angle)
+    at = rows.to(tl.int64)[:, None] * PAIRS + pairs[None, :]
+    cosine, sine = tl.load(cosines + at, mask=inside, other=0.0), tl.load(sines + at, mask=inside, other=0.0)
     start = qkv + rows.to(tl.int64)[:, None] * stride + tl.program_id(1) * width + 2 * pairs[None, :]
     even = tl.load(start, mask=inside, other=0.0).to(tl.float32)
     odd = tl.load(start + 1, mask=inside, other=0.0).to(tl.float32)
@@ -62,18 +61,15 @@ def _rotate(qkv, frames, frequencies, num, stride, width, PAIRS: tl.constexpr, F
     tl.store(start + 1, (odd * cosine + even * sine).to(qkv.dtype.element_ty), mask=inside)
 
 
-def rotate_first_head(qkv: torch.Tensor, frames: torch.Tensor, frequencies: torch.Tensor) -> None:
+def rotate_first_head(qkv: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> None:
     """Rotary embedding of the first head of queries and keys, in place (see ``modules.Attention``).
 
     Args:
         qkv: (N, 3 * heads * size).
-        frames: int32 (N,), position of each frame in its utterance.
-        frequencies: float32 (size / 2,).
+        cosines, sines: float32 (N, size / 2), of the angles of each frame.
     """
     num, stride = qkv.shape
-    _rotate[(triton.cdiv(num, 32), 2)](
-        qkv, frames, frequencies, num, stride, stride // 3, len(frequencies), 32, num_warps=4
-    )
+    _rotate[(triton.cdiv(num, 32), 2)](qkv, cosines, sines, num, stride, stride // 3, cosines.shape[1], 32, num_warps=4)
 
 
 @triton.jit

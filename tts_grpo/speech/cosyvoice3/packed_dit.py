@@ -44,11 +44,13 @@ class PackedDiT:
         projected = F.linear(x, *self.input)
         first, second = self.convs
         total = second(first(projected, frames), frames, projected)
+        angles = frames[:, None] * self.frequencies
+        rotation = angles.cos(), angles.sin()
         y = gate = None
         for (weight, bias, out, up, down), modulation in zip(self.blocks, self.modulations[step], strict=True):
             shift, scale, next_gate, ff_shift, ff_scale, ff_gate = modulation
             qkv = F.linear(modulate(total, shift, scale, self.dtype, gate, y), weight, bias)
-            rotate_first_head(qkv, frames, self.frequencies)
+            rotate_first_head(qkv, *rotation)
             y = out(attention(qkv, layout.tiles, self.heads))
             y = down(gelu(modulate(total, ff_shift, ff_scale, self.dtype, next_gate, y), up, "tanh"))
             gate = ff_gate

@@ -134,7 +134,7 @@ SMALL = {
 }  # fmt: skip
 
 
-def write_token2wav(folder: Path, seed: int = 0, small: bool = True) -> Path:
+def write_token2wav(folder: str | Path, seed: int = 0, small: bool = True) -> Path:
     """Write the files of Fun-CosyVoice3-0.5B-2512 that ``CosyVoice3Token2Wav`` loads, with random weights.
 
     Args:
@@ -142,6 +142,7 @@ def write_token2wav(folder: Path, seed: int = 0, small: bool = True) -> Path:
         seed: random seed of the weights.
         small: whether networks are small; otherwise, they have the sizes of the released ones.
     """
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cosyvoice3.yaml").write_text(YAML.format(**(SMALL if small else FULL)), encoding="utf-8")
     flow_config, vocoder_config = load_config(folder / "cosyvoice3.yaml")
