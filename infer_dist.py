@@ -186,11 +186,18 @@ def check_fingerprint(args) -> None:
 
 
 def fingerprints(rows: list[dict], set_dir: Path) -> dict[str, str]:
-    """Return ``id -> fingerprint``: a hash of text, language, prompt text and the content of the prompt's recording."""
+    """Return ``id -> fingerprint``: a hash of what the utterance is made from.
+
+    This is text, language, prompt text, the content of the prompt's recording and, if there is one, the instruction.
+    """
     recordings = {row["prompt_audio"] for row in rows if row["prompt_audio"]}
     checksums = {path: checksum(set_dir / path) for path in recordings}
     keys = ("target_text", "language", "prompt_text")
-    parts = {row["id"]: [*(row[key] for key in keys), checksums.get(row["prompt_audio"])] for row in rows}
+    parts = {
+        row["id"]: [*(row[key] for key in keys), checksums.get(row["prompt_audio"])]
+        + ([row["instruct"]] if "instruct" in row else [])
+        for row in rows
+    }
     return {utt_id: hashlib.sha256(json.dumps(part).encode()).hexdigest() for utt_id, part in parts.items()}
 
 

@@ -25,6 +25,7 @@ def get_args(argv=None):
     parser.add_argument("--output", type=Path, default=Path("speech.wav"), help="WAV file to write")
     parser.add_argument("--prompt-audio", type=Path, help="recording of the voice to synthesise with")
     parser.add_argument("--prompt-text", default="", help="transcript of --prompt-audio")
+    parser.add_argument("--instruct", default="", help="how to speak, for CosyVoice3 and CosyVoice2: 请用广东话表达。")
     parser.add_argument("--seed", type=int, default=0, help="random seed of the sampling")
     parser.add_argument(
         "--utt-id", default="tongue_twister", help="utterance id; with --seed, it determines the random numbers"
@@ -58,6 +59,7 @@ def main(argv=None):
     prompt_text, text = checked_texts(args)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s: %(message)s")
     row = {"id": args.utt_id, "target_text": text, "prompt_text": prompt_text, "prompt_audio": args.prompt_audio}
+    row |= {"instruct": args.instruct}
     synthesiser = synthesis.Synthesiser(args, args.device, Path.cwd())
     try:
         synthesiser.check([row])

@@ -5,7 +5,8 @@ JSONL is streamed, and memory grows by one integer per text. Unusable lines (not
 <|im_end|>, another language, too long a prompt) are skipped, counted, and listed with line number and reason in
 rejects.jsonl (for an array, with the number of the element). The run stops without writing parquet files if too many
 lines are unusable, if there are fewer texts than a batch has, if too many test texts are also training texts, or if the
-evaluation set has a fault. A line may have a ``language`` of its own, zh or en; other keys are ignored.
+evaluation set has a fault. A line may have a ``language`` of its own, zh or en, and an instruction how to speak,
+``instruct``; other keys are ignored.
 
 Columns: ``data_source``, ``prompt`` (chat messages; the checkpoint's template renders them), ``ability``,
 ``reward_model`` (``ground_truth`` is the text), ``extra_info`` (split, index, text, language; see below for
@@ -23,6 +24,7 @@ prints the readings of the first 20 texts and writes nothing.
 
 import argparse
 import collections
+import functools
 import itertools
 import re
 import tempfile
@@ -35,9 +37,15 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from tts_grpo.speech.model_folders import language_fault
-from tts_grpo.text.input_files import LANGUAGES, checked_speech_tokens, checked_text, read_known_answers
+from tts_grpo.text.input_files import (
+    LANGUAGES,
+    checked_instruct,
+    checked_speech_tokens,
+    checked_text,
+    read_known_answers,
+)
 from tts_grpo.text.jsonl import as_object, dump_line, numbered_rows
-from tts_grpo.text.prompts import chat_messages, choose, load_tokenizer, render_prompt, with_speech_role
+from tts_grpo.text.prompts import before_text, chat_messages, choose, load_tokenizer, render_prompt, with_speech_role
 from tts_grpo.text.rules import (
     TextRules,
     comparison_key,
@@ -162,26 +170,29 @@ class Prompts:
 
     def __init__(self, tokenizer, max_length: int):
         self.tokenizer, self.max_length, self.control = tokenizer, max_length, frozenset(control_tokens(tokenizer))
-        # the template is rendered once, because rendering is slow and only the text differs
-        self.before, self.after = render_prompt(tokenizer, "TEXT").split("TEXT")
-        self.num_template_control = self._num_control(self._ids([""])[0])
+        # the template is rendered once per instruction, because rendering is slow and only the text differs
+        self.around = functools.cache(
+            lambda instruct: render_prompt(tokenizer, "TEXT", instruct=instruct).split("TEXT")
+        )
+        self.num_control_before = functools.cache(lambda instruct: self._num_control(self._ids([("", instruct)])[0]))
 
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        prompts = [self.before + text + self.after for text in texts]
+    def _ids(self, texts: list[tuple[str, str]]) -> list[list[int]]:
+        prompts = [text.join(self.around(instruct)) for text, instruct in texts]
         return self.tokenizer(prompts, add_special_tokens=False)["input_ids"] if prompts else []
 
     def _num_control(self, ids: list[int]) -> int:
         return sum(i in self.control for i in ids)
 
-    def faults(self, texts: list[str], num_speech_tokens: list[int]) -> list[str]:
+    def faults(self, usable: list["Usable"]) -> list[str]:
         """Return the fault of each text's prompt, or "" if it has none; speech tokens are added to its length."""
-        return [self._fault(*found) for found in zip(texts, self._ids(texts), num_speech_tokens, strict=True)]
+        encoded = self._ids([(one.prompt_text, one.instruct) for one in usable])
+        return [self._fault(*found) for found in zip(usable, encoded, strict=True)]
 
-    def _fault(self, text: str, ids: list[int], num_speech_tokens: int) -> str:
-        if self._num_control(ids) > self.num_template_control:
-            (token,) = find_control_tokens(self.tokenizer, [text])
+    def _fault(self, usable: "Usable", ids: list[int]) -> str:
+        if self._num_control(ids) > self.num_control_before(usable.instruct):
+            (token,) = find_control_tokens(self.tokenizer, [usable.prompt_text])
             return f"the prompt would contain the control token {token}"
-        length = len(ids) + num_speech_tokens
+        length = len(ids) + len(usable.speech)
         return f"the prompt has more than {self.max_length} tokens" if length > self.max_length else ""
 
 
@@ -247,6 +258,7 @@ class Usable(NamedTuple):
         prompt_text: what the language model reads.
         speech: speech tokens at the end of the prompt.
         own_speech: those of them that are speech of the text itself.
+        instruct: how to speak, or "".
     """
 
     text: str
@@ -254,6 +266,7 @@ class Usable(NamedTuple):
     prompt_text: str
     speech: list[int]
     own_speech: list[int]
+    instruct: str = ""
 
 
 def sample(tokenizer, usable: Usable, split: str, index: int, data_source: str) -> dict:
@@ -261,7 +274,7 @@ def sample(tokenizer, usable: Usable, split: str, index: int, data_source: str) 
     text = usable.text
     return {
         "data_source": data_source,
-        "prompt": chat_messages(tokenizer, usable.prompt_text, speech=usable.speech),
+        "prompt": chat_messages(tokenizer, usable.prompt_text, speech=usable.speech, instruct=usable.instruct),
         "ability": "text-to-speech",
         "reward_model": {"style": "rule", "ground_truth": text},
         "extra_info": {"split": split, "index": index, "text": text, "language": usable.rules.language}
@@ -298,17 +311,20 @@ class Converter:
             text, rules = parse_row(row, self.rules)
             if fault := self.unknown_languages.get(rules.language):
                 return None, fault
-            before, speech = self.prefixes.of(row, text)
+            instruct = checked_instruct(row)
+            before_text(self.tokenizer, instruct)
+            # a voice's recording would fix the manner of speaking (tts_grpo/text/prompts.py)
+            before, speech = ("", []) if instruct and self.prefixes.kind == "voice" else self.prefixes.of(row, text)
         except ValueError as error:
             return None, str(error)
         own_speech = [] if before else speech
-        return Usable(text, rules, model_text(before + text, rules), speech, own_speech), ""
+        return Usable(text, rules, model_text(before + text, rules), speech, own_speech, instruct), ""
 
     def _usable(self, batch, path: Path, tally: Tally, rejects) -> list[Usable]:
         """Return the usable texts of a batch."""
         parsed = [(number, row, *self._parse(row)) for number, row in batch]
         found = [usable for _, _, usable, _ in parsed if usable]
-        faults = iter(self.prompts.faults([u.prompt_text for u in found], [len(u.speech) for u in found]))
+        faults = iter(self.prompts.faults(found))
         texts = []
         for number, row, usable, reason in parsed:
             fault = next(faults) if usable else reason
@@ -380,6 +396,11 @@ def check_eval_set(path: Path, args, prompts: Prompts) -> tuple[set[int], list[s
     token = find_control_tokens(prompts.tokenizer, texts)
     if wrong := next((row["id"] for row, token in zip(rows, token, strict=True) if token), None):
         raise SystemExit(f"prepare_data.py: {path}: the prompt of {wrong} would contain a control token")
+    for row in rows:
+        try:
+            before_text(prompts.tokenizer, row.get("instruct", ""))
+        except ValueError as error:
+            raise SystemExit(f"prepare_data.py: {path}: {row['id']}: {error}") from error
     return {hash(comparison_key(row["target_text"], rules.of(row))) for row in rows}, warnings_of(
         rows, path, args.max_new_tokens, rules
     )

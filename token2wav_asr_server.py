@@ -527,8 +527,9 @@ def bind_models(triton, instances: list[Instance], config) -> None:
 def serve(args, instances: list[Instance]) -> int:
     """Serve until a signal (returns 0), or until Triton or instances have ended too often (returns 1).
 
-    Triton's Python backend crashes at times under load. It is then started again, with the same instances; clients send
-    what was not answered again.
+    Triton's Python backend crashes at times under load, and PyTriton gives a model one second to connect when it loads,
+    which a busy machine may exceed. Triton is then started again, with the same instances; clients send what was not
+    answered again.
     """
     for _ in range(MAX_DEATHS + 1):
         try:
@@ -538,7 +539,7 @@ def serve(args, instances: list[Instance]) -> int:
             return 0
         if status is not None:
             return status
-        logger.error("Triton has ended: see its messages above. It is started again")
+        logger.error("Triton has ended: see the messages above. It is started again")
         end = time.monotonic() + PORTS_TIMEOUT_S
         while any(port_fault(args.address, port) for _, port in ports_of(args)) and time.monotonic() < end:
             time.sleep(0.5)
@@ -565,7 +566,11 @@ def serve_until_triton_ends(args, instances: list[Instance]) -> int | None:
     with Triton(config=config, security_config=security) as triton:
         config = ModelConfig(max_batch_size=args.max_batch_size, batcher=batcher)
         bind_models(triton, instances, config)
-        triton.run()
+        try:
+            triton.run()
+        except Exception:
+            logger.exception("Triton has not loaded the models")
+            return None
         logger.info("ready: %s at http://%s:%d", MODEL_NAME, args.address, args.http_port)
         try:
             while sum(instance.deaths for instance in instances) <= MAX_DEATHS:

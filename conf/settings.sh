@@ -19,7 +19,7 @@
 # from the defaults. "bash run.sh --settings" prints all values and where they come from.
 
 # experiment
-setting profile tiny - name 'conf/$profile.sh: tiny (CPU, offline) or cosyvoice2 (GPUs)'
+setting profile tiny - name 'conf/$profile.sh: tiny (CPU, offline), cosyvoice2 or cosyvoice3 (GPUs)'
 setting recipe '' - text? 'conf/recipes/$recipe.sh: a published recipe, for profile=cosyvoice2'
 setting evaluation '' - text? 'conf/evaluations/$evaluation.sh: sampling and texts of published figures: official, seed or mair-hub'
 setting exp_name '${recipe:-$profile}' - name "name of the experiment"
@@ -153,7 +153,9 @@ setting single_text '' - text? "text of stage 5; empty: the tongue-twister"
 # downloads of the full-size profile, and settings from which it derives others
 if [[ $profile != tiny ]]; then
   setting workspace /workspace - path "folder of downloads"
-  setting llm llasa -1 "llasa|official" "language model to train: yuekai's SFT model or CosyVoice2-0.5B's own"
+  setting llm llasa -1 "llasa|official" "language model to train: yuekai's SFT model of CosyVoice2's tokens, or CosyVoice's own"
+  setting llm_pt llm.pt -1 path "with llm=official: weights to start from, a file of token2wav_dir such as CosyVoice3's llm.rl.pt, or the path of a checkpoint of CosyVoice's trainer"
+  setting model_hub modelscope -1 "modelscope|huggingface" "hub from which CosyVoice's model is downloaded"
   setting sft_checkpoint checkpoint-885000 -1 text? "folder of llasa's repository to train; empty: its root"
   setting cosyvoice_dir '$workspace/CosyVoice' "-1 2 4" input "source of CosyVoice"
   setting cosyvoice_url https://github.com/FunAudioLLM/CosyVoice.git -1 text "repository of that source"

@@ -42,7 +42,7 @@ from tts_grpo.text.prompts import (
     load_tokenizer,
     render_prompt,
 )
-from tts_grpo.text.tokens import NUM_SPEECH_TOKENS, format_speech_tokens, speech_token_str
+from tts_grpo.text.tokens import NUM_SPEECH_TOKENS, first_speech_id, format_speech_tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBPYTHON = ROOT / "tts_grpo/reward/libpython.py"
@@ -126,7 +126,7 @@ def eval_sets(s: dict) -> list[Path]:
 
 
 def check_files(s: dict) -> Iterator[Finding]:
-    kind = token2wav_kind(s["token2wav_dir"]) or "cosyvoice2"
+    kind = token2wav_kind(s["token2wav_dir"]) or s["profile"]
     missing = missing_files(s["token2wav_dir"], TOKEN2WAV_FILES[kind])
     asr_dirs = [s["reward_asr_dir"]]
     if s["reward_asr_dirs"]:
@@ -251,13 +251,14 @@ def head_bias_findings(folder: Path, tokenizer, vocab_size: int) -> Iterator[Fin
 
 
 def speech_token_findings(tokenizer) -> Iterator[Finding]:
-    ids = tokenizer.convert_tokens_to_ids([speech_token_str(i) for i in range(NUM_SPEECH_TOKENS)])
-    first = ids[0]
-    in_order = first not in (None, tokenizer.unk_token_id) and ids == list(range(first, first + NUM_SPEECH_TOKENS))
     names = f"<|s_0|> to <|s_{NUM_SPEECH_TOKENS - 1}|>"
-    yield finding(in_order, f"{names}: ids from {first} on", " are not consecutive, or not in the vocabulary")
-    if in_order:
-        kept = tokenizer.decode([ids[0], ids[-1]], skip_special_tokens=True).replace(" ", "")
+    try:
+        first = first_speech_id(tokenizer)
+    except ValueError as error:
+        yield False, str(error)
+    else:
+        yield True, f"{names}: ids from {first} on"
+        kept = tokenizer.decode([first, first + NUM_SPEECH_TOKENS - 1], skip_special_tokens=True).replace(" ", "")
         good = kept == format_speech_tokens([0, NUM_SPEECH_TOKENS - 1])
         yield finding(good, f"{names} decode to {kept!r}", ": they are special tokens, which veRL removes")
     break_ids = tokenizer("\n", add_special_tokens=False)["input_ids"]

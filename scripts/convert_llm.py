@@ -306,7 +306,7 @@ def official_state(
 
 
 def to_official(hf: Path, like_path: Path, output: Path) -> dict:
-    """Write the official state dict; returns the model's name, the number of tensors and whether the folder has a bias.
+    """Write the official state dict; returns the model's name, numbers of tensors and whether the folder has a bias.
 
     Raises:
         ValueError: a tensor or token in the folder or in ``like_path`` is missing or wrong.
@@ -330,7 +330,8 @@ def to_official(hf: Path, like_path: Path, output: Path) -> dict:
     part = output.with_name(output.name + ".part")
     torch.save(state, part)
     part.replace(output)
-    return {"model": layout.name, "tensors": len(state), "head_bias": bias is not None}
+    changed = sum(not torch.equal(tensor, like[name]) for name, tensor in state.items())
+    return {"model": layout.name, "tensors": len(state), "changed_tensors": changed, "head_bias": bias is not None}
 
 
 def main(argv=None):

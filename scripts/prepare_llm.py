@@ -18,9 +18,10 @@ import json
 import shutil
 from pathlib import Path
 
-from tts_grpo.speech.model_folders import as_list, check_llm_folder, generation_config, read_json
+from tts_grpo.speech.model_folders import LLM_FOLDER, as_list, check_llm_folder, generation_config, read_json
 from tts_grpo.text.jsonl import write_json, write_text
 from tts_grpo.text.prompts import load_tokenizer, with_speech_role
+from tts_grpo.text.tokens import first_speech_id
 
 REWRITTEN = ("chat_template.jinja", "tokenizer_config.json", "generation_config.json")
 
@@ -43,6 +44,10 @@ def prepare(sft_path: Path, output_dir: Path, speech_role: bool = False) -> dict
     """
     check_llm_folder(sft_path)
     tokenizer, source = load_tokenizer(sft_path), sft_path.resolve()
+    try:
+        first_speech_id(tokenizer)
+    except ValueError as error:
+        raise ValueError(f"{sft_path}: {error}. {LLM_FOLDER}") from None
     if speech_role:
         tokenizer.chat_template = with_speech_role(tokenizer.chat_template)
     generation, dropped = generation_config(source, tokenizer)

@@ -72,12 +72,13 @@ def sft_checkpoint(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def cosyvoice3_llm(tmp_path_factory) -> Path:
-    """llm.pt and CosyVoice-BlankEN of CosyVoice3 in the official formats, with a small network of random weights."""
+def cosyvoice3_dir(tmp_path_factory) -> Path:
+    """A folder of CosyVoice3 in the official formats, with small networks of random weights."""
     from tools import random_llm
 
     folder = tmp_path_factory.mktemp("cosyvoice3")
-    random_llm.main(["--model", "cosyvoice3", "--output", str(folder), "--shape", "tiny", "--mean-tokens", "200"])
+    command = ["--model", "cosyvoice3", "--token2wav", "--shape", "tiny", "--mean-tokens", "200"]
+    random_llm.main([*command, "--output", str(folder)])
     return folder
 
 

@@ -29,6 +29,7 @@ from tts_grpo.speech.cosyvoice2.random_weights import (
 )
 from tts_grpo.text.jsonl import write_jsonl
 
+COSYVOICE3 = "FunAudioLLM/Fun-CosyVoice3-0.5B-2512"  # on both hubs
 COSYVOICE2 = {"modelscope": "iic/CosyVoice2-0.5B", "huggingface": "FunAudioLLM/CosyVoice2-0.5B"}
 SENSEVOICE = "iic/SenseVoiceSmall"
 SEACO_PARAFORMER = "iic/speech_seaco_paraformer_large_asr_nat-zh-cn-16k-common-vocab8404-pytorch"
@@ -37,9 +38,18 @@ NOT_OPENED = b"not opened by this recipe"
 VOXBOX, CV3_EVAL, SEED_TTS = "SparkAudio/voxbox", "yuekai/CV3-Eval", "yuekai/seed_tts_cosy2"
 
 
-def make_all(root: Path, assets: Path, checkpoint: Path, trainer_python: str) -> None:
-    """Make all repositories as ``root/OWNER/NAME``; ``checkpoint`` is one of the SFT model (tools/random_llm.py)."""
+def make_all(root: Path, assets: Path, checkpoint: Path, cosyvoice3_dir: Path, trainer_python: str) -> None:
+    """Make all repositories as ``root/OWNER/NAME``.
+
+    Args:
+        root: folder of the repositories.
+        assets: folder of the tiny stack.
+        checkpoint: one of the SFT model (tools/random_llm.py).
+        cosyvoice3_dir: folder of CosyVoice3 (tools/random_llm.py).
+        trainer_python: Python of the trainer environment.
+    """
     make_cosyvoice2(root, "modelscope")
+    make_cosyvoice3(root, cosyvoice3_dir)
     make_sensevoice(root / SENSEVOICE, assets / "asr_reward")
     make_paraformer(root / SEACO_PARAFORMER, seaco=True)
     make_llasa(root / LLASA, checkpoint)
@@ -86,6 +96,25 @@ def make_cosyvoice2(root: Path, hub: str) -> Path:
              "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
     write_blank_en(folder / BLANK_EN, read_ranks(None), sizes, seed=0)
     make_official_llm(folder)
+    return folder
+
+
+def make_cosyvoice3(root: Path, model: Path) -> Path:
+    """Make Fun-CosyVoice3-0.5B-2512 with the files of FunAudioLLM's repository at revision 29e01c4. Returns the folder.
+
+    ModelScope's listing of 2026-09 is the same without config.json. ``model`` has the files that CosyVoice opens.
+    """
+    folder = shutil.copytree(model, root / COSYVOICE3)
+    state = torch.load(model / "llm.pt")
+    state["llm_decoder.weight"] += 0.01
+    torch.save(state, folder / "llm.rl.pt")
+    (folder / "README.md").write_text("# Fun-CosyVoice3\n")
+    (folder / "asset").mkdir()
+    (folder / "asset/dingding.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    (folder / "configuration.json").write_text('{"framework":"Pytorch","task":"text-to-speech"}')
+    (folder / "config.json").write_text("{}")
+    for name in ("flow.decoder.estimator.fp32.onnx", "speech_tokenizer_v3.batch.onnx"):
+        (folder / name).write_bytes(NOT_OPENED)
     return folder
 
 

@@ -36,16 +36,16 @@ needs_source = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def official(cosyvoice3_llm, tmp_path_factory):
+def official(cosyvoice3_dir, tmp_path_factory):
     """The model with weights in which no direction of the hidden states is constant."""
     folder = tmp_path_factory.mktemp("official")
-    state = torch.load(cosyvoice3_llm / "llm.pt")
+    state = torch.load(cosyvoice3_dir / "llm.pt")
     torch.manual_seed(1)
     for name, tensor in state.items():
         if name != "llm.model.lm_head.weight":  # tied to the embedding
             tensor.normal_(1.0 if "norm" in name else 0.0, 0.1)
     torch.save(state, folder / "llm.pt")
-    (folder / "CosyVoice-BlankEN").symlink_to(cosyvoice3_llm / "CosyVoice-BlankEN")
+    (folder / "CosyVoice-BlankEN").symlink_to(cosyvoice3_dir / "CosyVoice-BlankEN")
     return folder
 
 
@@ -202,11 +202,12 @@ def test_training_and_rollouts_have_the_same_probabilities(loaded, converted):
     torch.testing.assert_close(log_probs[0, len(ids) - 1 :].tolist(), response.log_probs, atol=1e-5, rtol=0)
 
 
-def test_round_trip_is_bit_equal(official, converted, tmp_path):
+def test_round_trip_is_bit_equal(official, converted, tmp_path, capsys):
     """A checkpoint of CosyVoice's trainer has two more entries."""
     like = tmp_path / "epoch_3_whole.pt"
     torch.save(torch.load(official / "llm.pt") | {"epoch": 3, "step": 12_000}, like)
     main(["to-official", "--hf", str(converted), "--like", str(like), "--output", str(tmp_path / "back.pt")])
+    assert '"changed_tensors": 0' in capsys.readouterr().out
     before, after = torch.load(official / "llm.pt"), torch.load(tmp_path / "back.pt")
     assert list(before) == list(after)
     for name, tensor in before.items():
@@ -214,9 +215,9 @@ def test_round_trip_is_bit_equal(official, converted, tmp_path):
         assert torch.equal(tensor, after[name]), name
 
 
-def test_random_weights_have_the_requested_mean_length(cosyvoice3_llm):
-    state = torch.load(cosyvoice3_llm / "llm.pt")
-    logits = official_logits(cosyvoice3_llm, state, [END_OF_PROMPT, 5, 1000], SPEECH)
+def test_random_weights_have_the_requested_mean_length(cosyvoice3_dir):
+    state = torch.load(cosyvoice3_dir / "llm.pt")
+    logits = official_logits(cosyvoice3_dir, state, [END_OF_PROMPT, 5, 1000], SPEECH)
     assert logits.shape == (6, 6761) and logits[:, 6563:].mean().abs() < 0.1  # no lower than those of speech tokens
     sampleable = [*range(6561), 6562]
     probs = logits[:, sampleable].softmax(-1)
@@ -263,11 +264,12 @@ def make_upstream(folder, official):
     return folder
 
 
-def test_upstream_folder_becomes_official(official, tmp_path):
+def test_upstream_folder_becomes_official(official, tmp_path, capsys):
     hf, like, back = make_upstream(tmp_path / "hf", official), official / "llm.pt", tmp_path / "llm.pt"
     with pytest.raises(ValueError, match="no bias, so that text ids.*convert_llm.py"):
         load_lm(hf)
     main(["to-official", "--hf", str(hf), "--like", str(like), "--output", str(back)])
+    assert '"changed_tensors": 0' not in capsys.readouterr().out  # it is in bfloat16
     before, after = torch.load(like), torch.load(back)
     for name in ("llm_decoder.weight", "speech_embedding.weight", "llm.model.model.norm.weight"):
         assert torch.equal(before[name].bfloat16().float(), after[name]), name

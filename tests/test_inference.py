@@ -202,9 +202,9 @@ def test_another_voice_or_language_changes_the_fingerprint(eval_set, tmp_path):
     for content in (b"1", b"2"):
         (tmp_path / "a.wav").write_bytes(content)
         found.add(infer_dist.fingerprints(rows, tmp_path)["a"])
-    for change in ({"prompt_text": "您好"}, {"language": "en"}):
+    for change in ({"prompt_text": "您好"}, {"language": "en"}, {"instruct": "请用广东话表达。"}):
         found.add(infer_dist.fingerprints([rows[0] | change], tmp_path)["a"])
-    assert len(found) == 4
+    assert len(found) == 5
 
 
 def test_a_record_that_a_crash_truncated_within_a_character(tmp_path):
@@ -338,6 +338,15 @@ def test_the_language_model_reads_the_text_by_the_rules(assets):
     synthesiser = Synthesiser.__new__(Synthesiser)
     synthesiser.rules = TextRules(llm_text="spoken")
     assert synthesiser.texts({"target_text": text, "prompt_text": ""}) == ("", "二零二四年。")
+
+
+def test_an_instruction_for_a_model_that_takes_none_is_named(assets, tmp_path):
+    row = {"id": "a", "text": "好", "instruct": "请用广东话表达。"}
+    (tmp_path / "set.jsonl").write_text(json.dumps(row) + "\n")
+    command = ["--llm-path", assets / "llm", "--token2wav-dir", assets / "token2wav", "--eval-set",
+               tmp_path / "set.jsonl", "--output-dir", tmp_path / "out"]  # fmt: skip
+    with pytest.raises(SystemExit, match="a: this language model takes no instructions"):
+        infer_dist.main([*map(str, command)])
 
 
 def test_utterances_without_a_prompt_are_named_before_synthesis(assets, eval_set, tmp_path):

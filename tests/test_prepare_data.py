@@ -4,8 +4,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from tests.hub_repositories import make_voxbox
+from tts_grpo.text.prompts import COSYVOICE_CHAT_TEMPLATE, END_OF_SYSTEM
 
 pytestmark = pytest.mark.slow
 
@@ -329,3 +331,36 @@ def test_a_rollout_continues_a_voice_that_the_reward_server_has_drawn_too(worker
     assert len(set(drawn)) > 1
     (tmp_path / "voices.jsonl").unlink()  # --check runs before stage 0 makes the file
     assert prepare(worker, tmp_path, lines, lines[:1], *flags, "--check", "--max-test-overlap", "1").returncode == 0
+
+
+@pytest.fixture
+def cosyvoice3_tokenizer(tmp_path):
+    """A folder with the tiny stack's tokenizer, in CosyVoice3's form."""
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "assets/tiny/llm")
+    tokenizer.add_tokens([END_OF_SYSTEM, "<|endofprompt|>"], special_tokens=True)
+    tokenizer.chat_template = COSYVOICE_CHAT_TEMPLATE
+    tokenizer.save_pretrained(tmp_path / "llm")
+    return str(tmp_path / "llm")
+
+
+def test_instructions(worker, trainer_python, cosyvoice3_tokenizer, tmp_path):
+    train = [
+        {"text": "你好。"}, {"text": "再见。", "instruct": "请用广东话表达。"}, {"text": "明天。", "instruct": 3},
+        {"text": "早上。", "instruct": "You are a helpful assistant. 请用广东话表达。<|endofprompt|>"},
+    ]  # fmt: skip
+    voice = {"text": "晚上", "speech_tokens": [5, 6]}
+    (tmp_path / "voices.jsonl").write_text(json.dumps(voice) + "\n")
+    flags = ["--llm-path", cosyvoice3_tokenizer, "--max-bad-ratio", "0.5", "--speech-prefix", "voice", "--voices",
+             str(tmp_path / "voices.jsonl")]  # fmt: skip
+    lines = [json.dumps(row, ensure_ascii=False) for row in train]
+    done = prepare(worker, tmp_path, lines, [line("好")], *flags)
+    assert done.returncode == 0, done.stderr
+    plain, instructed = (row["prompt"] for row in rows_of(trainer_python, tmp_path / "out/train.parquet"))
+    system = "You are a helpful assistant."
+    assert plain[0]["content"] == f"{system}<|endofprompt|>晚上你好。" and len(plain) == 2
+    (message,) = instructed  # without the voice's speech
+    assert message["content"] == f"{system} 请用广东话表达。<|endofprompt|>再见。"
+    reasons = [json.loads(row)["reason"] for row in (tmp_path / "out/rejects.jsonl").read_text("utf-8").splitlines()]
+    assert "instruct is the number 3" in reasons[0] and "instruct contains <|endofprompt|>" in reasons[1]
+    refused = prepare(worker, tmp_path, lines[:2], [line("好")])  # the tiny model
+    assert refused.returncode == 1 and "takes no instructions" in refused.stderr

@@ -131,8 +131,12 @@ def test_folders_that_cannot_be_trained_are_refused(sft_checkpoint, tmp_path):
     (tmp_path / "repository/checkpoint-5/config.json").write_text("{}")
     with pytest.raises(SystemExit, match=r"has no config.json; it has checkpoint-5: set sft_path"):
         prepare_llm.main(["--sft-path", str(tmp_path / "repository"), "--output-dir", str(tmp_path / "out")])
-    with pytest.raises(ValueError, match="no weights"):
+    with pytest.raises(ValueError, match=r"no weights .*; it has no tokenizer .*; it names no end token.*export.md"):
         prepare_llm.prepare(tmp_path / "repository/checkpoint-5", tmp_path / "out")
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/epoch_3_whole.pt").touch()
+    with pytest.raises(ValueError, match=r"set llm=official llm_pt=.*/own/epoch_3_whole.pt"):
+        prepare_llm.prepare(tmp_path / "own", tmp_path / "out")
     foreign = copy_with_template(tmp_path / "foreign", sft_checkpoint, "[INST] {{ messages[0]['content'] }} [/INST]")
     with pytest.raises(ValueError, match=r"foreign: the tokenizer's chat template renders .*\[INST\]"):
         prepare_llm.prepare(foreign, tmp_path / "out")

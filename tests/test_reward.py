@@ -488,8 +488,22 @@ def test_a_dead_or_hung_instance_is_restarted_until_it_dies_too_often(assets, tm
     assert "instances have died 3 times; stopping" in server.log.read_text()
 
 
-def test_triton_is_started_again_if_it_ends(assets, tmp_path, rows):
-    server = RewardServer(assets, tmp_path / "log", "--instances", "2")
+# The first start ends as it does when a model is not connected to PyTriton within a second.
+FAILS_TO_LOAD_ONCE = """
+from pytriton.triton import Triton
+
+def run(self, start=Triton.run, failed=[]):
+    start(self)
+    if not failed:
+        failed.append(True)
+        raise TimeoutError("Timeout occurred while waiting for config file")
+
+Triton.run = run
+"""
+
+
+def test_triton_is_started_again_if_it_ends_or_does_not_load_the_models(assets, tmp_path, rows):
+    server = RewardServer(assets, tmp_path / "log", "--instances", "2", patch=FAILS_TO_LOAD_ONCE)
     try:
         server.wait_ready()
         pairs = [(row["speech_tokens"], row["text"]) for row in rows[:16]]
@@ -500,7 +514,8 @@ def test_triton_is_started_again_if_it_ends(assets, tmp_path, rows):
         threading.Timer(0.3, os.kill, (triton, signal.SIGKILL)).start()
         after = [score_all(RewardClient([server.url], patience_s=120, max_backoff_s=0.5), pairs) for _ in range(3)]
         assert after == [before] * 3 and max(score.attempts for scores in after for score in scores) > 1
-        assert server.log.read_text().count("Triton has ended") == 1
+        log = server.log.read_text()
+        assert log.count("Triton has not loaded the models") == 1 and log.count("Triton has ended") == 2
     finally:
         status = server.stop()
     assert status == 0

@@ -78,7 +78,7 @@ class Recipe:
         (self.root / "scripts").mkdir(parents=True)
         shutil.copytree(ROOT / "conf", self.root / "conf")
         shutil.copy(ROOT / "run.sh", self.root)
-        for name in ("lib.sh", "eval_sets.sh", "verl_cpu.sh", "settings.py", "checkpoints.py"):
+        for name in ("lib.sh", "eval_sets.sh", "full_size.sh", "verl_cpu.sh", "settings.py", "checkpoints.py"):
             shutil.copy(ROOT / "scripts" / name, self.root / "scripts")
         (self.root / "tts_grpo/reward").mkdir(parents=True)
         for name in ("libpython.py", "rewards.py"):
@@ -239,7 +239,7 @@ def test_the_official_language_model_is_converted_and_comes_back(recipe, tmp_pat
     assert recipe.run("-1", "-1", **settings).returncode == 0
     calls = recipe.calls_path.read_text()
     llm, official = workspace / "CosyVoice2-0.5B-llm", workspace / "CosyVoice2-0.5B"
-    assert f"convert_llm.py to-hf --cosyvoice-dir {official} --output {llm}\n" in calls
+    assert f"convert_llm.py to-hf --cosyvoice-dir {official} --llm llm.pt --output {llm}\n" in calls
     assert "yuekai/llasa" not in calls
     dry = recipe.run("--dry-run", "2", "3", **settings).stdout
     assert f"prepare_llm.py --sft-path {llm} " in recipe.run("--dry-run", "0", **settings).stdout
@@ -247,6 +247,40 @@ def test_the_official_language_model_is_converted_and_comes_back(recipe, tmp_pat
     back = f"to-official --hf {merged} --like {official}/llm.pt --output {recipe.exp_dir}/llm.pt"
     assert back in dry.replace("\\ ", " ")
     assert "to-official" not in recipe.run("--dry-run", "2", "3", **settings | {"llm": "llasa"}).stdout
+
+
+def test_cosyvoice3_has_its_own_files(recipe, tmp_path):
+    workspace = tmp_path / "workspace"
+    (workspace / "CosyVoice/cosyvoice").mkdir(parents=True)
+    settings = {"profile": "cosyvoice3", "workspace": str(workspace), "llm_pt": "llm.rl.pt", "model_hub": "huggingface"}
+    dry = recipe.run("--dry-run", "-1", "4", **settings).stdout.replace("\\ ", " ")
+    official = workspace / "Fun-CosyVoice3-0.5B-2512"
+    assert f"--hub huggingface --repo FunAudioLLM/Fun-CosyVoice3-0.5B-2512 --output-dir {official} --need-gib 8 " in dry
+    assert "speech_tokenizer_v3.onnx llm.pt llm.rl.pt " in dry
+    assert f"to-hf --cosyvoice-dir {official} --llm llm.rl.pt --output {official}-llm-" in dry
+    assert f"--like {official}/llm.rl.pt --output " in dry and "known_answer-cosyvoice3.jsonl" in dry
+    assert "--top-p 0.8 --top-k 25 --repetition-penalty 1.0 --repetition-window 10 " in dry
+    checkpoint = tmp_path / "epoch_3_whole.pt"
+    dry = recipe.run("--dry-run", "-1", "-1", **settings | {"llm_pt": str(checkpoint)}).stdout
+    assert f"--llm {checkpoint} " in dry and "--need-gib 6 " in dry and "llm.rl.pt" not in dry
+    refused = recipe.run("--dry-run", "-1", "-1", **settings | {"llm": "llasa"})
+    assert refused.returncode == 1 and "set profile=cosyvoice2" in refused.stderr
+
+
+def test_a_changed_checkpoint_is_converted_again(recipe, tmp_path):
+    workspace, checkpoint = tmp_path / "workspace", tmp_path / "epoch_3_whole.pt"
+    (workspace / "CosyVoice/cosyvoice").mkdir(parents=True)
+    settings = {"profile": "cosyvoice3", "workspace": str(workspace), "llm_pt": str(checkpoint)}
+    converted = lambda: "to-hf" in recipe.run("--dry-run", "-1", "-1", **settings).stdout  # noqa: E731
+    shown = recipe.run("--dry-run", "0", "0", **settings).stdout.replace("\\ ", " ")
+    folder = Path(re.search(r"--sft-path (\S+) ", shown)[1])
+    folder.mkdir(parents=True)
+    checkpoint.touch()
+    (folder / "config.json").touch()
+    os.utime(checkpoint, (1, 1))
+    assert not converted()
+    os.utime(checkpoint)
+    assert converted()
 
 
 PRESETS = {  # per published recipe: arguments of stage -1, the server, veRL and the evaluation
@@ -558,7 +592,7 @@ def test_credit_reaches_the_reward(recipe):
     assert done.returncode == 1 and "credit=word: expected syllable or utterance" in done.stderr
 
 
-@pytest.mark.parametrize("profile", ["tiny", "cosyvoice2"])
+@pytest.mark.parametrize("profile", ["tiny", "cosyvoice2", "cosyvoice3"])
 def test_dry_run_prints_and_runs_nothing(recipe, profile):
     done = recipe.run("--dry-run", "-1", "5", "--", "trainer.foo=1", profile=profile)
     assert done.returncode == 0, done.stderr

@@ -1,6 +1,6 @@
 """Write a language model with random weights, in the same format as a model that the full-size profiles train.
 
-    python tools/random_llm.py --output DIR [--model llasa|cosyvoice3] [--mean-tokens 124]
+    python tools/random_llm.py --output DIR [--model cosyvoice3] [--mean-tokens 124]
 
 It is used to measure speed and memory, and for tests, without a download.
 
@@ -11,7 +11,8 @@ egs/emilia/TTS/llasa_cosyvoice2_token/train.py); LM head tied to the embedding, 
 with its system prompt, and Qwen's generation config with a repetition penalty of 1.1.
 
 cosyvoice3: the language model's part of Fun-CosyVoice3-0.5B-2512, ``llm.pt`` (the state of ``CosyVoice3LM`` in
-cosyvoice/llm/llm.py, float32) and ``CosyVoice-BlankEN`` (Qwen2-0.5B-Instruct). Convert it for training:
+cosyvoice/llm/llm.py, float32) and ``CosyVoice-BlankEN`` (Qwen2-0.5B-Instruct); with --token2wav also the files of its
+decoder, so that the folder is complete. Convert the language model for training:
 
     python scripts/convert_llm.py to-hf --cosyvoice-dir DIR --output HF_DIR
 
@@ -90,6 +91,7 @@ def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--model", choices=("llasa", "cosyvoice3"), default="llasa", help="model whose format it has")
+    parser.add_argument("--token2wav", action="store_true", help="with cosyvoice3: also write the decoder's files")
     parser.add_argument("--shape", choices=sorted(SHAPES), default="0.5b", help="size of the network")
     parser.add_argument("--mean-tokens", type=float, default=124.0, help="mean number of speech tokens per response")
     parser.add_argument("--seed", type=int, default=0, help="random seed for the weights")
@@ -325,6 +327,10 @@ def main(argv=None):
     args.output.mkdir(parents=True, exist_ok=True)
     if args.model == "cosyvoice3":
         parameters = write_cosyvoice3(args.output, ranks, shape, args.mean_tokens, args.seed)
+        if args.token2wav:
+            from tts_grpo.speech.cosyvoice3.random_weights import write_token2wav  # needs onnx
+
+            write_token2wav(args.output, args.seed, small=args.shape == "tiny")
     else:
         tokenizer = make_tokenizer(ranks)
         model = make_model(tokenizer, shape, args.mean_tokens, args.seed)

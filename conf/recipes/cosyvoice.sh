@@ -1,4 +1,4 @@
-# shellcheck shell=bash disable=SC2034  # read by run.sh and conf/cosyvoice2.sh
+# shellcheck shell=bash disable=SC2034  # read by run.sh and scripts/full_size.sh
 # Recipe "cosyvoice": GRPO of the official language model on AISHELL-3's texts.
 # Source: github.com/FunAudioLLM/CosyVoice, examples/grpo/cosyvoice2 at commit ace7c47.
 # Published CER: test_zh 1.37%, zero_shot_zh 3.36%, at one of the steps 100 to 500; which one is not said.

@@ -1,4 +1,4 @@
-# shellcheck shell=bash disable=SC2034,SC2154  # read by run.sh and conf/cosyvoice2.sh
+# shellcheck shell=bash disable=SC2034,SC2154  # read by run.sh and scripts/full_size.sh
 # Recipe "mair-hub-dapo": DAPO on Emilia's Chinese texts.
 # Source: github.com/nvidia-china-sae/mair-hub, rl-tutorial/cosyvoice_llm/run_dapo.sh at commit 374bc49.
 # Published CER: test_zh 0.83%, zero_shot_zh 2.71% (step 700).

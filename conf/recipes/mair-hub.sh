@@ -1,8 +1,8 @@
-# shellcheck shell=bash disable=SC2034  # read by run.sh and conf/cosyvoice2.sh
+# shellcheck shell=bash disable=SC2034  # read by run.sh and scripts/full_size.sh
 # Recipe "mair-hub": GRPO on Emilia's Chinese texts, the newest of the original recipe.
 # Source: github.com/nvidia-china-sae/mair-hub, rl-tutorial/cosyvoice_llm at commit 374bc49 (results of commit 1b57059).
 # Published CER: test_zh 0.87%, zero_shot_zh 2.63% (step 1,800).
-# conf/cosyvoice2.sh has its training settings as defaults; here is what it does differently from them.
+# scripts/full_size.sh has its training settings as defaults; here is what it does differently from them.
 # What it cannot reproduce is in docs/differences.md.
 
 # reward: each rollout in a random voice of AISHELL's test set

@@ -1,4 +1,4 @@
-# shellcheck shell=bash disable=SC2034  # read by run.sh and conf/cosyvoice2.sh
+# shellcheck shell=bash disable=SC2034  # read by run.sh and scripts/full_size.sh
 # Recipe "seed": GRPO on AISHELL-3's texts, as first published.
 # Source: github.com/nvidia-china-sae/mair-hub, rl-tutorial/cosyvoice_llm at commit 5659ee4.
 # Published CER: test_zh 1.06%, zero_shot_zh 4.03% (3.01% once the set's texts were stripped: eval_strip_quotes=1).

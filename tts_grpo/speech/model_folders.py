@@ -13,6 +13,8 @@ TOKEN2WAV_FILES = {  # the first file identifies the kind; others, such as confi
 }
 SENSEVOICE_FILES = ("config.yaml", "model.pt", "am.mvn", "configuration.json")
 PARAFORMER_FILES = (*SENSEVOICE_FILES, "tokens.json")
+LLM_FOLDER = "The list of what a language model's folder must have is in docs/export.md, Your own model"
+CONFIGS = ("generation_config.json", "config.json")
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # keys in a generation config
 
 
@@ -85,15 +87,29 @@ def describe(paths: Sequence[Path]) -> str:
 
 
 def check_llm_folder(folder: Path) -> None:
-    """Raise ValueError if a folder is not a model's; the message names checkpoints inside it that may be meant."""
+    """Check that a language model's folder has all files.
+
+    Raises:
+        ValueError: files are missing; the message lists them, and names what may be meant: checkpoints inside the
+            folder, or a state dict in CosyVoice's format.
+    """
     if not (folder / "config.json").is_file():
-        found = sorted(path.parent.name for path in folder.glob("*/config.json"))
-        hint = (
-            f"it has {', '.join(found)}: set sft_path to one of them" if found else "set sft_path to a model's folder"
-        )
-        raise ValueError(f"{folder} has no config.json; {hint}")
+        found, official = sorted(path.parent.name for path in folder.glob("*/config.json")), sorted(folder.glob("*.pt"))
+        hint = "set sft_path to a model's folder"
+        if found:
+            hint = f"it has {', '.join(found)}: set sft_path to one of them"
+        elif official:
+            hint = f"it has {official[0].name}: for a file in CosyVoice's format, set llm=official llm_pt={official[0]}"
+        raise ValueError(f"{folder} has no config.json; {hint}. {LLM_FOLDER}")
+    missing = []
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
-        raise ValueError(f"{folder} has no weights (*.safetensors or *.bin)")
+        missing.append("has no weights (*.safetensors or *.bin)")
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        missing.append("has no tokenizer (tokenizer.json, or vocab.json and merges.txt)")
+    if not any(read_json(folder / name).get("eos_token_id") is not None for name in CONFIGS):
+        missing.append(f"names no end token: neither {' nor '.join(CONFIGS)} has an eos_token_id")
+    if missing:
+        raise ValueError(f"{folder} {'; it '.join(missing)}. {LLM_FOLDER}")
 
 
 def read_json(path: Path) -> dict:
@@ -104,13 +120,10 @@ def read_json(path: Path) -> dict:
 def generation_config(folder: Path, tokenizer) -> tuple[dict, dict]:
     """The generation config to write, and the settings of the folder's generation config that it drops.
 
-    Raises:
-        ValueError: neither generation_config.json nor config.json names an end token.
+    The folder has an end token (:func:`check_llm_folder`).
     """
-    existing, config = read_json(folder / "generation_config.json"), read_json(folder / "config.json")
+    existing, config = (read_json(folder / name) for name in CONFIGS)
     ids = {name: existing.get(name, config.get(name)) for name in TOKEN_IDS}
-    if ids["eos_token_id"] is None:
-        raise ValueError(f"{folder}: neither generation_config.json nor config.json has an eos_token_id")
     if ids["pad_token_id"] is None:
         ids["pad_token_id"] = tokenizer.pad_token_id
     dropped = {name: value for name, value in existing.items() if name not in (*TOKEN_IDS, "transformers_version")}

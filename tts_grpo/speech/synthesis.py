@@ -30,7 +30,7 @@ from tts_grpo.speech.generation import (
 )
 from tts_grpo.speech.token2wav import decode, load_token2wav
 from tts_grpo.speech.voices import load_prompt_voice
-from tts_grpo.text.prompts import render_prompt
+from tts_grpo.text.prompts import before_text, render_prompt
 from tts_grpo.text.rules import TextRules, model_text
 from tts_grpo.text.spoken import LANGUAGES
 from tts_grpo.text.tags import find_control_tokens
@@ -144,6 +144,11 @@ class Synthesiser:
         for row, token in zip(utterances, found, strict=True):
             if token:
                 raise ValueError(f"the text of {row['id']} contains the control token {token}: remove it")
+        for row in utterances:
+            try:
+                before_text(self.tokenizer, row.get("instruct", ""))
+            except ValueError as error:
+                raise ValueError(f"{row['id']}: {error}") from None
         without = [row["id"] for row in utterances if not row["prompt_audio"]]
         if self.token2wav.needs_voice and without:
             raise ValueError(
@@ -169,8 +174,10 @@ class Synthesiser:
             list(pool.map(self.voice, distinct.values()))
             voices = [self.voice(row) for row in utterances]
             return [
-                render_prompt(self.tokenizer, target, prompt, voice.prompt_speech_tokens if voice else ())
-                for (prompt, target), voice in zip(map(self.texts, utterances), voices, strict=True)
+                render_prompt(
+                    self.tokenizer, target, prompt, voice.prompt_speech_tokens if voice else (), row.get("instruct", "")
+                )
+                for row, (prompt, target), voice in zip(utterances, map(self.texts, utterances), voices, strict=True)
             ]
 
     def synthesise(self, utterances: Sequence[dict], seed: int) -> list[Synthesised]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tts_grpo.text.jsonl import as_object, named, numbered_rows
+from tts_grpo.text.tags import find_tags
 from tts_grpo.text.tokens import NUM_SPEECH_TOKENS
 
 LANGUAGES = ("zh", "en")  # whose texts can be read; zh: Chinese, which may contain English words
@@ -59,6 +60,20 @@ def checked_language(row: dict, default: str) -> str:
     return language
 
 
+def checked_instruct(row: dict) -> str:
+    """Return the instruction of an entry that says how to speak, such as "请用广东话表达。", or "" if it has none.
+
+    Raises:
+        ValueError: it is not a text with a word, or it has a tag such as <|endofprompt|>.
+    """
+    if row.get("instruct") in (None, ""):
+        return ""
+    instruct = checked_text(row, "instruct")
+    if tags := find_tags(instruct):
+        raise ValueError(f"instruct contains {tags[0]}: write the instruction only, such as 请用广东话表达。")
+    return instruct
+
+
 def _kind(value: Any) -> str:
     """Describe the type of a JSON value for an error message."""
     if isinstance(value, (dict, list, str)):
@@ -72,7 +87,7 @@ def read_eval_set(
     """Read an evaluation set: utterances with ``id``, ``target_text``, ``language``, ``prompt_text``, ``prompt_audio``.
 
     ``target_text`` may be called ``text`` in the file. An integer id is converted to a string. An utterance without a
-    prompt has the ``prompt_text`` "" and the ``prompt_audio`` None.
+    prompt has the ``prompt_text`` "" and the ``prompt_audio`` None. One with an instruction also has ``instruct``.
 
     Args:
         path: the file.
@@ -93,7 +108,8 @@ def read_eval_set(
         found |= _prompt(Path(path).parent, row) or {"prompt_text": "", "prompt_audio": None}
         texts = {name: prepare(found[name]) for name in ("target_text", "prompt_text") if found[name]}
         checked_text(texts, "target_text")  # it must still have a word
-        return found | texts
+        instruct = checked_instruct(row)
+        return found | texts | ({"instruct": instruct} if instruct else {})
 
     return _read(path, utterance, "utterance")
 

@@ -139,7 +139,8 @@ def form_of(tokenizer) -> str:
     """The form of the tokenizer's prompts: ``llasa``, ``cosyvoice2`` or ``cosyvoice3``."""
     if _ending(tokenizer) == GENERATION_START:
         return "llasa"
-    return "cosyvoice3" if END_OF_SYSTEM in tokenizer.get_vocab() else "cosyvoice2"
+    known = tokenizer.convert_tokens_to_ids(END_OF_SYSTEM) not in (None, tokenizer.unk_token_id)
+    return "cosyvoice3" if known else "cosyvoice2"
 
 
 def before_text(tokenizer, instruct: str = "") -> str:

@@ -19,6 +19,19 @@ def speech_token_str(token: int) -> str:
     return f"<|s_{token}|>"
 
 
+def first_speech_id(tokenizer) -> int:
+    """Return the vocabulary id of speech token 0; those of the other speech tokens follow.
+
+    Raises:
+        ValueError: the vocabulary lacks a speech token, or their ids are not consecutive.
+    """
+    ids = tokenizer.convert_tokens_to_ids([speech_token_str(i) for i in range(NUM_SPEECH_TOKENS)])
+    if ids[0] in (None, tokenizer.unk_token_id) or ids != list(range(ids[0], ids[0] + NUM_SPEECH_TOKENS)):
+        names = f"{speech_token_str(0)} to {speech_token_str(NUM_SPEECH_TOKENS - 1)}"
+        raise ValueError(f"the ids of {names} are not consecutive, or the tokens are not in the vocabulary")
+    return ids[0]
+
+
 def format_speech_tokens(tokens) -> str:
     """Return the text form of a sequence of ids, as in a prompt or a response."""
     return "".join(speech_token_str(int(token)) for token in tokens)
