@@ -50,6 +50,8 @@ GIB = 2**30
 TRAINER_GIB = 12  # a 0.5B model's weights, optimizer states and activations; vLLM and the reward server come on top
 VLLM_GIB = 5  # weights, workspace, and a KV cache for some dozens of rollouts
 ADAM_BYTES = 12  # bytes per parameter in a checkpoint: weight and two Adam moments in float32
+PUBLISHED = re.compile(r"(test|zero_shot)_(zh|hard|hard_zh)(-stripped)?")  # evaluation sets, see scripts/eval_sets.sh
+PUBLISHED_ENGLISH = re.compile(r"(test|zero_shot|zero_shot_hard)_en(-stripped)?")
 Finding = tuple[bool, str]  # whether the check passed, and its description
 
 
@@ -134,7 +136,8 @@ def check_files(s: dict) -> Iterator[Finding]:
     for folder in asr_dirs:
         missing += missing_files(folder, SENSEVOICE_FILES)
     # the evaluation supports several ASR backends (tts_grpo/speech/asr/loading.py)
-    others = (Path(s[name]) for name in ("eval_asr_dir", "judge_asr_dir", "prompt_audio", "prompt_list") if s[name])
+    names = ("eval_asr_dir", "eval_asr_dir_en", "judge_asr_dir", "prompt_audio", "prompt_list")
+    others = (Path(s[name]) for name in names if s[name])
     missing += [path for path in (*others, *eval_sets(s)) if not path.exists()]
     yield from (
         (False, f"{path} is missing: run bash run.sh -1 -1 to download it, or set its variable") for path in missing
@@ -163,9 +166,13 @@ def check_languages(s: dict, reward_asr_dirs: Sequence[str]) -> Iterator[Finding
             languages = {row["language"] for row in read_eval_set(path, language=s["language"])}
         except (OSError, ValueError):  # reported with the data
             continue
-        english = languages == {"en"} and s["eval_asr_dir_en"]
-        for folder in (english or s["eval_asr_dir"], s["judge_asr_dir"]):
-            needed.setdefault(folder, set()).update(languages)
+        # as in run.sh: the published sets in English, and all other sets with language=en, have their own recogniser
+        english = PUBLISHED_ENGLISH.fullmatch(path.stem) or (
+            s["language"] == "en" and not PUBLISHED.fullmatch(path.stem)
+        )
+        folder = (english and s["eval_asr_dir_en"]) or s["eval_asr_dir"]
+        for name in (folder, s["judge_asr_dir"]):
+            needed.setdefault(name, set()).update(languages)
     for folder, languages in needed.items():
         for language in sorted(languages):
             if folder and Path(folder).is_dir() and (fault := language_fault(folder, language)):

@@ -24,6 +24,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from tts_grpo.evaluation.provenance import provenance  # it needs only the standard library
+
 ROOT = Path(__file__).resolve().parent.parent
 ROUNDING = 0.005  # half a unit of the last digit of published figures, in points
 STRIPPED = "-stripped"  # ends the name of a set without quotes and brackets
@@ -232,7 +235,11 @@ def main(argv=None) -> int:
         print("\n".join(table_lines(systems, rows)))
         args.output_dir.mkdir(parents=True, exist_ok=True)
         path = args.output_dir / "comparison.json"
-        path.write_text(json.dumps(rows, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        recorded = provenance("Published figures, evaluated here", ["scripts/reproduce.py", *(argv or sys.argv[1:])])
+        recorded |= {
+            "conditions": "error rates in percent, with 95% intervals by bootstrap over utterances", "figures": rows
+        }  # fmt: skip
+        path.write_text(json.dumps(recorded, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
         print(f"comparison: {path}")
     if failed:
         print(f"reproduce.py: failed: {', '.join(failed)}: see above; the same command repeats only what failed",

@@ -194,7 +194,7 @@ def test_published_figures_are_compared_with_those_of_random_weights(shared, ass
                "--output-dir", str(tmp_path / "out")]  # fmt: skip
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
-    rows = {row["set"]: row for row in json.loads((tmp_path / "out/comparison.json").read_text())}
+    rows = {row["set"]: row for row in json.loads((tmp_path / "out/comparison.json").read_text())["figures"]}
     assert rows["zero_shot_zh"]["verdict"] == "not comparable: 3 utterances, the published set has 500"
     assert rows["test_en"]["metric"] == "seed-tts-eval WER" and rows["test_en"]["published"] == 2.57
     assert not [text for row in rows.values() for text in row["differs"] if "sampling" in text or "precision" in text]

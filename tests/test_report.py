@@ -126,7 +126,7 @@ def test_page_loads_nothing_from_outside(page):
     assert not re.search(r"""(src|href)=["'](?!data:|#)""", page)
     assert not re.search(r"@import|url\((?!#)", page)
     ids = re.findall(r'\bid="([^"]+)"', page)
-    assert len(ids) == len(set(ids))
+    assert len(ids) == len(set(ids)) and "sets" not in ids
     assert set(re.findall(r"url\(#([^)]+)\)", page)) <= set(ids)
     assert len(page) < 6 * 2**20
 
@@ -415,3 +415,22 @@ def wait_until(condition, timeout_s: float = 20.0) -> None:
     while not condition():
         assert time.monotonic() < end, "timed out"
         time.sleep(0.05)
+
+
+def test_several_sets_have_a_common_table_and_a_page_each(exp_dir, tmp_path):
+    for name in ("zero_shot_zh", "test_zh"):
+        (tmp_path / "eval").mkdir(exist_ok=True)
+        (tmp_path / "eval" / name).mkdir()
+        for model in ("sft", "grpo"):
+            (tmp_path / "eval" / name / model).symlink_to(exp_dir / "eval" / model)
+    sets = ["--exp-dir", str(tmp_path), "--sets", "zero_shot_zh", "test_zh"]
+    summarise.main(sets)
+    report.main([*sets, "--examples", "1"])
+    first = (tmp_path / "report.html").read_text(encoding="utf-8")
+    table = re.search('<section id="sets">.*?</section>', first, re.DOTALL)[0]
+    assert re.findall('<th scope="row">(.*?)</th><td>(.*?)</td>', table) == [
+        (name, title) for name in sets[3:] for title in ("seed-tts-eval CER", "micro CER")
+    ]
+    assert f"{tmp_path.name} zero_shot_zh" in first
+    second = (tmp_path / "eval/test_zh/report.html").read_text(encoding="utf-8")
+    assert f"{tmp_path.name} test_zh" in second and not (tmp_path / "eval/zero_shot_zh/report.html").exists()

@@ -147,7 +147,7 @@ def test_systems_are_evaluated_with_their_settings_and_one_that_fails_is_named(t
         f"cosyvoice2 official official test_zh {tmp_path}/out/cosyvoice2 evaluate",
     ]
     assert "1.40 (1.20 to 1.60)" in out and "reproduced (seed-tts-eval CER)" in out and "not evaluated" in out
-    rows = json.loads((tmp_path / "out/comparison.json").read_text())
+    rows = json.loads((tmp_path / "out/comparison.json").read_text())["figures"]
     assert [(row["system"], row["rate"] is None) for row in rows] == [("sft", True), ("cosyvoice2", False)]
     for wrong in (["cosyvoice9"], ["--sets", "test_fr"]):
         with pytest.raises(SystemExit, match="is unknown: choose from "):
