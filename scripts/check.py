@@ -223,7 +223,7 @@ def language_model_findings(folder: Path) -> Iterator[Finding]:
         generation, left_out = generation_config(folder, tokenizer)
     except (OSError, ValueError, KeyError) as error:
         message = str(error).strip().splitlines()[0]
-        yield False, f"language model {folder}: {message} (for CosyVoice2's own model, set llm=official)"
+        yield False, f"language model {folder}: {message} (for CosyVoice's own format, set llm=official)"
         return
     yield len(tokenizer) <= config.vocab_size, f"{len(tokenizer)} tokens, {config.vocab_size} rows of weights"
     yield from speech_token_findings(tokenizer)
@@ -244,7 +244,7 @@ def language_model_findings(folder: Path) -> Iterator[Finding]:
 
 
 def head_bias_findings(folder: Path, tokenizer, vocab_size: int) -> Iterator[Finding]:
-    """Check the head's bias. CosyVoice2's own model needs one, because its head has no outputs for text tokens."""
+    """Check the head's bias, which CosyVoice's own models need: it excludes text ids."""
     from tts_grpo.speech.head_bias import load_head_bias, sampleable_ids
 
     try:

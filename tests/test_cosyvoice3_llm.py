@@ -141,11 +141,11 @@ def test_responses_are_those_of_the_official_module(official, loaded):
     assert [id_ - FIRST for id_ in response.token_ids if id_ != EOS] == expected
 
 
-def official_module(official, sampling=None):
+def official_module(official, sampling=None, state=None):
     encoder = cosyvoice.llm.llm.Qwen2Encoder(str(official / "CosyVoice-BlankEN"))
     size = encoder.model.config.hidden_size
     model = cosyvoice.llm.llm.CosyVoice3LM(size, size, 6561, encoder.float(), sampling).eval()
-    model.load_state_dict(torch.load(official / "llm.pt"))
+    model.load_state_dict(state or torch.load(official / "llm.pt"))
     return model
 
 
@@ -213,6 +213,29 @@ def test_round_trip_is_bit_equal(official, converted, tmp_path, capsys):
     for name, tensor in before.items():
         assert tensor.dtype == after[name].dtype
         assert torch.equal(tensor, after[name]), name
+
+
+def test_trained_weights_come_back(official, converted, tmp_path):
+    model, tokenizer = load_lm(converted)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.model.layers.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+        model.lm_head.weight[FIRST : EOS + 1] += 0.02
+    trained, back = tmp_path / "trained", tmp_path / "llm.pt"
+    bias, model.lm_head.bias = model.lm_head.bias, None  # veRL trains and merges a stock Qwen2
+    model.save_pretrained(trained)
+    shutil.copy(converted / "head_bias.safetensors", trained)
+    tokenizer.save_pretrained(trained)
+    main(["to-official", "--hf", str(trained), "--like", str(official / "llm.pt"), "--output", str(back)])
+    ids = prompt_ids(tokenizer)
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0, -1] + bias
+    expected = official_logits(official, torch.load(back), ids[1:-1], [])[0]
+    torch.testing.assert_close(logits[FIRST : FIRST + 6561], expected[:6561], atol=1e-4, rtol=0)
+    torch.testing.assert_close(logits[EOS], expected[6562], atol=1e-4, rtol=0)
+    if hasattr(cosyvoice.llm.llm, "CosyVoice3LM"):
+        official_module(official, state=torch.load(back))
 
 
 def test_random_weights_have_the_requested_mean_length(cosyvoice3_dir):

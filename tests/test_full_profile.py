@@ -18,7 +18,9 @@ import torch
 from tests import hub_repositories
 from tests.conftest import free_ports, git_commit
 from tests.hub import Hub
+from tts_grpo.speech.cosyvoice2.random_weights import make_sensevoice_folder
 from tts_grpo.speech.head_bias import load_head_bias
+from tts_grpo.text.jsonl import read_jsonl, write_jsonl
 from tts_grpo.text.tokens import parse_speech_tokens
 
 pytestmark = pytest.mark.slow
@@ -69,11 +71,31 @@ def model_variables(llm: str, shared: dict[str, str], folder: Path) -> dict[str,
     the head's bias, its text ids have the logit 0.
     """
     if llm == "cosyvoice3":
-        return {"profile": llm, "model_hub": "huggingface", "llm_pt": "llm.rl.pt"}
+        return {"profile": llm, "model_hub": "huggingface", "llm_pt": "llm.rl.pt"} | two_languages(folder)
     if llm != "own":
         return {"llm": llm}
     official = Path(shared["HF_HOME"]).parent / "hub" / hub_repositories.COSYVOICE2["modelscope"]
     return {"sft_path": str(hub_repositories.make_cosyvoice2_llm(folder / "my-model", official))}
+
+
+def two_languages(folder: Path) -> dict[str, str]:
+    """Variables for training and evaluation in Chinese, with an instruction, and in English."""
+    texts = {
+        "train": [
+            {"text": "我们明天见。", "instruct": "请用广东话表达。"},
+            {"text": "See you later.", "language": "en"},
+        ],
+        "test": [{"text": "今天天气好。"}, {"text": "How are you today?", "language": "en"}],
+    }
+    for name, rows in texts.items():
+        write_jsonl(folder / f"{name}.jsonl", rows)
+    asr_dirs = [
+        str(make_sensevoice_folder(folder / name)) for name in ("asr_reward", "asr_eval")
+    ]  # know both languages
+    return {
+        "train_jsonl": str(folder / "train.jsonl"), "test_jsonl": str(folder / "test.jsonl"),
+        "reward_asr_dirs": asr_dirs[0], "eval_asr_dir_en": asr_dirs[1], "dataset": "zero_shot_zh zero_shot_en",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -88,6 +110,7 @@ def model_variables(llm: str, shared: dict[str, str], folder: Path) -> dict[str,
 def test_all_stages(shared, tmp_path, llm, seeds, settings):
     """Each model is trained with another algorithm. dapo needs real rewards, so test_training.py tests it, and grpo.
 
+    CosyVoice3 is trained and evaluated in two languages.
     The evaluation of the own folder is left out: its form is that of the official model after its conversion.
     """
     http, grpc, metrics = map(str, free_ports(3))
@@ -107,6 +130,12 @@ def test_all_stages(shared, tmp_path, llm, seeds, settings):
     if llm != "own":
         check_evaluation(tmp_path / "exp", seeds.split())
         assert (tmp_path / "exp/tongue_twister.wav").stat().st_size > 10_000
+    if llm == "cosyvoice3":
+        summary = json.loads((tmp_path / "exp/summary.json").read_text())
+        assert set(summary["sets"]) == {"zero_shot_zh", "zero_shot_en"}
+        assert set(summary["sets"]["zero_shot_en"]["grpo"]["seeds"]) == {"0"}
+        prompts = {row["input"] for row in read_jsonl(tmp_path / "exp/validation/1.jsonl")}
+        assert "You are a helpful assistant.How are you today?" in prompts  # veRL leaves out control tokens
     if llm != "llasa":
         check_trained_with_bias(tmp_path / "exp", steps)
         official = "Fun-CosyVoice3-0.5B-2512/llm.rl.pt" if llm == "cosyvoice3" else "CosyVoice2-0.5B/llm.pt"
