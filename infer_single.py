@@ -15,13 +15,16 @@ from tts_grpo.text.tags import apply_tags
 
 logger = logging.getLogger(__name__)
 
-TONGUE_TWISTER = "扁担长，板凳宽，扁担绑在板凳上。吃葡萄不吐葡萄皮，不吃葡萄倒吐葡萄皮。"
+TONGUE_TWISTERS = {
+    "zh": "扁担长，板凳宽，扁担绑在板凳上。吃葡萄不吐葡萄皮，不吃葡萄倒吐葡萄皮。",
+    "en": "Peter Piper picked a peck of pickled peppers. A peck of pickled peppers Peter Piper picked.",
+}
 
 
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     synthesis.add_arguments(parser)
-    parser.add_argument("--text", default=TONGUE_TWISTER, help="text to synthesise")
+    parser.add_argument("--text", help="text to synthesise (default: a tongue-twister in --language)")
     parser.add_argument("--output", type=Path, default=Path("speech.wav"), help="WAV file to write")
     parser.add_argument("--prompt-audio", type=Path, help="recording of the voice to synthesise with")
     parser.add_argument("--prompt-text", default="", help="transcript of --prompt-audio")
@@ -31,6 +34,7 @@ def get_args(argv=None):
         "--utt-id", default="tongue_twister", help="utterance id; with --seed, it determines the random numbers"
     )
     args = parser.parse_args(argv)
+    args.text = TONGUE_TWISTERS[args.language] if args.text is None else args.text
     if bool(args.prompt_audio) != bool(args.prompt_text):
         parser.error("a voice prompt needs both --prompt-audio and --prompt-text")
     return args

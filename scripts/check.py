@@ -50,6 +50,8 @@ GIB = 2**30
 TRAINER_GIB = 12  # a 0.5B model's weights, optimizer states and activations; vLLM and the reward server come on top
 VLLM_GIB = 5  # weights, workspace, and a KV cache for some dozens of rollouts
 ADAM_BYTES = 12  # bytes per parameter in a checkpoint: weight and two Adam moments in float32
+PUBLISHED = re.compile(r"(test|zero_shot)_(zh|hard|hard_zh)(-stripped)?")  # evaluation sets, see scripts/eval_sets.sh
+PUBLISHED_ENGLISH = re.compile(r"(test|zero_shot|zero_shot_hard)_en(-stripped)?")
 Finding = tuple[bool, str]  # whether the check passed, and its description
 
 
@@ -164,9 +166,13 @@ def check_languages(s: dict, reward_asr_dirs: Sequence[str]) -> Iterator[Finding
             languages = {row["language"] for row in read_eval_set(path, language=s["language"])}
         except (OSError, ValueError):  # reported with the data
             continue
-        english = languages == {"en"} and s["eval_asr_dir_en"]
-        for folder in (english or s["eval_asr_dir"], s["judge_asr_dir"]):
-            needed.setdefault(folder, set()).update(languages)
+        # as in run.sh: the published sets in English, and all other sets with language=en, have their own recogniser
+        english = PUBLISHED_ENGLISH.fullmatch(path.stem) or (
+            s["language"] == "en" and not PUBLISHED.fullmatch(path.stem)
+        )
+        folder = (english and s["eval_asr_dir_en"]) or s["eval_asr_dir"]
+        for name in (folder, s["judge_asr_dir"]):
+            needed.setdefault(name, set()).update(languages)
     for folder, languages in needed.items():
         for language in sorted(languages):
             if folder and Path(folder).is_dir() and (fault := language_fault(folder, language)):

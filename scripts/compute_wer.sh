@@ -9,14 +9,15 @@
 #   DATASET     JSONL of the test set; every utterance counts, and one without audio counts as all deletions
 #
 # Variables: python (the speech environment's), eval_asr_dir (a model folder for funasr, sherpa-onnx or faster-whisper),
-# device (cpu or cuda), language (zh or en), text_tags (reject or remove: tags such as [laughter] in the set's texts),
+# device (cpu or cuda), language (of utterances without one: zh or en), text_tags (reject or remove: tags such as
+# [laughter] in the set's texts),
 # seeds (seeds to score, separated by spaces; empty: all), quality_utterances (number for speaker similarity, DNSMOS and
 # F0; 0: none), judge_asr_dir (a further recogniser, as eval_asr_dir; empty: none), reference_audio (the voice, if the set has no prompts), speaker_model_dir (a WavLM; empty: Resemblyzer).
 set -euo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)
 [[ $# -eq 2 ]] || {
-  sed -n '2,15s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,16s/^# \{0,1\}//p' "$0" >&2
   exit 2
 }
 python=${python:-$root/.venv/speech/bin/python}

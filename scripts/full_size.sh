@@ -57,9 +57,11 @@ gpu_memory_gib=${gpu_memory_gib:-$(smallest_gpu_gib 80)}
 trainer_requirements=${trainer_requirements:-$root/requirements-verl-gpu.txt}
 
 # settings from which the values below are computed
+resolve language
+other_language=''
+[[ $language == zh ]] || other_language=-$language text_excludes=${text_excludes-}
 resolve workspace llm llm_pt model_hub sft_checkpoint cosyvoice_dir train_texts num_train num_test max_text_s text_excludes reward_voices \
-  num_gpus num_nodes ray_address gpu_memory_gib rollout_n train_device infer_device dataset eval_strip_quotes \
-  language
+  num_gpus num_nodes ray_address gpu_memory_gib rollout_n train_device infer_device dataset eval_strip_quotes
 
 # models
 llasa_dir=$workspace/llasa_cosyvoice2_token_qwen_0.5b
@@ -74,10 +76,10 @@ reward_asr_dir=${reward_asr_dir:-$workspace/SenseVoiceSmall}
 eval_asr_dir=${eval_asr_dir:-$workspace/paraformer-zh}
 
 # data (stage 0): texts from metadata/$train_texts.jsonl of SparkAudio/voxbox
-texts_dir=$workspace/data/$train_texts-$(key train_texts num_train num_test max_text_s text_excludes)
+texts_dir=$workspace/data/$train_texts-$(key language train_texts num_train num_test max_text_s text_excludes)
 train_jsonl=${train_jsonl:-$texts_dir/train.jsonl}
 test_jsonl=${test_jsonl:-$texts_dir/test.jsonl}
-known_answer_jsonl=${known_answer_jsonl:-$workspace/data/known_answer.jsonl}
+known_answer_jsonl=${known_answer_jsonl:-$workspace/data/known_answer$other_language.jsonl}
 max_bad_ratio=${max_bad_ratio:-0.05} # transcripts of recordings from the web: a few are in another language
 # CosyVoice's own language model gets texts with numbers written out as words; the SFT model was trained on raw texts
 llm_text=${llm_text:-$([[ $llm == official ]] && echo spoken || echo raw)}
@@ -197,8 +199,8 @@ install_texts() {
   download --hub huggingface --repo SparkAudio/voxbox --repo-type dataset --include "$file" \
     --output-dir "$workspace/data/voxbox/$train_texts" --require "$file" --need-gib "$need_gib"
   run "$speech_bin/python" "$root/scripts/select_texts.py" --source "$workspace/data/voxbox/$train_texts/$file" \
-    --num-train "$num_train" --num-test "$num_test" --max-duration-s "$max_text_s" --excludes "$text_excludes" \
-    --train-output "$train_jsonl" --test-output "$test_jsonl"
+    --language "$language" --num-train "$num_train" --num-test "$num_test" --max-duration-s "$max_text_s" \
+    --excludes "$text_excludes" --train-output "$train_jsonl" --test-output "$test_jsonl"
 }
 
 # install_voices: select voices from AISHELL-1's test set, which has 7,176 recordings of 20 speakers.

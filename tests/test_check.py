@@ -11,6 +11,7 @@ import pytest
 from transformers import AddedToken, AutoTokenizer, GenerationConfig
 
 from scripts import check
+from tests.asr_folders import make_small_sensevoice
 from tests.conftest import ROOT, free_ports
 from tests.hub_repositories import make_cosyvoice2
 from tts_grpo.reward import libpython
@@ -78,6 +79,27 @@ def test_cosyvoice2_of_both_hubs_is_recognised(tmp_path, assets, venv_root, hub)
     assert [text for good, text in check.check_files(s) if not good] == [
         f"{folder / 'hift.pt'} is missing: run bash run.sh -1 -1 to download it, or set its variable"
     ]
+
+
+def test_each_set_needs_a_recogniser_that_knows_its_languages(tmp_path, assets):
+    """Sets in English have their own recogniser; a set with lines in both languages needs one that knows both."""
+    english, chinese = make_small_sensevoice(tmp_path / "english"), str(assets / "asr_eval")
+    rows = [{"id": 1, "text": "今天"}, {"id": 2, "text": "today", "language": "en"}]
+    for name, used in (("test_en", rows[1:]), ("mine", rows[:1]), ("both", rows)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in used))
+    s = {
+        "language": "zh",
+        "eval_jsonl": "",
+        "eval_asr_dir": chinese,
+        "eval_asr_dir_en": str(english),
+        "judge_asr_dir": "",
+    }
+    for sets, fault in (("test_en mine", ""), ("both", "language en: the recogniser")):
+        s["eval_jsonls"] = " ".join(str(tmp_path / f"{name}.jsonl") for name in sets.split())
+        found = [text for _, text in check.check_languages(s, [chinese])]
+        assert len(found) == bool(fault) and all(fault in text and "asr_eval" in text for text in found), found
+    s |= {"eval_jsonls": str(tmp_path / "test_en.jsonl"), "eval_asr_dir_en": ""}
+    assert "language en" in next(check.check_languages(s, []))[1]
 
 
 def data_findings(tmp_path, venv_root="none", flags=(), **files) -> list[tuple[bool, str]]:

@@ -3,6 +3,7 @@
 FUZZ_EXAMPLES is the number of cases per test; tests/run.sh explains it. The cases are the same in each run.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -202,7 +203,7 @@ class Elements(HTMLParser):
             self.texts.append(data)
 
 
-def experiment_of(pairs: list[tuple[str, str]], language: str) -> Experiment:
+def experiment_of(pairs: list[tuple[str, str]], language: str, of_set: str = "") -> Experiment:
     """Return an experiment whose utterances have these texts and transcripts, without audio."""
     name, published = ("pinyin_error_rate_toneless", "cer") if language == "zh" else ("wer", "wer")
     utterances = []
@@ -214,7 +215,7 @@ def experiment_of(pairs: list[tuple[str, str]], language: str) -> Experiment:
         samples = {"sft": {"0": sample}, "grpo": {"0": better if i % 2 else sample}}
         utterances.append(Utterance(f"utt{i}", text, counts[name].length, samples, language=language))
     rates = {name: {"rate": 0.5, "substitutions": 1, "deletions": 1, "insertions": 0, "length": 4}}
-    scores = {"pooled": rates, "seeds": {"0": rates}, "asr_dir": "asr", "language": language}
+    scores = {"pooled": rates, "seeds": {"0": rates}, "asr_dir": "asr", "language": of_set or language}
     summary = {"relative_drop": {name: 0.1}, "relative_drop_ci": {}, "settings": {"text": pairs[0][0]}}
     return Experiment("x", summary, {"sft": scores, "grpo": scores}, {name: name}, name, utterances, ["0"], {})
 
@@ -222,6 +223,13 @@ def experiment_of(pairs: list[tuple[str, str]], language: str) -> Experiment:
 def test_the_report_aligns_by_the_rules_of_the_language():
     page = render(experiment_of([("He paid $5", "he paid five dollars")], "en"), 1)
     assert '<span class="u same"><b>dollars</b>' in page and '<span class="u other">' not in page
+    assert '<span lang="en">He paid $5</span>' in page and "wrong tone" not in page
+    mixed = experiment_of([("He paid $5", "he paid five dollars")], "en", "mixed")
+    (chinese,) = experiment_of([("他付5元", "他付五元")], "zh").utterances
+    mixed.utterances.append(dataclasses.replace(chinese, utt_id="zh"))
+    page = render(mixed, 2)
+    assert '<span lang="en">He paid $5</span>' in page and '<span lang="zh">他付5元</span>' in page
+    assert '<span class="u other">' not in page and "wrong tone" in page
 
 
 @pytest.mark.slow

@@ -1,10 +1,12 @@
 """Tests of tools/repeat.py with a run.sh that trains nothing, and scores that are given."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +24,7 @@ if [[ $1 == --dry-run ]]; then
   exit
 fi
 echo "train $(basename "$exp_dir") ${credit-} $seed" >>calls
-[[ ! -f kill || $(<kill) != "$(basename "$exp_dir")" ]] || { rm kill && kill -9 "$PPID" && exit; }
+[[ ! -f kill || $(<kill) != "$(basename "$exp_dir")" ]] || { rm kill && kill -9 "$PPID" && sleep 300; }
 [[ ! -f fail ]] || { echo "no reward server" && exit 1; }
 mkdir -p "$exp_dir/sft_model" "$exp_dir/merged_hf_model"
 echo '{"stage": 2, "seconds": 41}' >"$exp_dir/stage_seconds.jsonl"
@@ -112,12 +114,23 @@ def test_a_killed_command_continues(root):
     command = [sys.executable, str(ROOT / "tools/repeat.py"), *arguments(root)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     assert subprocess.run(command, env=environment, capture_output=True, timeout=60).returncode == -signal.SIGKILL
+    left = subprocess.run(["pgrep", "-x", "sleep"], capture_output=True, text=True).stdout.split()
+    mark = f"TTS_GRPO_REPEAT={root / 'exp/repeat'}\0"
+    (left,) = [pid for pid in left if mark in Path(f"/proc/{pid}/environ").read_text()]
     before = (root / "calls").read_text().splitlines()
     assert before[-1] == "train worse-2 utterance 2"
     repeat.main(arguments(root))
     after = (root / "calls").read_text().splitlines()[len(before) :]
     assert [call for call in after if call.startswith("train")] == [f"train worse-{n} utterance {n}" for n in (2, 3)]
     assert not any("sft" in call or "default" in call for call in after)
+    with contextlib.suppress(OSError):
+        assert not Path(f"/proc/{left}/cmdline").read_text(), "a process of the killed call goes on"  # "": a zombie
+
+
+def test_a_second_call_does_not_disturb_the_first(root):
+    args = repeat.get_args(arguments(root))
+    with repeat.only_one(args.folder), pytest.raises(SystemExit, match="another call works on"):
+        repeat.main(arguments(root))
 
 
 def test_failures_stop_the_command(root):

@@ -249,6 +249,19 @@ def test_the_official_language_model_is_converted_and_comes_back(recipe, tmp_pat
     assert "to-official" not in recipe.run("--dry-run", "2", "3", **settings | {"llm": "llasa"}).stdout
 
 
+def test_english_takes_english_texts_sets_and_recognisers(recipe):
+    settings = {"profile": "cosyvoice2", "gpu_memory_gib": "80", "workspace": "/workspace", "exp_dir": ""}
+    shown = recipe.run("--dry-run", "-1", "4", **settings, language="en").stdout.replace("\\", "")
+    for part in (
+        "--include metadata/emilia_en.jsonl ", "--max-duration-s 30 --excludes '' ", "select_texts.py",
+        "--language en ", "data/zero_shot_en.jsonl ", "known_answer-en.jsonl",
+        "faster-whisper-large-v3", ", language: en,",
+        "--asr-dirs /workspace/SenseVoiceSmall ",
+    ):  # fmt: skip
+        assert part in shown, part
+    assert "zero_shot_zh" not in shown and "--language zh" not in shown
+
+
 def test_cosyvoice3_has_its_own_files(recipe, tmp_path):
     workspace = tmp_path / "workspace"
     (workspace / "CosyVoice/cosyvoice").mkdir(parents=True)

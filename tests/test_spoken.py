@@ -80,10 +80,20 @@ def test_any_string_has_units_or_none_and_its_spoken_form_is_right():
         ("风速3mph", "zh", "风速三英里每小时"),  # only the library knows this unit
         ("用四川话说<|endofprompt|>今天[laughter]好", "zh", "今天好"),
         ("I paid $5 for 2kg.", "en", "I paid five dollars for two kilograms"),
+        ("Dec. 3rd, 45 mins", "en", "december third forty five minutes"),
+        ("12/25/2024", "en", "december twenty fifth twenty twenty four"),
+        ("25/12/2024", "zh", "二零二四年十二月二十五日"),
+        ("31/31/2024", "en", "thirty one slash thirty one slash twenty twenty four"),
     ],
 )
 def test_usual_readings(raw, language, text):
     assert spoken_form(raw, language).text == text
+
+
+def test_a_date_with_slashes_may_begin_with_month_or_day():
+    for right in ("march fourth twenty twenty one", "the third of april twenty twenty one"):
+        assert align_texts("on 3/4/2021", f"on {right}", "written", "en").errors == 0
+    assert align_texts("12/25/2024", "the twelfth of may twenty twenty four", "written", "en").errors > 1
 
 
 def test_units_have_their_offsets():

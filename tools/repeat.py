@@ -17,12 +17,15 @@ contain the variation of the training. The JSON file has the form of docs/result
 """
 
 import argparse
+import contextlib
+import fcntl
 import itertools
 import json
 import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -37,13 +40,16 @@ from tts_grpo.evaluation.aggregate import ERRORS, JUDGE_ERRORS, compare_quality,
 from tts_grpo.evaluation.provenance import ROOT, provenance, replace_tables
 from tts_grpo.text.jsonl import read_jsonl, write_json, write_text
 
+MARK = "TTS_GRPO_REPEAT"  # environment variable of all processes that work on a folder
 METRIC = "pinyin_error_rate_toneless"
 SETS = ("assets/tiny/data/hard.jsonl", "assets/tiny/data/test.jsonl")
 QUALITY = ("speech_rate", "f0_std_semitones", "dnsmos_ovrl", "speaker_similarity")
 RECOGNISERS = {ERRORS: "evaluation", JUDGE_ERRORS: "judge"}  # names of the recognisers by the key of their errors
 # Variables that this program sets, or that would make runs incomparable.
-RESERVED = {"exp_name", "exp_dir", "seed", "sft_path", "eval_jsonl", "eval_asr_dir", "judge_asr_dir", "seeds",
-            "temperature", "top_p", "top_k", "max_new_tokens", "force"}  # fmt: skip
+RESERVED = {
+    "exp_name", "exp_dir", "seed", "force", "sft_path", "evaluation", "eval_jsonl", "eval_jsonls", "eval_asr_dir",
+    "judge_asr_dir", "seeds", "temperature", "top_p", "top_k", "max_new_tokens",
+}  # fmt: skip
 
 
 def get_args(argv=None):
@@ -155,7 +161,9 @@ def evaluations_of(args) -> list[Evaluation]:
     for sampling in args.samplings:
         variables = assignments(sampling, "--samplings")
         for test_set in args.sets:
-            given = variables | {"eval_jsonl": str(test_set.absolute()), "exp_dir": str(args.folder)}
+            given = variables | {
+                "eval_jsonl": str(test_set.absolute()), "eval_jsonls": "", "exp_dir": str(args.folder)
+            }  # fmt: skip
             found.append(Evaluation(test_set, sampling, *stage_4_commands(args.root, given)))
     found.sort(key=lambda one: args.sets.index(one.test_set))
     if len({one.name for one in found}) < len(found):
@@ -166,6 +174,28 @@ def evaluations_of(args) -> list[Evaluation]:
 def replaced(command: list[str], values: dict[str, str]) -> list[str]:
     """A command with other values after these flags."""
     return [values.get(before, word) for before, word in zip(["", *command], command, strict=False)]
+
+
+@contextlib.contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Lock the folder of the results, and end processes that a killed call has left behind: they would go on writing.
+
+    Raises:
+        RuntimeError: another call works on the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ[MARK] = str(folder.resolve())  # all children inherit it
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RuntimeError(f"another call works on {folder}: wait for it, or set another --name") from None
+        mark = f"{MARK}={os.environ[MARK]}".encode()
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # it has ended, or belongs to another user
+                if process.name != str(os.getpid()) and mark in (process / "environ").read_bytes().split(b"\0"):
+                    os.kill(int(process.name), signal.SIGKILL)
+        yield
 
 
 def execute(command: list[str], log: Path, cwd: Path, environment: dict[str, str], what: str) -> None:
@@ -407,8 +437,9 @@ def main(argv=None):
     try:
         settings = read_settings(args.settings_file)
         runs = [Run(name, variables, seed) for name, variables in settings.items() for seed in args.seeds]
-        evaluations = evaluations_of(args)
-        run_all(args, runs, evaluations)
+        with only_one(args.folder):
+            evaluations = evaluations_of(args)
+            run_all(args, runs, evaluations)
     except (ValueError, OSError, RuntimeError) as error:
         raise SystemExit(f"repeat.py: {error}") from None
     recorded = results(args, settings, runs, evaluations)

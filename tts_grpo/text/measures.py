@@ -61,7 +61,8 @@ EN_MONTHS = (
 EN_ABBREVIATIONS = {
     "mr": "mister", "mrs": "missus", "dr": "doctor", "st": "saint street", "prof": "professor", "vs": "versus",
     "etc": "et cetera", "jr": "junior", "sr": "senior", "ave": "avenue", "rd": "road", "dept": "department",
-}  # fmt: skip
+    "sept": "september",
+} | {month[:3]: month for month in EN_MONTHS if month != "may"}  # fmt: skip
 
 
 @lru_cache(maxsize=4096)
@@ -71,6 +72,8 @@ def library_template(unit: str, language: str) -> str | None:
 
     number, reading = {"zh": "五", "en": "five"}[language], normalize(f"5{unit}", lang=language, operator="tn")
     letters = any(c.isascii() and c.isalpha() for c in reading)
+    if language == "en" and reading == f"five {unit}" and unit.endswith("s"):  # mins, hrs
+        reading = normalize(f"5{unit[:-1]}", lang=language, operator="tn")
     if reading.count(number) != 1 or (letters if language == "zh" else not reading.replace(" ", "").isalpha()):
         return None
     return reading.replace(number, "{}")

@@ -38,7 +38,9 @@ _PATTERNS = {
     "date": _BEGIN + r"(?P<year>[12][0-9]{3})(?P<mark>[-/.])(?P<month>0?[1-9]|1[0-2])(?P=mark)"
     r"(?P<day>3[01]|[12][0-9]|0?[1-9])(?![0-9])|"
     + _BEGIN
-    + r"(?P<year2>[12][0-9]{3})/(?P<month2>0?[1-9]|1[0-2])(?![0-9/])",
+    + r"(?P<year2>[12][0-9]{3})/(?P<month2>0?[1-9]|1[0-2])(?![0-9/])|"
+    + r"(?<![0-9/.])(?=(?:0?[1-9]|1[0-2])/|[0-9]+/(?:0?[1-9]|1[0-2])/)"  # one of the two can be a month
+    r"(?P<part1>0?[1-9]|[12][0-9]|3[01])/(?P<part2>0?[1-9]|[12][0-9]|3[01])/(?P<year3>[12][0-9]{3})" + r"(?![0-9/])",
     "time": r"(?<![0-9:])(?P<hour>[01]?[0-9]|2[0-4]):(?P<minute>[0-5][0-9])(?::(?P<second>[0-5][0-9]))?(?![0-9:])"
     r"(?:\s?(?P<noon>[aApP])\.?[mM](?![A-Za-z])\.?)?|"
     + _BEGIN
@@ -375,7 +377,20 @@ def _english_money(whole: str, cents: str, currency: str, scale: str) -> tuple[s
 
 
 def _date(found: re.Match, language: str) -> Groups:
+    if found["year3"]:
+        return _slashed_date(found["part1"], found["part2"], found["year3"], language)
     year, month, day = found["year"] or found["year2"], found["month"] or found["month2"], found["day"]
+    return _date_groups(year, month, day, language)
+
+
+def _slashed_date(first: str, second: str, year: str, language: str) -> Groups:
+    """Read 12/25/2024 or 25/12/2024; if both orders are possible, either is accepted."""
+    orders = [pair for pair in ((first, second), (second, first)) if int(pair[0]) <= 12]
+    *alternatives, rest = zip(*(_date_groups(year, month, day, language) for month, day in orders), strict=True)
+    return [tuple(dict.fromkeys(sum(options, ()))) for options in (*alternatives, rest)]
+
+
+def _date_groups(year: str, month: str, day: str | None, language: str) -> Groups:
     if language == "en":
         months = measures.EN_MONTHS[int(month) - 1]
         if day is None:

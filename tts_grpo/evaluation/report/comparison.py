@@ -8,7 +8,7 @@ from pathlib import Path
 from tts_grpo.evaluation.aggregate import compare_rates, read_utterances
 from tts_grpo.evaluation.report import figures
 from tts_grpo.evaluation.report.experiment import MAIN_METRICS, MODELS, load_scalars
-from tts_grpo.evaluation.report.page import _with_interval, template
+from tts_grpo.evaluation.report.page import template, with_interval
 
 OWN_SETTINGS = ("exp_name", "exp_dir")  # they differ between any two experiments
 
@@ -67,9 +67,9 @@ def score_rows(name: str, exp_dir: Path) -> list[dict]:
         change = found.changes[metric]
         rows.append({
             "experiment": name, "evaluation": found.name, "title": found.metrics[metric],
-            "models": [_with_interval(found.rates[m][metric]["rate"], found.rates[m][metric].get("ci"), ".2%")
+            "models": [with_interval(found.rates[m][metric]["rate"], found.rates[m][metric].get("ci"), ".2%")
                        for m in MODELS],
-            "drop": _with_interval(change["relative_drop"], change["relative_drop_ci"], ".1%"),
+            "drop": with_interval(change["relative_drop"], change["relative_drop_ci"], ".1%"),
             "verdict": change["verdict"],
         })  # fmt: skip
     return rows

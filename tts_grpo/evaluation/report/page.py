@@ -74,17 +74,17 @@ def error_rows(experiment: Experiment) -> list[dict]:
         drop, ci = summary["relative_drop"][name], summary["relative_drop_ci"].get(name)
         rows.append({
             "title": title, "main": name == experiment.main_metric,
-            "models": [_with_interval(rate["rate"], rate.get("ci"), ".2%")
+            "models": [with_interval(rate["rate"], rate.get("ci"), ".2%")
                        for rate in (experiment.scores[m]["pooled"][name] for m in MODELS)],
-            "drop": _with_interval(drop, ci, ".1%"),
+            "drop": with_interval(drop, ci, ".1%"),
             "verdict": summary.get("verdict", {}).get(name, ""),
         })  # fmt: skip
         if judge := summary.get("judge"):
             change = judge["change"][name]
             rows.append({
                 "title": f"{title}, by {judge['asr']['model']}", "main": False,
-                "models": [_with_interval(judge[m][name]["rate"], judge[m][name]["ci"], ".2%") for m in MODELS],
-                "drop": _with_interval(change["relative_drop"], change["relative_drop_ci"], ".1%"),
+                "models": [with_interval(judge[m][name]["rate"], judge[m][name]["ci"], ".2%") for m in MODELS],
+                "drop": with_interval(change["relative_drop"], change["relative_drop_ci"], ".1%"),
                 "verdict": change["verdict"],
             })  # fmt: skip
     return rows
@@ -99,8 +99,8 @@ def set_rows(summary: dict) -> list[dict]:
             rates = [part[m]["pooled"][metric] for m in MODELS]
             rows.append({
                 "set": name, "title": part["metrics"][metric]["title"],
-                "models": [_with_interval(rate["rate"], rate["ci"], ".2%") for rate in rates],
-                "drop": _with_interval(drop, ci, ".1%"), "verdict": part["verdict"][metric],
+                "models": [with_interval(rate["rate"], rate["ci"], ".2%") for rate in rates],
+                "drop": with_interval(drop, ci, ".1%"), "verdict": part["verdict"][metric],
             })  # fmt: skip
     return rows
 
@@ -117,7 +117,7 @@ def quality_rows(experiment: Experiment) -> list[dict]:
         form = number_format(unit, [measured[m][name]["value"] for m in MODELS])
         rows.append({
             "title": entry["title"], "model": entry.get("model") or "", "unit": "" if unit == "share" else unit,
-            "models": [_with_interval(measured[m][name]["value"], measured[m][name].get("ci"), form) for m in MODELS],
+            "models": [with_interval(measured[m][name]["value"], measured[m][name].get("ci"), form) for m in MODELS],
             "change": _change(change, unit, form),
             "verdict": change.get("verdict", ""),
         })  # fmt: skip
@@ -128,12 +128,12 @@ def _change(change: dict, unit: str, form: str) -> tuple[str, str]:
     """A difference and its interval as text; in percentage points if the metric is a share."""
     value, ci = change.get("difference"), change.get("ci")
     if unit != "share" or value is None:
-        return _with_interval(value, ci, "+" + form)
-    value, interval = _with_interval(100 * value, ci and [100 * limit for limit in ci], "+z.1f")
+        return with_interval(value, ci, "+" + form)
+    value, interval = with_interval(100 * value, ci and [100 * limit for limit in ci], "+z.1f")
     return f"{value} points", interval
 
 
-def _with_interval(value: float | None, ci: list[float] | None, form: str) -> tuple[str, str]:
+def with_interval(value: float | None, ci: list[float] | None, form: str) -> tuple[str, str]:
     """A value and its interval as text; "–" and "" if they are None."""
     return "–" if value is None else f"{value:{form}}", f"{ci[0]:{form}} to {ci[1]:{form}}" if ci else ""
 
@@ -154,7 +154,7 @@ def headline(experiment: Experiment) -> dict:
     before, after = (experiment.scores[m]["pooled"][main]["rate"] for m in MODELS)
     verdict = experiment.summary.get("verdict", {}).get(main, "")
     drops, intervals = experiment.summary["relative_drop"], experiment.summary["relative_drop_ci"]
-    drop, interval = _with_interval(drops[main], intervals.get(main), ".1%")
+    drop, interval = with_interval(drops[main], intervals.get(main), ".1%")
     return {
         "title": _title(experiment.metrics[main], verdict, drop.lstrip("-")),
         "before": f"{before:.2%}", "after": f"{after:.2%}", "drop": drop,

@@ -66,7 +66,7 @@ def load_config(path: Path) -> tuple[FlowConfig, VocoderConfig]:
     Raises:
         ValueError: a value is missing or is not supported.
     """
-    content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    content = _Loader(path.read_text(encoding="utf-8")).get_single_data()
     try:
         flow, hift = content["flow"], {name: as_tuple(value) for name, value in content["hift"].items()}
         dit, cfm = flow["decoder"]["estimator"], flow["decoder"]["cfm_params"]["content"]
