@@ -45,7 +45,8 @@ CODE = {  # programs that make each stage's result; "4" is the evaluation's spee
     "3": ("scripts/merge.py", "scripts/convert_llm.py"),
     "4": ("infer_dist.py", "requirements-cosyvoice.txt"),
     "4s": ("scripts/compute_wer.sh", "scripts/score.py", "scripts/summarise.py", "scripts/report.py",
-           "tts_grpo/evaluation/report/page.html"),
+           "tts_grpo/evaluation/report/page.html", "tts_grpo/evaluation/report/macros.html",
+           "tts_grpo/evaluation/report/style.css"),
 }  # fmt: skip
 COMMANDS = "command line from run.sh and conf"  # key of the command lines in ``code``
 

@@ -1200,6 +1200,12 @@ def test_every_module_of_the_training_counts_to_it():
     assert "missing" not in found.values() and "tts_grpo/evaluation/protocols.py" not in found
 
 
+def test_every_template_of_the_report_counts_to_the_scores():
+    folder = ROOT / "tts_grpo/evaluation/report"
+    used = {"page.html", *re.findall(r'{% (?:from|include) "(.*?)"', (folder / "page.html").read_text())}
+    assert len(used) > 1 and {f"tts_grpo/evaluation/report/{name}" for name in used} <= set(CODE["4s"])
+
+
 def test_the_evaluation_is_refused_on_another_merged_model(recipe):
     assert recipe.run("0", "3", total_steps="7").returncode == 0
     assert recipe.run("1", "2", total_steps="12").returncode == 0
