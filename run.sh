@@ -402,13 +402,12 @@ contradictions() {
 
 # set_name_faults: print what is wrong with the names of the evaluation sets: results are in eval/NAME.
 set_name_faults() {
-  local files name names=()
-  # shellcheck disable=SC2162
-  read -a files <<<"$eval_jsonls"
-  for name in "${files[@]}"; do
+  local name names=()
+  read_eval_sets
+  for name in "${eval_sets[@]}"; do
     name=$(set_name "$name")
     [[ $name != sft && $name != grpo && " ${names[*]} " != *" $name "* ]] ||
-      echo "eval_jsonls names two evaluation sets $name, or one sft or grpo: results are in eval/NAME, so rename a file"
+      echo "two evaluation sets are named $name, or one sft or grpo: results are in eval/NAME, so rename a file of eval_jsonl or eval_jsonls"
     names+=("$name")
   done
 }
@@ -432,9 +431,7 @@ configure() {
   local asr_dirs=("$reward_asr_dir") more_asr_dirs
   # shellcheck disable=SC2162  # without -r, "\ " is a space within a path
   [[ -z $reward_asr_dirs ]] || read -a asr_dirs <<<"$reward_asr_dirs"
-  eval_sets=("$eval_jsonl")
-  # shellcheck disable=SC2162
-  [[ -z $eval_jsonls ]] || read -a eval_sets <<<"$eval_jsonls"
+  read_eval_sets
   more_asr_dirs=("${asr_dirs[@]:1}")
   read -ra seed_list <<<"$seeds"
   sft_model=$exp_dir/sft_model # stage 0 makes it from sft_path, in a form that veRL can train

@@ -16,41 +16,51 @@ language_of() {
   fi
 }
 
-# choose_eval_sets: set eval_jsonl and eval_jsonls from the names in dataset, and eval_asr_dir_en if one is English.
+# read_eval_sets: put the files of the evaluation sets, those of eval_jsonls or else eval_jsonl, into the array eval_sets.
+read_eval_sets() {
+  eval_sets=("$eval_jsonl")
+  # shellcheck disable=SC2162  # without -r, "\ " is a space within a path
+  [[ -z ${eval_jsonls-} ]] || read -a eval_sets <<<"$eval_jsonls"
+}
+
+# choose_eval_sets: set eval_jsonl and eval_jsonls from the names in dataset, and eval_asr_dir_en if a set is English.
 # eval_jsonl and eval_jsonls of the environment take precedence.
 choose_eval_sets() {
   local names name suffix='' files=() path
   ((eval_strip_quotes == 0)) || suffix=-stripped
   read -ra names <<<"$dataset"
   for name in "${names[@]}"; do
-    is_published "$name" ||
-      die "dataset=$dataset: $name is unknown: choose from ${published_sets[*]}, or set eval_jsonl to a file of yours"
+    is_published "$name" && [[ $name != *-stripped ]] ||
+      die "dataset=$dataset: $name is unknown: choose from ${published_sets[*]} (eval_strip_quotes=1 removes quotes), or set eval_jsonl to a file of yours"
     path=$workspace/data/$name$suffix.jsonl
     files+=("${path// /\\ }")
   done
   [[ -n ${eval_jsonl-} || ${#files[@]} -eq 1 ]] || eval_jsonls=${eval_jsonls:-${files[*]}}
   eval_jsonl=${eval_jsonl:-$workspace/data/${names[0]}$suffix.jsonl}
-  for name in "${names[@]}" "$(set_name "$eval_jsonl")"; do
-    [[ $(language_of "$name") != en ]] || eval_asr_dir_en=${eval_asr_dir_en:-$workspace/faster-whisper-large-v3}
+  read_eval_sets
+  for path in "${eval_sets[@]}"; do
+    [[ $(language_of "$(set_name "$path")") != en ]] || eval_asr_dir_en=${eval_asr_dir_en:-$workspace/faster-whisper-large-v3}
   done
 }
 
-# install_eval_sets: download and prepare the evaluation sets that do not exist yet, and Whisper if one is English.
+# install_eval_sets: download and prepare the published sets that do not exist yet, and Whisper if one is English.
 install_eval_sets() {
   local file name
   for file in "${eval_sets[@]}"; do
     name=$(set_name "$file")
-    is_published "$name" || name=${dataset%% *}
-    [[ -e $file ]] || install_eval_set "${name%-stripped}" "$file"
+    [[ ! -e $file ]] || continue
+    is_published "$name" || die "the evaluation set $file is missing: correct its path (eval_jsonl, eval_jsonls), or choose published sets by dataset"
+    install_eval_set "$name" "$file"
   done
   [[ $eval_asr_dir_en != "$workspace/faster-whisper-large-v3" ]] || install_whisper
 }
 
-# install_eval_set NAME OUTPUT: download a published set and write it to OUTPUT.
+# install_eval_set NAME OUTPUT: download a published set and write it to OUTPUT; without quotes if NAME ends with -stripped.
 install_eval_set() {
   local repo source flags=()
-  ((eval_strip_quotes == 0)) || flags=(--strip-quotes)
+  [[ $1 != *-stripped ]] || flags=(--strip-quotes)
   flags+=(--language "$(language_of "$1")")
+  set -- "${1%-stripped}" "$2"
   case $1 in
   zero_shot_*) repo=yuekai/CV3-Eval ;;
   test_hard) repo=zhaochenyang20/seed-tts-eval ;; # seed-tts-eval's archive, which others publish as a repository

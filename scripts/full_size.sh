@@ -214,7 +214,7 @@ install_voices() {
 
 # install_known_answers: encode the prompts of the first evaluation set in the reward's language.
 install_known_answers() {
-  local path=$eval_jsonl file
+  local path=${eval_sets[0]} file
   for file in "${eval_sets[@]}"; do
     [[ $(language_of "$(set_name "$file")") != "$language" ]] || { path=$file && break; }
   done

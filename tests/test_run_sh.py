@@ -1065,15 +1065,33 @@ def test_sets_of_the_full_profile_are_chosen_by_name_and_language(recipe, tmp_pa
         assert dry.count(f"--language {language} --eval-set {workspace}/data/{name}.jsonl ") == 2
     one = recipe.run("--dry-run", "-1", "4", **settings, dataset="test_zh").stdout
     assert "whisper" not in one and one.count("infer_dist.py") == 2 and "pip install" not in one
-    unknown = recipe.run("--dry-run", "4", **settings, dataset="test_zh zero_shot_ja")
-    assert unknown.returncode == 1 and "zero_shot_ja is unknown: choose from zero_shot_zh " in unknown.stderr
+    for name in ("zero_shot_ja", "zero_shot_zh-stripped"):  # the second one would not be stripped
+        unknown = recipe.run("--dry-run", "-1", **settings, dataset=f"test_zh {name}")
+        assert unknown.returncode == 1 and f"{name} is unknown: choose from zero_shot_zh " in unknown.stderr
     own = recipe.run("--dry-run", "4", **settings, dataset=names, eval_jsonl="/own/set.jsonl").stdout
     assert own.count("infer_dist.py") == 2 == own.count("--eval-set /own/set.jsonl ")
 
 
+def test_own_files_of_sets_have_the_recogniser_of_their_names_and_are_never_made_from_another_set(recipe, tmp_path):
+    workspace = tmp_path / "workspace"
+    (workspace / "CosyVoice/cosyvoice").mkdir(parents=True)
+    settings = {"profile": "cosyvoice2", "workspace": str(workspace), "gpu_memory_gib": "80"}
+    files = {"eval_jsonls": "/own/test_en.jsonl /own/zero_shot_zh-stripped.jsonl"}
+    dry = recipe.run("--dry-run", "-1", "4", **settings, **files).stdout.replace("\\", "")
+    assert f" eval_asr_dir={workspace}/faster-whisper-large-v3 " in dry
+    assert "--output /own/zero_shot_zh-stripped.jsonl --strip-quotes " in dry
+    assert "encode_prompts.py --eval-set /own/zero_shot_zh-stripped.jsonl " in dry
+    missing = recipe.run("--dry-run", "-1", **settings, eval_jsonl="/own/mine.jsonl")
+    assert missing.returncode == 1 and "the evaluation set /own/mine.jsonl is missing" in missing.stderr
+
+
 def test_sets_of_the_same_name_are_refused(recipe):
-    for names in ("/a/x.jsonl /b/x.jsonl", "/a/sft.jsonl"):
-        done = recipe.run("4", "4", eval_jsonls=names)
+    for names in (
+        {"eval_jsonls": "/a/x.jsonl /b/x.jsonl"},
+        {"eval_jsonls": "/a/sft.jsonl"},
+        {"eval_jsonl": "/a/sft.jsonl"},
+    ):
+        done = recipe.run("4", "4", **names)
         assert done.returncode == 1 and "rename a file" in done.stderr and recipe.calls() == []
 
 
