@@ -161,12 +161,15 @@ install_llm() {
 # official_pt: print the path of the official model's weights.
 official_pt() { if [[ $llm_pt == /* ]]; then echo "$llm_pt"; else echo "$token2wav_dir/$llm_pt"; fi; }
 
-# convert_official: convert CosyVoice's own model, unless that is done and its file has not changed since.
+# convert_official: convert CosyVoice's own model, unless sft_path was made from this file, as it is now.
 convert_official() {
-  [[ ! $sft_path/config.json -nt $(official_pt) ]] || return 0
+  local source record=$sft_path/.converted_from # a hidden file is not among the model's files
+  source=$(stat -Lc '%n, %s bytes, %y' "$(official_pt)" 2>/dev/null) || true
+  [[ ! -e $sft_path/config.json || ! -f $record || $(<"$record") != "$source" ]] || return 0
   run rm -rf "$sft_path"
   run "$speech_bin/python" "$root/scripts/convert_llm.py" to-hf --cosyvoice-dir "$token2wav_dir" --llm "$llm_pt" \
     --output "$sft_path"
+  ((dry_run)) || replace_file "$record" <<<"$source"
 }
 
 # is_official_llm MODEL: succeed if the folder holds CosyVoice's own model (with llm=official it may not exist yet).

@@ -12,7 +12,7 @@ die() {
 # lacks an option that they use.
 require_tools() {
   local tool missing=()
-  local tools=(basename cat curl cut date dirname env git grep head mkdir mktemp paste realpath rm rmdir seq sha256sum sleep sort tail tr wc xargs)
+  local tools=(basename cat curl cut date dirname env git grep head mkdir mktemp paste realpath rm rmdir seq sha256sum sleep sort stat tail tr wc xargs)
   for tool in "${tools[@]}"; do [[ -n $(type -P "$tool") ]] || missing+=("$tool"); done
   [[ $(printf 'a\nb\n' | sed -E '/^a$/!Q' 2>/dev/null) == a ]] || missing+=("sed (GNU)")
   for tool in mv ln; do [[ $("$tool" --help 2>&1) == *-T* ]] || missing+=("$tool (GNU, with -T)"); done

@@ -37,6 +37,7 @@ case $all in
       shift
     done ;;
   *download.py*|*prepare_eval_set.py*|*encode_prompts.py*) ;;
+  *to-hf*) mkdir -p "${*: -1}" && touch "${*: -1}/config.json" ;;
   *prepare_llm.py*) mkdir -p "$exp_dir/sft_model" && touch "$exp_dir/sft_model/config.json" ;;
   *prepare_data.py*) mkdir -p "$exp_dir/data" && touch "$exp_dir/data/train.parquet" ;;
   *token2wav_asr_server.py\ --*) [[ -z ${SERVER_DIES-} ]] || { printf '%b\n' "$SERVER_DIES" >&2; exit 1; }
@@ -281,19 +282,29 @@ def test_cosyvoice3_has_its_own_files(recipe, tmp_path):
 
 
 def test_a_changed_checkpoint_is_converted_again(recipe, tmp_path):
+    """Also one that is older than the conversion of another: a copy keeps its time, and the folder may be another."""
     workspace, checkpoint = tmp_path / "workspace", tmp_path / "epoch_3_whole.pt"
     (workspace / "CosyVoice/cosyvoice").mkdir(parents=True)
-    settings = {"profile": "cosyvoice3", "workspace": str(workspace), "llm_pt": str(checkpoint)}
-    converted = lambda: "to-hf" in recipe.run("--dry-run", "-1", "-1", **settings).stdout  # noqa: E731
-    shown = recipe.run("--dry-run", "0", "0", **settings).stdout.replace("\\ ", " ")
-    folder = Path(re.search(r"--sft-path (\S+) ", shown)[1])
-    folder.mkdir(parents=True)
-    checkpoint.touch()
-    (folder / "config.json").touch()
+    settings = {"profile": "cosyvoice3", "workspace": str(workspace)}
+
+    def converted(**more: str) -> bool:
+        done = recipe.run("-1", "-1", **settings, **more)
+        assert done.returncode == 0, done.stderr
+        return "to-hf" in recipe.calls_path.read_text()
+
+    checkpoint.write_text("one")
+    of_file = {"llm_pt": str(checkpoint)}
+    assert converted(**of_file) and not converted(**of_file)
+    checkpoint.write_text("two")
+    assert converted(**of_file) and not converted(**of_file)
+    checkpoint.write_text("three")
     os.utime(checkpoint, (1, 1))
-    assert not converted()
-    os.utime(checkpoint)
-    assert converted()
+    assert converted(**of_file) and not converted(**of_file)
+    folders = [{"token2wav_dir": str(tmp_path / name)} for name in "ab"]
+    for folder in folders:
+        Path(folder["token2wav_dir"]).mkdir()
+        (Path(folder["token2wav_dir"]) / "llm.pt").touch()
+    assert [converted(**folder) for folder in (*folders, folders[1])] == [True, True, False]
 
 
 PRESETS = {  # per published recipe: arguments of stage -1, the server, veRL and the evaluation
@@ -1351,7 +1362,7 @@ def test_ray_gets_a_python_whose_path_needs_no_quotes(recipe):
 
 TOOLS = (
     "basename", "bash", "cat", "curl", "cut", "date", "df", "dirname", "env", "git", "grep", "head", "ln", "mkdir",
-    "mktemp", "mv", "paste", "python3", "realpath", "rm", "rmdir", "sed", "seq", "sha256sum", "sleep", "sort",
+    "mktemp", "mv", "paste", "python3", "realpath", "rm", "rmdir", "sed", "seq", "sha256sum", "sleep", "sort", "stat",
     "tail", "tr", "wc", "xargs",
 )  # fmt: skip
 BSD = '#!/bin/sh\necho "$0: illegal option" >&2\nexit 1\n'
