@@ -19,11 +19,12 @@ import soundfile as sf
 from scripts import report, summarise
 from tools import compare
 from tts_grpo.evaluation.protocols import count_all
-from tts_grpo.evaluation.report import figures, page
+from tts_grpo.evaluation.report import figures
 from tts_grpo.evaluation.report.alignment import cells
 from tts_grpo.evaluation.report.clips import band_levels
 from tts_grpo.evaluation.report.disagreements import find_disagreements
 from tts_grpo.evaluation.report.experiment import Sample, Utterance, load_scalars
+from tts_grpo.evaluation.report.page import same_recogniser
 from tts_grpo.evaluation.report.selection import select
 from tts_grpo.speech.audio import save_audio
 from tts_grpo.speech.token2wav import decode
@@ -446,4 +447,4 @@ def test_several_sets_have_a_common_table_and_a_page_each(exp_dir, tmp_path):
     ],
 )
 def test_a_recogniser_that_rewards_and_evaluates_is_noticed(settings, same):
-    assert page.same_recogniser({"settings": settings | {"eval_asr_dir": "/a b/asr"}}) is same
+    assert same_recogniser({"settings": settings | {"eval_asr_dir": "/a b/asr"}}) is same
