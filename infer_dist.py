@@ -57,13 +57,11 @@ def get_args(argv=None):
         "--engine",
         choices=("auto", "continuous", "batches"),
         default="auto",
-        help="generation: continuous batching, or whole batches; auto: continuous on a GPU, batches on a CPU and with "
-        "repetition aware sampling",
+        help="generation: continuous batching, or whole batches; auto: continuous on a GPU, batches on a CPU",
     )
     args = parser.parse_args(argv)
     if args.engine == "auto":
-        whole = args.device == "cpu" or synthesis.sampling_of(args).needs_whole_batches
-        args.engine = "batches" if whole else "continuous"
+        args.engine = "batches" if args.device == "cpu" else "continuous"
     return args
 
 

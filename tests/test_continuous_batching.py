@@ -1,6 +1,7 @@
 """Continuous batching draws the responses of ``generate``, whatever the number of slots and the order of prompts."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from tts_grpo.text.prompts import render_prompt
 pytestmark = pytest.mark.slow
 
 PLAIN = Sampling(max_new_tokens=120)
+LIMITED = dataclasses.replace(OFFICIAL, top_k=3, min_token_text_ratio=4.0, max_token_text_ratio=6.0)
 TRUNCATED = Sampling(max_new_tokens=50, temperature=0.8, top_k=50, top_p=0.95, repetition_penalty=1.1)
 
 
@@ -86,10 +88,30 @@ def test_a_prompt_of_one_token_needs_no_keys(lm, prompts):
     assert_equal(found[1], generate(lm, [prompts[0][:1]], [0], sampling)[0])
 
 
-def test_unsupported_settings_are_refused(lm, prompts):
-    with pytest.raises(ValueError, match="continuous batching does not support .*use --engine batches"):
-        engine(lm, OFFICIAL, 2)
-    with pytest.raises(ValueError, match="prompt 1 has 300 tokens, and there is room for"):
+@pytest.mark.parametrize("biased", [False, True])
+def test_repetition_aware_sampling_with_limits_by_the_text(lm, tokenizer, prompts, test_rows, biased):
+    """With a bias, most ids are left out, as for CosyVoice's own models. 8 prompts share 3 slots."""
+    model, end = copy.deepcopy(lm), lm.generation_config.eos_token_id
+    if biased:
+        first = tokenizer.convert_tokens_to_ids("<|s_0|>")
+        bias = torch.full((lm.config.vocab_size,), UNREACHABLE)
+        bias[torch.arange(first, first + 6561)], bias[torch.as_tensor(end)] = 0.0, 3.0
+        add_head_bias(model, bias)
+    text_lens = [len(tokenizer(row["text"])["input_ids"]) for row in test_rows[:8]]
+    expected = [
+        generate(model, [prompt], [i], LIMITED, text_lens=[text_len])[0]
+        for i, (prompt, text_len) in enumerate(zip(prompts, text_lens, strict=False))
+    ]
+    longest = max(LIMITED.limits(text_len)[1] for text_len in text_lens)
+    found = dict(ContinuousBatching(model, LIMITED, 3, 60, longest).generate(prompts[:8], range(8), text_lens))
+    assert sorted(found) == list(range(8))
+    for i, response in found.items():
+        assert_equal(response, expected[i])
+    assert len({response.finish_reason for response in expected}) == 2
+
+
+def test_a_prompt_for_which_there_is_no_room_is_refused(lm, prompts):
+    with pytest.raises(ValueError, match="prompt 1 has 300 tokens and its response up to 120; there is room for"):
         list(engine(lm, PLAIN, 2).generate([prompts[0], [1] * 300], [0, 1]))
 
 

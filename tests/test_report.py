@@ -24,6 +24,7 @@ from tts_grpo.evaluation.report.alignment import cells
 from tts_grpo.evaluation.report.clips import band_levels
 from tts_grpo.evaluation.report.disagreements import find_disagreements
 from tts_grpo.evaluation.report.experiment import Sample, Utterance, load_scalars
+from tts_grpo.evaluation.report.page import same_recogniser
 from tts_grpo.evaluation.report.selection import select
 from tts_grpo.speech.audio import save_audio
 from tts_grpo.speech.token2wav import decode
@@ -434,3 +435,16 @@ def test_several_sets_have_a_common_table_and_a_page_each(exp_dir, tmp_path):
     assert f"{tmp_path.name} zero_shot_zh" in first
     second = (tmp_path / "eval/test_zh/report.html").read_text(encoding="utf-8")
     assert f"{tmp_path.name} test_zh" in second and not (tmp_path / "eval/zero_shot_zh/report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "same"),
+    [
+        ({"reward_asr_dir": "/a b/asr", "reward_asr_dirs": ""}, True),
+        ({"reward_asr_dir": "/c", "reward_asr_dirs": r"/c /a\ b/asr"}, True),
+        ({"reward_asr_dir": "/a b/asr", "reward_asr_dirs": "/c /d"}, False),  # reward_asr_dirs replaces the other
+        ({}, False),
+    ],
+)
+def test_a_recogniser_that_rewards_and_evaluates_is_noticed(settings, same):
+    assert same_recogniser({"settings": settings | {"eval_asr_dir": "/a b/asr"}}) is same

@@ -17,6 +17,7 @@ import torch
 from transformers import AttentionInterface
 
 from tts_grpo.speech.generation import Response, Sampling, _next, _penalise_repetition, _uniform_numbers, _warpers
+from tts_grpo.speech.head_bias import UNREACHABLE
 
 NAME = "slots"  # of the attention, in Transformers
 BUCKET = 128  # lengths of prompts are rounded up to a multiple of it
@@ -96,26 +97,27 @@ class ContinuousBatching:
     Args:
         model: causal language model of Transformers with full attention, such as Qwen2; its attention is replaced. Its
             generation config has the end tokens.
-        sampling: sampling settings, without a repetition window and without limits that depend on the text.
+        sampling: sampling settings.
         slots: number of responses that are generated at the same time.
         longest_prompt: number of tokens of the longest prompt.
+        longest: number of tokens of the longest response, if it depends on the text; None: ``max_new_tokens``.
 
     Raises:
-        ValueError: the sampling settings or the model's attention are not supported.
+        ValueError: the model's attention is not supported.
     """
 
-    def __init__(self, model, sampling: Sampling, slots: int, longest_prompt: int):
-        if sampling.needs_whole_batches:
-            raise ValueError(f"continuous batching does not support {sampling}: use --engine batches")
+    def __init__(self, model, sampling: Sampling, slots: int, longest_prompt: int, longest: int | None = None):
         if set(getattr(model.config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
             raise ValueError("continuous batching supports full attention only: use --engine batches")
         model.set_attn_implementation(NAME)
         self.model, self.sampling, self.warpers = model, sampling, _warpers(sampling)
-        device, longest = model.device, sampling.max_new_tokens
+        device, longest = model.device, longest or sampling.max_new_tokens
         self.capacity = -(-(longest_prompt + longest) // BUCKET) * BUCKET
         self.cache = SlotCache(model.config, slots, self.capacity, model.lm_head.weight)
         self.slots = self.cache.rows
-        self.last_ids, self.positions, self.lens = torch.zeros(3, slots, dtype=torch.long, device=device).unbind()
+        self.last_ids, self.positions, self.lens, self.minimum, self.maximum = torch.zeros(
+            5, slots, dtype=torch.long, device=device
+        ).unbind()
         self.active, self.ended = torch.zeros(2, slots, dtype=torch.bool, device=device).unbind()
         # One more column, which takes the tokens that follow the end of a response until the next check.
         self.tokens = torch.zeros(slots, longest + 1, dtype=torch.long, device=device)
@@ -127,37 +129,53 @@ class ContinuousBatching:
         if sampling.repetition_penalty != 1.0:
             self.seen = torch.zeros(slots, model.config.vocab_size, dtype=torch.bool, device=device)
         self.ends = torch.as_tensor(model.generation_config.eos_token_id, device=device).reshape(-1)
+        # Repetition aware sampling sorts and sums all ids, so those that the head's bias excludes are left out: for
+        # CosyVoice's own models, 24 of 25.
+        self.ids = None
+        if sampling.repetition_window and model.lm_head.bias is not None:
+            self.ids = (model.lm_head.bias > UNREACHABLE / 2).nonzero()[:, 0]
+            self.index_of = torch.full((model.config.vocab_size,), -1, device=device)
+            self.index_of[self.ids] = torch.arange(len(self.ids), device=device)
         self.graph = None
 
-    def generate(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> Iterator[tuple[int, Response]]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], text_lens: Sequence[int] | None = None
+    ) -> Iterator[tuple[int, Response]]:
         """Generate a response to each prompt, in the given order.
 
         Args:
             prompts: prompts as vocabulary ids; similar lengths should follow one another.
             seeds: one seed per prompt; the same prompt and seed give the same response.
+            text_lens: number of tokens of each prompt's text; required if the limits of the sampling depend on it.
 
         Yields:
             The index of a prompt and its response, soon after the response is complete.
 
         Raises:
-            ValueError: a prompt is empty, or longer than ``longest_prompt``.
+            ValueError: a prompt is empty, or there is no room for it and its longest response.
         """
-        for i, prompt in enumerate(prompts):
-            if not 0 < len(prompt) <= self.capacity - self.sampling.max_new_tokens:
-                raise ValueError(f"prompt {i} has {len(prompt)} tokens, and there is room for {self.capacity} in all")
+        limits = [self.sampling.limits(text_len) for text_len in text_lens or [None] * len(prompts)]
+        for i, (prompt, (_, most)) in enumerate(zip(prompts, limits, strict=True)):
+            if not prompt or len(prompt) + most > self.capacity or most >= self.tokens.shape[1]:
+                raise ValueError(
+                    f"prompt {i} has {len(prompt)} tokens and its response up to {most}; there is room for "
+                    f"{self.capacity} in all, and for {self.tokens.shape[1] - 1} of a response"
+                )
         waiting, free, indices = deque(range(len(prompts))), deque(self.slots.tolist()), {}
         refill = -(-len(free) // 4)  # computing a few prompts takes as long as many tokens
         while waiting or indices:
             if waiting and len(free) >= min(refill, len(waiting)):
                 new = {free.popleft(): waiting.popleft() for _ in range(min(len(free), len(waiting)))}
                 indices |= new
-                self._admit(list(new), [prompts[i] for i in new.values()], [seeds[i] for i in new.values()])
+                self._admit(list(new), *([values[i] for i in new.values()] for values in (prompts, seeds, limits)))
             for slot, response in self._advance(list(indices)):
                 free.append(slot)
                 yield indices.pop(slot), response
 
     @torch.inference_mode()
-    def _admit(self, slots: list[int], prompts: list[Sequence[int]], seeds: list[int]) -> None:
+    def _admit(
+        self, slots: list[int], prompts: list[Sequence[int]], seeds: list[int], limits: list[tuple[int, int]]
+    ) -> None:
         """Start responses in free slots."""
         device = self.slots.device
         order = sorted(range(len(slots)), key=lambda i: self._bucket(prompts[i]))
@@ -169,9 +187,10 @@ class ContinuousBatching:
         self.last_ids[at] = torch.tensor([prompt[-1] for prompt in prompts], device=device)
         self.positions[at] = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
         self.lens[at], self.active[at], self.ended[at] = 0, True, False
+        self.minimum[at], self.maximum[at] = torch.tensor(limits, device=device).unbind(1)
         if self.uniform is not None:
-            longest = self.sampling.max_new_tokens
-            self.uniform[at, :, :longest] = _uniform_numbers(seeds, [longest] * len(seeds)).to(device)
+            numbers = _uniform_numbers(seeds, [most for _, most in limits])
+            self.uniform[at, :, : numbers.shape[2]] = numbers.to(device)
         if self.seen is not None:
             self.seen[at] = False
             rows = torch.tensor([slot for slot, prompt in zip(slots, prompts, strict=True) for _ in prompt])
@@ -217,17 +236,31 @@ class ContinuousBatching:
         logits = self._logits()
         if self.seen is not None:
             logits = _penalise_repetition(logits, self.seen, self.sampling.repetition_penalty)
+        if self.sampling.min_token_text_ratio:
+            end = self.ends[0]
+            logits[:, end] = torch.where(self.lens < self.minimum, -torch.inf, logits[:, end])
         numbers = None if self.uniform is None else self.uniform[self.slots, :, self.lens]
-        choice, log_probs = _next(logits, self.warpers, None, numbers, self.sampling)
+        recent = self._recent() if self.sampling.repetition_window else None
+        if self.ids is None:
+            choice, log_probs = _next(logits, self.warpers, recent, numbers, self.sampling)
+        else:
+            recent = torch.where(recent < 0, recent, self.index_of[recent])
+            choice, log_probs = _next(logits[:, self.ids], self.warpers, recent, numbers, self.sampling)
+            choice = self.ids[choice]
         self.tokens[self.slots, self.lens], self.log_probs[self.slots, self.lens] = choice, log_probs
         if self.seen is not None:
             self.seen.scatter_(1, choice[:, None], True)
         self.lens += self.active
         ended = torch.isin(choice, self.ends) & self.active
         self.ended |= ended
-        self.active &= ~ended & (self.lens < self.sampling.max_new_tokens)
+        self.active &= ~ended & (self.lens < self.maximum)
         self.positions += self.active
         self.last_ids.copy_(choice)
+
+    def _recent(self) -> torch.Tensor:
+        """The last ids of each response, int64 (slots, window), -1 where there are none yet."""
+        places = self.lens[:, None] - 1 - torch.arange(self.sampling.repetition_window, device=self.lens.device)
+        return torch.where(places < 0, -1, self.tokens.gather(1, places.clamp(min=0)))
 
     def _logits(self) -> torch.Tensor:
         """Logits (slots, V) of the next tokens; on a GPU, valid until the next call."""

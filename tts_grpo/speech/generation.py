@@ -48,11 +48,6 @@ class Sampling:
     max_token_text_ratio: float = 0.0
     repetition_penalty: float = 1.0
 
-    @property
-    def needs_whole_batches(self) -> bool:
-        """Whether continuous batching does not support these settings."""
-        return bool(self.repetition_window or self.min_token_text_ratio or self.max_token_text_ratio)
-
     def limits(self, text_len: int | None) -> tuple[int, int]:
         """Minimum and maximum number of tokens of a response to a text of ``text_len`` tokens.
 

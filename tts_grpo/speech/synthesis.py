@@ -206,10 +206,13 @@ class Synthesiser:
         prompts = self.prompts([row for _, row in utterances])
         encoded = [self.tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
         seeds = [utterance_seed(seed, row["id"]) for seed, row in utterances]
+        targets = [self.texts(row)[1] for _, row in utterances]
+        text_lens = [len(self.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in targets]
+        longest = max(self.sampling.limits(text_len)[1] for text_len in text_lens)
         with self.timed("generation"):
-            engine = ContinuousBatching(self.model, self.sampling, batch_size, max(map(len, encoded)))
+            engine = ContinuousBatching(self.model, self.sampling, batch_size, max(map(len, encoded)), longest)
         first_speech_id = self.tokenizer.convert_tokens_to_ids(speech_token_str(0))
-        responses, ended = engine.generate(encoded, seeds), defaultdict(list)
+        responses, ended = engine.generate(encoded, seeds, text_lens), defaultdict(list)
         while True:
             with self.timed("generation"):
                 i, response = next(responses, (None, None))

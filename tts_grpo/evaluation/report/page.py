@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 
 import jinja2
@@ -233,8 +234,9 @@ def recogniser(experiment: Experiment) -> str:
 def same_recogniser(summary: dict) -> bool:
     """Whether evaluation and reward use the same recogniser."""
     settings = summary.get("settings", {})
-    of_reward = settings.get("reward_asr_dirs") or settings.get("reward_asr_dir", "")
-    return settings.get("eval_asr_dir", "") in of_reward.split(" ") if of_reward else False
+    several = settings.get("reward_asr_dirs", "").strip()  # separated by spaces, which are escaped within a path
+    of_reward = [path.replace("\\ ", " ") for path in re.split(r"(?<!\\) +", several)] if several else []
+    return settings.get("eval_asr_dir") in (of_reward or [settings.get("reward_asr_dir", "")])
 
 
 def template(name: str) -> jinja2.Template:
