@@ -133,6 +133,14 @@ def test_a_second_call_does_not_disturb_the_first(root):
         repeat.main(arguments(root))
 
 
+def test_a_run_does_not_count_twice_and_samplings_have_an_effect(root):
+    with pytest.raises(SystemExit, match="a training seed is named twice"):
+        repeat.main([*arguments(root), "--seeds", "1", "2", "1"])
+    with pytest.raises(SystemExit, match="temprature is no variable of sampling"):
+        repeat.main([*arguments(root), "--samplings", "temprature=0"])
+    assert not (root / "calls").exists()
+
+
 def test_failures_stop_the_command(root):
     (root / "fail").write_text("")
     with pytest.raises(
@@ -154,6 +162,10 @@ def test_failures_stop_the_command(root):
     ("line", "message"),
     [
         ("default seed=3", "seed cannot be set per setting"),
+        ("default llm_text=spoken", "llm_text cannot be set per setting, because the evaluation"),
+        ("default repetition_window=10", "repetition_window cannot be set per setting"),
+        ("default llm_pt=llm.rl.pt", "llm_pt cannot be set per setting"),
+        ("default learning_rat=1e-6", "run.sh has no variable learning_rat"),
         ("default credit", "'credit' is not of the form variable=value"),
         ("sft", "'sft' is not a new name"),
         ("# nothing", "has no setting"),

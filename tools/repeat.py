@@ -45,10 +45,9 @@ METRIC = "pinyin_error_rate_toneless"
 SETS = ("assets/tiny/data/hard.jsonl", "assets/tiny/data/test.jsonl")
 QUALITY = ("speech_rate", "f0_std_semitones", "dnsmos_ovrl", "speaker_similarity")
 RECOGNISERS = {ERRORS: "evaluation", JUDGE_ERRORS: "judge"}  # names of the recognisers by the key of their errors
-# Variables that this program sets, or that would make runs incomparable.
+# Variables that this program sets, or that would change the SFT model; those of stage 4 are refused, too.
 RESERVED = {
-    "exp_name", "exp_dir", "seed", "force", "sft_path", "evaluation", "eval_jsonl", "eval_jsonls", "eval_asr_dir",
-    "judge_asr_dir", "seeds", "temperature", "top_p", "top_k", "max_new_tokens",
+    "profile", "evaluation", "exp_name", "exp_dir", "seed", "force", "sft_path", "llm", "llm_pt", "sft_checkpoint",
 }  # fmt: skip
 
 
@@ -116,13 +115,22 @@ def assignments(text: str, where: str) -> dict[str, str]:
     return found
 
 
+def declared() -> dict[str, set[str]]:
+    """The stages of each variable of run.sh, as conf/settings.sh declares them."""
+    lines = (ROOT / "conf/settings.sh").read_text(encoding="utf-8").splitlines()
+    words = [shlex.split(line) for line in lines if re.match(" *setting [a-z]", line)]
+    return {name: set(stages.split()) for _, name, _, stages, *_ in words}
+
+
 def read_settings(path: Path) -> dict[str, dict[str, str]]:
     """Variables of each setting by its name.
 
     Raises:
-        ValueError: a line has another form, a name is used twice, a variable is reserved, or there is no line.
+        ValueError: a line has another form, a name is used twice, a variable is unknown or cannot be set per setting,
+            or there is no line.
     """
     settings: dict[str, dict[str, str]] = {}
+    stages = declared()
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         name, _, rest = line.strip().partition(" ")
         if not name or name.startswith("#"):
@@ -131,8 +139,14 @@ def read_settings(path: Path) -> dict[str, dict[str, str]]:
         if not re.fullmatch(r"[A-Za-z0-9_.-]+", name) or name == "sft" or name in settings:
             raise ValueError(f"{where}: {name!r} is not a new name of letters, digits, '_', '.' and '-'")
         settings[name] = assignments(rest, where)
-        if reserved := settings[name].keys() & RESERVED:
-            raise ValueError(f"{where}: {', '.join(sorted(reserved))} cannot be set per setting: see --help")
+        for variable in settings[name]:
+            if variable not in stages:
+                raise ValueError(f"{where}: run.sh has no variable {variable}: bash run.sh --settings lists all")
+            if variable in RESERVED or stages[variable] & {"4", "4s"}:
+                raise ValueError(
+                    f"{where}: {variable} cannot be set per setting, because the evaluation and the SFT model are the "
+                    "same for all: use --seeds, --sets and --samplings, or set it in the environment"
+                )
     if not settings:
         raise ValueError(f"{path} has no setting: write a line such as: default")
     return settings
@@ -156,10 +170,16 @@ def stage_4_commands(root: Path, environment: dict[str, str]) -> tuple[list[str]
 
 
 def evaluations_of(args) -> list[Evaluation]:
-    """All test sets with all samplings, in order."""
-    found = []
+    """All test sets with all samplings, in order.
+
+    Raises:
+        ValueError: a variable is not one of the evaluation's speech, or two evaluations have the same name.
+    """
+    found, stages = [], declared()
     for sampling in args.samplings:
         variables = assignments(sampling, "--samplings")
+        if wrong := [name for name in variables if "4" not in stages.get(name, ())]:
+            raise ValueError(f"--samplings: {wrong[0]} is no variable of sampling, such as temperature or top_p")
         for test_set in args.sets:
             given = variables | {
                 "eval_jsonl": str(test_set.absolute()), "eval_jsonls": "", "exp_dir": str(args.folder)
@@ -435,6 +455,8 @@ def tables(recorded: dict, name: str) -> dict[str, list[str]]:
 def main(argv=None):
     args = get_args(argv)
     try:
+        if len(set(args.seeds)) < len(args.seeds):
+            raise ValueError("a training seed is named twice: a run would count as two")
         settings = read_settings(args.settings_file)
         runs = [Run(name, variables, seed) for name, variables in settings.items() for seed in args.seeds]
         with only_one(args.folder):
