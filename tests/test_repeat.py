@@ -1,6 +1,7 @@
 """Tests of tools/repeat.py with a run.sh that trains nothing, and scores that are given."""
 
 import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -141,7 +142,7 @@ def test_a_run_does_not_count_twice_and_samplings_have_an_effect(root):
     assert not (root / "calls").exists()
 
 
-def test_failures_stop_the_command(root):
+def test_failures_stop_the_command(root, monkeypatch):
     (root / "fail").write_text("")
     with pytest.raises(
         SystemExit, match=r"(?s)no reward server\n.*training default-1 failed \(1\), see .*default-1.log"
@@ -153,9 +154,33 @@ def test_failures_stop_the_command(root):
     with pytest.raises(SystemExit, match="default-1 was trained with other variables"):
         repeat.main(arguments(root))
     (root / "settings").write_text("default\n")
+    monkeypatch.setenv("total_steps", "7")
+    with pytest.raises(SystemExit, match=r"trained with other variables \(environment: {}, now {'total_steps': '7'}\)"):
+        repeat.main(arguments(root))
+    monkeypatch.delenv("total_steps")
     with pytest.raises(SystemExit, match="was evaluated with other settings"):
         write_jsonl(root / "exp/repeat/eval/hard-temperature=1.0/sft/commands.json", [[]])
         repeat.main(arguments(root))
+
+
+def test_an_evaluation_of_another_set_or_model_is_not_used(tmp_path):
+    model, test_set = tmp_path / "model/model.safetensors", tmp_path / "hard.jsonl"
+    model.parent.mkdir()
+    model.write_text("weights")
+    test_set.write_text("texts")
+    sha256 = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in (model, test_set)}
+    (tmp_path / "scores.json").write_text(json.dumps({"eval_set_sha256": sha256[test_set]}))
+    (tmp_path / "settings.json").write_text(json.dumps({"llm": {model.name: sha256[model]}}))
+    given = (tmp_path, test_set, model.parent)
+    assert repeat.outdated(*given) == ""
+    for path, named in ((model, model.parent), (test_set, test_set)):
+        repeat.checksum.cache_clear()
+        path.write_text("others")
+        assert repeat.outdated(*given) == str(named)
+    model.unlink()  # deleted to save disk space
+    test_set.write_text("texts")
+    repeat.checksum.cache_clear()
+    assert repeat.outdated(*given) == ""
 
 
 @pytest.mark.parametrize(

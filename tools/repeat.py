@@ -19,6 +19,8 @@ contain the variation of the training. The JSON file has the form of docs/result
 import argparse
 import contextlib
 import fcntl
+import functools
+import hashlib
 import itertools
 import json
 import os
@@ -234,6 +236,13 @@ def execute(command: list[str], log: Path, cwd: Path, environment: dict[str, str
         raise RuntimeError("\n".join([*lines[-5:], f"{what} failed ({code}), see {log}; the same command continues"]))
 
 
+def from_environment() -> dict[str, str]:
+    """The variables of the environment that trainings depend on."""
+    own = {"exp_name", "exp_dir", "seed", "force"}
+    names = {name for name, stages in declared().items() if stages & {"0", "2", "3"}} | {"profile", "recipe"}
+    return {name: os.environ[name] for name in sorted(names - own) if name in os.environ}
+
+
 def train(args, run: Run) -> None:
     """Stages 0 to 3 of a run, unless they are recorded as done.
 
@@ -242,9 +251,15 @@ def train(args, run: Run) -> None:
     """
     exp_dir = args.folder / run.name
     record, wanted = exp_dir / "trained.json", {"variables": run.variables, "seed": run.seed}
+    wanted["environment"] = {k: v for k, v in from_environment().items() if k not in run.variables}
     started = exp_dir / "settings.json"
-    if started.exists() and json.loads(started.read_text(encoding="utf-8")) != wanted:
-        raise RuntimeError(f"{exp_dir} was trained with other variables: give the setting another name, or set --name")
+    if started.exists():
+        found = json.loads(started.read_text(encoding="utf-8"))
+        if changed := [key for key in found if found[key] != wanted[key]]:
+            raise RuntimeError(
+                f"{exp_dir} was trained with other variables ({changed[0]}: {found[changed[0]]}, now "
+                f"{wanted[changed[0]]}): give the setting another name, or set --name"
+            )
     if record.exists():
         return
     write_json(started, wanted)
@@ -262,11 +277,28 @@ def train_seconds(exp_dir: Path) -> int | None:
     return round(sum(row["seconds"] for row in read_jsonl(path) if row["stage"] <= 3)) if path.exists() else None
 
 
+@functools.cache
+def checksum(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def outdated(output_dir: Path, test_set: Path, model: Path) -> str:
+    """What has changed since a finished evaluation, by the checksums in its results; "" if nothing has."""
+    scores, made = (json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+                    for path in (output_dir / "scores.json", output_dir / "settings.json"))  # fmt: skip
+    if checksum(test_set) != scores.get("eval_set_sha256", checksum(test_set)):
+        return str(test_set)
+    weights = {path.name: checksum(path) for path in model.resolve().glob("*.safetensors")}
+    return str(model) if weights and weights != made.get("llm", weights) else ""
+
+
 def evaluate(args, one: Evaluation, model: Path, name: str) -> Path:
     """Synthesise and score a test set with a model, unless that is done; return the folder of the scores.
 
     Raises:
-        RuntimeError: a command failed, or the folder was evaluated with other settings.
+        RuntimeError: a command failed, or the folder was evaluated with other settings, another model or another set.
     """
     output_dir = args.folder / "eval" / one.name / name
     infer = replaced(one.infer, {"--llm-path": str(model), "--output-dir": str(output_dir)})
@@ -275,6 +307,8 @@ def evaluate(args, one: Evaluation, model: Path, name: str) -> Path:
     if record.exists() and json.loads(record.read_text(encoding="utf-8")) != commands:
         raise RuntimeError(f"{output_dir} was evaluated with other settings: set another --name, or delete the folder")
     if (output_dir / "seconds").exists():
+        if changed := outdated(output_dir, one.test_set, model):
+            raise RuntimeError(f"{changed} has changed since it was evaluated: delete {output_dir}, or set --name")
         return output_dir
     write_json(record, commands)
     began = time.monotonic()
