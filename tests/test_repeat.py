@@ -42,7 +42,7 @@ def give_scores(root, set_name, number_of, name, rng):
     for seed in (0, 1):
         rows = [{
             "id": f"u{i}", "error": None, "quality": {"speech_rate": 4.0 + 0.01 * i},
-            "errors": {repeat.METRIC: {"substitutions": int(n), "deletions": 0, "insertions": 0, "length": 10}},
+            "errors": {repeat.METRICS[0]: {"substitutions": int(n), "deletions": 0, "insertions": 0, "length": 10}},
         } for i, n in enumerate(rng.binomial(10, rate, number_of))]  # fmt: skip
         write_jsonl(root / f"given/{set_name}/{name}/seed_{seed}/utterances.jsonl", rows)
     (root / f"given/{set_name}/{name}/scores.json").write_text("{}")
@@ -110,14 +110,31 @@ def test_runs_are_trained_once_and_compared(root, capsys):
     assert not (root / "calls").exists(), "something was trained or evaluated again"
 
 
+def test_english_sets_and_failed_audio(root):
+    """An English set has no pinyin error rate, and a model that fails to speak more often is never called better."""
+    for path in (root / "given").glob("*/*/seed_*/utterances.jsonl"):
+        text = path.read_text("utf-8").replace(repeat.METRICS[0], "spoken")
+        if "hard/default-2" in str(path):
+            text = text.replace('"error": null', '"error": "no speech tokens"', 1)
+        path.write_text(text, "utf-8")
+    repeat.main(arguments(root))
+    recorded = json.loads((root / "exp/repeat/results.json").read_text("utf-8"))
+    verdicts = {(f["set"], f["before"], f["after"]): f["conclusion"] for f in recorded["figures"]}
+    assert verdicts["hard", "sft", "default"] == "inconclusive: more audio failed"
+    assert verdicts["test", "sft", "default"] == "better"
+
+
 def test_a_killed_command_continues(root):
     (root / "kill").write_text("worse-2")
     command = [sys.executable, str(ROOT / "tools/repeat.py"), *arguments(root)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     assert subprocess.run(command, env=environment, capture_output=True, timeout=60).returncode == -signal.SIGKILL
     left = subprocess.run(["pgrep", "-x", "sleep"], capture_output=True, text=True).stdout.split()
-    mark = f"TTS_GRPO_REPEAT={root / 'exp/repeat'}\0"
-    (left,) = [pid for pid in left if mark in Path(f"/proc/{pid}/environ").read_text()]
+    mark, marked = f"TTS_GRPO_REPEAT={root / 'exp/repeat'}\0", []
+    for pid in left:
+        with contextlib.suppress(OSError):  # another program's has ended meanwhile
+            marked += [pid] if mark in Path(f"/proc/{pid}/environ").read_text() else []
+    (left,) = marked
     before = (root / "calls").read_text().splitlines()
     assert before[-1] == "train worse-2 utterance 2"
     repeat.main(arguments(root))

@@ -11,9 +11,10 @@ environment such as ``seeds``, ``judge_asr_dir`` and ``http_port``. After a cras
 finished is not repeated. Logs are in exp/NAME/log.
 
 The primary comparison is that of the first setting with the SFT model, on the first set with the first sampling, by the
-toneless pinyin error rate of the evaluation recogniser. The p-values of all others are corrected (Holm). All intervals
-are 95%, by bootstrap over training seeds and utterances (tts_grpo/evaluation/bootstrap.py); with one seed, they do not
-contain the variation of the training. The JSON file has the form of docs/results, and the tables are printed.
+toneless pinyin error rate of the evaluation recogniser (of an English set: the word error rate of the spoken form). The
+p-values of all others are corrected (Holm). All intervals are 95%, by bootstrap over training seeds and utterances
+(tts_grpo/evaluation/bootstrap.py); with one seed, they do not contain the variation of the training. The JSON file has
+the form of docs/results, and the tables are printed.
 """
 
 import argparse
@@ -43,7 +44,7 @@ from tts_grpo.evaluation.provenance import ROOT, provenance, replace_tables
 from tts_grpo.text.jsonl import read_jsonl, write_json, write_text
 
 MARK = "TTS_GRPO_REPEAT"  # environment variable of all processes that work on a folder
-METRIC = "pinyin_error_rate_toneless"
+METRICS = ("pinyin_error_rate_toneless", "spoken")  # the first one that a set has; an English set has no pinyin
 SETS = ("assets/tiny/data/hard.jsonl", "assets/tiny/data/test.jsonl")
 QUALITY = ("speech_rate", "f0_std_semitones", "dnsmos_ovrl", "speaker_similarity")
 RECOGNISERS = {ERRORS: "evaluation", JUDGE_ERRORS: "judge"}  # names of the recognisers by the key of their errors
@@ -350,9 +351,16 @@ def run_all(args, runs: list[Run], evaluations: list[Evaluation]) -> None:
 
 
 def fractions(output_dir: Path, key: str) -> np.ndarray:
-    """Errors and units of each utterance, (N, 2), in the order of the ids; by METRIC and one recogniser."""
-    found = error_fractions(read_utterances(output_dir), METRIC, False, key)
+    """Errors and units of each utterance, (N, 2), in the order of the ids; by one metric and one recogniser."""
+    rows = read_utterances(output_dir)
+    metric = next(metric for metric in METRICS if metric in rows[0][key])
+    found = error_fractions(rows, metric, False, key)
     return np.array([found[utt_id] for utt_id in sorted(found)])
+
+
+def failed_share(output_dir: Path) -> float:
+    """Share of the utterances without usable audio."""
+    return float(np.mean([bool(row["error"]) for row in read_utterances(output_dir)]))
 
 
 def stack(folder: Path, names: list[str], key: str) -> np.ndarray:
@@ -376,6 +384,7 @@ def comparisons(args, settings: list[str], evaluations: list[Evaluation]) -> lis
         for key in (ERRORS, JUDGE_ERRORS)[: 2 if "judge" in scores else 1]:
             for first, second in pairs(settings):
                 change = bootstrap.compare_runs(stack(folder, names[first], key), stack(folder, names[second], key))
+                failed = [np.mean([failed_share(folder / run) for run in names[name]]) for name in (first, second)]
                 rates, ci = map(bootstrap.ratio, stack(folder, names[second], key)), change["relative_drop_ci"]
                 found.append({
                     "set": one.test_set.stem, "sampling": one.sampling, "recogniser": RECOGNISERS[key],
@@ -383,7 +392,7 @@ def comparisons(args, settings: list[str], evaluations: list[Evaluation]) -> lis
                     "rate_after": percent(change["after"]), "rates_after": list(map(percent, rates)),
                     "relative_change_percent": percent(change["relative_drop"], -1, 1),
                     "ci95": ci and [percent(bound, -1, 1) for bound in ci[::-1]],
-                    "p": change["p"], "conclusion": bootstrap.verdict(change["ci"], "lower"),
+                    "p": change["p"], "conclusion": bootstrap.verdict(change["ci"], "lower", failed[1] > failed[0]),
                 })  # fmt: skip
     adjusted = bootstrap.holm([figure["p"] for figure in found[1:]])
     for figure, p in zip(found, [found[0]["p"], *adjusted], strict=True):
@@ -433,9 +442,9 @@ def results(args, settings: dict[str, dict[str, str]], runs: list[Run], evaluati
     seeds = " ".join(itertools.takewhile(str.isdecimal, infer[infer.index("--seeds") + 1 :]))
     return {
         **provenance(args.title, ["tools/repeat.py", *sys.argv[1:]]),
-        "conditions": f"settings: {shown}; seeds {' '.join(map(str, args.seeds))}; toneless pinyin error rate, "
-        f"evaluation seeds {seeds}; 95% intervals by bootstrap over training seeds and utterances; p-values of all "
-        "comparisons but the primary one corrected by Holm's method",
+        "conditions": f"settings: {shown}; seeds {' '.join(map(str, args.seeds))}; toneless pinyin error rate (of an "
+        f"English set: spoken-form WER), evaluation seeds {seeds}; 95% intervals by bootstrap over training seeds and "
+        "utterances; p-values of all comparisons but the primary one corrected by Holm's method",
         "settings": settings,
         "figures": comparisons(args, list(settings), evaluations),
         "runs": run_figures(args, runs, evaluations),
