@@ -76,7 +76,8 @@ def evaluate(system: dict, args) -> bool:
     """Evaluate a system on the sets of its published figures. Returns whether all of that succeeded."""
     sets = list(dict.fromkeys(name for table in system["tables"] for name in table["rates"]))
     settings = system["settings"] | {
-        "dataset": " ".join(sets), "exp_dir": str((args.output_dir / system["name"]).absolute())
+        "dataset": " ".join(sets), "eval_jsonl": "", "eval_jsonls": "",
+        "exp_dir": str((args.output_dir / system["name"]).absolute()),
     }  # fmt: skip
     command = ["bash", str(ROOT / "run.sh"), *["--dry-run"] * args.dry_run, "evaluate"]
     if args.dry_run:
@@ -84,9 +85,13 @@ def evaluate(system: dict, args) -> bool:
     return subprocess.run(command, env=os.environ | settings, check=False).returncode == 0
 
 
-def set_folder(folder: Path, name: str) -> Path | None:
-    """The results of a finished set of a system's folder, or None. The set may have been stripped of quotes."""
-    for found in (name, name + STRIPPED):
+def set_folder(folder: Path, name: str, table: dict) -> Path | None:
+    """The results of a finished set of a system's folder, or None.
+
+    The set may have been evaluated with quotes or stripped of them; of both, the one that is as in the table is taken.
+    """
+    published_removed = (table["conditions"]["texts"] or {}).get("quotes") == "removed"
+    for found in sorted((name, name + STRIPPED), reverse=published_removed):
         if (folder / f".done/4-{found}").exists() and (folder / "eval" / found / "sft/scores.json").exists():
             return folder / "eval" / found / "sft"
     return None
@@ -180,7 +185,7 @@ def comparison(system: dict, sets: dict, folder: Path) -> list[dict]:
     rows = []
     for table in system["tables"]:
         for name in table["rates"]:
-            results = set_folder(folder, name)
+            results = set_folder(folder, name, table)
             row = {"set": name, "published": table["rates"][name], "source": table["source"], "rate": None}
             if results:
                 row = compare(table, name, sets[name]["utterances"], results)

@@ -95,6 +95,8 @@ def test_stripped_sets_are_those_of_mair_hub(tmp_path):
     names = [text.split(" (")[0] for text in rows["zero_shot_zh"]["differs"]]
     assert rows["zero_shot_zh"]["verdict"] == "reproduced" and names == ["recogniser"]
     assert "normalisation of the texts (quotes kept, published removed)" in rows["test_zh"]["differs"]
+    make_results(tmp_path, "zero_shot_zh", 4.8, [4.7, 4.9], utterances=500, metric="cer", **hub)
+    assert rows_of("sft", tmp_path)["zero_shot_zh"] == rows["zero_shot_zh"], "with quotes, too, it is another set"
 
 
 def test_a_set_that_was_not_finished_is_not_compared(tmp_path):
@@ -129,7 +131,7 @@ def test_the_published_file_is_complete():
 def make_run_sh(folder: Path) -> None:
     """A run.sh that evaluates by leaving given results, and fails for the SFT model."""
     (folder / "run.sh").write_text(
-        'echo "$profile $llm $evaluation $dataset $exp_dir $*" >>"$CALLS"\n[[ $llm != llasa ]] || exit 1\n'
+        'echo "$profile $llm $evaluation $dataset $exp_dir $eval_jsonl$*" >>"$CALLS"\n[[ $llm != llasa ]] || exit 1\n'
     )
 
 
@@ -137,6 +139,7 @@ def test_systems_are_evaluated_with_their_settings_and_one_that_fails_is_named(t
     make_run_sh(tmp_path)
     monkeypatch.setattr(reproduce, "ROOT", tmp_path)
     monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
+    monkeypatch.setenv("eval_jsonl", "/another/set.jsonl")
     make_results(tmp_path / "out/cosyvoice2", "test_zh", 1.40, [1.2, 1.6])
     status = reproduce.main(["sft", "cosyvoice2", "--output-dir", str(tmp_path / "out"), "--sets", "test_zh",
                              "--published", str(ROOT / "docs/results/published.json")])  # fmt: skip
