@@ -2,7 +2,7 @@
 
 Each difference has a 95% interval by paired bootstrap over utterances (tts_grpo/evaluation/bootstrap.py) and a verdict
 such as "not significant (95%)". With several evaluation sets, the table ends with all of them side by side, and
-summary.json has the figures of each in ``sets``; its other figures are those of the first set.
+summary.json has the figures of each in ``sets``; its other figures are those of the first set, whose name is ``set``.
 """
 
 import argparse
@@ -104,8 +104,10 @@ def summarise(exp_dir: Path, settings: dict, sets: Sequence[str] = ()) -> dict:
         sets: names of the evaluation sets, whose scores are in ``eval/NAME``; empty: one set, in ``eval``.
     """
     figures = {name: summarise_set(exp_dir / "eval" / name) for name in sets or ("",)}
+    first = next(iter(figures))
     return {
-        **next(iter(figures.values())),
+        **({"set": first} if first else {}),
+        **figures[first],
         **({"sets": figures} if len(figures) > 1 else {}),
         "reward_parts": reward_parts(exp_dir),
         **costs(exp_dir),

@@ -27,8 +27,8 @@ def summary(sft: float, grpo: float, commit: str = "c" * 40) -> dict:
         "relative_drop_ci": {name: [drop - 0.1, drop + 0.05] for name in metrics},
         "verdict": dict.fromkeys(metrics, "better"),
         "quality_change": dict.fromkeys(("dnsmos_ovrl", "f0_median_hz", "speech_rate"), change),
-        "stage_seconds": {"2": 300, "4": 100.4}, "peak_rss_gib": 6.04,
-        "settings": {"profile": "tiny", "total_steps": "30", "credit": "syllable", "eval_jsonl": "a/test.jsonl",
+        "set": "test", "stage_seconds": {"2": 300, "4": 100.4}, "peak_rss_gib": 6.04,
+        "settings": {"profile": "tiny", "total_steps": "30", "credit": "syllable", "eval_jsonl": "a/other.jsonl",
                      "seeds": "0 1", "temperature": "1.0", "quality_utterances": "25"},
     }  # fmt: skip
 
@@ -52,7 +52,7 @@ def test_figures_and_tables_are_made_from_the_runs(runs):
     recorded = json.loads((runs / RESULTS).read_text("utf-8"))
     rate = next(figure for figure in recorded["figures"] if figure["key"] == MAIN_RATE)
     assert (rate["sft"], rate["grpo"], rate["relative_change_percent"]) == (6.25, 4.0, -36.0)
-    assert rate["ci95"] == [-41.0, -26.0]
+    assert rate["ci95"] == [-41.0, -26.0] and "; test.jsonl, seeds 0 1" in recorded["conditions"]
     assert recorded["stage_seconds"] == {"2": 300, "4": 100, "all": 400} and recorded["commit"] == "c" * 40
     assert recorded["step_seconds"]["generation"] == 4.0  # the median of steps 3 to 5
     readme = (runs / "README.md").read_text()

@@ -174,7 +174,8 @@ def comparison(exp_dir, tmp_path_factory):
         log_training(folder / name / "tensorboard")
     shutil.copytree(exp_dir, folder / "b", dirs_exist_ok=True)
     summary = json.loads((folder / "b/summary.json").read_text())
-    summary["settings"] |= {"seed": "43", "exp_name": "b"}
+    summary["settings"] |= {"seed": "43", "exp_name": "b", "eval_jsonl": "c/test.jsonl", "eval_jsonls": "c/hard.jsonl"}
+    summary["set"] = "hard"
     write_json(folder / "b/summary.json", summary)
     output = folder / "comparison.html"
     compare.main([*(str(folder / name) for name in ("a", "b", "c", "d", "e", "f", "grpo")), "--output", str(output)])
@@ -187,6 +188,7 @@ def test_the_comparison_has_the_curves_and_scores_of_all_experiments(comparison,
     rows = re.findall(r"<tr><th scope=\"row\">(\w+)</th>(.*?)</tr>", page, re.DOTALL)
     scores = {name: row for name, row in rows if "%" in row}
     assert scores.keys() == {"a", "b", "grpo"} and "<td>hard-t1</td>" in scores["grpo"]
+    assert "<td>hard</td>" in scores["b"]
     for row in scores.values():
         for model in ("sft", "grpo"):
             assert f"{summary[model]['pooled']['pinyin_error_rate_toneless']['rate']:.2%}" in row

@@ -80,6 +80,7 @@ def test_several_sets_stand_side_by_side(exp_dir):
     sets = ("zero_shot_zh", "test_en")
     alone, summary = summarise(exp_dir, {}), summarise(exp_dir, {}, sets)
     assert {key: summary[key] for key in alone} == alone and list(summary["sets"]) == list(sets)
+    assert summary["set"] == sets[0] and summarise(exp_dir, {}, sets[1:])["set"] == sets[1]
     assert summary["sets"]["test_en"]["relative_drop"]["wer"] == pytest.approx(0.5)
     lines = table(summary).split("== all evaluation sets\n")[1].splitlines()
     assert [line[:51].split("  ")[0] for line in lines[1:5]] == ["zero_shot_zh"] * 2 + ["test_en"] * 2

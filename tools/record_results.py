@@ -98,7 +98,7 @@ def results(exp_dirs: list[Path]) -> dict:
         "commit": summary["git_commit"],
         "command": "bash run.sh",
         "conditions": f"profile={settings['profile']}, {settings['total_steps']} steps, credit={settings['credit']}; "
-        f"{settings['eval_jsonl'].split('/')[-1]}, seeds {settings['seeds']}, temperature {settings['temperature']}; "
+        f"{summary['set']}.jsonl, seeds {settings['seeds']}, temperature {settings['temperature']}; "
         "95% intervals by paired bootstrap over utterances; speaker similarity, DNSMOS and F0 of "
         f"{settings['quality_utterances']} utterances",
         "shown_run": shown + 1,

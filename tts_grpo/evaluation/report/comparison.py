@@ -52,7 +52,8 @@ def evaluations(exp_dir: Path) -> list[Evaluated]:
         summary = json.loads(path.read_text(encoding="utf-8"))
         if sets := summary.get("sets"):
             return [_of_summary(name, figures_) for name, figures_ in sets.items()]
-        return [_of_summary(Path(summary.get("settings", {}).get("eval_jsonl", "")).stem, summary)]
+        before_names = Path(summary.get("settings", {}).get("eval_jsonl", "")).stem  # of a summary without "set"
+        return [_of_summary(summary.get("set", before_names), summary)]
     return [
         _of_scores(path.parent.parent.name, {"sft": path.parent.parent / "sft", "grpo": path.parent})
         for path in sorted((exp_dir.parent / "eval").glob(f"*/{exp_dir.name}/scores.json"))
