@@ -201,12 +201,10 @@ set_name() { basename "$1" .jsonl; }
 # evaluate FILE: synthesise and score one evaluation set with all models, unless that is done already. Its results do not
 # depend on the other sets. It returns a failure instead of ending the run, so that the other sets are still evaluated.
 evaluate() {
-  local name state set_language model
+  local name state set_language set_recogniser model
   name=$(set_name "$1")
-  set_language=$(language_of "$name")
-  local eval_jsonl=$1 eval_jsonls='' language=$set_language eval_asr_dir=$eval_asr_dir
-  [[ $language != en || -z $eval_asr_dir_en ]] || eval_asr_dir=$eval_asr_dir_en
-  local eval_asr_dir_en=''
+  set_language=$(language_of "$name") set_recogniser=$(recogniser_of "$name")
+  local eval_jsonl=$1 eval_jsonls='' language=$set_language eval_asr_dir=$set_recogniser eval_asr_dir_en=''
   state=$(state_of 4) || return
   if done_with "4-$name" "$state" && [[ -d $exp_dir/eval/$name ]]; then
     echo "$name: already evaluated"
@@ -528,7 +526,7 @@ configure() {
 }
 
 main() {
-  local positional=() wrong=() stage
+  local positional=() wrong=() described=() stage
   while (($#)); do
     case $1 in
     --dry-run) dry_run=1 ;;
@@ -575,8 +573,9 @@ main() {
   adapt_to_machine
   configure
   if [[ $mode == check ]]; then
-    PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec "$base_python" "$root/scripts/check.py" \
-      --settings "$(all_settings json)" --contradictions "${wrong[@]}" --data-flags "${data_flags[@]}"
+    mapfile -t described < <(described_sets)
+    PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec "$base_python" "$root/scripts/check.py" --settings "$(all_settings json)" \
+      --eval-sets "${described[@]}" --contradictions "${wrong[@]}" --data-flags "${data_flags[@]}"
   fi
   ((${#wrong[@]} == 0)) || die "${wrong[0]}"
   trap cleanup EXIT

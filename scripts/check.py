@@ -50,8 +50,6 @@ GIB = 2**30
 TRAINER_GIB = 12  # a 0.5B model's weights, optimizer states and activations; vLLM and the reward server come on top
 VLLM_GIB = 5  # weights, workspace, and a KV cache for some dozens of rollouts
 ADAM_BYTES = 12  # bytes per parameter in a checkpoint: weight and two Adam moments in float32
-PUBLISHED = re.compile(r"(test|zero_shot)_(zh|hard|hard_zh)(-stripped)?")  # evaluation sets, see scripts/eval_sets.sh
-PUBLISHED_ENGLISH = re.compile(r"(test|zero_shot|zero_shot_hard)_en(-stripped)?")
 Finding = tuple[bool, str]  # whether the check passed, and its description
 
 
@@ -59,11 +57,16 @@ def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--settings", type=json.loads, help="run.sh's variables, as JSON")
+    parser.add_argument("--eval-sets", nargs="*", default=[], help="file, language and recogniser of each evaluation "
+                        "set, from run.sh")  # fmt: skip
     parser.add_argument("--contradictions", nargs="*", default=[], help="faults of settings and folders from run.sh")
     parser.add_argument("--data-flags", nargs=argparse.REMAINDER, default=[], help="flags of prepare_data.py; last")
     what.add_argument("--pins", type=Path, help="only compare this Python's packages with a requirements file")
     what.add_argument("--language-model", type=Path, help="only check this Hugging Face folder")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.settings:
+        args.settings["eval_sets"] = list(zip(*[iter(args.eval_sets)] * 3, strict=True))
+    return args
 
 
 def finding(good: bool, what: str, remedy: str) -> Finding:
@@ -122,11 +125,6 @@ def check_pins(requirements: Path) -> Iterator[Finding]:
     yield finding(not wrong, f"packages of {requirements.name}", f": {shown}: bash run.sh -1 -1")
 
 
-def eval_sets(s: dict) -> list[Path]:
-    """The evaluation sets: those of eval_jsonls, or else eval_jsonl."""
-    return [Path(path) for path in split_paths(s["eval_jsonls"] or s["eval_jsonl"].replace(" ", "\\ ")) if path]
-
-
 def check_files(s: dict) -> Iterator[Finding]:
     kind = token2wav_kind(s["token2wav_dir"]) or s["profile"]
     missing = missing_files(s["token2wav_dir"], TOKEN2WAV_FILES[kind])
@@ -138,15 +136,19 @@ def check_files(s: dict) -> Iterator[Finding]:
     # the evaluation supports several ASR backends (tts_grpo/speech/asr/loading.py)
     names = ("eval_asr_dir", "eval_asr_dir_en", "judge_asr_dir", "prompt_audio", "prompt_list")
     others = (Path(s[name]) for name in names if s[name])
-    missing += [path for path in (*others, *eval_sets(s)) if not path.exists()]
+    missing += [path for path in (*others, *(Path(file) for file, *_ in s["eval_sets"])) if not path.exists()]
     yield from (
         (False, f"{path} is missing: run bash run.sh -1 -1 to download it, or set its variable") for path in missing
     )
-    if Path(s["eval_asr_dir"]).resolve() in [Path(folder).resolve() for folder in asr_dirs]:
-        yield False, "reward_asr_dir is eval_asr_dir: the evaluation needs a recogniser that the reward does not use"
-    if s["judge_asr_dir"] and Path(s["judge_asr_dir"]).resolve() in [
-        Path(folder).resolve() for folder in (*asr_dirs, s["eval_asr_dir"])
-    ]:
+    rewarding = {Path(folder).resolve() for folder in asr_dirs}
+    evaluating = {Path(recogniser).resolve() for *_, recogniser in s["eval_sets"]}
+    if same := rewarding & evaluating:
+        yield (
+            False,
+            f"{same.pop()} is a recogniser of the reward and of the evaluation: the evaluation needs another "
+            "one (eval_asr_dir, eval_asr_dir_en)",
+        )
+    if s["judge_asr_dir"] and Path(s["judge_asr_dir"]).resolve() in rewarding | evaluating:
         yield False, "judge_asr_dir is a recogniser of the reward or the evaluation: a second opinion needs another"
     yield from check_languages(s, asr_dirs)
     if bool(s["prompt_audio"]) != bool(s["prompt_text"]):
@@ -161,17 +163,12 @@ def check_files(s: dict) -> Iterator[Finding]:
 def check_languages(s: dict, reward_asr_dirs: Sequence[str]) -> Iterator[Finding]:
     """Check that the recognisers know their languages; those of the training texts are checked with the texts."""
     needed = {folder: {s["language"]} for folder in reward_asr_dirs}
-    for path in eval_sets(s):
+    for path, default, recogniser in s["eval_sets"]:
         try:
-            languages = {row["language"] for row in read_eval_set(path, language=s["language"])}
+            languages = {row["language"] for row in read_eval_set(path, language=default)}
         except (OSError, ValueError):  # reported with the data
             continue
-        # as in run.sh: the published sets in English, and all other sets with language=en, have their own recogniser
-        english = PUBLISHED_ENGLISH.fullmatch(path.stem) or (
-            s["language"] == "en" and not PUBLISHED.fullmatch(path.stem)
-        )
-        folder = (english and s["eval_asr_dir_en"]) or s["eval_asr_dir"]
-        for name in (folder, s["judge_asr_dir"]):
+        for name in (recogniser, s["judge_asr_dir"]):
             needed.setdefault(name, set()).update(languages)
     for folder, languages in needed.items():
         for language in sorted(languages):
@@ -195,7 +192,7 @@ def check_data(s: dict, data_flags: Sequence[str] = ()) -> Iterator[Finding]:
         readers |= {"train_jsonl": read_texts, "test_jsonl": read_texts}
     files = [(name, s[name], read) for name, read in readers.items() if s[name]]
     if "train_jsonl" in readers:
-        files += [("eval_jsonl", path, read_eval_set) for path in eval_sets(s)]
+        files += [("evaluation set", path, read_eval_set) for path, *_ in s["eval_sets"]]
     for name, path, read in files:
         try:
             yield True, f"{name} {path}: {len(read(path))} entries"

@@ -16,6 +16,17 @@ language_of() {
   fi
 }
 
+# recogniser_of NAME: print the folder of the evaluation's recogniser for a set.
+recogniser_of() { [[ $(language_of "$1") == en && -n $eval_asr_dir_en ]] && echo "$eval_asr_dir_en" || echo "$eval_asr_dir"; }
+
+# described_sets: print three lines per evaluation set: its file, its language and the folder of its recogniser.
+described_sets() {
+  local file
+  for file in "${eval_sets[@]}"; do
+    printf '%s\n' "$file" "$(language_of "$(set_name "$file")")" "$(recogniser_of "$(set_name "$file")")"
+  done
+}
+
 # read_eval_sets: put the files of the evaluation sets, those of eval_jsonls or else eval_jsonl, into the array eval_sets.
 read_eval_sets() {
   eval_sets=("$eval_jsonl")

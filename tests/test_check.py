@@ -57,7 +57,8 @@ def test_all_faults_are_reported_at_once(tmp_path, assets):
     assert done.returncode == 1
     for text in (
         "environment speech: ", "environment trainer: ", "/nowhere/set.jsonl is missing", "train_jsonl ",
-        "reward_asr_dir is eval_asr_dir", "prompt_audio and prompt_text", "9 rollouts are not a multiple of",
+        "asr_eval is a recogniser of the reward and of the evaluation", "prompt_audio and prompt_text",
+        "9 rollouts are not a multiple of",
         "http_port ", "no reward server is ready at http://127.0.0.1:9", "llm is missing",
         "-- trainer.v1.trainer_mode=sync is refused",
         "asr_eval does not know the language en: its vocabulary has zh only",
@@ -70,7 +71,7 @@ def test_cosyvoice2_of_both_hubs_is_recognised(tmp_path, assets, venv_root, hub)
     """Hugging Face's repository has a config.json, as the tiny token2wav does."""
     folder = make_cosyvoice2(tmp_path, hub)
     s = {"token2wav_dir": str(folder), "reward_asr_dir": str(assets / "asr_reward"), "prompt_text": "",
-         "eval_asr_dir": str(assets / "asr_eval"), "eval_jsonl": "", "eval_jsonls": "", "prompt_audio": "",
+         "eval_asr_dir": str(assets / "asr_eval"), "eval_sets": [], "prompt_audio": "",
          "prompt_list": "", "reward_asr_dirs": "", "judge_asr_dir": "", "eval_asr_dir_en": "",
          "venv_root": str(venv_root), "language": "zh"}  # fmt: skip
     assert [text for good, text in check.check_files(s) if not good] == []
@@ -81,36 +82,50 @@ def test_cosyvoice2_of_both_hubs_is_recognised(tmp_path, assets, venv_root, hub)
     ]
 
 
+def described_sets(files, **settings) -> list[tuple[str, str, str]]:
+    """File, language and recogniser of evaluation sets, as run.sh passes them to the check."""
+    script = (
+        'set -u; root=$1; source "$root/scripts/eval_sets.sh"; shift; eval_sets=("$@"); '
+        'set_name() { basename "$1" .jsonl; }; described_sets'
+    )
+    command = ["bash", "-c", script, "-", str(ROOT), *map(str, files)]
+    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=True)
+    return check.get_args(["--settings", '{"x": ""}', "--eval-sets", *done.stdout.splitlines()]).settings["eval_sets"]
+
+
 def test_each_set_needs_a_recogniser_that_knows_its_languages(tmp_path, assets):
     """Sets in English have their own recogniser; a set with lines in both languages needs one that knows both."""
     english, chinese = make_small_sensevoice(tmp_path / "english"), str(assets / "asr_eval")
     rows = [{"id": 1, "text": "今天"}, {"id": 2, "text": "today", "language": "en"}]
     for name, used in (("test_en", rows[1:]), ("mine", rows[:1]), ("both", rows)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in used))
-    s = {
-        "language": "zh",
-        "eval_jsonl": "",
-        "eval_asr_dir": chinese,
-        "eval_asr_dir_en": str(english),
-        "judge_asr_dir": "",
-    }
+    settings = {"language": "zh", "eval_asr_dir": chinese, "eval_asr_dir_en": str(english), "reward_asr_dir": chinese}
+    s = settings | {"judge_asr_dir": ""}
     for sets, fault in (("test_en mine", ""), ("both", "language en: the recogniser")):
-        s["eval_jsonls"] = " ".join(str(tmp_path / f"{name}.jsonl") for name in sets.split())
+        s["eval_sets"] = described_sets([tmp_path / f"{name}.jsonl" for name in sets.split()], **settings)
         found = [text for _, text in check.check_languages(s, [chinese])]
         assert len(found) == bool(fault) and all(fault in text and "asr_eval" in text for text in found), found
-    s |= {"eval_jsonls": str(tmp_path / "test_en.jsonl"), "eval_asr_dir_en": ""}
+    settings["eval_asr_dir_en"] = ""
+    s["eval_sets"] = described_sets([tmp_path / "test_en.jsonl"], **settings)
     assert "language en" in next(check.check_languages(s, []))[1]
+
+
+def test_the_recogniser_of_english_sets_must_not_be_the_rewards(tmp_path, assets):
+    (tmp_path / "test_en.jsonl").write_text('{"id": 1, "text": "today"}\n')
+    done = run_check(exp_dir=str(tmp_path), eval_jsonl=str(tmp_path / "test_en.jsonl"),
+                     eval_asr_dir_en=str(assets / "asr_reward"))  # fmt: skip
+    assert "WRONG  " + str((assets / "asr_reward").resolve()) + " is a recogniser of the reward and of" in done.stdout
 
 
 def data_findings(tmp_path, venv_root="none", flags=(), **files) -> list[tuple[bool, str]]:
     texts = {"train_jsonl": "今天", "test_jsonl": "明天", "known_answer_jsonl": "后天", "eval_jsonl": "昨天"}
-    s = {"venv_root": str(venv_root), "sft_path": str(ROOT / "assets/tiny/llm"), "prompt_list": "",
-         "eval_jsonls": ""}  # fmt: skip
+    s = {"venv_root": str(venv_root), "sft_path": str(ROOT / "assets/tiny/llm"), "prompt_list": ""}
     for name, text in texts.items():
         row = {"text": text, "speech_tokens": [1], "id": 1}
         rows = files.get(name, [row] * (1 if name == "eval_jsonl" else 2))
         s[name] = str(tmp_path / name)
         (tmp_path / name).write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8-sig")
+    s["eval_sets"] = [(s["eval_jsonl"], "zh", "")]
     return list(check.check_data(s, flags))
 
 
