@@ -449,4 +449,5 @@ def test_several_sets_have_a_common_table_and_a_page_each(exp_dir, tmp_path):
     ],
 )
 def test_a_recogniser_that_rewards_and_evaluates_is_noticed(settings, same):
-    assert same_recogniser({"settings": settings | {"eval_asr_dir": "/a b/asr"}}) is same
+    """Also if the set has another recogniser than most, such as eval_asr_dir_en."""
+    assert same_recogniser(settings | {"eval_asr_dir": "/e"}, "/a b/asr") is same

@@ -88,6 +88,7 @@ def results(exp_dirs: list[Path]) -> dict:
     ranked = sorted(range(len(runs)), key=lambda run: runs[run]["relative_change_percent"])
     shown = ranked[len(ranked) // 2]
     summary, settings = summaries[shown], summaries[shown]["settings"]
+    test_set = summary.get("set", Path(settings["eval_jsonl"]).stem)
     seconds = {stage: round(value) for stage, value in summaries[0]["stage_seconds"].items()}
     steps = read_steps(exp_dirs[0] / "log/train.log", skip=2)
     finished = datetime.datetime.fromtimestamp((exp_dirs[shown] / "summary.json").stat().st_mtime)
@@ -98,7 +99,7 @@ def results(exp_dirs: list[Path]) -> dict:
         "commit": summary["git_commit"],
         "command": "bash run.sh",
         "conditions": f"profile={settings['profile']}, {settings['total_steps']} steps, credit={settings['credit']}; "
-        f"{summary['set']}.jsonl, seeds {settings['seeds']}, temperature {settings['temperature']}; "
+        f"{test_set}.jsonl, seeds {settings['seeds']}, temperature {settings['temperature']}; "
         "95% intervals by paired bootstrap over utterances; speaker similarity, DNSMOS and F0 of "
         f"{settings['quality_utterances']} utterances",
         "shown_run": shown + 1,
