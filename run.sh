@@ -187,6 +187,7 @@ evaluate_all() {
 evaluate_only() {
   local evaluated=() failed=()
   [[ ! -e $exp_dir/.done/0 && ! -e $exp_dir/checkpoints ]] || die "$exp_dir has a training, whose language model would be replaced: set another exp_name"
+  [[ -z $llm_path ]] || die "evaluate scores the model in sft_path, and llm_path=$llm_path has no effect: run bash run.sh 3 4, or set sft_path to a merged model"
   make_environments
   [[ -z $(type -t install_evaluation) ]] || install_evaluation
   prepare_llm

@@ -62,6 +62,7 @@ other_language=''
 [[ $language == zh ]] || other_language=-$language text_excludes=${text_excludes-}
 resolve workspace llm llm_pt model_hub sft_checkpoint cosyvoice_dir train_texts num_train num_test max_text_s text_excludes reward_voices \
   num_gpus num_nodes ray_address gpu_memory_gib rollout_n train_device infer_device dataset eval_strip_quotes
+[[ $llm == official || $llm_pt == llm.pt ]] || die "llm_pt=$llm_pt has no effect with llm=$llm: set llm=official, or leave out llm_pt"
 
 # models
 llasa_dir=$workspace/llasa_cosyvoice2_token_qwen_0.5b

@@ -279,6 +279,8 @@ def test_cosyvoice3_has_its_own_files(recipe, tmp_path):
     assert f"--llm {checkpoint} " in dry and "--need-gib 6 " in dry and "llm.rl.pt" not in dry
     refused = recipe.run("--dry-run", "-1", "-1", **settings | {"llm": "llasa"})
     assert refused.returncode == 1 and "set profile=cosyvoice2" in refused.stderr
+    refused = recipe.run("--dry-run", "-1", "-1", **settings | {"profile": "cosyvoice2"})
+    assert refused.returncode == 1 and "llm_pt=llm.rl.pt has no effect with llm=llasa" in refused.stderr
 
 
 def test_a_changed_checkpoint_is_converted_again(recipe, tmp_path):
@@ -1047,6 +1049,8 @@ def test_a_model_is_evaluated_without_a_training(recipe, tmp_path):
     assert "eval/SET/sft/scores.json of a b" in done.stdout and not (recipe.exp_dir / "eval/b/grpo").exists()
     shown = recipe.run("--dry-run", "evaluate", exp_dir="").stdout.replace("\\", "")
     assert f"--output-dir {recipe.root}/exp/evaluate-tiny/sft_model" in shown and "merged_hf" not in shown
+    refused = recipe.run("--dry-run", "evaluate", exp_dir="", llm_path="/x/global_step_7")
+    assert refused.returncode == 1 and "llm_path=/x/global_step_7 has no effect" in refused.stderr
     assert recipe.run("evaluate", "4").returncode == 2
     assert recipe.run("0", "0").returncode == 0
     refused = recipe.run("evaluate")
