@@ -4,8 +4,8 @@
 
 docs/results/published.json has the systems, their published figures with sources, and the conditions of these figures.
 Each system is evaluated by ``bash run.sh evaluate`` with the settings given there, and others of the environment, such
-as ``workspace``, in exp/reproduce/SYSTEM. Finished sets are not repeated; a system or a set that fails is named, and
-the others are compared.
+as ``workspace``, in exp/reproduce/SYSTEM. Variables that choose another model or other sets are ignored. Finished sets
+are not repeated; a system or a set that fails is named, and the others are compared.
 
 The verdict of a figure is ``reproduced`` if our 95% interval, by bootstrap over utterances, contains the published
 figure (to its rounding, 0.005 points), otherwise ``off by`` the difference. It is ``not comparable`` if the set has
@@ -30,6 +30,9 @@ from tts_grpo.evaluation.provenance import provenance  # it needs only the stand
 ROOT = Path(__file__).resolve().parent.parent
 ROUNDING = 0.005  # half a unit of the last digit of published figures, in points
 STRIPPED = "-stripped"  # ends the name of a set without quotes and brackets
+NO_OTHER = {  # values without which a variable of the environment would choose another model or other sets
+    "recipe": "", "sft_path": "", "llm_pt": "llm.pt", "eval_jsonl": "", "eval_jsonls": "",
+}  # fmt: skip
 CONDITIONS = {  # conditions as published.json groups them, in the order of their usual effect
     "recogniser": "recogniser", "texts": "normalisation of the texts", "sampling": "sampling", "torch": "torch version",
     "precision": "precision",
@@ -76,9 +79,9 @@ def evaluate(system: dict, args) -> bool:
     """Evaluate a system on the sets of its published figures. Returns whether all of that succeeded."""
     sets = list(dict.fromkeys(name for table in system["tables"] for name in table["rates"]))
     settings = system["settings"] | {
-        "dataset": " ".join(sets), "eval_jsonl": "", "eval_jsonls": "",
-        "exp_dir": str((args.output_dir / system["name"]).absolute()),
+        "dataset": " ".join(sets), "exp_dir": str((args.output_dir / system["name"]).absolute())
     }  # fmt: skip
+    settings |= {name: value for name, value in NO_OTHER.items() if name not in settings}
     command = ["bash", str(ROOT / "run.sh"), *["--dry-run"] * args.dry_run, "evaluate"]
     if args.dry_run:
         print(shlex.join(["env", *(f"{name}={value}" for name, value in settings.items()), *command]), flush=True)

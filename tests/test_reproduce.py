@@ -131,7 +131,8 @@ def test_the_published_file_is_complete():
 def make_run_sh(folder: Path) -> None:
     """A run.sh that evaluates by leaving given results, and fails for the SFT model."""
     (folder / "run.sh").write_text(
-        'echo "$profile $llm $evaluation $dataset $exp_dir $eval_jsonl$*" >>"$CALLS"\n[[ $llm != llasa ]] || exit 1\n'
+        'echo "$profile $llm $evaluation $dataset $exp_dir $eval_jsonl$sft_path$*" >>"$CALLS"\n'
+        "[[ $llm != llasa ]] || exit 1\n"
     )
 
 
@@ -140,6 +141,7 @@ def test_systems_are_evaluated_with_their_settings_and_one_that_fails_is_named(t
     monkeypatch.setattr(reproduce, "ROOT", tmp_path)
     monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
     monkeypatch.setenv("eval_jsonl", "/another/set.jsonl")
+    monkeypatch.setenv("sft_path", "/another/model")
     make_results(tmp_path / "out/cosyvoice2", "test_zh", 1.40, [1.2, 1.6])
     status = reproduce.main(["sft", "cosyvoice2", "--output-dir", str(tmp_path / "out"), "--sets", "test_zh",
                              "--published", str(ROOT / "docs/results/published.json")])  # fmt: skip
@@ -166,6 +168,7 @@ def test_a_dry_run_prints_the_commands():
     assert shown.startswith(
         "env profile=cosyvoice2 llm=official evaluation=official 'dataset=test_zh test_en test_hard"
     )
+    assert "exp/reproduce/cosyvoice2 recipe= sft_path= llm_pt=llm.pt eval_jsonl= eval_jsonls= bash " in shown
     assert shown.count("infer_dist.py") == 7 == shown.count("compute_wer.sh") and "main_ppo" not in shown
     assert "--top-p 0.8 --top-k 25 " in shown and "voxbox" not in shown and "SenseVoice" not in shown
     assert "comparison" not in shown
