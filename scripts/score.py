@@ -27,6 +27,7 @@ from tts_grpo.evaluation.protocols import (
 )
 from tts_grpo.speech.asr.loading import load_asr
 from tts_grpo.speech.audio import ASR_HZ, load_audio
+from tts_grpo.speech.model_folders import language_fault
 from tts_grpo.speech.nets.metrics import NetworkMetrics
 from tts_grpo.speech.quality import QUALITY_METRICS, basic_metrics, evenly_spaced, worst_values
 from tts_grpo.text.jsonl import read_jsonl, write_json, write_jsonl, write_text
@@ -267,6 +268,18 @@ def manifests_of(output_dir: Path, seeds: list[int] | None) -> list[Path]:
     return [paths[seed] for seed in seeds]
 
 
+def check_languages(eval_set: list[dict], args) -> None:
+    """Check that the recognisers know the languages of a set.
+
+    Raises:
+        SystemExit: one does not know a language.
+    """
+    for name, folder in (("eval_asr_dir (or eval_asr_dir_en)", args.asr_dir), ("judge_asr_dir", args.judge_asr_dir)):
+        for language in sorted({row["language"] for row in eval_set}):
+            if folder and (fault := language_fault(folder, language)):
+                raise SystemExit(f"score.py: {args.eval_set}: {fault}: set {name} to the folder of another one")
+
+
 def main(argv=None):
     args = get_args(argv)
     logging.disable(logging.INFO)  # silences funasr's log messages
@@ -275,6 +288,7 @@ def main(argv=None):
         eval_set = usable_eval_set(args.eval_set, TextRules(args.language, args.text_tags))
     except (ValueError, OSError) as error:
         raise SystemExit(f"score.py: {error}") from error
+    check_languages(eval_set, args)
     language, first = set_language(row["language"] for row in eval_set), eval_set[0]["language"]
     asr = load_asr(args.asr_dir, args.device, first)
     judge = load_asr(args.judge_asr_dir, args.device, first) if args.judge_asr_dir else None

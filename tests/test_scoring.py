@@ -220,6 +220,18 @@ def test_a_set_of_several_languages_has_mixed_error_rates_and_those_of_each_lang
     assert changes.keys() == METRICS["mixed"].keys() and changes["cer_zh"]["difference"] == 0
 
 
+def test_a_recogniser_without_a_language_of_the_set_is_named_before_anything_is_scored(assets, tmp_path):
+    write_jsonl(tmp_path / "seed_0/manifest.jsonl", [{"id": "a"}])
+    rows = [{"id": "a", "target_text": "好"}, {"id": "b", "target_text": "well", "language": "en"}]
+    write_jsonl(tmp_path / "set.jsonl", rows)
+    arguments = ["--output-dir", str(tmp_path), "--eval-set", str(tmp_path / "set.jsonl"), "--asr-dir"]
+    chinese = str(assets / "asr_eval")
+    with pytest.raises(SystemExit, match=f"{chinese} does not know the language en: .*: set eval_asr_dir "):
+        score.main([*arguments, chinese])
+    with pytest.raises(SystemExit, match="set judge_asr_dir to the folder of another one"):
+        score.main([*arguments, str(tmp_path / "whisper"), "--judge-asr-dir", chinese])
+
+
 def test_only_the_requested_seeds_are_scored_and_pooled(tmp_path):
     for seed in range(3):
         write_jsonl(tmp_path / f"seed_{seed}/manifest.jsonl", [{"id": "a"}])
