@@ -4,6 +4,7 @@
 
 The hubs' own libraries resume interrupted downloads and verify sizes and checksums where the hub provides them. A
 finished download writes a marker; a folder with a marker, whose files have the recorded sizes, is not downloaded again.
+A folder keeps what was downloaded to it with other --include patterns.
 The libraries' settings for mirrors and tokens work: MODELSCOPE_ENDPOINT, MODELSCOPE_API_TOKEN, HF_ENDPOINT, HF_TOKEN.
 """
 
@@ -52,6 +53,17 @@ def sizes(folder: Path) -> dict[str, int]:
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     relative = {path: path.relative_to(folder) for path in paths}
     return {str(r): path.stat().st_size for path, r in relative.items() if not any(p[0] == "." for p in r.parts)}
+
+
+def with_earlier(args) -> list[str] | None:
+    """The patterns to download, and those with which the folder was downloaded from this repository before."""
+    marker = args.output_dir / MARKER
+    earlier = json.loads(marker.read_text(encoding="utf-8"))["wanted"] if marker.exists() else {}
+    if not earlier or earlier | {"include": None} != request(args) | {"include": None}:
+        return args.include
+    if args.include is None or earlier["include"] is None:
+        return None
+    return list(dict.fromkeys([*earlier["include"], *args.include]))
 
 
 def is_done(args) -> bool:
@@ -132,6 +144,7 @@ def hint(error: BaseException) -> str:
 
 def main(argv=None):
     args = get_args(argv)
+    args.include = with_earlier(args)
     if is_done(args):
         print(f"{args.repo}: already downloaded to {args.output_dir}")
         return

@@ -100,6 +100,21 @@ def test_include_selects_files_of_one_folder(hub, tmp_path):
     assert {p.name for p in files} == {"config.json", "model.safetensors", ".downloaded.json"} and len(files) == 3
 
 
+def test_two_models_of_one_folder_are_downloaded_once_each(hub, tmp_path):
+    """As llm.pt and llm.rl.pt of CosyVoice3, evaluated in turns; without this, each turn would need the network."""
+    (hub.folder / REPO / "other.pt").write_bytes(b"{}")
+    parts = (["config.json", "sub/*"], ["config.json", "sub/*", "other.pt"])
+    for include in parts:
+        assert download(hub.url, "huggingface", tmp_path, "--include", *include).returncode == 0
+    hub.requests.clear()
+    for include in parts:
+        assert "already downloaded" in download(hub.url, "huggingface", tmp_path, "--include", *include).stdout
+    assert not hub.requests
+    (tmp_path / "out/other.pt").write_bytes(b"cut off")
+    assert download(hub.url, "huggingface", tmp_path, "--include", *parts[0]).returncode == 0
+    assert (tmp_path / "out/other.pt").read_bytes() == b"{}"
+
+
 @pytest.mark.parametrize("name", ["modelscope", "huggingface"])
 def test_no_network_and_no_space(hub, name, tmp_path):
     done = download(hub.url, name, tmp_path, "--need-gib", "1000000")
