@@ -92,7 +92,7 @@ install_eval_set() {
 }
 
 install_whisper() {
-  run "$speech_bin/python" -m pip install --quiet --requirement "$root/requirements-asr.txt"
+  ((make_envs == 0)) || run "$speech_bin/python" -m pip install --quiet --requirement "$root/requirements-asr.txt"
   download --hub huggingface --repo Systran/faster-whisper-large-v3 --output-dir "$eval_asr_dir_en" --need-gib 3.2 \
     --require model.bin config.json tokenizer.json preprocessor_config.json
 }

@@ -1069,7 +1069,9 @@ def test_sets_of_the_full_profile_are_chosen_by_name_and_language(recipe, tmp_pa
         ("zhaochenyang20/seed-tts-eval", "seed-tts-eval/zh/hardcase.lst"),
     ):  # fmt: skip
         assert f"--repo {repository} " in dry and source in dry
-    assert "-m pip install --quiet --requirement" in dry and "--repo Systran/faster-whisper-large-v3 " in dry
+    as_they_are = recipe.run("--dry-run", "-1", **settings, dataset=names, make_envs="0").stdout
+    assert "-m pip install --quiet --requirement" in dry and "pip install" not in as_they_are
+    assert "--repo Systran/faster-whisper-large-v3 " in dry
     assert f"encode_prompts.py --eval-set {workspace}/data/zero_shot_zh.jsonl " in dry
     known = [("zero_shot_zh", "zh"), ("test_en", "en"), ("test_hard", "zh"), ("zero_shot_hard_en", "en")]
     for name, language in known:
