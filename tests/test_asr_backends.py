@@ -118,6 +118,8 @@ def test_sherpa_onnx(tmp_path, speech):
     assert loaded.recogniser.transcribe(speech[::-1]) == texts[::-1]
     assert loaded.recogniser.transcribe(speech, ["zh"] * len(speech)) == texts
     with pytest.raises(ValueError, match="sherpa does not know the language en"):
+        loaded.recogniser.transcribe(speech[:2], ["zh", "en"])
+    with pytest.raises(ValueError, match="sherpa does not know the language en"):
         load_asr(tmp_path / "sherpa", language="en")
     assert sherpa_onnx.FeatureExtractorConfig().dither == 0  # the default, which from_paraformer does not change
 

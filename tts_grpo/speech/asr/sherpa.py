@@ -57,9 +57,9 @@ class SherpaOnnx:
         import sherpa_onnx
 
         key = language if self.kind.startswith("sense_voice") else ""
+        if fault := language_fault(self.folder, language):
+            raise ValueError(fault)
         if key not in self._models:
-            if fault := language_fault(self.folder, language):
-                raise ValueError(fault)
             settings = {"tokens": str(self.folder / "tokens.txt"), "num_threads": torch.get_num_threads()}
             if key:
                 self._models[key] = sherpa_onnx.OfflineRecognizer.from_sense_voice(
@@ -70,11 +70,16 @@ class SherpaOnnx:
         return self._models[key]
 
     def transcribe(self, recordings: Sequence[np.ndarray], languages: Sequence[str] | None = None) -> list[str]:
-        """Transcripts of recordings, each float32 (T,) at 16 kHz; "" if shorter than one analysis frame."""
-        models = [self._model(language) for language in languages or [self.language] * len(recordings)]
+        """Transcripts of recordings, each float32 (T,) at 16 kHz; "" if shorter than one analysis frame.
+
+        Raises:
+            ValueError: the vocabulary has no words of a language.
+        """
+        languages = languages or [self.language] * len(recordings)
+        models = {language: self._model(language) for language in set(languages)}
         return [
-            self._transcribe(np.asarray(r, dtype=np.float32), model) if len(r) >= MIN_SAMPLES else ""
-            for r, model in zip(recordings, models, strict=True)
+            self._transcribe(np.asarray(r, dtype=np.float32), models[language]) if len(r) >= MIN_SAMPLES else ""
+            for r, language in zip(recordings, languages, strict=True)
         ]
 
     @staticmethod
