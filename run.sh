@@ -405,8 +405,10 @@ set_name_faults() {
   read_eval_sets
   for name in "${eval_sets[@]}"; do
     name=$(set_name "$name")
-    [[ $name != sft && $name != grpo && " ${names[*]} " != *" $name "* ]] ||
-      echo "two evaluation sets are named $name, or one sft or grpo: results are in eval/NAME, so rename a file of eval_jsonl or eval_jsonls"
+    [[ $name != sft && $name != grpo ]] ||
+      echo "an evaluation set is named $name, as the results of a model are: rename a file of eval_jsonl or eval_jsonls"
+    [[ " ${names[*]} " != *" $name "* ]] ||
+      echo "two evaluation sets are named $name, and both would have their results in eval/$name: rename a file of eval_jsonls"
     names+=("$name")
   done
 }

@@ -70,7 +70,9 @@ def arguments(root, *more):
     return [str(root / "settings"), "--root", str(root), "--seeds", "1", "2", "3", "--sets", *sets, *more]
 
 
-def test_runs_are_trained_once_and_compared(root, capsys):
+def test_runs_are_trained_once_and_compared(root, capsys, monkeypatch):
+    monkeypatch.setenv("total_steps", "7")
+    monkeypatch.setenv("judge_asr_dir", "/a/judge")
     page = root / "page.md"
     page.write_text("Text\n\n<!-- table: repeat -->\n\n<!-- table: repeat runs -->\n| old |\n")
     repeat.main(arguments(root, "--page", str(page)))
@@ -88,6 +90,7 @@ def test_runs_are_trained_once_and_compared(root, capsys):
 
     recorded = json.loads((root / "exp/repeat/results.json").read_text("utf-8"))
     assert {"title", "date", "commit", "machine", "command", "conditions", "figures", "runs"} <= recorded.keys()
+    assert "learning_rate=2e-4; for all: total_steps=7; seeds 1 2 3; " in recorded["conditions"]
     primary, *others = recorded["figures"]
     assert primary["primary"] and not any(figure["primary"] for figure in others)
     assert (primary["set"], primary["before"], primary["after"]) == ("hard", "sft", "default")

@@ -237,10 +237,10 @@ def execute(command: list[str], log: Path, cwd: Path, environment: dict[str, str
         raise RuntimeError("\n".join([*lines[-5:], f"{what} failed ({code}), see {log}; the same command continues"]))
 
 
-def from_environment() -> dict[str, str]:
-    """The variables of the environment that trainings depend on."""
-    own = {"exp_name", "exp_dir", "seed", "force"}
-    names = {name for name, stages in declared().items() if stages & {"0", "2", "3"}} | {"profile", "recipe"}
+def from_environment(*stages: str) -> dict[str, str]:
+    """The variables of the environment on which results of these stages depend, but not those set here."""
+    own = {"exp_name", "exp_dir", "seed", "force", "eval_jsonl", "eval_jsonls"}
+    names = {name for name, found in declared().items() if found & set(stages)} | {"profile", "recipe"}
     return {name: os.environ[name] for name in sorted(names - own) if name in os.environ}
 
 
@@ -252,7 +252,7 @@ def train(args, run: Run) -> None:
     """
     exp_dir = args.folder / run.name
     record, wanted = exp_dir / "trained.json", {"variables": run.variables, "seed": run.seed}
-    wanted["environment"] = {k: v for k, v in from_environment().items() if k not in run.variables}
+    wanted["environment"] = {k: v for k, v in from_environment("0", "2", "3").items() if k not in run.variables}
     started = exp_dir / "settings.json"
     if started.exists():
         found = json.loads(started.read_text(encoding="utf-8"))
@@ -438,6 +438,8 @@ def run_figures(args, runs: list[Run], evaluations: list[Evaluation]) -> list[di
 def results(args, settings: dict[str, dict[str, str]], runs: list[Run], evaluations: list[Evaluation]) -> dict:
     """The contents of the JSON file."""
     shown = "; ".join(" ".join([name, *map("=".join, found.items())]) for name, found in settings.items())
+    common = [f"{k}={v}" for k, v in from_environment("0", "2", "3", "4", "4s").items() if "/" not in v]  # no paths
+    shown += f"; for all: {' '.join(common)}" if common else ""
     infer = evaluations[0].infer
     seeds = " ".join(itertools.takewhile(str.isdecimal, infer[infer.index("--seeds") + 1 :]))
     return {
