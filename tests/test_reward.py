@@ -630,7 +630,7 @@ def run_instance(monkeypatch, score) -> list:
 
     pipe = types.SimpleNamespace(recv=receive, send=sent.append)
     token2wav_asr_server.serve_instance(
-        pipe, types.SimpleNamespace(threads=1, max_batch_size=1, known_answers=None), "cpu"
+        pipe, types.SimpleNamespace(threads=1, max_batch_size=1, known_answers=None, language="zh"), "cpu"
     )
     assert sent[0] == ""
     return sent[1:]
