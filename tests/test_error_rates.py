@@ -122,6 +122,7 @@ def test_known_answers(truth, hypothesis, metric, errors, length):
     [
         ("我们用GPT-4写Python，it's 好！", ["我", "们", "用", "gpt4", "写", "python", "it's", "好"]),
         ("Ｈｅｌｌｏ, world。", ["hello", "world"]), ("……", []),
+        ("It’s 'late', the dogs' ‘晚’了'", ["it's", "late", "the", "dogs", "晚", "了"]),
     ],
 )  # fmt: skip
 def test_units_of_mixed_text_are_characters_and_words(text, units):

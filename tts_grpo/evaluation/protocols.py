@@ -59,6 +59,7 @@ from tts_grpo.text.units import sentence
 
 _PUNCTUATION = str.maketrans("", "", (hanzi.punctuation + string.punctuation).replace("'", ""))
 _CHINESE_PUNCTUATION = str.maketrans(dict.fromkeys(hanzi.punctuation, " "))
+_QUOTE = re.compile("(?<![A-Za-z])['’]|['’](?![A-Za-z])")  # an apostrophe stands between letters
 _MIXED_UNIT = re.compile(r"[㐀-䶿一-鿿]|[^\s㐀-䶿一-鿿]+")
 _BETWEEN_CHINESE = re.compile(r"(?<=[㐀-䶿一-鿿])\s+(?=[㐀-䶿一-鿿])")
 
@@ -109,8 +110,10 @@ def micro_characters(text: str) -> list[str]:
 def mixed_units(text: str) -> list[str]:
     """Split a text into Chinese characters and words, without punctuation except apostrophes, in NFKC, lower case.
 
-    Chinese punctuation, which has no space after it, separates words.
+    Chinese punctuation, which has no space after it, separates words. A typographic apostrophe is one, too, and single
+    quotes are punctuation.
     """
+    text = _QUOTE.sub(" ", text).replace("’", "'")
     text = unicodedata.normalize("NFKC", text.translate(_CHINESE_PUNCTUATION))
     return _MIXED_UNIT.findall(text.translate(_PUNCTUATION).lower())
 
