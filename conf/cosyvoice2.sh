@@ -13,6 +13,7 @@
 declare -gA official_repos=([modelscope]=iic/CosyVoice2-0.5B [huggingface]=FunAudioLLM/CosyVoice2-0.5B)
 official_gib=4
 official_files=(cosyvoice2.yaml flow.pt hift.pt campplus.onnx speech_tokenizer_v2.onnx)
+codebook=''
 
 # shellcheck source=scripts/full_size.sh
 source "$root/scripts/full_size.sh"

@@ -7,12 +7,10 @@
 declare -gA official_repos=([modelscope]=FunAudioLLM/Fun-CosyVoice3-0.5B-2512 [huggingface]=FunAudioLLM/Fun-CosyVoice3-0.5B-2512)
 official_gib=6
 official_files=(cosyvoice3.yaml flow.pt hift.pt campplus.onnx speech_tokenizer_v3.onnx)
+codebook=-cosyvoice3
 
 llm=${llm:-official}
 [[ $llm == official ]] || die "llm=$llm is a model with CosyVoice2's speech tokens: set profile=cosyvoice2, or leave out llm"
-
-resolve workspace language
-known_answer_jsonl=${known_answer_jsonl:-$workspace/data/known_answer-cosyvoice3$([[ $language == zh ]] || printf -- "-%s" "$language").jsonl} # its codebook is another one
 
 # evaluation: CosyVoice's repetition aware sampling (ras_sampling in cosyvoice3.yaml)
 temperature=${temperature:-1.0} top_p=${top_p:-0.8} top_k=${top_k:-25} repetition_window=${repetition_window:-10}

@@ -6,6 +6,7 @@
 #   official_repos   CosyVoice's repository on modelscope and on huggingface
 #   official_gib     GiB that its files take
 #   official_files   the files that are loaded, besides CosyVoice-BlankEN and llm_pt
+#   codebook         part of the names of files with its speech tokens
 
 larger() { echo $(($1 > $2 ? $1 : $2)); }
 smaller() { echo $(($1 < $2 ? $1 : $2)); }
@@ -80,7 +81,7 @@ eval_asr_dir=${eval_asr_dir:-$workspace/paraformer-zh}
 texts_dir=$workspace/data/$train_texts-$(key language train_texts num_train num_test max_text_s text_excludes)
 train_jsonl=${train_jsonl:-$texts_dir/train.jsonl}
 test_jsonl=${test_jsonl:-$texts_dir/test.jsonl}
-known_answer_jsonl=${known_answer_jsonl:-$workspace/data/known_answer$other_language.jsonl}
+known_answer_jsonl=${known_answer_jsonl:-$workspace/data/known_answer$codebook$other_language.jsonl}
 max_bad_ratio=${max_bad_ratio:-0.05} # transcripts of recordings from the web: a few are in another language
 # CosyVoice's own language model gets texts with numbers written out as words; the SFT model was trained on raw texts
 llm_text=${llm_text:-$([[ $llm == official ]] && echo spoken || echo raw)}

@@ -273,6 +273,7 @@ def test_cosyvoice3_has_its_own_files(recipe, tmp_path):
     assert "speech_tokenizer_v3.onnx llm.pt llm.rl.pt " in dry
     assert f"to-hf --cosyvoice-dir {official} --llm llm.rl.pt --output {official}-llm-" in dry
     assert f"--like {official}/llm.rl.pt --output " in dry and "known_answer-cosyvoice3.jsonl" in dry
+    assert "known_answer-cosyvoice3-en.jsonl" in recipe.run("--dry-run", "-1", "-1", **settings, language="en").stdout
     assert "--top-p 0.8 --top-k 25 --repetition-penalty 1.0 --repetition-window 10 " in dry
     checkpoint = tmp_path / "epoch_3_whole.pt"
     dry = recipe.run("--dry-run", "-1", "-1", **settings | {"llm_pt": str(checkpoint)}).stdout
