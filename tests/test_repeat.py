@@ -27,7 +27,8 @@ fi
 echo "train $(basename "$exp_dir") ${credit-} $seed" >>calls
 [[ ! -f kill || $(<kill) != "$(basename "$exp_dir")" ]] || { rm kill && kill -9 "$PPID" && sleep 300; }
 [[ ! -f fail ]] || { echo "no reward server" && exit 1; }
-mkdir -p "$exp_dir/sft_model" "$exp_dir/merged_hf_model"
+mkdir -p "$exp_dir/sft_model" "$exp_dir/merged_hf_model" "$exp_dir/.done"
+printf '{}\ncommit %s\n' "abc$seed" >"$exp_dir/.done/2"
 echo '{"stage": 2, "seconds": 41}' >"$exp_dir/stage_seconds.jsonl"
 """
 COMPUTE_WER_SH = r"""echo "evaluate $1" >>calls
@@ -102,6 +103,7 @@ def test_runs_are_trained_once_and_compared(root, capsys, monkeypatch):
     assert (
         verdicts["hard", "sft", "worse"] == "not significant (95%)" and verdicts["test", "default", "worse"] == "worse"
     )
+    assert [run["commit"] for run in recorded["runs"]] == ["abc1", "abc2", "abc3"] * 2
     assert recorded["runs"][0]["quality"]["hard-temperature=1.0"]["speech_rate"]["difference"] == 0
     made = repeat.tables(recorded, "repeat")
     assert page.read_text() == "Text\n\n" + "\n\n".join(

@@ -295,6 +295,13 @@ def outdated(output_dir: Path, test_set: Path, model: Path) -> str:
     return str(model) if weights and weights != made.get("llm", weights) else ""
 
 
+def trained_commit(exp_dir: Path) -> str | None:
+    """The git commit with which a run was trained, as run.sh recorded it; runs of one call may differ after a crash."""
+    path = exp_dir / ".done/2"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return next((line.removeprefix("commit ") for line in lines if line.startswith("commit ")), None)
+
+
 def evaluate(args, one: Evaluation, model: Path, name: str) -> Path:
     """Synthesise and score a test set with a model, unless that is done; return the folder of the scores.
 
@@ -426,7 +433,7 @@ def run_figures(args, runs: list[Run], evaluations: list[Evaluation]) -> list[di
         folders = {one.name: args.folder / "eval" / one.name for one in evaluations}
         found.append({
             "setting": run.setting, "seed": run.seed, "train_seconds": train_seconds(args.folder / run.name),
-            "eval_seconds": eval_seconds(args, run.name),
+            "eval_seconds": eval_seconds(args, run.name), "commit": trained_commit(args.folder / run.name),
             "rates": {
                 name: percent(bootstrap.ratio(fractions(folder / run.name, ERRORS))) for name, folder in folders.items()
             },
