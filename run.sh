@@ -164,7 +164,6 @@ stage_4() {
   state=$(state_of 4)
   done_with 4 "$state" && skip && return
   work_on "$state"
-  ((force)) && run rm -rf "$exp_dir/eval"
   evaluate_all
   show_first_set "${evaluated[0]}"
   run "$speech_bin/python" "$root/scripts/summarise.py" --exp-dir "$exp_dir" --sets "${evaluated[@]}" --settings "$(recorded_settings)"
@@ -177,6 +176,7 @@ stage_4() {
 # evaluate_all: evaluate each set, and put the names into the arrays evaluated and failed.
 evaluate_all() {
   local file
+  ((force == 0)) || run rm -rf "$exp_dir/eval"
   for file in "${eval_sets[@]}"; do
     if evaluate "$file"; then evaluated+=("$(set_name "$file")"); else failed+=("$(set_name "$file")"); fi
   done

@@ -1048,6 +1048,9 @@ def test_a_model_is_evaluated_without_a_training(recipe, tmp_path):
     assert done.returncode == 0 and "a: already evaluated" in done.stdout, done.stderr
     assert recipe.calls()[2:] == ["prepare_llm.py", "infer_dist.py", "compute_wer"]
     assert "eval/SET/sft/scores.json of a b" in done.stdout and not (recipe.exp_dir / "eval/b/grpo").exists()
+    (recipe.exp_dir / "eval/a/speech").touch()
+    assert recipe.run("evaluate", **settings, force="1").returncode == 0
+    assert not (recipe.exp_dir / "eval/a/speech").exists() and recipe.calls().count("infer_dist.py") == 2
     shown = recipe.run("--dry-run", "evaluate", exp_dir="").stdout.replace("\\", "")
     assert f"--output-dir {recipe.root}/exp/evaluate-tiny/sft_model" in shown and "merged_hf" not in shown
     refused = recipe.run("--dry-run", "evaluate", exp_dir="", llm_path="/x/global_step_7")
