@@ -356,24 +356,24 @@ def request_fault(length: int, size: int, text: bytes = b"", language: bytes = b
 
 
 def call_with_valid(
-    instance, method: str, failed: Callable[[str], object], tokens, token_lens, texts=None, languages=None
+    instance, method: str, failed: Callable[[str], object], tokens, token_lens, texts, languages=None
 ) -> list:
     """Call an instance's method with the samples of a batch that are valid; the others are answered with an error.
 
     Args:
         instance: the instance.
-        method: method of ``RewardScorer``, which takes the samples' tokens, and their texts and languages if there are
+        method: method of ``RewardScorer``, which takes the samples' tokens and texts, and their languages if there are
             any.
         failed: makes the result of a sample from the reason why it is refused.
         tokens: TOKENS, int32 (B, T).
         token_lens: TOKEN_LENS, int32 (B, 1).
-        texts: GT_TEXT, bytes (B,), or None.
+        texts: GT_TEXT, bytes (B,).
         languages: LANGUAGE, bytes (B,), or None.
 
     Returns:
         B results.
     """
-    lens, more = token_lens[:, 0].tolist(), [values for values in (texts, languages) if values is not None]
+    lens, more = token_lens[:, 0].tolist(), [texts] if languages is None else [texts, languages]
     faults = [request_fault(n, tokens.shape[1], *values) for n, *values in zip(lens, *more, strict=True)]
     valid = [i for i, fault in enumerate(faults) if not fault]
     arguments = [[tokens[i, : lens[i]].tolist() for i in valid]]
@@ -429,9 +429,9 @@ def speech_function(instance: Instance):
     from tts_grpo.reward.scorer import SampleSpeech
 
     @batch
-    def infer(TOKENS, TOKEN_LENS):
+    def infer(TOKENS, TOKEN_LENS, GT_TEXT):
         failed = lambda fault: SampleSpeech(np.zeros(0, np.int16), 0, fault)  # noqa: E731
-        results = call_with_valid(instance, "synthesise", failed, TOKENS, TOKEN_LENS)
+        results = call_with_valid(instance, "synthesise", failed, TOKENS, TOKEN_LENS, GT_TEXT[:, 0])
         lens = [len(speech.waveform) for speech in results]
         waveforms = np.zeros((len(results), max([1, *lens])), np.int16)
         for row, speech in zip(waveforms, results, strict=True):
@@ -491,7 +491,7 @@ def bind_models(triton, instances: list[Instance], config) -> None:
         model_name=SPEECH_MODEL_NAME,
         model_version=VERSION,
         infer_func=speech_function(instances[0]),
-        inputs=tokens,
+        inputs=[*tokens, Tensor(name="GT_TEXT", dtype=bytes, shape=(1,))],
         outputs=[
             Tensor(name="WAVEFORM", dtype=np.int16, shape=(-1,)),
             Tensor(name="WAVEFORM_LENS", dtype=np.int32, shape=(1,)),

@@ -46,9 +46,9 @@ def choose(rows: list[dict], count: int) -> list[dict]:
     return [by_text[texts[i]] for i in indices]
 
 
-def request_speech(server_url: str, speech_tokens: list[int]) -> tuple[list[int], int]:
-    """Speech decoded by the reward server: 16-bit samples and sample rate in Hz."""
-    body = json.dumps(encode_speech_request(speech_tokens)).encode()
+def request_speech(server_url: str, speech_tokens: list[int], text: str) -> tuple[list[int], int]:
+    """Speech decoded by the reward server, with the voice of the text: 16-bit samples and sample rate in Hz."""
+    body = json.dumps(encode_speech_request(speech_tokens, text)).encode()
     url = f"{server_url.rstrip('/')}/v2/models/{SPEECH_MODEL_NAME}/infer"
     request = urllib.request.Request(url, body, secret_headers())
     with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
@@ -102,7 +102,7 @@ def main(argv=None):
             speech_tokens = parse_speech_tokens(row["output"])
             if not speech_tokens:
                 raise ValueError("no speech tokens")
-            samples, rate = request_speech(args.server_url, speech_tokens)
+            samples, rate = request_speech(args.server_url, speech_tokens, row["gts"])
         except ValueError as error:
             logger.warning("%s: skipping %s: %s", args.dump, row["gts"], error)
             continue

@@ -1352,6 +1352,15 @@ def test_rays_workers_run_at_the_niceness_of_the_run(recipe):
     assert exported(recipe, "RAY_worker_niceness", RAY_worker_niceness="5")[0] == "5"
 
 
+@pytest.mark.parametrize(("version", "status"), [("3 2", 1), ("4 3", 1), ("4 4", 0), ("5 2", 0)])
+def test_bash_before_4_4_is_named(version, status):
+    """Its empty arrays are unset. The version of this bash is read-only, so the test renames it."""
+    script = (ROOT / "run.sh").read_text(encoding="utf-8").split("set -euo pipefail")[0]
+    script = f"version=({version})\n" + script.replace("BASH_VERSINFO", "version")
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert done.returncode == status and ("version 4.4 or later is needed" in done.stderr) == bool(status)
+
+
 def test_gpus_are_those_that_the_shell_may_use(recipe):
     cosyvoice2 = {"profile": "cosyvoice2", "num_gpus": "2", "gpu_memory_gib": "80"}
     shown = recipe.run("--dry-run", "2", CUDA_VISIBLE_DEVICES="GPU-1a, 5,7", **cosyvoice2)

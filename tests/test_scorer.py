@@ -90,11 +90,22 @@ def test_each_rollout_of_a_text_may_have_its_own_voice():
     assert other_seed != first
 
 
+@pytest.mark.parametrize("voice_per", ["text", "rollout"])
+def test_speech_for_listening_has_the_voice_of_the_reward(voice_per):
+    voices = [PromptVoice(name, np.zeros(1, np.float32), ()) for name in "abc"]
+    token2wav, texts = RecordingDecoder(), [f"你好{number}" for number in "一二三四五六七八九十"]
+    scorer, rollouts = RewardScorer(token2wav, FixedAsr(), True, "tanh", voices, 1, voice_per), [[1]] * 10
+    scorer.score(rollouts, texts)
+    scorer.synthesise(rollouts, texts)
+    (scored, *spoken) = token2wav.voices
+    assert [voice for (voice,) in spoken] == scored and len({voice.prompt_text for voice in scored}) == 3
+
+
 def test_speech_that_is_not_finite_is_an_error_of_its_rollout_alone():
     scores = RewardScorer(RecordingDecoder(), FixedAsr()).score([[1], [0], [2]], ["你好"] * 3)
     assert [score.reward for score in scores[::2]] == [1.0, 1.0]
     assert "not finite" in scores[1].error and np.isnan(scores[1].reward)
-    results = RewardScorer(RecordingDecoder(), FixedAsr()).synthesise([[1], [0]])
+    results = RewardScorer(RecordingDecoder(), FixedAsr()).synthesise([[1], [0]], ["你好"] * 2)
     assert (results[0].error, len(results[0].waveform)) == ("", 640)
     assert "not finite" in results[1].error and not len(results[1].waveform)
 
@@ -175,8 +186,11 @@ def test_a_request_that_is_wrong_fails_alone(token2wav, asr):
     )
     for score, message in zip(scores, messages, strict=True):
         assert message in score.error and bool(message) == np.isnan(score.reward) == bool(score.error)
-    spoken = call_with_valid(instance, "synthesise", lambda fault: SampleSpeech(tokens[0, :0], 0, fault), *inputs)
-    assert [not speech.error for speech in spoken] == [i in (0, 5, 6, 7, 8, 10) for i in range(len(SAMPLES))]
+    spoken = call_with_valid(
+        instance, "synthesise", lambda fault: SampleSpeech(tokens[0, :0], 0, fault), *inputs, np.array(texts, object)
+    )
+    can_be_heard = [not message or "LANGUAGE" in message or "has no word" in message for message in messages]
+    assert [not speech.error for speech in spoken] == can_be_heard
     assert call_with_valid(None, "score", str, tokens[1:2], np.array([[0]]), np.array(texts[:1], object)) == [
         "TOKEN_LENS is 0, but TOKENS has 2100 tokens"
     ]
@@ -208,7 +222,7 @@ def test_what_overflows_in_half_precision_is_scored_in_fp32():
     scores = scorer.score([[1, 2], [7, 2], [3] * 9, [7, 0]], ["你好"] * 4)
     assert [score.error == "" for score in scores] == [True, True, True, False]
     assert "not finite in fp32" in scores[3].error and np.isnan(scores[3].reward)
-    assert [speech.error for speech in scorer.synthesise([[7, 2]])] == [""]
+    assert [speech.error for speech in scorer.synthesise([[7, 2]], ["你好"])] == [""]
 
 
 @pytest.mark.parametrize(
@@ -234,7 +248,7 @@ def test_a_fault_of_the_machine_is_not_an_error_of_the_sample(error):
     with pytest.raises(type(error)):
         scorer.score([[1, 2], [5]], ["你好"] * 2)
     with pytest.raises(type(error)):
-        scorer.synthesise([[5]])
+        scorer.synthesise([[5]], ["你好"])
 
 
 def test_a_batch_is_freed_before_its_samples_are_scored_alone():

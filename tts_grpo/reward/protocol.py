@@ -32,10 +32,10 @@ CHECKS         bytes   [B, 1] hash of the sample's request and answer, as the in
                               see :func:`answer_hash`
 ============== ======= ====== ============================================================
 
-The inputs of ``token2wav`` are TOKENS and TOKEN_LENS as above; its outputs are:
+The inputs of ``token2wav`` are TOKENS, TOKEN_LENS and GT_TEXT as above; its outputs are:
 
 ============== ======= ====== ============================================================
-WAVEFORM       int16   [B, S] speech with a voice prompt of the reward, padded with 0
+WAVEFORM       int16   [B, S] speech with the voice prompt of this rollout's reward, padded with 0
 WAVEFORM_LENS  int32   [B, 1] length of the waveform in samples
 SAMPLE_RATE    int32   [B, 1] sample rate in Hz
 ERRORS         bytes   [B, 1] empty, or the reason why this sample has no speech
@@ -174,27 +174,29 @@ def encode_request(speech_tokens: Sequence[int], ground_truth: str, language: st
     Raises:
         ValueError: there are more speech tokens or more text than the server takes.
     """
-    if (size := len(ground_truth.encode("utf-8"))) > MAX_TEXT_BYTES:
-        raise ValueError(f"a text of {size} bytes: the reward server takes at most {MAX_TEXT_BYTES}")
-    texts = [
-        {"name": name, "shape": [1, 1], "datatype": "BYTES", "data": [text]}
-        for name, text in (("GT_TEXT", ground_truth), ("LANGUAGE", language))
-    ]
-    return {"inputs": [*_token_inputs(speech_tokens), *texts], "outputs": [{"name": name} for name in OUTPUT_NAMES]}
+    return _request(speech_tokens, {"GT_TEXT": ground_truth, "LANGUAGE": language}, OUTPUT_NAMES)
 
 
-def encode_speech_request(speech_tokens: Sequence[int]) -> dict:
-    """Return the JSON body of a request to synthesise one rollout."""
-    return {"inputs": _token_inputs(speech_tokens), "outputs": [{"name": name} for name in SPEECH_OUTPUT_NAMES]}
+def encode_speech_request(speech_tokens: Sequence[int], ground_truth: str) -> dict:
+    """Return the JSON body of a request to synthesise one rollout with the voice prompt with which it is scored.
+
+    Raises:
+        ValueError: as :func:`encode_request`.
+    """
+    return _request(speech_tokens, {"GT_TEXT": ground_truth}, SPEECH_OUTPUT_NAMES)
 
 
-def _token_inputs(speech_tokens: Sequence[int]) -> list[dict]:
+def _request(speech_tokens: Sequence[int], texts: Mapping[str, str], outputs: Sequence[str]) -> dict:
+    if (length := len(texts["GT_TEXT"].encode("utf-8"))) > MAX_TEXT_BYTES:
+        raise ValueError(f"a text of {length} bytes: the reward server takes at most {MAX_TEXT_BYTES}")
     size = bucket(len(speech_tokens))
-    return [
+    inputs = [
         {"name": "TOKENS", "shape": [1, size], "datatype": "INT32",
          "data": [*speech_tokens, *[0] * (size - len(speech_tokens))]},
         {"name": "TOKEN_LENS", "shape": [1, 1], "datatype": "INT32", "data": [len(speech_tokens)]},
+        *({"name": name, "shape": [1, 1], "datatype": "BYTES", "data": [text]} for name, text in texts.items()),
     ]  # fmt: skip
+    return {"inputs": inputs, "outputs": [{"name": name} for name in outputs]}
 
 
 def decode_speech_response(body: dict) -> tuple[list[int], int]:

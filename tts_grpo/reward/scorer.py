@@ -175,16 +175,16 @@ class RewardScorer:
         starts = tuple(max(0, round((onset_s - ONSET_DELAY_S) * TOKEN_HZ)) for onset_s in onsets_s)
         return UnitErrors(sum(errors) / len(errors), tuple(errors), starts)
 
-    def synthesise(self, speech_tokens: Sequence[Sequence[int]]) -> list[SampleSpeech]:
-        """Synthesise samples one by one, for listening; the voice prompt depends on the seed only.
+    def synthesise(self, speech_tokens: Sequence[Sequence[int]], ground_truths: Sequence[str]) -> list[SampleSpeech]:
+        """Synthesise samples one by one, for listening, each with the voice prompt with which it is scored.
 
         Raises:
             Exception: one of ``MACHINE_FAULTS``.
         """
         results, rate = [], self.token2wav.sample_rate_hz
-        voice = choose_voice(self.prompt_voices, "", self.seed)
-        for tokens in speech_tokens:
+        for tokens, ground_truth in zip(speech_tokens, ground_truths, strict=True):
             try:
+                voice = self._voice(ground_truth, tokens)
                 waveforms, lens, _ = decode_finite(self.token2wav, [tokens], [voice])
                 samples = np.round(np.clip(waveforms[0, : lens[0]].cpu().numpy(), -1, 1) * 32767).astype(np.int16)
                 results.append(SampleSpeech(samples, rate))
