@@ -172,7 +172,7 @@ class Prompts:
         self.tokenizer, self.max_length, self.control = tokenizer, max_length, frozenset(control_tokens(tokenizer))
         # the template is rendered once per instruction, because rendering is slow and only the text differs
         self.around = functools.cache(
-            lambda instruct: render_prompt(tokenizer, "TEXT", instruct=instruct).split("TEXT")
+            lambda instruct: render_prompt(tokenizer, "TEXT", instruct=instruct).rsplit("TEXT", 1)
         )
         self.num_control_before = functools.cache(lambda instruct: self._num_control(self._ids([("", instruct)])[0]))
 

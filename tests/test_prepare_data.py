@@ -347,15 +347,16 @@ def test_instructions(worker, trainer_python, cosyvoice3_tokenizer, tmp_path):
     train = [
         {"text": "你好。"}, {"text": "再见。", "instruct": "请用广东话表达。"}, {"text": "明天。", "instruct": 3},
         {"text": "早上。", "instruct": "You are a helpful assistant. 请用广东话表达。<|endofprompt|>"},
+        {"text": "我们" * 60, "instruct": "Read the TEXT slowly."},  # with its text twice, it has over 220 tokens
     ]  # fmt: skip
     voice = {"text": "晚上", "speech_tokens": [5, 6]}
     (tmp_path / "voices.jsonl").write_text(json.dumps(voice) + "\n")
     flags = ["--llm-path", cosyvoice3_tokenizer, "--max-bad-ratio", "0.5", "--speech-prefix", "voice", "--voices",
-             str(tmp_path / "voices.jsonl")]  # fmt: skip
+             str(tmp_path / "voices.jsonl"), "--max-prompt-length", "220"]  # fmt: skip
     lines = [json.dumps(row, ensure_ascii=False) for row in train]
     done = prepare(worker, tmp_path, lines, [line("好")], *flags)
     assert done.returncode == 0, done.stderr
-    plain, instructed = (row["prompt"] for row in rows_of(trainer_python, tmp_path / "out/train.parquet"))
+    plain, instructed, _ = (row["prompt"] for row in rows_of(trainer_python, tmp_path / "out/train.parquet"))
     system = "You are a helpful assistant."
     assert plain[0]["content"] == f"{system}<|endofprompt|>晚上你好。" and len(plain) == 2
     (message,) = instructed  # without the voice's speech
