@@ -20,7 +20,6 @@ from pathlib import Path
 
 from tts_grpo.reward.ports import port_fault
 from tts_grpo.reward.protocol import MODEL_NAME
-from tts_grpo.reward.rewards import split_paths
 from tts_grpo.speech.model_folders import (
     SENSEVOICE_FILES,
     TOKEN2WAV_FILES,
@@ -31,7 +30,7 @@ from tts_grpo.speech.model_folders import (
     missing_files,
     token2wav_kind,
 )
-from tts_grpo.text.input_files import read_eval_set, read_known_answers, read_texts, read_voices
+from tts_grpo.text.input_files import read_eval_set, read_known_answers, read_texts, read_voices, split_paths
 from tts_grpo.text.prompts import (
     GENERATION_END,
     GENERATION_START,

@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tts_grpo.reward import rewards  # it needs only the standard library
+from tts_grpo.reward import rewards  # both need only the standard library
+from tts_grpo.text.input_files import split_paths
 
 INT = re.compile(r"-?(0|[1-9][0-9]*)")
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
@@ -158,7 +159,7 @@ def inputs_of(s: Setting) -> dict[str, str]:
     if not s.value or not s.kind.startswith(("input", "rewards")):
         return {}
     if s.kind.startswith("inputs"):
-        return {f"{s.name} {number}": path for number, path in enumerate(rewards.split_paths(s.value))}
+        return {f"{s.name} {number}": path for number, path in enumerate(split_paths(s.value))}
     if s.kind == "rewards":  # this recipe's parts count as code
         return {
             f"{s.name}: {path}": str(path)

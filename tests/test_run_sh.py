@@ -85,6 +85,9 @@ class Recipe:
         for name in ("libpython.py", "rewards.py"):
             shutil.copy(ROOT / "tts_grpo/reward" / name, self.root / "tts_grpo/reward")
         shutil.copytree(ROOT / "tts_grpo/reward/parts", self.root / "tts_grpo/reward/parts")
+        (self.root / "tts_grpo/text").mkdir()
+        for name in ("input_files.py", "jsonl.py", "tags.py", "tokens.py"):
+            shutil.copy(ROOT / "tts_grpo/text" / name, self.root / "tts_grpo/text")
         (self.root / "scripts/make_env.sh").write_text('echo "make_env $1" >>"$CALLS"\n')
         (self.root / "scripts/compute_wer.sh").write_text('echo "compute_wer $1 seeds=$seeds" >>"$CALLS"\n')
         for name, text in (("venv/speech/bin/python", STUB), ("venv/trainer/bin/python", STUB),

@@ -10,7 +10,6 @@ only the standard library: it also runs where no environment exists yet.
 """
 
 import ast
-import re
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -41,11 +40,6 @@ class RewardSpec:
     floor: float = 0.0
     required: bool = True
     options: dict[str, float | str] = field(default_factory=dict)
-
-
-def split_paths(text: str) -> list[str]:
-    r"""Return the paths of ``reward_asr_dirs``, which are separated by spaces; "\ " is a space within a path."""
-    return [path.replace("\\ ", " ") for path in re.split(r"(?<!\\) +", text.strip())]
 
 
 def known_parts() -> list[str]:

@@ -26,6 +26,11 @@ _WORD = re.compile(r"[^\W_]")
 _UNIT = re.compile(r"[㐀-䶿一-鿿]|[^\W_㐀-䶿一-鿿]+")
 
 
+def split_paths(text: str) -> list[str]:
+    r"""Return the paths of a setting, which are separated by spaces; "\ " is a space within a path."""
+    return [path.replace("\\ ", " ") for path in re.split(r"(?<!\\) +", text.strip())]
+
+
 def checked_text(row: dict, *keys: str) -> str:
     """Return the text under the first of ``keys`` that the entry has, stripped of white space.
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import re
 from pathlib import Path
 
 import jinja2
@@ -15,6 +14,7 @@ from tts_grpo.evaluation.report.clips import Clip, load_clip
 from tts_grpo.evaluation.report.disagreements import find_disagreements
 from tts_grpo.evaluation.report.experiment import MODEL_TITLES, MODELS, Experiment, Sample, Utterance
 from tts_grpo.evaluation.report.selection import select
+from tts_grpo.text.input_files import split_paths
 
 # Colours of the spectrograms, legible on light and dark backgrounds.
 RGB = {"prompt": (74, 140, 98), "sft": (92, 124, 158), "grpo": (214, 88, 38)}
@@ -233,9 +233,8 @@ def recogniser(experiment: Experiment) -> str:
 
 def same_recogniser(settings: dict, asr_dir: str) -> bool:
     """Whether the recogniser that scored the set, in the folder ``asr_dir``, is one of the reward's."""
-    several = settings.get("reward_asr_dirs", "").strip()  # separated by spaces, which are escaped within a path
-    of_reward = [path.replace("\\ ", " ") for path in re.split(r"(?<!\\) +", several)] if several else []
-    return asr_dir in (of_reward or [settings.get("reward_asr_dir", "")])
+    several = settings.get("reward_asr_dirs", "")
+    return asr_dir in (split_paths(several) if several.strip() else [settings.get("reward_asr_dir", "")])
 
 
 def template(name: str) -> jinja2.Template:
