@@ -2,7 +2,8 @@
 # Profile "cosyvoice3": the language model of Fun-CosyVoice3-0.5B, its token2wav and SenseVoice, on GPUs.
 # scripts/full_size.sh has the values that it shares with CosyVoice2's profile, and docs/cosyvoice3.md what differs.
 #
-# Status: never run with the released weights.
+# Status: trained on an H200 with random weights of the full shape (docs/cosyvoice3.md), but never with the released
+# weights.
 
 declare -gA official_repos=([modelscope]=FunAudioLLM/Fun-CosyVoice3-0.5B-2512 [huggingface]=FunAudioLLM/Fun-CosyVoice3-0.5B-2512)
 official_gib=6
