@@ -188,3 +188,8 @@ def test_benchmark_measures_batches(folder, capsys):
     bench_token2wav.main(["--random", str(folder), "--runs", "fp32:2", *lengths])
     result = json.loads(capsys.readouterr().out)
     assert result["fp32:2"]["rollouts"] == 3 and result["fp32:2"]["rollouts_per_s"] > 0
+
+
+def test_the_benchmark_measures_flashcosyvoice_with_its_own_model_only(tmp_path):
+    with pytest.raises(SystemExit, match="--flash needs --model cosyvoice2"):
+        bench_token2wav.main(["--random", str(tmp_path), "--flash", "8"])

@@ -11,6 +11,11 @@ and compares them with a batch in fp32; CosyVoice's source, its third_party/Matc
 PYTHONPATH. The differences of the other precisions are relative errors of the mel spectrogram, and of the waveform of
 the same mel spectrogram (phases add up frequencies, so small differences in the mel spectrogram shift them).
 
+--flash SIZES also measures FlashCosyVoice (https://github.com/xingchensong/FlashCosyVoice), the fastest published
+decoder of CosyVoice2, at these batch sizes, with the same weights, rollouts and prompt: a padded batch of the flow in
+half precision, and the vocoder one by one, as in its own program. Its source must be on PYTHONPATH. Each batch size is
+measured in the random order of the rollouts and sorted by length.
+
 Prints one JSON object to stdout, and each measurement to stderr as soon as it is done.
 """
 
@@ -44,6 +49,9 @@ def get_args(argv=None):
     parser.add_argument("--num-rollouts", type=int, default=256, help="number of rollouts")
     parser.add_argument("--num-fp32-rollouts", type=int, default=64, help="number of rollouts of runs in fp32")
     parser.add_argument("--official", type=int, default=0, help="rollouts to decode by the official code")
+    parser.add_argument(
+        "--flash", type=int, nargs="*", default=[], help="batch sizes of FlashCosyVoice (CosyVoice2 only)"
+    )
     return parser.parse_args(argv)
 
 
@@ -142,6 +150,50 @@ def measure_official(args, exact: Token2Wav, tokens, voice: PromptVoice) -> dict
     }  # fmt: skip
 
 
+class FlashCosyVoice:
+    """FlashCosyVoice's decoder: a padded batch of the flow, in half precision on a GPU, and the vocoder one by one."""
+
+    def __init__(self, folder: Path, device: str):
+        from flashcosyvoice.modules.flow import CausalMaskedDiffWithXvec
+        from flashcosyvoice.modules.hifigan import HiFTGenerator
+
+        flow, self.hift, self.device = CausalMaskedDiffWithXvec(), HiFTGenerator(), torch.device(device)
+        self.flow = flow if self.device.type == "cpu" else flow.half()
+        self.flow.load_state_dict(torch.load(folder / "flow.pt", weights_only=True))
+        state = torch.load(folder / "hift.pt", weights_only=True)
+        self.hift.load_state_dict({name.removeprefix("generator."): value for name, value in state.items()})
+        for module in (self.flow, self.hift):
+            module.eval().to(self.device)
+
+    @torch.inference_mode()
+    def __call__(self, batch: list[list[int]], features: dict) -> list[torch.Tensor]:
+        """Waveforms (1, T) in the voice of the given prompt features."""
+        prompt = {name: torch.as_tensor(value).to(self.device) for name, value in features.items()}
+        rows = [torch.cat([prompt["tokens"], torch.tensor(tokens, device=self.device)]) for tokens in batch]
+        frames = len(prompt["mel"])
+        repeated = lambda value: value[None].expand(len(batch), *value.shape)  # noqa: E731
+        with torch.autocast(self.device.type, torch.float16, enabled=self.device.type != "cpu"):
+            mels, lens = self.flow(
+                torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
+                torch.tensor([len(row) for row in rows], device=self.device), repeated(prompt["mel"]),
+                torch.full((len(batch),), frames, device=self.device), repeated(prompt["speaker_embedding"]),
+                streaming=False, finalize=True,
+            )  # fmt: skip
+        return [self.hift(speech_feat=mel[None, :, frames:n])[0] for mel, n in zip(mels, lens.tolist(), strict=True)]
+
+
+def measure_flash(args, tokens, features: dict) -> dict:
+    """Rollouts per second of FlashCosyVoice by batch size and order."""
+    flash, result = FlashCosyVoice(args.random, args.device), {}
+    for size in args.flash:
+        for order, rows in (("random order", tokens), ("sorted by length", sorted(tokens, key=len))):
+            batches = [rows[first : first + size] for first in range(0, len(rows), size)]
+            flash(batches[0], features)
+            wall_s = seconds_of(args, lambda batches=batches: [flash(batch, features) for batch in batches])
+            result[f"{size}, {order}"] = {"rollouts": len(rows), "rollouts_per_s": len(rows) / wall_s, "wall_s": wall_s}
+    return result
+
+
 @torch.inference_mode()
 def precision_effect(exact, half, tokens, voice: PromptVoice) -> dict:
     """Relative errors in half precision: of the mel spectrogram, and of the waveform of the same mel spectrogram."""
@@ -164,6 +216,8 @@ def main(argv=None):
     args = get_args(argv)
     if args.official and args.model != "cosyvoice3":
         raise SystemExit("bench_token2wav.py: --official needs --model cosyvoice3; for CosyVoice2, use bench_reward.py")
+    if args.flash and args.model != "cosyvoice2":
+        raise SystemExit("bench_token2wav.py: --flash needs --model cosyvoice2, which is what FlashCosyVoice decodes")
     if not (args.random / "flow.pt").exists():
         if args.model == "cosyvoice3":
             write_token2wav(args.random, small=args.small)
@@ -194,6 +248,9 @@ def main(argv=None):
             measured(f"{precision} error", precision_effect(exact, decoders[precision], tokens[:16], voice))
         if args.official:
             measured("official", measure_official(args, exact, tokens[: args.official], voice))
+    if args.flash:
+        decoder = next(iter(decoders.values()))
+        measured("FlashCosyVoice", measure_flash(args, tokens, decoder.prompt_features(voice)))
     print(json.dumps(result))
 
 
