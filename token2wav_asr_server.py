@@ -564,9 +564,9 @@ def serve_until_triton_ends(args, instances: list[Instance]) -> int | None:
         default_queue_policy=QueuePolicy(max_queue_size=args.max_queue_size),
     )
     with Triton(config=config, security_config=security) as triton:
-        config = ModelConfig(max_batch_size=args.max_batch_size, batcher=batcher)
-        bind_models(triton, instances, config)
         try:
+            # loads the models, unless PyTriton has not connected to Triton yet: then run() does
+            bind_models(triton, instances, ModelConfig(max_batch_size=args.max_batch_size, batcher=batcher))
             triton.run()
         except Exception:
             logger.exception("Triton has not loaded the models")

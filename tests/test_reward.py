@@ -488,22 +488,28 @@ def test_a_dead_or_hung_instance_is_restarted_until_it_dies_too_often(assets, tm
     assert "instances have died 3 times; stopping" in server.log.read_text()
 
 
-# The first start ends as it does when a model is not connected to PyTriton within a second.
-FAILS_TO_LOAD_ONCE = """
+# The first two starts end as they do when a model is not connected to PyTriton within a second: while the models are
+# bound, or, if PyTriton was not connected to Triton then, when it runs.
+FAILS_TO_LOAD_TWICE = """
 from pytriton.triton import Triton
 
-def run(self, start=Triton.run, failed=[]):
-    start(self)
-    if not failed:
-        failed.append(True)
-        raise TimeoutError("Timeout occurred while waiting for config file")
+def fails_once(method):
+    failed = []
 
-Triton.run = run
+    def patched(*args, **kwargs):
+        method(*args, **kwargs)
+        if not failed:
+            failed.append(True)
+            raise TimeoutError("Timeout occurred while waiting for config file")
+
+    return patched
+
+Triton.bind, Triton.run = fails_once(Triton.bind), fails_once(Triton.run)
 """
 
 
 def test_triton_is_started_again_if_it_ends_or_does_not_load_the_models(assets, tmp_path, rows):
-    server = RewardServer(assets, tmp_path / "log", "--instances", "2", patch=FAILS_TO_LOAD_ONCE)
+    server = RewardServer(assets, tmp_path / "log", "--instances", "2", patch=FAILS_TO_LOAD_TWICE)
     try:
         server.wait_ready()
         pairs = [(row["speech_tokens"], row["text"]) for row in rows[:16]]
@@ -515,7 +521,7 @@ def test_triton_is_started_again_if_it_ends_or_does_not_load_the_models(assets, 
         after = [score_all(RewardClient([server.url], patience_s=120, max_backoff_s=0.5), pairs) for _ in range(3)]
         assert after == [before] * 3 and max(score.attempts for scores in after for score in scores) > 1
         log = server.log.read_text()
-        assert log.count("Triton has not loaded the models") == 1 and log.count("Triton has ended") == 2
+        assert log.count("Triton has not loaded the models") == 2 and log.count("Triton has ended") == 3
     finally:
         status = server.stop()
     assert status == 0
