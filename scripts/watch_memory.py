@@ -4,7 +4,7 @@ import argparse
 import time
 from pathlib import Path
 
-from tts_grpo.evaluation.memory import used_gib
+from tts_grpo.evaluation.processes import used_gib
 from tts_grpo.text.jsonl import write_text
 
 INTERVAL_S = 3.0

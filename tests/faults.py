@@ -34,6 +34,7 @@ from pathlib import Path
 
 from scripts import checkpoints
 from tests.conftest import ROOT, RewardServer, free_ports
+from tts_grpo.evaluation.processes import processes_with
 from tts_grpo.evaluation.provenance import git_commit, provenance, replace_tables
 from tts_grpo.reward.client import RewardClient, RewardServerError
 from tts_grpo.text.jsonl import dump_line, read_jsonl, write_json
@@ -192,14 +193,11 @@ class Laboratory:
 
     def processes(self, leader: subprocess.Popen | None = None) -> list[int]:
         """Return the processes of runs of this experiment: by their environment, and by the group of ``leader``."""
-        mark, found = f"TTS_GRPO_EXP_DIR={self.exp_dir}".encode(), []
-        for folder in Path("/proc").glob("[0-9]*"):
-            pid = int(folder.name)
-            with contextlib.suppress(OSError):
-                of_run = mark in (folder / "environ").read_bytes().split(b"\0")
-                if (of_run or (leader and group_of(pid) == leader.pid)) and command_of(pid):
-                    found.append(pid)
-        return sorted(found)
+        pids = {int(folder.name) for folder in processes_with("TTS_GRPO_EXP_DIR", str(self.exp_dir))}
+        if leader:
+            running = (int(folder.name) for folder in Path("/proc").glob("[0-9]*"))
+            pids |= {pid for pid in running if group_of(pid) == leader.pid}
+        return sorted(pid for pid in pids if command_of(pid))
 
     def kill_all(self, leader: subprocess.Popen) -> list[str]:
         """Kill all processes of a run, run.sh first. Returns their commands."""

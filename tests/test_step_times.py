@@ -1,8 +1,15 @@
-"""Tests of the table of step times from veRL's console log."""
+"""Tests of the table of step times from veRL's console log, and of the benchmark by number of GPUs."""
+
+import json
+import os
+import signal
+import subprocess
 
 import pytest
 
+from tools import bench_training
 from tools.step_times import main
+from tts_grpo.text.jsonl import write_json
 
 
 def line(step: int, **values) -> str:
@@ -36,3 +43,61 @@ def test_table_of_medians(tmp_path, capsys):
 def test_a_log_without_steps_is_an_error(tmp_path):
     with pytest.raises(SystemExit, match="no step"):
         main(["--log-file", log_of(tmp_path, line(1, timing_s__step=1.0)), "--skip", "1"])
+
+
+def training_args(tmp_path, *more):
+    models = tmp_path / "models"
+    return bench_training.get_args(["--models", str(models), "--exp-dir", str(tmp_path / "exp"), *more])
+
+
+def write_log(args, run, steps):
+    log = args.exp_dir / f"{args.model}-{run.name}" / "log/train.log"
+    log.parent.mkdir(parents=True)
+    text = "step:{} - actor/perf/max_memory_allocated_gb:{} - timing_s/generation:2 - timing_s/step:{}\n"
+    log.write_text("".join(text.format(n, 30 + n, seconds) for n, seconds in enumerate(steps, 1)))
+    write_json(log.parent.parent / "finished.json", {"run_s": 300})
+
+
+def test_runs_of_both_scalings_share_their_base(tmp_path):
+    runs = bench_training.planned(training_args(tmp_path, "--gpus", "4", "1", "--prompts", "32"))
+    assert [(run.gpus, run.prompts, run.kinds) for run in runs] == [
+        (1, 32, ("strong", "weak")), (4, 32, ("strong",)), (4, 128, ("weak",)),
+    ]  # fmt: skip
+
+
+def test_settings_of_a_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("prompt_text", "早")
+    args = training_args(tmp_path, "--gpus", "2", "--separate-servers")
+    found = bench_training.variables(args, bench_training.planned(args)[0], tmp_path / "run", 8)
+    assert found["server_devices"] == "cuda:2 cuda:3" and found["num_gpus"] == "2" and found["train_batch_size"] == "32"
+    assert "prompt_text" not in found  # the environment's is used
+    settings = (bench_training.ROOT / "conf/settings.sh").read_text("utf-8")
+    assert not [name for name in found if name != "profile" and f"setting {name} " not in settings]
+
+
+def test_efficiency_of_scaling(tmp_path, capsys):
+    args = training_args(tmp_path, "--gpus", "1", "2", "--output", str(tmp_path / "figures.json"))
+    strong_base, strong, weak = bench_training.planned(args)
+    write_log(args, strong_base, [90, 90, 5, 6, 7])  # the first two steps compile
+    write_log(args, strong, [90, 90, 4])
+    write_log(args, weak, [90, 90, 8])
+    bench_training.main(["--models", str(tmp_path), "--gpus", "1", "2", "--exp-dir", str(args.exp_dir),
+                         "--output", str(args.output)])  # fmt: skip
+    rows = json.loads(args.output.read_text())["figures"]["runs"]
+    assert [row["step_s"] for row in rows] == [6, 4, 8] and rows[2]["rollouts_per_s"] == 64
+    assert [row["efficiency"] for row in rows] == [{"strong": 1.0, "weak": 1.0}, {"strong": 0.75}, {"weak": 0.75}]
+    assert rows[0]["peak_trainer_gib"] == 35 and rows[0]["seconds"]["sleep, poll and the rest"] == 4
+    assert "| 2 | 64 |" in capsys.readouterr().out
+
+
+def test_a_failed_run_ends_the_benchmark(tmp_path):
+    process = subprocess.Popen(["sh", "-c", "echo a message; exit 3"], stdout=(tmp_path / "log").open("w"))
+    with pytest.raises(SystemExit, match=r"(?s)a message.*the run failed \(3\)"):
+        bench_training.finish(process, tmp_path / "log")
+
+
+def test_kill_all_ends_processes_of_other_groups(tmp_path):
+    environment = os.environ | {"TTS_GRPO_EXP_DIR": str(tmp_path)}
+    run, daemon = (subprocess.Popen(["sleep", "100"], start_new_session=True, env=environment) for _ in range(2))
+    assert bench_training.kill_all(run, tmp_path) == 2
+    assert daemon.wait() == -signal.SIGKILL

@@ -32,7 +32,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tts_grpo.evaluation.memory import used_gib
+from tts_grpo.evaluation.processes import used_gib
 from tts_grpo.evaluation.provenance import ROOT, provenance, replace_tables
 from tts_grpo.reward.client import RewardClient, RewardServerError
 from tts_grpo.reward.ports import port_fault

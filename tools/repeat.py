@@ -40,6 +40,7 @@ import numpy as np
 
 from tts_grpo.evaluation import bootstrap
 from tts_grpo.evaluation.aggregate import ERRORS, JUDGE_ERRORS, compare_quality, error_fractions, read_utterances
+from tts_grpo.evaluation.processes import processes_with
 from tts_grpo.evaluation.provenance import ROOT, provenance, replace_tables
 from tts_grpo.text.jsonl import read_jsonl, write_json, write_text
 
@@ -213,10 +214,9 @@ def only_one(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise RuntimeError(f"another call works on {folder}: wait for it, or set another --name") from None
-        mark = f"{MARK}={os.environ[MARK]}".encode()
-        for process in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):  # it has ended, or belongs to another user
-                if process.name != str(os.getpid()) and mark in (process / "environ").read_bytes().split(b"\0"):
+        for process in processes_with(MARK, os.environ[MARK]):
+            if process.name != str(os.getpid()):
+                with contextlib.suppress(OSError):  # it has ended
                     os.kill(int(process.name), signal.SIGKILL)
         yield
 
