@@ -33,7 +33,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.overrides import TorchFunctionMode
 
 from tts_grpo.speech.audio import ASR_HZ, resample
-from tts_grpo.speech.decoder import PromptVoice, check_speech_tokens, pad_speech_tokens
+from tts_grpo.speech.decoder import PromptVoice, check_speech_tokens, pad_speech_tokens, tf32
 from tts_grpo.speech.model_folders import TOKEN2WAV_FILES, describe, missing_files
 
 NUM_STEPS = 10  # steps of the solver, as in CausalMaskedDiffWithXvec.inference
@@ -91,20 +91,6 @@ def split_batch(lens: Sequence[int], max_tokens: int) -> list[slice]:
             slices.append(slice(first, end))
             first = end
     return slices
-
-
-@contextlib.contextmanager
-def tf32(allowed: bool):
-    """Context that allows or forbids TF32 for products of float32 matrices."""
-    switches = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [switch.allow_tf32 for switch in switches]
-    try:
-        for switch in switches:
-            switch.allow_tf32 = allowed
-        yield
-    finally:
-        for switch, value in zip(switches, before, strict=True):
-            switch.allow_tf32 = value
 
 
 class FixedNoise(TorchFunctionMode):
