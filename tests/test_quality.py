@@ -8,7 +8,8 @@ import torch
 
 from tts_grpo.speech import quality
 from tts_grpo.speech.audio import ASR_HZ, load_audio
-from tts_grpo.speech.nets import f0
+from tts_grpo.speech.cosyvoice2.random_weights import save_campplus, save_full_campplus
+from tts_grpo.speech.nets import f0, speaker
 from tts_grpo.speech.nets.dnsmos import DnsMos
 from tts_grpo.speech.nets.speaker import Resemblyzer, SpeakerSimilarity, WavLm
 
@@ -68,6 +69,32 @@ def test_f0_metrics():
     assert wave["f0_range_semitones"] == pytest.approx(6.0, abs=0.5)
     assert wave["f0_std_semitones"] == pytest.approx(3 / math.sqrt(2), abs=0.2)
     assert set(metrics.measure(quiet(1.0)).values()) == {None}
+
+
+def test_campplus_of_a_batch_equals_onnxruntime_and_falls_back_to_it(recordings, tmp_path, caplog, monkeypatch):
+    from torchaudio.compliance import kaldi
+
+    save_full_campplus(tmp_path / "campplus.onnx")
+    recordings = [*recordings[:3], recordings[3][: ASR_HZ // 4], np.concatenate(recordings[:3]), quiet(1.0)]
+    encoder = speaker.CamPlus(tmp_path / "campplus.onnx")
+    expected = encoder.embed_all(recordings)
+    assert expected[-1] is None and np.linalg.norm(expected[0]) == pytest.approx(1.0)
+    bands = kaldi.fbank(torch.from_numpy(recordings[0])[None], num_mel_bins=80, dither=0, sample_frequency=ASR_HZ)
+    alone = encoder._session.run(None, {"input": (bands - bands.mean(0))[None].numpy()})[0][0]  # as CosyVoice does
+    np.testing.assert_allclose(expected[0], alone / np.linalg.norm(alone), atol=1e-5)
+
+    encoder._run = encoder._batched(tmp_path / "campplus.onnx")
+    assert encoder._run != encoder._run_onnx and not caplog.records
+    for found, one in zip(encoder.embed_all(recordings)[:-1], expected[:-1], strict=True):
+        np.testing.assert_allclose(found, one, atol=1e-5)
+
+    save_campplus(tmp_path / "other.onnx")
+    other = speaker.CamPlus(tmp_path / "other.onnx")
+    assert other._batched(tmp_path / "other.onnx") == other._run_onnx
+    assert "CAM++ runs on the CPU by onnxruntime" in caplog.text and "not CAM++ as known" in caplog.text
+    monkeypatch.setattr(speaker, "MAX_ERROR", 0.0)
+    assert encoder._batched(tmp_path / "campplus.onnx") == encoder._run_onnx
+    assert "differs from onnxruntime" in caplog.text
 
 
 def test_f0_of_a_batch_equals_the_package_and_needs_its_network(recordings, monkeypatch):

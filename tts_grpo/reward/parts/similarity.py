@@ -26,7 +26,7 @@ class Reward:
         network = Path(context.token2wav_dir or "", CAMPPLUS)
         encoder = encoder or ("campplus" if network.is_file() else "resemblyzer")
         if encoder == "campplus":
-            self.encoder = CamPlus(network)
+            self.encoder = CamPlus(network, context.device)
         elif encoder == "resemblyzer":
             self.encoder = Resemblyzer(context.device)
         else:
