@@ -100,15 +100,15 @@ def test_campplus_of_a_batch_equals_onnxruntime_and_falls_back_to_it(recordings,
 def test_f0_of_a_batch_equals_the_package_and_needs_its_network(recordings, monkeypatch):
     import swift_f0
 
-    package, network = swift_f0.SwiftF0(threads=1, spin=False), f0.SwiftF0()
+    package, network = swift_f0.SwiftF0(threads=1, spin=False), f0.SwiftF0Network()
     long = np.resize(np.concatenate(recordings), 31 * ASR_HZ)  # more than the package analyses at once
     recordings = [*recordings[:4], quiet(0.5), recordings[0][8000:8200], long, recordings[1][:6000]]
     lens = [len(one) for one in recordings]
     waveforms = torch.full((len(lens), max(lens)), 0.2)  # what lies beyond an end must not count
     for row, one in zip(waveforms, recordings, strict=True):
         row[: len(one)] = torch.from_numpy(one)
-    for batch in (1, 4):  # a CPU computes one at a time, a GPU several
-        monkeypatch.setattr(f0, "CPU_BATCH", batch)
+    for batch in (1, 4):
+        monkeypatch.setattr(f0, "BATCH", batch)
         for one, (hz, confidence) in zip(recordings, network(waveforms, lens), strict=True):
             expected = package.detect(one, ASR_HZ, f0.MIN_HZ, f0.MAX_HZ)
             voiced = expected.confidence >= 0.5
@@ -120,7 +120,7 @@ def test_f0_of_a_batch_equals_the_package_and_needs_its_network(recordings, monk
         network(torch.zeros(2, 800), [800, 0])
     monkeypatch.setattr(f0, "NETWORK_SHA256", "")
     with pytest.raises(RuntimeError, match="swift-f0 .* has another network"):
-        f0.SwiftF0()
+        f0.SwiftF0Network()
 
 
 def test_dnsmos_equals_the_package_and_decreases_with_noise(recordings):

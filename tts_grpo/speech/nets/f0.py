@@ -3,17 +3,18 @@
 import hashlib
 import importlib.metadata
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from torch.nn import functional
 
+from tts_grpo.speech.audio import ASR_HZ
 from tts_grpo.speech.decoder import tf32
 
 MIN_VOICED_FRAMES = 10  # frames of 16 ms; F0 statistics of fewer frames are meaningless
 MIN_HZ, MAX_HZ = 60.0, 600.0  # range of the F0 of speech
-# Recordings at once. On a CPU the activations of one fit into the cache: several at once take twice as long.
-GPU_BATCH, CPU_BATCH = 32, 1
+BATCH = 32  # recordings at once on a GPU
 
 NETWORK_SHA256 = "6385e8c2ebc3872e82c9ff5946228de44cd3be77a750ea53698b7dbfe94b0a22"  # model.onnx of swift-f0 0.3.0
 HOP = 256  # samples from frame to frame
@@ -26,11 +27,11 @@ FLOOR = 1e-8  # added to the spectrograms before the logarithm
 SILENCE_PEAK = 1e-3  # the package calls frames whose samples are all lower unvoiced
 
 
-class SwiftF0:
-    """The network of the package swift-f0 (Nieradzik, arXiv:2508.18440), for a batch of recordings and on any device.
+class SwiftF0Network:
+    """The network of the package swift-f0 for a batch of recordings, on any device.
 
-    The package runs it on one recording at a time, on the CPU. This class takes the weights from the package's
-    ``model.onnx`` and has its results.
+    The package runs it by onnxruntime on one recording at a time, on the CPU. This class takes the weights from the
+    package's ``model.onnx`` and has its results.
 
     Raises:
         RuntimeError: the package has another network.
@@ -40,7 +41,7 @@ class SwiftF0:
         import onnx
 
         package = importlib.metadata.distribution("swift-f0")
-        self.name, self.device = f"SwiftF0 {package.version}", torch.device(device)
+        self.device = torch.device(device)
         content = package.locate_file("swift_f0/model.onnx").read_bytes()
         if hashlib.sha256(content).hexdigest() != NETWORK_SHA256:
             raise RuntimeError(
@@ -78,8 +79,7 @@ class SwiftF0:
         """
         results: list = [None] * len(lens)
         order = sorted(range(len(lens)), key=lens.__getitem__)  # batching similar lengths reduces padding
-        size = CPU_BATCH if self.device.type == "cpu" else GPU_BATCH
-        for rows in (order[first : first + size] for first in range(0, len(order), size)):
+        for rows in (order[first : first + BATCH] for first in range(0, len(order), BATCH)):
             chosen = torch.tensor([lens[row] for row in rows], device=self.device)
             speech = waveforms[rows, : lens[rows[-1]]].to(self.device)
             speech = torch.where(torch.arange(speech.shape[1], device=self.device) < chosen[:, None], speech, 0)
@@ -142,11 +142,21 @@ class SwiftF0:
 
 
 class F0Metrics:
-    """F0 metrics by SwiftF0."""
+    """F0 metrics by SwiftF0 (Nieradzik, arXiv:2508.18440), whose network is part of the package swift-f0.
+
+    A GPU computes a batch at once (:class:`SwiftF0Network`). On the CPU the package analyses as many recordings at once
+    as torch has threads, since onnxruntime, unlike torch, prepares nothing for each new length.
+    """
 
     def __init__(self, device: str = "cpu"):
-        self._network = SwiftF0(device)
-        self.name = self._network.name
+        self.name = f"SwiftF0 {importlib.metadata.version('swift-f0')}"
+        if torch.device(device).type != "cpu":
+            self._detect = SwiftF0Network(device)
+            return
+        from swift_f0 import SwiftF0
+
+        self._detect, self._detector = self._detect_by_package, SwiftF0(threads=1, spin=False)
+        self._pool = ThreadPoolExecutor(torch.get_num_threads())
 
     def measure(self, speech: np.ndarray) -> dict[str, float | None]:
         """F0 metrics of a recording, float32 (T,) at 16 kHz; None if it has too few voiced frames."""
@@ -154,7 +164,12 @@ class F0Metrics:
 
     def measure_all(self, waveforms: torch.Tensor, lens: Sequence[int]) -> list[dict[str, float | None]]:
         """:meth:`measure` for each of the waveforms, float32 (B, T), with these lengths in samples."""
-        return [statistics(f0[confidence >= 0.5]) for f0, confidence in self._network(waveforms, lens)]
+        return [statistics(f0[confidence >= 0.5]) for f0, confidence in self._detect(waveforms, lens)]
+
+    def _detect_by_package(self, waveforms, lens) -> list[tuple[np.ndarray, np.ndarray]]:
+        recordings = [row[:n] for row, n in zip(waveforms.cpu().numpy(), lens, strict=True)]
+        found = self._pool.map(lambda one: self._detector.detect(one, ASR_HZ, MIN_HZ, MAX_HZ), recordings)
+        return [(one.pitch_hz, one.confidence) for one in found]
 
 
 def statistics(f0: np.ndarray) -> dict[str, float | None]:
