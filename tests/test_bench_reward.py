@@ -29,6 +29,7 @@ def test_all_measurements_in_one_run(tmp_path):
     command = [
         sys.executable, "tools/bench_reward.py", "--server-url", "", "--random", tmp_path, "--small", "--seconds",
         "1", "1", "1", "--num-rollouts", "4", "--batch-size", "2", "--baseline", "2", "--compare-precisions", "fp32",
+        "--rewards", "intelligibility:1 similarity:0.3 pitch:0.6,semitones=3.5",
     ]  # fmt: skip
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
     result, rows = next(line for line in done.stdout.split("\n") if line.startswith("{")), done.stdout.split("\n")
@@ -37,6 +38,7 @@ def test_all_measurements_in_one_run(tmp_path):
     assert result["fp32"]["mel_relative_error"] == 0 == result["fp32"]["transcript_difference"]
     in_process = result["in_process"]["2"]
     assert sum(in_process["seconds"].values()) < in_process["wall_s"]
+    assert min(in_process["seconds"][part] for part in ("similarity", "pitch")) > 0
     ratio = in_process["rollouts_per_s"] / result["official"]["rollouts_per_s"]
     (row,) = (row.split() for row in rows if row.startswith("in process"))
     assert float(row[-2]) == pytest.approx(ratio, abs=0.06) and row[-1] == "-"

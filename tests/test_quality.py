@@ -4,11 +4,13 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from tts_grpo.speech import quality
 from tts_grpo.speech.audio import ASR_HZ, load_audio
+from tts_grpo.speech.cosyvoice2.random_weights import save_campplus, save_full_campplus
+from tts_grpo.speech.nets import f0, speaker
 from tts_grpo.speech.nets.dnsmos import DnsMos
-from tts_grpo.speech.nets.f0 import F0Metrics
 from tts_grpo.speech.nets.speaker import Resemblyzer, SpeakerSimilarity, WavLm
 
 pytestmark = pytest.mark.slow
@@ -58,15 +60,67 @@ def test_basic_metrics():
 
 
 def test_f0_metrics():
-    f0 = F0Metrics()
-    flat = f0.measure(tone(2.0, 220.0))
+    metrics = f0.F0Metrics()
+    flat = metrics.measure(tone(2.0, 220.0))
     assert flat["f0_median_hz"] == pytest.approx(220, rel=0.01)
     assert flat["f0_range_semitones"] < 0.3 and flat["f0_std_semitones"] < 0.1
     seconds = np.arange(2 * ASR_HZ) / ASR_HZ
-    wave = f0.measure(tone(2.0, 220 * 2 ** (3 / 12 * np.sin(2 * np.pi * seconds))))  # 3 semitones up and down
+    wave = metrics.measure(tone(2.0, 220 * 2 ** (3 / 12 * np.sin(2 * np.pi * seconds))))  # 3 semitones up and down
     assert wave["f0_range_semitones"] == pytest.approx(6.0, abs=0.5)
     assert wave["f0_std_semitones"] == pytest.approx(3 / math.sqrt(2), abs=0.2)
-    assert set(f0.measure(quiet(1.0)).values()) == {None}
+    assert set(metrics.measure(quiet(1.0)).values()) == {None}
+
+
+def test_campplus_of_a_batch_equals_onnxruntime_and_falls_back_to_it(recordings, tmp_path, caplog, monkeypatch):
+    from torchaudio.compliance import kaldi
+
+    save_full_campplus(tmp_path / "campplus.onnx")
+    recordings = [*recordings[:3], recordings[3][: ASR_HZ // 4], np.concatenate(recordings[:3]), quiet(1.0)]
+    encoder = speaker.CamPlus(tmp_path / "campplus.onnx")
+    expected = encoder.embed_all(recordings)
+    assert expected[-1] is None and np.linalg.norm(expected[0]) == pytest.approx(1.0)
+    bands = kaldi.fbank(torch.from_numpy(recordings[0])[None], num_mel_bins=80, dither=0, sample_frequency=ASR_HZ)
+    alone = encoder._session.run(None, {"input": (bands - bands.mean(0))[None].numpy()})[0][0]  # as CosyVoice does
+    np.testing.assert_allclose(expected[0], alone / np.linalg.norm(alone), atol=1e-5)
+
+    encoder._run = encoder._batched(tmp_path / "campplus.onnx")
+    assert encoder._run != encoder._run_onnx and not caplog.records
+    for found, one in zip(encoder.embed_all(recordings)[:-1], expected[:-1], strict=True):
+        np.testing.assert_allclose(found, one, atol=1e-5)
+
+    save_campplus(tmp_path / "other.onnx")
+    other = speaker.CamPlus(tmp_path / "other.onnx")
+    assert other._batched(tmp_path / "other.onnx") == other._run_onnx
+    assert "CAM++ runs on the CPU by onnxruntime" in caplog.text and "not CAM++ as known" in caplog.text
+    monkeypatch.setattr(speaker, "MAX_ERROR", 0.0)
+    assert encoder._batched(tmp_path / "campplus.onnx") == encoder._run_onnx
+    assert "differs from onnxruntime" in caplog.text
+
+
+def test_f0_of_a_batch_equals_the_package_and_needs_its_network(recordings, monkeypatch):
+    import swift_f0
+
+    package, network = swift_f0.SwiftF0(threads=1, spin=False), f0.SwiftF0Network()
+    long = np.resize(np.concatenate(recordings), 31 * ASR_HZ)  # more than the package analyses at once
+    recordings = [*recordings[:4], quiet(0.5), recordings[0][8000:8200], long, recordings[1][:6000]]
+    lens = [len(one) for one in recordings]
+    waveforms = torch.full((len(lens), max(lens)), 0.2)  # what lies beyond an end must not count
+    for row, one in zip(waveforms, recordings, strict=True):
+        row[: len(one)] = torch.from_numpy(one)
+    for batch in (1, 4):
+        monkeypatch.setattr(f0, "BATCH", batch)
+        for one, (hz, confidence) in zip(recordings, network(waveforms, lens), strict=True):
+            expected = package.detect(one, ASR_HZ, f0.MIN_HZ, f0.MAX_HZ)
+            voiced = expected.confidence >= 0.5
+            np.testing.assert_allclose(confidence, expected.confidence, atol=1e-4)
+            np.testing.assert_allclose(hz[voiced], expected.pitch_hz[voiced], rtol=1e-4)
+    with pytest.raises(ValueError, match="empty or not finite"):
+        network(torch.full((1, 800), torch.nan), [800])
+    with pytest.raises(ValueError, match="empty or not finite"):
+        network(torch.zeros(2, 800), [800, 0])
+    monkeypatch.setattr(f0, "NETWORK_SHA256", "")
+    with pytest.raises(RuntimeError, match="swift-f0 .* has another network"):
+        f0.SwiftF0Network()
 
 
 def test_dnsmos_equals_the_package_and_decreases_with_noise(recordings):

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.hub_repositories import make_sensevoice
+from tts_grpo.reward.parts import interface
 from tts_grpo.reward.parts.interface import Context, Part, Scores, combine, load_parts
 from tts_grpo.reward.rewards import known_parts, parse_rewards
 from tts_grpo.reward.scorer import RewardScorer, vary
@@ -122,6 +123,13 @@ def test_the_reward_is_the_weighted_mean_above_the_floors(token2wav, asr, voices
     floors = make_scorer(token2wav, asr, voices, f"{rewards},floor=0.5").score(*known)
     assert [score.reward for score in floors] == [s.reward if s.parts["mine"] >= 0.5 else 0.0 for s in scores]
     assert {0.0} < {score.reward for score in floors}
+
+
+def test_parts_share_the_silences_of_a_batch(monkeypatch, token2wav, asr, voices, known):
+    measured = []
+    monkeypatch.setattr(interface, "silences", lambda recording: measured.append(len(recording)) or (0.0, 0.0, 0.0))
+    scores = make_scorer(token2wav, asr, voices, f"pace{OPTIONS['pace']} pauses").score(*known)
+    assert len(measured) == len(scores) and {score.parts["pauses"] for score in scores} == {1.0}
 
 
 class Broken:

@@ -30,9 +30,9 @@ import torch
 
 from tts_grpo.speech.audio import ASR_HZ
 from tts_grpo.speech.cosyvoice2.random_weights import FULL, SMALL, make_cosyvoice2_folder
-from tts_grpo.speech.cosyvoice2.token2wav import MEL_PER_TOKEN, load_modules, tf32
+from tts_grpo.speech.cosyvoice2.token2wav import MEL_PER_TOKEN, load_modules
 from tts_grpo.speech.cosyvoice3.random_weights import write_token2wav
-from tts_grpo.speech.decoder import PromptVoice, Token2Wav
+from tts_grpo.speech.decoder import PromptVoice, Token2Wav, tf32
 from tts_grpo.speech.token2wav import load_token2wav
 from tts_grpo.text.tokens import NUM_SPEECH_TOKENS, TOKEN_HZ
 

@@ -5,6 +5,7 @@ result is deterministic for a seed and does not depend on the rest of the batch.
 ``tiny``, ``cosyvoice2`` and ``cosyvoice3``; ``token2wav.py`` loads the one that is in a model folder.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from typing import Protocol
@@ -118,3 +119,17 @@ def decode_finite(
     if not (finite := waveforms[again].isfinite().all(dim=1)).all():
         raise ValueError(f"item {again[finite.tolist().index(False)]}: the decoded speech is not finite in fp32")
     return waveforms, lens, again
+
+
+@contextlib.contextmanager
+def tf32(allowed: bool):
+    """Context that allows or forbids TF32 for products of float32 matrices."""
+    switches = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [switch.allow_tf32 for switch in switches]
+    try:
+        for switch in switches:
+            switch.allow_tf32 = allowed
+        yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.allow_tf32 = value

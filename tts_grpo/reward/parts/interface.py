@@ -35,6 +35,7 @@ from tts_grpo.reward.rewards import CLASS, RewardSpec
 from tts_grpo.speech.asr.recogniser import Transcript
 from tts_grpo.speech.audio import ASR_HZ
 from tts_grpo.speech.decoder import PromptVoice
+from tts_grpo.speech.quality import silences
 from tts_grpo.text.units import Sentence
 
 logger = logging.getLogger(__name__)
@@ -93,6 +94,11 @@ class Batch:
     def recordings(self) -> list[np.ndarray]:
         """Each waveform alone, float32 (T,), on the CPU."""
         return [row[:n] for row, n in zip(self.waveforms.cpu().numpy(), self.lens, strict=True)]
+
+    @functools.cached_property
+    def silences(self) -> list[tuple[float, float, float]]:
+        """:func:`tts_grpo.speech.quality.silences` of each waveform."""
+        return list(map(silences, self.recordings))
 
     def with_recordings(self, recordings: Sequence[np.ndarray]) -> "Batch":
         """Return this batch with other waveforms, each float32 (T,)."""

@@ -5,8 +5,7 @@ import math
 import numpy as np
 
 from tts_grpo.reward.parts.interface import Batch, Context
-from tts_grpo.speech.audio import ASR_HZ, resample
-from tts_grpo.speech.quality import silences
+from tts_grpo.speech.audio import resample
 
 
 class Reward:
@@ -26,9 +25,9 @@ class Reward:
 
     def __call__(self, batch: Batch) -> list[float]:
         scores = []
-        for recording, reference, language in zip(batch.recordings, batch.references, batch.languages, strict=True):
-            leading, trailing, _ = silences(recording)
-            seconds = len(recording) / ASR_HZ - leading - trailing
+        rollouts = zip(batch.seconds, batch.silences, batch.references, batch.languages, strict=True)
+        for duration_s, (leading, trailing, _), reference, language in rollouts:
+            seconds = duration_s - leading - trailing
             if seconds <= 0:
                 scores.append(0.0)
                 continue

@@ -4,7 +4,6 @@ import numpy as np
 
 from tts_grpo.reward.parts.interface import Batch, Context
 from tts_grpo.speech.audio import ASR_HZ
-from tts_grpo.speech.quality import silences
 
 
 class Reward:
@@ -18,9 +17,8 @@ class Reward:
 
     def __call__(self, batch: Batch) -> list[float]:
         scores = []
-        for recording in batch.recordings:
-            leading, _, inner = silences(recording)
-            if leading * ASR_HZ >= len(recording):  # silent
+        for n, (leading, _, inner) in zip(batch.lens, batch.silences, strict=True):
+            if leading * ASR_HZ >= n:  # silent
                 scores.append(0.0)
             else:
                 scores.append(min(1.0, max(0.0, (self.most - inner) / (self.most - self.allowed))))

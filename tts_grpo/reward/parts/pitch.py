@@ -20,11 +20,11 @@ class Reward:
     """
 
     def __init__(self, context: Context, semitones: float, width: float = 1.0):
-        self.semitones, self.width, self.f0 = semitones, width, F0Metrics()
+        self.semitones, self.width, self.f0 = semitones, width, F0Metrics(context.device)
 
     def __call__(self, batch: Batch) -> list[float]:
         scores = []
-        for metrics in self.f0.measure_all(batch.recordings):
+        for metrics in self.f0.measure_all(batch.waveforms, batch.lens):
             deviation = metrics["f0_std_semitones"]
             distance = math.inf if deviation is None else (deviation - self.semitones) / self.width
             scores.append(math.exp(-(distance**2) / 2))

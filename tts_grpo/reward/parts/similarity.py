@@ -26,7 +26,7 @@ class Reward:
         network = Path(context.token2wav_dir or "", CAMPPLUS)
         encoder = encoder or ("campplus" if network.is_file() else "resemblyzer")
         if encoder == "campplus":
-            self.encoder = CamPlus(network)
+            self.encoder = CamPlus(network, context.device)
         elif encoder == "resemblyzer":
             self.encoder = Resemblyzer(context.device)
         else:
@@ -44,8 +44,6 @@ class Reward:
     def __call__(self, batch: Batch) -> list[float]:
         scores = []
         for voice, embedding in zip(batch.voices, self.encoder.embed_all(batch.recordings), strict=True):
-            if voice is None:
-                raise RuntimeError("similarity needs a prompt voice for each rollout: set prompt_audio or prompt_list")
             cosine = -1.0 if embedding is None else float(embedding @ self._voice(voice))
             scores.append(min(1.0, max(0.0, (cosine - self.worst) / (self.best - self.worst))))
         return scores

@@ -262,6 +262,22 @@ def save_campplus(path: Path) -> None:
     )
 
 
+def save_full_campplus(path: Path) -> None:
+    """Write CAM++ with random weights, exported as the released ``campplus.onnx``: (1, T, 80) -> (1, 192)."""
+    from funasr.models.campplus.model import CAMPPlus
+
+    torch.manual_seed(0)
+    model = CAMPPlus().eval()
+    for module in model.modules():
+        if isinstance(module, (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d)):  # as after training, in which they differ
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    torch.onnx.export(
+        model, (torch.randn(1, 345, 80),), path, input_names=["input"], output_names=["output"], opset_version=11,
+        dynamic_axes={"input": {1: "T"}}, dynamo=False,
+    )  # fmt: skip
+
+
 def save_speech_tokenizer(path: Path) -> None:
     """Write an ONNX model (1, 128, T) and length -> T / 4 ids, computed from the mean of every fourth frame."""
     arrays = {"starts": [0], "ends": [1 << 30], "axes": [2], "steps": [4], "mels": [1]}
@@ -301,7 +317,8 @@ def make_cosyvoice2_folder(folder: Path, shape: dict = SMALL) -> Path:
     torch.nn.init.normal_(modules["hift"].f0_predictor.classifier.bias, 200.0, 1.0)
     torch.save(modules["flow"].state_dict(), folder / "flow.pt")
     torch.save({f"generator.{k}": v for k, v in modules["hift"].state_dict().items()}, folder / "hift.pt")
-    save_campplus(folder / "campplus.onnx")
+    save = save_full_campplus if shape["llm_size"] == FULL["llm_size"] else save_campplus
+    save(folder / "campplus.onnx")
     save_speech_tokenizer(folder / "speech_tokenizer_v2.onnx")
     return folder
 

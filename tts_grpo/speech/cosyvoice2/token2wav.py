@@ -33,8 +33,9 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.overrides import TorchFunctionMode
 
 from tts_grpo.speech.audio import ASR_HZ, resample
-from tts_grpo.speech.decoder import PromptVoice, check_speech_tokens, pad_speech_tokens
+from tts_grpo.speech.decoder import PromptVoice, check_speech_tokens, pad_speech_tokens, tf32
 from tts_grpo.speech.model_folders import TOKEN2WAV_FILES, describe, missing_files
+from tts_grpo.speech.nets.speaker import campplus_features
 
 NUM_STEPS = 10  # steps of the solver, as in CausalMaskedDiffWithXvec.inference
 MEL_PER_TOKEN = 2
@@ -91,20 +92,6 @@ def split_batch(lens: Sequence[int], max_tokens: int) -> list[slice]:
             slices.append(slice(first, end))
             first = end
     return slices
-
-
-@contextlib.contextmanager
-def tf32(allowed: bool):
-    """Context that allows or forbids TF32 for products of float32 matrices."""
-    switches = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [switch.allow_tf32 for switch in switches]
-    try:
-        for switch in switches:
-            switch.allow_tf32 = allowed
-        yield
-    finally:
-        for switch, value in zip(switches, before, strict=True):
-            switch.allow_tf32 = value
 
 
 class FixedNoise(TorchFunctionMode):
@@ -469,10 +456,7 @@ class CosyVoice2Token2Wav:
 
     def speaker_embedding(self, speech: np.ndarray) -> torch.Tensor:
         """CAM++ embedding (192,) of float32 (T,) at 16 kHz (``CosyVoiceFrontEnd._extract_spk_embedding``)."""
-        from torchaudio.compliance import kaldi
-
-        features = kaldi.fbank(torch.from_numpy(speech)[None], num_mel_bins=80, dither=0, sample_frequency=ASR_HZ)
-        features = features - features.mean(dim=0, keepdim=True)
+        (features,) = campplus_features(torch.from_numpy(speech)[None], [len(speech)])
         return torch.from_numpy(self._run_onnx("campplus.onnx", features[None].numpy())).flatten()
 
     def exact(self) -> "CosyVoice2Token2Wav":

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from tts_grpo.speech.cosyvoice2.random_weights import save_campplus, save_speech_tokenizer
+from tts_grpo.speech.cosyvoice2.random_weights import save_campplus, save_full_campplus, save_speech_tokenizer
 from tts_grpo.speech.cosyvoice3.config import load_config
 from tts_grpo.speech.cosyvoice3.modules import FlowNetwork, VocoderNetwork
 
@@ -152,6 +152,6 @@ def write_token2wav(folder: str | Path, seed: int = 0, small: bool = True) -> Pa
         torch.nn.init.normal_(hift.f0_predictor.classifier.bias, 200.0, 1.0)  # Hz; the default is no voice
     torch.save(flow.state_dict(), folder / "flow.pt")
     torch.save({f"generator.{name}": value for name, value in hift.state_dict().items()}, folder / "hift.pt")
-    save_campplus(folder / "campplus.onnx")
+    (save_campplus if small else save_full_campplus)(folder / "campplus.onnx")
     save_speech_tokenizer(folder / "speech_tokenizer_v3.onnx")
     return folder

@@ -15,7 +15,7 @@ class NetworkMetrics:
 
     def __init__(self, device: str = "cpu", speaker_model_dir: Path | None = None, reference: Sequence[Path] = ()):
         encoder = WavLm(speaker_model_dir, device) if speaker_model_dir else Resemblyzer(device)
-        self._similarity, self._dnsmos, self._f0 = SpeakerSimilarity(encoder, reference), DnsMos(), F0Metrics()
+        self._similarity, self._dnsmos, self._f0 = SpeakerSimilarity(encoder, reference), DnsMos(), F0Metrics(device)
 
     def model(self, name: str) -> str | None:
         """Name of the network that computes a metric; None if it needs no network."""

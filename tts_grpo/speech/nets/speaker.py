@@ -1,7 +1,8 @@
 """Speaker embeddings, and speaker similarity to the prompt."""
 
 import importlib.metadata
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -9,10 +10,15 @@ import numpy as np
 import torch
 
 from tts_grpo.speech.audio import ASR_HZ, load_audio
+from tts_grpo.speech.decoder import tf32
 from tts_grpo.speech.quality import NETWORK_METRICS
 
-BATCH = 32  # recordings that WavLM embeds at once
-BATCH_S = 4  # length to which it cuts or repeats them
+logger = logging.getLogger(__name__)
+
+BATCH = 32  # recordings that WavLM and CAM++ embed at once
+BATCH_S = 4  # length to which WavLM cuts or repeats them
+FBANK_WINDOW, FBANK_HOP = 400, 160  # samples, of CAM++
+MAX_ERROR = 1e-3  # largest tolerated difference of CAM++ on a GPU from onnxruntime, relative
 
 
 class Resemblyzer:
@@ -87,39 +93,187 @@ class WavLm:
         return results
 
 
+def campplus_features(waveforms: torch.Tensor, lens: Sequence[int]) -> list[torch.Tensor]:
+    """Features (frames, 80) of each waveform: 80 mel bands without dither, minus their mean over time.
+
+    As in CosyVoice's front end (``CosyVoiceFrontEnd._extract_spk_embedding``), but for a batch: the bands of a frame
+    depend on its own 25 ms, so that they are computed on the waveforms one after another, each from a frame's start.
+
+    Args:
+        waveforms: float32 (B, T), 16 kHz.
+        lens: their lengths in samples, at least 25 ms.
+    """
+    from torchaudio.compliance import kaldi
+
+    frames = -(-waveforms.shape[1] // FBANK_HOP)
+    speech = torch.nn.functional.pad(waveforms, (0, frames * FBANK_HOP - waveforms.shape[1])).flatten()
+    speech = torch.nn.functional.pad(speech, (0, FBANK_WINDOW))[None]
+    bands = kaldi.fbank(speech, num_mel_bins=80, dither=0, sample_frequency=ASR_HZ)
+    bands = bands[: len(waveforms) * frames].view(len(waveforms), frames, 80)
+    bands = [row[: 1 + (n - FBANK_WINDOW) // FBANK_HOP] for row, n in zip(bands, lens, strict=True)]
+    return [one - one.mean(dim=0, keepdim=True) for one in bands]
+
+
+class CamPlusNetwork:
+    """The network of CAM++ for a batch of recordings, on any device, with the weights of ``campplus.onnx``.
+
+    Architecture: https://github.com/modelscope/3D-Speaker (``speakerlab/models/campplus``). In the exported graph batch
+    normalisation is part of the convolution before it where there is one. The input of each convolution over time is
+    set to zero after the end of each recording, and means over time are those of the recording.
+
+    Raises:
+        ValueError: the graph has other convolutions.
+    """
+
+    BLOCKS = (12, 24, 16)  # layers
+    CONVOLUTIONS, NORMALISATIONS = 225, 56
+    SEGMENT = 100  # frames
+
+    def __init__(self, path: Path, device: str = "cpu"):
+        import onnx
+
+        graph = onnx.load(str(path)).graph
+        values = {one.name: onnx.numpy_helper.to_array(one) for one in graph.initializer}
+        for node in graph.node:
+            if node.op_type == "Constant":
+                values[node.output[0]] = onnx.numpy_helper.to_array(node.attribute[0].t)
+            elif node.op_type == "Identity" and node.input[0] in values:
+                values[node.output[0]] = values[node.input[0]]
+        self.device, self.convolutions, self.normalisations = device, [], []
+        for node in graph.node:
+            if node.op_type not in ("Conv", "BatchNormalization"):
+                continue
+            weights = [torch.from_numpy(values[name].copy()).to(device) for name in node.input[1:]]
+            attributes = {one.name: onnx.helper.get_attribute_value(one) for one in node.attribute}
+            if node.op_type == "Conv":
+                bias = weights[1] if len(weights) > 1 else None
+                self.convolutions.append((weights[0], bias, attributes["strides"], attributes["dilations"]))
+            else:
+                weight, bias, mean, variance = weights
+                scale = weight / (variance + attributes.get("epsilon", 1e-5)).sqrt()
+                self.normalisations.append((scale, bias - mean * scale))
+        found = len(self.convolutions), len(self.normalisations)
+        if found != (self.CONVOLUTIONS, self.NORMALISATIONS):
+            raise ValueError(f"{path}: {found[0]} convolutions and {found[1]} batch normalisations: not CAM++ as known")
+
+    @torch.inference_mode()
+    def __call__(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Embeddings (B, 192) of features, each (frames, 80)."""
+        relu = torch.relu
+        x = torch.nn.utils.rnn.pad_sequence(list(features), batch_first=True).to(self.device).transpose(1, 2)[:, None]
+        lens = torch.tensor(list(map(len, features)), device=self.device)
+        convolutions, normalisations = iter(self.convolutions), iter(self.normalisations)
+
+        def mask(x):
+            return torch.arange(x.shape[-1], device=self.device) < lens.view(-1, *[1] * (x.ndim - 1))
+
+        def convolve(x):
+            weight, bias, stride, dilation = next(convolutions)
+            if weight.shape[-1] > 1:
+                x = x * mask(x)
+            padding = [d * (n - 1) // 2 for d, n in zip(dilation, weight.shape[2:], strict=True)]
+            function = torch.nn.functional.conv2d if x.ndim == 4 else torch.nn.functional.conv1d
+            return function(x, weight, bias, stride=stride, padding=padding, dilation=dilation)
+
+        def normalise(x):
+            scale, shift = (one[:, None] for one in next(normalisations))
+            return x * scale + shift
+
+        x = relu(convolve(x))
+        for changes_shape in (True, False, True, False):
+            y = convolve(relu(convolve(x)))
+            x = relu(y + (convolve(x) if changes_shape else x))
+        x = relu(convolve(x)).flatten(1, 2)
+        x = relu(convolve(x))
+        lens = (lens - 1) // 2 + 1  # that convolution has a stride of 2
+        for layers in self.BLOCKS:
+            for _ in range(layers):
+                y = relu(convolve(relu(normalise(x))))
+                local, context = convolve(y), self._context(y * mask(y), lens)
+                x = torch.cat([x, local * convolve(relu(convolve(context))).sigmoid()], dim=1)
+            x = convolve(relu(normalise(x)))
+        x, inside, n = relu(x), mask(x), lens[:, None]
+        mean = (x * inside).sum(-1) / n
+        deviation = (((x - mean[..., None]) * inside).square().sum(-1) / (n - 1)).sqrt()
+        return normalise(convolve(torch.cat([mean, deviation], dim=1)[..., None]))[..., 0]
+
+    def _context(self, x: torch.Tensor, lens: torch.Tensor) -> torch.Tensor:
+        """Mean over the recording plus mean over each segment of (B, C, T), which is zero after each end."""
+        frames = x.shape[-1]
+        segments = torch.nn.functional.pad(x, (0, -frames % self.SEGMENT)).unflatten(-1, (-1, self.SEGMENT)).sum(-1)
+        starts = torch.arange(segments.shape[-1], device=self.device) * self.SEGMENT
+        counts = (lens[:, None] - starts).clamp(1, self.SEGMENT)[:, None]
+        segments = (segments / counts).repeat_interleave(self.SEGMENT, dim=-1)[..., :frames]
+        return segments + x.sum(-1, keepdim=True) / lens[:, None, None]
+
+
 class CamPlus:
     """Speaker embedding of CAM++ (Wang et al., INTERSPEECH 2023), ``campplus.onnx`` of the CosyVoice2 folder.
 
-    It runs on the CPU, one recording at a time and as many at once as torch has threads.
+    On a GPU it runs in batches (:class:`CamPlusNetwork`), if that agrees with onnxruntime on the file. Otherwise
+    onnxruntime runs it on the CPU, one recording at a time and as many at once as torch has threads.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, device: str = "cpu"):
         import onnxruntime
 
-        self.name = "CAM++"
+        self.name, self.device = "CAM++", torch.device(device)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # do not occupy cores while waiting
-        self._network = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self._pool = ThreadPoolExecutor(torch.get_num_threads())
+        self._run = self._run_onnx if self.device.type == "cpu" else self._batched(path)
+
+    def _run_onnx(self, features: Sequence[torch.Tensor]) -> np.ndarray:
+        """Embeddings (B, 192) of features, each (frames, 80)."""
+        name = self._session.get_inputs()[0].name
+        rows = [one[None].cpu().numpy() for one in features]
+        return np.concatenate(list(self._pool.map(lambda row: self._session.run(None, {name: row})[0], rows)))
+
+    def _batched(self, path: Path) -> Callable[[Sequence[torch.Tensor]], np.ndarray]:
+        """The network on the device; if it does not agree with onnxruntime, onnxruntime, which takes longer."""
+        generator = torch.Generator().manual_seed(0)
+        features = [torch.randn(frames, 80, generator=generator) for frames in (467, 93)]
+        expected = self._run_onnx(features)
+        try:
+            network = CamPlusNetwork(path, self.device)
+
+            def run(features: Sequence[torch.Tensor]) -> np.ndarray:
+                with tf32(False):
+                    return network(features).cpu().numpy()
+
+            error = np.linalg.norm(run(features) - expected) / np.linalg.norm(expected)
+            if not error < MAX_ERROR:
+                raise ValueError(f"the network differs from onnxruntime by {error:.2g} (relative)")
+            return run
+        except (ValueError, KeyError, StopIteration, RuntimeError) as fault:
+            logger.warning("CAM++ runs on the CPU by onnxruntime and slows the reward server down: %s", fault)
+            return self._run_onnx
 
     def embed(self, speech: np.ndarray) -> np.ndarray | None:
-        """Unit vector (192,) of a recording, float32 (T,) at 16 kHz; None if it is shorter than 0.25 s or all zeros.
-
-        The features are those of CosyVoice's front end: 80 mel bands without dither, minus their mean over time.
-        """
-        from torchaudio.compliance import kaldi
-
-        if len(speech) < ASR_HZ // 4 or not np.any(speech):
-            return None
-        features = kaldi.fbank(torch.from_numpy(speech)[None], num_mel_bins=80, dither=0, sample_frequency=ASR_HZ)
-        features = features - features.mean(dim=0, keepdim=True)
-        (embedding,) = self._network.run(None, {self._network.get_inputs()[0].name: features[None].numpy()})
-        return embedding[0] / np.linalg.norm(embedding[0])
+        """Unit vector (192,) of a recording, float32 (T,) at 16 kHz; None if it is shorter than 0.25 s or all zeros."""
+        return self.embed_all([speech])[0]
 
     def embed_all(self, recordings: Sequence[np.ndarray]) -> list[np.ndarray | None]:
-        """:meth:`embed` for several recordings."""
-        return list(self._pool.map(self.embed, recordings))
+        """:meth:`embed` for several recordings.
+
+        Raises:
+            RuntimeError: an embedding is not finite.
+        """
+        results: list = [None] * len(recordings)
+        usable = [i for i, one in enumerate(recordings) if len(one) >= ASR_HZ // 4 and np.any(one)]
+        usable.sort(key=lambda i: len(recordings[i]))  # batching similar lengths reduces padding
+        for first in range(0, len(usable), BATCH):
+            chosen = usable[first : first + BATCH]
+            speech = [torch.from_numpy(np.ascontiguousarray(recordings[i])) for i in chosen]
+            waveforms = torch.nn.utils.rnn.pad_sequence(speech, batch_first=True).to(self.device)
+            embeddings = self._run(campplus_features(waveforms, list(map(len, speech))))
+            if not np.isfinite(embeddings).all():
+                raise RuntimeError("CAM++ gave an embedding that is not finite")
+            for i, embedding in zip(chosen, embeddings, strict=True):
+                results[i] = embedding / np.linalg.norm(embedding)
+        return results
 
 
 class SpeakerSimilarity:
