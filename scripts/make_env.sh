@@ -42,10 +42,13 @@ mend_torchaudio() {
   "$1" -c 'import torchaudio' || die "torchaudio does not import beside this torch"
 }
 
+# install DIR ARGUMENT...: install packages. Python compiles a module when it is first imported, which takes less time
+# than compiling all modules. If Python may not write compiled modules, pip compiles all.
 install() {
-  local dir=$1
+  local dir=$1 compile=--no-compile
   shift
-  PIP_ROOT_USER_ACTION=ignore "$dir/bin/python" -m pip install -qq --disable-pip-version-check "$@" &
+  [[ -z ${PYTHONDONTWRITEBYTECODE-} ]] || compile=--compile
+  PIP_ROOT_USER_ACTION=ignore "$dir/bin/python" -m pip install -qq --disable-pip-version-check "$compile" "$@" &
   wait $!
 }
 

@@ -62,6 +62,16 @@ def test_a_failed_installation_is_not_taken_for_done(make_env):
     assert (done.returncode, calls) == (0, 2)
 
 
+def test_modules_are_compiled_at_their_first_import_where_python_may_write(make_env, tmp_path):
+    make_env.environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    make_env()
+    make_env.requirements.write_text("a==2\n")
+    make_env.environment["PYTHONDONTWRITEBYTECODE"] = "1"
+    make_env()
+    first, second = (tmp_path / "calls").read_text().splitlines()
+    assert "--no-compile" in first and "--compile" in second
+
+
 def test_hashes_are_required_except_of_marked_lines(make_env, tmp_path):
     make_env.requirements.write_text("a==1 --hash=sha256:0\nb==2  # no-hash: two builds\n")
     assert make_env()[1] == 2
