@@ -134,7 +134,7 @@ stage_2() {
     "$trainer/bin/python" -m verl.trainer.main_ppo "${verl_args[@]}" "${profile_verl_args[@]}" \
     "${recipe_verl_args[@]}" "${verl_overrides[@]}"
   mark_done 2 "$state"
-  [[ -z $server_pid ]] || { stop "$server_pid" && server_pid=''; }
+  [[ -z $server_pid ]] || kill "$server_pid" 2>/dev/null || true # it takes seconds to end, meanwhile stage 3 runs
   echo "checkpoints: $exp_dir/checkpoints; curves: tensorboard --logdir $exp_dir/tensorboard"
 }
 
@@ -164,6 +164,7 @@ stage_4() {
   state=$(state_of 4)
   done_with 4 "$state" && skip && return
   work_on "$state"
+  [[ -z $server_pid ]] || { stop "$server_pid" && server_pid=''; } # its memory is needed
   evaluate_all
   show_first_set "${evaluated[0]}"
   run "$speech_bin/python" "$root/scripts/summarise.py" --exp-dir "$exp_dir" --sets "${evaluated[@]}" --settings "$(recorded_settings)"

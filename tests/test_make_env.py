@@ -19,6 +19,7 @@ case "$*" in
   --version) echo "Python $VERSION" ;;
   *sys.version_info*) [[ $VERSION == 3.11.* || $VERSION == 3.12.* ]] ;;
   "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+  *import_module*) shift 2 && echo "${PYTHONDONTWRITEBYTECODE-unset} $*" >>"$IMPORTS" ;;
   "-m pip "*) [[ -z ${HANG-} ]] || { echo $$ >"$HANG" && exec sleep 60; }
     echo "$*" >>"$PIP_CALLS" && exit "${PIP_STATUS:-0}" ;;
 esac
@@ -37,7 +38,7 @@ def make_env(tmp_path):
 
     command = ["bash", "scripts/make_env.sh", "speech", str(requirements)]
     base = os.environ | {"base_python": str(python), "venv_root": str(tmp_path / "environments"), "VERSION": "3.11.7"}
-    base |= {"PIP_CALLS": str(calls)}
+    base |= {"PIP_CALLS": str(calls), "IMPORTS": str(tmp_path / "imports")}
 
     def run(version="3.11.7", pip_status=0):
         environment = base | {"VERSION": version, "PIP_STATUS": str(pip_status)}
@@ -60,6 +61,14 @@ def test_a_failed_installation_is_not_taken_for_done(make_env):
     assert make_env(pip_status=1)[0].returncode != 0
     done, calls = make_env()
     assert (done.returncode, calls) == (0, 2)
+
+
+def test_only_what_is_imported_is_compiled_also_if_python_is_told_not_to_write(make_env, tmp_path):
+    make_env.environment["PYTHONDONTWRITEBYTECODE"] = "1"
+    make_env()
+    assert "--no-compile" in (tmp_path / "calls").read_text()
+    variable, *modules = (tmp_path / "imports").read_text().split()
+    assert variable == "unset" and {"verl.trainer.main_ppo", "funasr"} <= set(modules)
 
 
 def test_hashes_are_required_except_of_marked_lines(make_env, tmp_path):

@@ -41,7 +41,15 @@ case $all in
   *prepare_llm.py*) mkdir -p "$exp_dir/sft_model" && touch "$exp_dir/sft_model/config.json" ;;
   *prepare_data.py*) mkdir -p "$exp_dir/data" && touch "$exp_dir/data/train.parquet" ;;
   *token2wav_asr_server.py\ --*) [[ -z ${SERVER_DIES-} ]] || { printf '%b\n' "$SERVER_DIES" >&2; exit 1; }
-    echo $$ >"$READY"; trap 'rm -f "$READY"; echo stopped >>"$CALLS"; exit 0' TERM INT
+    echo $$ >"$READY"
+    stopped() { # not before the program STOPS_AFTER was called
+      for ((i = 0; i < 50; i++)); do
+        [[ -n ${STOPS_AFTER-} ]] && ! grep -qF "$STOPS_AFTER" "$CALLS" || break
+        sleep 0.1
+      done
+      rm -f "$READY"; echo stopped >>"$CALLS"; exit 0
+    }
+    trap stopped TERM INT
     while :; do sleep 0.1; done ;;
   *main_ppo*) for ((i = 0; i < ${HANG:-0}; i++)); do
       [[ ! -e $exp_dir/reward_failure ]] || { cat "$exp_dir/reward_failure" >&2; exit 1; }
@@ -124,13 +132,13 @@ def recipe(tmp_path):
 
 
 def test_all_stages_in_order_then_skipped_then_forced(recipe):
-    done = recipe.run()
+    done = recipe.run(STOPS_AFTER="merge.py")
     assert done.returncode == 0, done.stderr
     calls = recipe.calls()
     assert set(calls[:2]) == {"make_env speech", "make_env trainer"}
     assert calls[2:] == [
-        "prepare_llm.py", "prepare_data.py", "token2wav_asr_server.py --", "reward_tts.py", "main_ppo", "stopped",
-        "merge.py",
+        "prepare_llm.py", "prepare_data.py", "token2wav_asr_server.py --", "reward_tts.py", "main_ppo",
+        "merge.py", "stopped",
         "infer_dist.py", "infer_dist.py", "compute_wer", "compute_wer", "summarise.py", "report.py", "infer_single.py",
     ]  # fmt: skip
     assert not (recipe.root / "ready").exists(), "the server was not stopped"
