@@ -1,6 +1,7 @@
 """Tests of the quality metrics on signals with known values."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -137,6 +138,20 @@ def test_dnsmos_equals_the_package_and_decreases_with_noise(recordings):
     noise = np.random.default_rng(0).normal(0, 0.05, len(recordings[0])).astype(np.float32)
     noisy = mos.measure(np.clip(recordings[0] + noise, -1, 1))
     assert noisy["dnsmos_ovrl"] < clean["dnsmos_ovrl"] - 0.5 and min(noisy.values()) >= 1.0
+
+
+def test_dnsmos_computes_what_windows_share_once_and_equally(recordings):
+    import onnxruntime
+    from speechmos import dnsmos
+
+    speech = np.concatenate(recordings)
+    size = int(9.01 * ASR_HZ)
+    windows = [speech[i * ASR_HZ : i * ASR_HZ + size] for i in range(3)]
+    assert len(windows[-1]) == size
+    whole = onnxruntime.InferenceSession(str(Path(dnsmos.__file__).parent / "dnsmos_models/sig_bak_ovr.onnx"))
+    expected = np.concatenate([whole.run(None, {"input_1": window[None]})[0] for window in windows])
+    assert np.ptp(expected, axis=0).min() > 1e-3  # the windows differ
+    assert np.abs(DnsMos().raw_scores(windows) - expected).max() < 1e-5
 
 
 def test_similarity_is_lower_for_another_voice(recordings, assets, tmp_path):
