@@ -177,9 +177,11 @@ def test_augmented_speech_keeps_its_place_and_level():
     channel, _ = Augmentation(**plain, channel_share=0.5).waveforms(speech, lens, generator)
     changed = (channel - speech).abs().amax(1) > 1e-3
     assert 16 < changed.sum() < 48
-    silence = torch.zeros(8, 16000)
+    silence = torch.zeros(64, 16000)
+    half, _ = Augmentation(noise_share=0.5).waveforms(silence, lens, generator)
+    assert 16 < (half == 0).all(1).sum() < 48
     noisy = Augmentation(speed=(0.8, 0.8), gain_db=(0.0, 0.0), noise_db=(-20.0, -20.0), noise_slope=(2.0, 2.0))
-    noise, lens = noisy.waveforms(silence, lens[:8], generator)
+    noise, lens = noisy.waveforms(silence[:8], lens[:8], generator)
     assert noise.shape == (8, 20000) and lens.tolist() == [15000] * 8
     assert torch.allclose(noise.square().mean(1).sqrt(), torch.tensor(0.1), rtol=0.3)
     power = torch.fft.rfft(noise).abs().square().mean(0)  # of 20,000 samples: 0.8 Hz each

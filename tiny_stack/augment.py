@@ -27,6 +27,8 @@ class Augmentation:
         speed: range of speeds, one for each batch; the pitch changes with it.
         gain_db: range of gains.
         noise_db: range of noise levels relative to full scale.
+        noise_share: share of the recordings with noise. Without any, the quiet pauses of a recording have features far
+            below all others, which a recogniser that has never heard them takes for syllables.
         noise_slope: range of exponents a of the noise's power spectrum 1/f^a: 0 is white, 2 is brown noise.
         room_share: share of the recordings with synthetic reverberation.
         channel_share: share of the recordings with a random frequency response.
@@ -41,6 +43,7 @@ class Augmentation:
     speed: tuple[float, float] = (0.9, 1.12)
     gain_db: tuple[float, float] = (-8.0, 6.0)
     noise_db: tuple[float, float] = (-90.0, -40.0)
+    noise_share: float = 1.0
     noise_slope: tuple[float, float] = (0.0, 0.0)
     room_share: float = 0.0
     channel_share: float = 0.0
@@ -61,7 +64,7 @@ class Augmentation:
             spectrum = torch.fft.rfft(speech, padded) * torch.fft.rfft(self.rooms(speech), padded)
             speech = torch.fft.irfft(spectrum * self.channels(speech, padded), padded)[:, :size]
         noise = self.noise(speech, padded)[:, :size] * decibels(speech, self.noise_db)
-        return speech * decibels(speech, self.gain_db) + noise, lens
+        return speech * decibels(speech, self.gain_db) + noise * chosen(speech, self.noise_share), lens
 
     def rooms(self, speech: torch.Tensor) -> torch.Tensor:
         """Impulse responses (B, T): the direct sound and, in ``room_share`` of them, exponentially decaying noise."""

@@ -56,8 +56,8 @@ class Settings:
         default_factory=lambda: {
             "reward": Augmentation(),
             "eval": Augmentation(
-                speed=(0.87, 1.15), gain_db=(-12.0, 6.0), noise_db=(-90.0, -34.0), noise_slope=(0.0, 2.0),
-                room_share=0.4, channel_share=0.5, joined=(0.4, 0.35, 0.25), pause_s=(0.0, 0.4),
+                speed=(0.87, 1.15), gain_db=(-12.0, 6.0), noise_db=(-110.0, -34.0), noise_share=0.8,
+                noise_slope=(0.0, 2.0), room_share=0.4, channel_share=0.5, joined=(0.4, 0.35, 0.25), pause_s=(0.0, 0.4),
                 num_bands=2, band=12, spans_per_s=1.2, span=6,
             ),
         }
