@@ -20,7 +20,9 @@ hypothesis.settings.register_profile("cases", deadline=None, max_examples=int(os
 hypothesis.settings.load_profile("cases")
 os.environ.setdefault("TRITON_INTERPRET", "1")  # runs kernels on a CPU; Triton reads it at import
 
-LONGEST = ("test_full_profile", "test_training", "test_tiny_training", "test_inference")  # run first, in this order
+LONGEST = (  # run first, in this order
+    "test_full_profile", "test_training", "test_tiny_training", "test_run_sh", "test_inference", "test_reward"
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list) -> None:

@@ -1,6 +1,7 @@
 """Tests of the text front end: spoken forms, units and accepted readings."""
 
 import json
+import os
 import random
 import subprocess
 
@@ -15,6 +16,7 @@ from tts_grpo.text.jsonl import read_jsonl
 from tts_grpo.text.spoken import foreign_scripts, has_language, spoken_form, text_fault
 from tts_grpo.text.units import pinyin, sentence
 
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "20000"))  # tests/run.sh explains it
 CORPUS = read_jsonl(ROOT / "tests/data/texts.jsonl")
 # Printable ASCII, characters of numbers, Chinese, other alphabets, full width, all planes, Chinese of plane 2, lone
 # surrogates.
@@ -60,7 +62,7 @@ def test_right_readings_have_the_reward_1_and_wrong_ones_less():
 
 def test_any_string_has_units_or_none_and_its_spoken_form_is_right():
     rng = random.Random(0)
-    for _ in range(100_000):
+    for _ in range(EXAMPLES):
         raw = "".join(chr(rng.choice(rng.choice(POOLS))) for _ in range(rng.randint(0, 5)))
         segmented, spoken = sentence(raw), spoken_form(raw)
         assert bool(segmented.units) == bool(spoken.text) and (segmented.units or text_fault(raw)), ascii(raw)

@@ -88,7 +88,7 @@ SMOKE = dataclasses.replace(
     lm_steps=4,
     lm_batch=4,
     lm_checkpoints=2,
-    grpo_prompts=4,
+    grpo_prompts=2,
 )
 PRESETS = {"full": FULL, "smoke": SMOKE}
 
