@@ -6,6 +6,8 @@ sampling (temperature 1.0, top_p 1.0, top_k -1). ``*_ms_per_s`` are CPU millisec
 with batches of 32.
 
 ``--test-set hard`` with a folder of recordings of its sentences, made by tiny_stack.corpus, measures the hard set.
+``--noise-db -90 -70`` instead measures what both recognisers make of the recordings alone, and with white noise of
+these levels relative to full scale.
 """
 
 import argparse
@@ -38,7 +40,30 @@ def get_args(argv=None):
     parser.add_argument("--assets-dir", type=Path, default=Path("assets/tiny"), help="folder of the tiny stack")
     parser.add_argument("--test-set", default="test", help="name of the set in the folder's data")
     parser.add_argument("--audio-dir", type=Path, help="recordings of some of its sentences (default: recordings)")
+    parser.add_argument("--noise-db", type=float, nargs="*", default=[], help="only measure the recordings with noise")
     return parser.parse_args(argv)
+
+
+def recorded(assets: Path, test_set: str, audio_dir: Path | None) -> tuple[list[str], list[np.ndarray]]:
+    """Texts and recordings of the sentences of a set that have recordings."""
+    audio = {path.stem: load_audio(path) for path in sorted((audio_dir or assets / "recordings").glob("*.*"))}
+    rows = [row for row in read_jsonl(assets / "data" / f"{test_set}.jsonl") if row["id"] in audio]
+    return [row["text"] for row in rows], [audio[row["id"]] for row in rows]
+
+
+def noise_effect(assets: Path, test_set: str, audio_dir: Path | None, levels_db: list[float]) -> dict[str, float]:
+    """Toneless pinyin error rates of both recognisers on the recordings, without and with white noise."""
+    texts, recordings = recorded(assets, test_set, audio_dir)
+    rng, metrics = np.random.default_rng(SEED), {}
+    noise = [rng.standard_normal(len(one)).astype(np.float32) for one in recordings]
+    for name in ("asr_eval", "asr_reward"):
+        asr = SenseVoice(assets / name)
+        for level in (None, *levels_db):
+            gain = 0.0 if level is None else 10 ** (level / 20)
+            heard = asr.transcribe([one + gain * added for one, added in zip(recordings, noise, strict=True)])
+            key = f"{name}_{'clean' if level is None else f'{level:g}_db'}_per"
+            metrics[key] = pinyin_error_rate(texts, heard, tones=False)
+    return metrics
 
 
 def cpu_ms(function) -> float:
@@ -58,9 +83,7 @@ def measure(assets: Path, test_set: str = "test", audio_dir: Path | None = None)
     """All metrics, by name, on the sentences of a set that have recordings."""
     token2wav = load_token2wav(assets / "token2wav")
     eval_asr, reward_asr = SenseVoice(assets / "asr_eval"), SenseVoice(assets / "asr_reward")
-    audio = {path.stem: load_audio(path) for path in sorted((audio_dir or assets / "recordings").glob("*.*"))}
-    rows = [row for row in read_jsonl(assets / "data" / f"{test_set}.jsonl") if row["id"] in audio]
-    texts, recordings = [row["text"] for row in rows], [audio[row["id"]] for row in rows]
+    texts, recordings = recorded(assets, test_set, audio_dir)
     tokens = token2wav.encode(recordings)
     resynthesised = decode(token2wav, tokens)
     lm = load_lm(assets / "llm", "cpu")
@@ -104,7 +127,8 @@ def lm_speed(lm, texts: list[str]) -> float:
 def main(argv=None):
     logging.disable(logging.INFO)  # funasr logs at this level
     args = get_args(argv)
-    metrics = measure(args.assets_dir, args.test_set, args.audio_dir)
+    of_set = args.assets_dir, args.test_set, args.audio_dir
+    metrics = noise_effect(*of_set, args.noise_db) if args.noise_db else measure(*of_set)
     for name, value in metrics.items():
         text = f"{100 * value:8.2f} %" if name.endswith(("_per", "_share")) else f"{value:8.2f} {UNITS.get(name, '')}"
         print(f"{name:24}{text}")
