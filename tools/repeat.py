@@ -418,8 +418,8 @@ def quality_of(folder: Path, name: str) -> dict[str, dict]:
     changes = compare_quality(read_utterances(folder / "sft"), read_utterances(folder / name))
     return {
         metric: {
-            "difference": round(changes[metric]["difference"], 4),
-            "ci95": changes[metric]["ci"] and [round(bound, 4) for bound in changes[metric]["ci"]],
+            "difference": round(changes[metric]["difference"], 3),
+            "ci95": changes[metric]["ci"] and [round(bound, 3) for bound in changes[metric]["ci"]],
             "conclusion": changes[metric]["verdict"],
         }
         for metric in QUALITY if metric in changes
