@@ -4,11 +4,15 @@ import json
 import os
 import signal
 import subprocess
+import sys
+import time
+import types
 
 import pytest
 
 from tools import bench_training
 from tools.step_times import main
+from tts_grpo.evaluation.processes import processes_with
 from tts_grpo.text.jsonl import write_json
 
 
@@ -67,10 +71,12 @@ def test_runs_of_both_scalings_share_their_base(tmp_path):
 
 def test_settings_of_a_run(tmp_path, monkeypatch):
     monkeypatch.setenv("prompt_text", "早")
+    monkeypatch.setenv("rollout_n", "4")
     args = training_args(tmp_path, "--gpus", "2", "--separate-servers")
     found = bench_training.variables(args, bench_training.planned(args)[0], tmp_path / "run", 8)
     assert found["server_devices"] == "cuda:2 cuda:3" and found["num_gpus"] == "2" and found["train_batch_size"] == "32"
     assert "prompt_text" not in found  # the environment's is used
+    assert found["rollout_n"] == "8"  # by which rollouts are counted
     settings = (bench_training.ROOT / "conf/settings.sh").read_text("utf-8")
     assert not [name for name in found if name != "profile" and f"setting {name} " not in settings]
 
@@ -99,5 +105,31 @@ def test_a_failed_run_ends_the_benchmark(tmp_path):
 def test_kill_all_ends_processes_of_other_groups(tmp_path):
     environment = os.environ | {"TTS_GRPO_EXP_DIR": str(tmp_path)}
     run, daemon = (subprocess.Popen(["sleep", "100"], start_new_session=True, env=environment) for _ in range(2))
+    while len(list(processes_with("TTS_GRPO_EXP_DIR", str(tmp_path)))) < 2:
+        time.sleep(0.01)  # the kernel shows an environment only a moment after the program has started
     assert bench_training.kill_all(run, tmp_path) == 2
     assert daemon.wait() == -signal.SIGKILL
+
+
+def test_the_figures_of_a_crash_are_those_of_its_own_steps_and_are_kept(tmp_path, monkeypatch):
+    args = training_args(tmp_path, "--crash")
+    log = args.exp_dir / "cosyvoice2-2x32-crash/log/train.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("step:6 - a:1\n")  # of an interrupted call
+    started = []
+
+    def start(args, environment, stop, output):
+        started.append(stop)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a") as file:
+            file.writelines(f"step:{n} - a:1\n" for n in (range(1, 7) if stop == 2 else (5, 7, 8)))
+
+    monkeypatch.setattr(bench_training, "start", start)
+    monkeypatch.setattr(bench_training, "finish", lambda *_: None)
+    monkeypatch.setattr(bench_training, "kill_all", lambda *_: len(log.read_text().splitlines()))
+    model = types.SimpleNamespace(num_parameters=lambda: 3)
+    fake = types.SimpleNamespace(AutoModelForCausalLM=types.SimpleNamespace(from_pretrained=lambda path: model))
+    monkeypatch.setitem(sys.modules, "transformers", fake)
+    found = bench_training.crash(args, 2)
+    assert found["processes_killed"] == 6 and found["steps_after_resuming"] == [5, 7, 8]
+    assert bench_training.crash(args, 2) == found and started == [2, 3]

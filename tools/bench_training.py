@@ -16,7 +16,8 @@ of weak scaling the time with the fewest GPUs / time. --crash kills all processe
 after 6 of its 8 steps (``kill -9``), starts it again, merges it and loads the result with Transformers.
 
 A run that is finished is not repeated, so the same command continues after an interruption, and more GPUs can be added
-to it. Settings of run.sh in the environment apply to all runs. The figures are medians from the third step on. Prints a
+to it. An interrupted --crash starts from the beginning. Settings of run.sh in the environment apply to all runs, except
+those that the benchmark varies or counts (see ``variables``). The figures are medians from the third step on. Prints a
 table, and writes JSON in the form of docs/results.
 """
 
@@ -24,6 +25,7 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,12 +38,9 @@ from tts_grpo.evaluation.provenance import ROOT, provenance
 from tts_grpo.text.jsonl import write_json
 from tts_grpo.training.verl_log import median, parse_step, read_steps, step_seconds
 
-STEPS, SAVED, KILLED, SKIPPED = (
-    8,
-    4,
-    6,
-    2,
-)  # steps of a run; of a crash: those saved after and killed after; not measured
+STEPS, SKIPPED = 8, 2  # steps of a run, and those at its start that are not measured
+SAVED, KILLED = 4, 6  # of the run with --crash: steps after which it is saved and killed
+ROLLOUTS = 8  # per prompt
 MEMORY = ("actor/perf/max_memory_allocated_gb", "perf/max_memory_allocated_gb")
 DATA = ROOT / "assets/tiny/data"
 
@@ -90,7 +89,7 @@ def planned(args) -> list[Run]:
 
 
 def variables(args, run: Run, exp_dir: Path, save_freq: int) -> dict[str, str]:
-    """Settings of run.sh for a run; those in the environment take precedence."""
+    """Settings of run.sh for a run; those in the environment take precedence over ``wanted``, not over ``fixed``."""
     models = args.models.resolve()
     servers = range(run.gpus, 2 * run.gpus) if args.separate_servers else range(run.gpus)
     wanted = {
@@ -103,8 +102,8 @@ def variables(args, run: Run, exp_dir: Path, save_freq: int) -> dict[str, str]:
     }  # fmt: skip
     fixed = {
         "profile": args.model, "exp_dir": exp_dir, "exp_name": exp_dir.name, "num_gpus": run.gpus,
-        "train_batch_size": run.prompts, "mini_batch_size": run.prompts, "total_steps": STEPS, "save_freq": save_freq,
-        "server_devices": " ".join(f"cuda:{i}" for i in servers),
+        "train_batch_size": run.prompts, "mini_batch_size": run.prompts, "rollout_n": ROLLOUTS, "total_steps": STEPS,
+        "save_freq": save_freq, "server_devices": " ".join(f"cuda:{i}" for i in servers),
     }  # fmt: skip
     chosen = {name: value for name, value in wanted.items() if name not in os.environ} | fixed
     return {name: str(value) for name, value in chosen.items()}
@@ -148,7 +147,7 @@ def figures(run: Run, log: Path) -> dict:
     if not steps:
         raise SystemExit(f"bench_training.py: {log} has no step after step {SKIPPED}")
     phases = {name: round(seconds, 2) for name, seconds, _ in step_seconds(steps)}
-    step_s, rollouts = phases["step, without saving"], run.prompts * 8
+    step_s, rollouts = phases["step, without saving"], run.prompts * ROLLOUTS
     memory = [step[name] for step in steps for name in MEMORY if name in step]
     return {
         "gpus": run.gpus, "prompts": run.prompts, "scaling": list(run.kinds), "step_s": step_s, "seconds": phases,
@@ -182,7 +181,7 @@ def kill_all(process: subprocess.Popen, exp_dir: Path) -> int:
 
 
 def crash(args, gpus: int) -> dict:
-    """Kill a run after a step, continue it up to its merged model, and load that.
+    """Kill a run after a step, continue it up to its merged model, and load that; once, the figures are kept.
 
     Raises:
         SystemExit: the run ended before it could be killed, or failed afterwards.
@@ -192,7 +191,11 @@ def crash(args, gpus: int) -> dict:
     run = Run(gpus, args.prompts, ())
     exp_dir = args.exp_dir.resolve() / f"{args.model}-{run.name}-crash"
     log, environment = args.exp_dir / "log" / f"{exp_dir.name}.log", variables(args, run, exp_dir, SAVED)
-    train_log = exp_dir / "log/train.log"
+    train_log, done = exp_dir / "log/train.log", exp_dir / "finished.json"
+    if done.exists():
+        return json.loads(done.read_text(encoding="utf-8"))
+    if exp_dir.exists():
+        shutil.rmtree(exp_dir)  # of an interrupted call, whose steps must not be taken for those of this one
     process = start(args, environment, 2, log)
     while KILLED not in steps_in(train_log):
         if process.poll() is not None:
@@ -200,18 +203,21 @@ def crash(args, gpus: int) -> dict:
             raise SystemExit(f"bench_training.py: the run ended before it was killed, see {log}")
         time.sleep(0.5)
     killed = kill_all(process, exp_dir)
+    size = train_log.stat().st_size
     finish(start(args, environment, 3, log), log)
     model = AutoModelForCausalLM.from_pretrained(exp_dir / "merged_hf_model")
-    return {"gpus": gpus, "saved_after": SAVED, "killed_after": KILLED, "processes_killed": killed,
-            "steps_after_resuming": sorted(n for n in steps_in(train_log) if n > SAVED),
-            "merged_parameters": model.num_parameters()}  # fmt: skip
+    result = {"gpus": gpus, "saved_after": SAVED, "killed_after": KILLED, "processes_killed": killed,
+              "steps_after_resuming": sorted(steps_in(train_log, size)),
+              "merged_parameters": model.num_parameters()}  # fmt: skip
+    write_json(done, result)
+    return result
 
 
-def steps_in(log: Path) -> set[int]:
-    """Numbers of the steps in a training log."""
+def steps_in(log: Path, start: int = 0) -> set[int]:
+    """Numbers of the steps in a training log, from a position in bytes on."""
     if not log.exists():
         return set()
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = log.read_bytes()[start:].decode(errors="replace").splitlines()
     return {found[0] for found in map(parse_step, lines) if found}
 
 
@@ -238,7 +244,7 @@ def main(argv=None):
         result["crash"] = crash(args, max(args.gpus))
     about = provenance("Training at full size by number of GPUs", ["tools/bench_training.py", *(argv or sys.argv[1:])])
     conditions = (
-        f"profile={args.model}, {STEPS} steps with one update each, 8 rollouts per prompt, reward servers "
+        f"profile={args.model}, {STEPS} steps with one update each, {ROLLOUTS} rollouts per prompt, reward servers "
         f"{'on GPUs of their own' if args.separate_servers else 'on the same GPUs'}; medians from step {SKIPPED + 1} on"
     )
     write_json(args.output, about | {"conditions": conditions, "figures": result})
