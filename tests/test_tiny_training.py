@@ -251,6 +251,16 @@ def test_long_sentences_keep_apart_from_the_hard_set(sources):
     assert not any(clause[2:5] in texts_module.han_only(sentence) for sentence in make([clause[2:5]]))
 
 
+def test_long_sentences_have_several_clauses_and_are_not_too_long_for_the_training(sources):
+    from tiny_stack.settings import FULL
+
+    assert texts_module.LONG_CHARS[1] / 3 < FULL.max_utterance_s  # at 3 syllables per second
+    clauses = [f"今天我们一起去公园里面看{a}{b}" for a in "天地人和" for b in "甲乙丙丁戊己庚辛壬癸"]
+    clauses += ["我们明天在学校门口等老师和同学"]  # of 41 candidates, one can be picked
+    with pytest.raises(ValueError, match="made only 0 of 1 long sentences"):
+        texts_module.long_sentences(clauses, 1, texts_module.collections.Counter(), [], texts_module.random.Random(0))
+
+
 def test_clauses():
     found = texts_module.clauses(["酒店很好,服务不错！房间 abc太小太小了太小了。兒子不是很喜歡看。这是一个很好的地方"])
     assert found == ["这是一个很好的地方", "酒店很好，服务不错"]

@@ -14,7 +14,7 @@ class Settings:
     """Network sizes, and numbers of steps, batch sizes and learning rates for training them."""
 
     seed: int = 0
-    max_utterance_s: float = 8.0  # longer utterances (none in the full corpus) are excluded from training
+    max_utterance_s: float = 12.0  # longer utterances are left out; the teacher says 3 to 4 syllables per second
 
     speech_tokenizer: dict = dataclasses.field(default_factory=lambda: {"dim": 160, "num_blocks": 4})
     token_decoder: dict = dataclasses.field(

@@ -115,7 +115,7 @@ def long_sentences(
     """``count`` sentences of two or three clauses, ``LONG_CHARS`` long, with commas between the clauses.
 
     Args:
-        candidates: the clauses to choose from, those with rare characters first; each is used at most once.
+        candidates: the clauses to choose from, each at most once; those with rare characters are preferred.
         count: number of sentences.
         counts: how often each character occurs in the recogniser's other sentences; the clauses are added.
         apart: Chinese characters of sentences that no long sentence may contain, and of which no clause may be a part.
@@ -129,9 +129,10 @@ def long_sentences(
     picked = iter(pick_for_coverage(clauses, min(4 * count, len(clauses) - CANDIDATES_PER_PICK), counts, rng))
     sentences = []
     while len(sentences) < count:
-        sentence = "，".join(itertools.islice(picked, rng.choice((2, 2, 3))))
-        if not sentence:
+        parts = list(itertools.islice(picked, rng.choice((2, 2, 3))))
+        if len(parts) < 2:
             raise ValueError(f"too few candidates: made only {len(sentences)} of {count} long sentences")
+        sentence = "，".join(parts)
         key = han_only(sentence)
         if LONG_CHARS[0] <= len(key) <= LONG_CHARS[1] and not any(other in key for other in apart):
             sentences.append(sentence)
