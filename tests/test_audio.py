@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import soundfile as sf
 
-from tts_grpo.speech.audio import load_audio, save_audio
+from tts_grpo.speech.audio import ASR_HZ, MAX_PADDED_S, batches_of_similar_length, load_audio, save_audio
 
 
 def tone(rate, seconds=0.5, hz=440.0):
@@ -38,3 +38,11 @@ def test_empty_recording_is_an_error(tmp_path):
     sf.write(tmp_path / "empty.wav", np.zeros(0, np.float32), 16000)
     with pytest.raises(ValueError, match="no samples"):
         load_audio(tmp_path / "empty.wav")
+
+
+def test_batches_of_similar_length_are_limited_in_number_and_memory():
+    lens = [second * ASR_HZ for second in (2, 100, 1, 300, 3, 90, 120, 4)]
+    batches = batches_of_similar_length(lens, 3)
+    assert batches == [[2, 0, 4], [7, 5], [1, 6], [3]]
+    assert all(len(batch) * max(lens[i] for i in batch) <= MAX_PADDED_S * ASR_HZ for batch in batches[:-1])
+    assert batches_of_similar_length([], 3) == []

@@ -97,6 +97,13 @@ def test_campplus_of_a_batch_equals_onnxruntime_and_falls_back_to_it(recordings,
     assert encoder._batched(tmp_path / "campplus.onnx") == encoder._run_onnx
     assert "differs from onnxruntime" in caplog.text
 
+    def without_memory(*_):
+        raise torch.cuda.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(speaker.CamPlusNetwork, "__call__", without_memory)
+    with pytest.raises(torch.cuda.OutOfMemoryError):  # the file may be right
+        encoder._batched(tmp_path / "campplus.onnx")
+
 
 def test_f0_of_a_batch_equals_the_package_and_needs_its_network(recordings, monkeypatch):
     import swift_f0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:  # the evaluation's tables and report do not need torch, whose
     import torch
 
 ASR_HZ = 16_000  # sample rate of all recognisers and of the speech tokenizer
+MAX_PADDED_S = 256.0  # seconds of speech in a batch of a network, with padding, which limits its memory
 
 
 def resample(speech: np.ndarray, from_hz: int, to_hz: int) -> np.ndarray:
@@ -37,6 +39,24 @@ def resample_batch(speech: torch.Tensor, from_hz: int, to_hz: int) -> torch.Tens
     weight = torch.tensor(taps, dtype=torch.float32, device=speech.device)[None, None]
     resampled = torch.nn.functional.conv1d(upsampled.flatten(1)[:, None], weight, stride=int(down), padding=half)[:, 0]
     return resampled[:, : -(-speech.shape[1] * int(up) // int(down))]
+
+
+def batches_of_similar_length(lens: Sequence[int], size: int) -> list[list[int]]:
+    """Indices of recordings by ascending length, in batches of at most ``size`` and ``MAX_PADDED_S`` with padding.
+
+    A recording longer than ``MAX_PADDED_S`` is a batch of its own.
+
+    Args:
+        lens: lengths in samples at 16 kHz.
+        size: largest number of recordings in a batch.
+    """
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lens)), key=lens.__getitem__):
+        full = not batches or len(batches[-1]) == size
+        if full or (len(batches[-1]) + 1) * lens[i] > MAX_PADDED_S * ASR_HZ:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
 
 
 def load_audio(path: str | Path, sample_rate_hz: int = ASR_HZ) -> np.ndarray:

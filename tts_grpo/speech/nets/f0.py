@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from tts_grpo.speech.audio import ASR_HZ
+from tts_grpo.speech.audio import ASR_HZ, batches_of_similar_length
 from tts_grpo.speech.decoder import tf32
 
 MIN_VOICED_FRAMES = 10  # frames of 16 ms; F0 statistics of fewer frames are meaningless
 MIN_HZ, MAX_HZ = 60.0, 600.0  # range of the F0 of speech
-BATCH = 32  # recordings at once on a GPU
+BATCH = 32  # most recordings at once on a GPU
 
 NETWORK_SHA256 = "6385e8c2ebc3872e82c9ff5946228de44cd3be77a750ea53698b7dbfe94b0a22"  # model.onnx of swift-f0 0.3.0
 HOP = 256  # samples from frame to frame
@@ -78,8 +78,7 @@ class SwiftF0Network:
             ValueError: a waveform is empty or not finite.
         """
         results: list = [None] * len(lens)
-        order = sorted(range(len(lens)), key=lens.__getitem__)  # batching similar lengths reduces padding
-        for rows in (order[first : first + BATCH] for first in range(0, len(order), BATCH)):
+        for rows in batches_of_similar_length(lens, BATCH):
             chosen = torch.tensor([lens[row] for row in rows], device=self.device)
             speech = waveforms[rows, : lens[rows[-1]]].to(self.device)
             speech = torch.where(torch.arange(speech.shape[1], device=self.device) < chosen[:, None], speech, 0)

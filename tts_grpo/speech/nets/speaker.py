@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tts_grpo.speech.audio import ASR_HZ, load_audio
+from tts_grpo.speech.audio import ASR_HZ, batches_of_similar_length, load_audio
 from tts_grpo.speech.decoder import tf32
 from tts_grpo.speech.quality import NETWORK_METRICS
 
 logger = logging.getLogger(__name__)
 
-BATCH = 32  # recordings that WavLM and CAM++ embed at once
+BATCH = 32  # most recordings that WavLM and CAM++ embed at once
 BATCH_S = 4  # length to which WavLM cuts or repeats them
 FBANK_WINDOW, FBANK_HOP = 400, 160  # samples, of CAM++
 MAX_ERROR = 1e-3  # largest tolerated difference of CAM++ on a GPU from onnxruntime, relative
@@ -247,6 +247,8 @@ class CamPlus:
             if not error < MAX_ERROR:
                 raise ValueError(f"the network differs from onnxruntime by {error:.2g} (relative)")
             return run
+        except torch.cuda.OutOfMemoryError:  # a fault of the machine, and not of the file
+            raise
         except (ValueError, KeyError, StopIteration, RuntimeError) as fault:
             logger.warning("CAM++ runs on the CPU by onnxruntime and slows the reward server down: %s", fault)
             return self._run_onnx
@@ -263,9 +265,8 @@ class CamPlus:
         """
         results: list = [None] * len(recordings)
         usable = [i for i, one in enumerate(recordings) if len(one) >= ASR_HZ // 4 and np.any(one)]
-        usable.sort(key=lambda i: len(recordings[i]))  # batching similar lengths reduces padding
-        for first in range(0, len(usable), BATCH):
-            chosen = usable[first : first + BATCH]
+        for batch in batches_of_similar_length([len(recordings[i]) for i in usable], BATCH):
+            chosen = [usable[i] for i in batch]
             speech = [torch.from_numpy(np.ascontiguousarray(recordings[i])) for i in chosen]
             waveforms = torch.nn.utils.rnn.pad_sequence(speech, batch_first=True).to(self.device)
             embeddings = self._run(campplus_features(waveforms, list(map(len, speech))))
