@@ -18,6 +18,7 @@ imported=(
   transformers.models.qwen2.modeling_qwen2 torch.distributed.run pandas
   funasr librosa onnxruntime resemblyzer scipy.stats swift_f0 pytriton.triton pytriton.client
   verl.trainer.main_ppo verl.trainer.ppo.v1 verl.workers.engine_workers torch.utils.tensorboard
+  verl.workers.rollout.vllm_rollout.vllm_async_server # needs vLLM, which only GPU machines have
 )
 
 die() {

@@ -69,6 +69,7 @@ def test_only_what_is_imported_is_compiled_also_if_python_is_told_not_to_write(m
     assert "--no-compile" in (tmp_path / "calls").read_text()
     variable, *modules = (tmp_path / "imports").read_text().split()
     assert variable == "unset" and {"verl.trainer.main_ppo", "funasr"} <= set(modules)
+    assert modules[-1] == "verl.workers.rollout.vllm_rollout.vllm_async_server"  # last, should vLLM crash
 
 
 def test_hashes_are_required_except_of_marked_lines(make_env, tmp_path):
