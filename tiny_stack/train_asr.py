@@ -32,6 +32,7 @@ from tts_grpo.text.errors import pinyin_error_rate
 
 TAGS = ("<|zh|>", "<|NEUTRAL|>", "<|Speech|>", "<|woitn|>")  # SenseVoice's output before the text
 QUERIES = (3, 1, 2, 15)  # ids of its query embedding: Chinese, event, emotion, no inverse text normalisation
+TRAINED = ("train", "long")  # splits to train on
 FRAME_SHIFT_MS = 10
 WARMUP = 400  # steps
 WINDOWS = {"hamming": torch.hamming_window, "hanning": torch.hann_window}
@@ -92,7 +93,7 @@ class Fbank(nn.Module):
 
 def recogniser_characters(corpus: Corpus) -> list[str]:
     """The output characters: those of the HSK sentences, and the most frequent one for every other syllable."""
-    rows = [row for row in corpus.rows if row["split"] == "train"]
+    rows = [row for row in corpus.rows if row["split"] in TRAINED]
     counts = collections.Counter(c for row in rows for c in row["text"] if reading(c))
     chosen = {c for row in rows if row["source"] == "hsk" for c in row["text"] if reading(c)}
     covered = {reading(c) for c in chosen}
@@ -215,7 +216,7 @@ class RecogniserTrainer:
         self.texts = [self.vocabulary.encode(row) for row in corpus.rows]
         self.fbank = Fbank(**settings.asr_frontend[name]).to(device)
         self.model = Recogniser(name, settings, self.vocabulary, len(corpus.unit_names)).to(device)
-        self.train_rows = np.concatenate([corpus.indices(split, name) for split in ("train", "long")])
+        self.train_rows = np.concatenate([corpus.indices(split, name) for split in TRAINED])
         self.fit_cmvn()
         self.average = WeightAverage(self.model.parameters())
 
