@@ -102,6 +102,22 @@ def test_a_failed_run_ends_the_benchmark(tmp_path):
         bench_training.finish(process, tmp_path / "log")
 
 
+def test_an_interrupted_benchmark_stops_its_run(tmp_path, monkeypatch):
+    process = subprocess.Popen(["sleep", "100"], start_new_session=True)
+    wait, calls = process.wait, []
+
+    def interrupted_once():
+        calls.append(1)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return wait(10)
+
+    monkeypatch.setattr(process, "wait", interrupted_once)
+    with pytest.raises(KeyboardInterrupt):
+        bench_training.finish(process, tmp_path / "log")
+    assert process.poll() == -signal.SIGTERM
+
+
 def test_kill_all_ends_processes_of_other_groups(tmp_path):
     environment = os.environ | {"TTS_GRPO_EXP_DIR": str(tmp_path)}
     run, daemon = (subprocess.Popen(["sleep", "100"], start_new_session=True, env=environment) for _ in range(2))
@@ -123,6 +139,8 @@ def test_the_figures_of_a_crash_are_those_of_its_own_steps_and_are_kept(tmp_path
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a") as file:
             file.writelines(f"step:{n} - a:1\n" for n in (range(1, 7) if stop == 2 else (5, 7, 8)))
+
+        return types.SimpleNamespace(poll=lambda: None)
 
     monkeypatch.setattr(bench_training, "start", start)
     monkeypatch.setattr(bench_training, "finish", lambda *_: None)

@@ -30,6 +30,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,9 +120,22 @@ def start(args, environment: dict[str, str], stop: int, log: Path) -> subprocess
         )
 
 
+@contextlib.contextmanager
+def stopped_on_error(process: subprocess.Popen) -> Iterator[None]:
+    """Stop a run if what is done beside it fails or is interrupted: Ctrl-C does not reach its process group."""
+    try:
+        yield
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
+
+
 def finish(process: subprocess.Popen, log: Path) -> None:
     """Wait for a run; exit if it failed."""
-    if code := process.wait():
+    with stopped_on_error(process):
+        code = process.wait()
+    if code:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
         raise SystemExit("\n".join([*lines[-5:], f"bench_training.py: the run failed ({code}), see {log}"]))
 
@@ -197,11 +211,12 @@ def crash(args, gpus: int) -> dict:
     if exp_dir.exists():
         shutil.rmtree(exp_dir)  # of an interrupted call, whose steps must not be taken for those of this one
     process = start(args, environment, 2, log)
-    while KILLED not in steps_in(train_log):
-        if process.poll() is not None:
-            finish(process, log)
-            raise SystemExit(f"bench_training.py: the run ended before it was killed, see {log}")
-        time.sleep(0.5)
+    with stopped_on_error(process):
+        while KILLED not in steps_in(train_log):
+            if process.poll() is not None:
+                finish(process, log)
+                raise SystemExit(f"bench_training.py: the run ended before it was killed, see {log}")
+            time.sleep(0.5)
     killed = kill_all(process, exp_dir)
     size = train_log.stat().st_size
     finish(start(args, environment, 3, log), log)
