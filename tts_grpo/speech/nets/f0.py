@@ -31,7 +31,7 @@ class SwiftF0Network:
     """The network of the package swift-f0 for a batch of recordings, on any device.
 
     The package runs it by onnxruntime on one recording at a time, on the CPU. This class takes the weights from the
-    package's ``model.onnx`` and has its results.
+    package's ``model.onnx``, and its results equal the package's up to rounding.
 
     Raises:
         RuntimeError: the package has another network.
