@@ -81,7 +81,10 @@ def test_settings_of_a_run(tmp_path, monkeypatch):
     assert not [name for name in found if name != "profile" and f"setting {name} " not in settings]
 
 
-def test_efficiency_of_scaling(tmp_path, capsys):
+def test_efficiency_of_scaling(tmp_path, capsys, monkeypatch):
+    checked = []
+    monkeypatch.setattr(bench_training, "start", lambda args, environment, *_: checked.append(environment["exp_name"]))
+    monkeypatch.setattr(bench_training, "finish", lambda *_: None)
     args = training_args(tmp_path, "--gpus", "1", "2", "--output", str(tmp_path / "figures.json"))
     strong_base, strong, weak = bench_training.planned(args)
     write_log(args, strong_base, [90, 90, 5, 6, 7])  # the first two steps compile
@@ -93,6 +96,8 @@ def test_efficiency_of_scaling(tmp_path, capsys):
     assert [row["step_s"] for row in rows] == [6, 4, 8] and rows[2]["rollouts_per_s"] == 64
     assert [row["efficiency"] for row in rows] == [{"strong": 1.0, "weak": 1.0}, {"strong": 0.75}, {"weak": 0.75}]
     assert rows[0]["peak_trainer_gib"] == 35 and rows[0]["seconds"]["sleep, poll and the rest"] == 4
+    assert checked == ["cosyvoice2-1x32", "cosyvoice2-2x32", "cosyvoice2-2x64"]  # run.sh refuses other settings
+    assert rows[0]["run_s"] == 300
     assert "| 2 | 64 |" in capsys.readouterr().out
 
 

@@ -16,9 +16,10 @@ of weak scaling the time with the fewest GPUs / time. --crash kills all processe
 after 6 of its 8 steps (``kill -9``), starts it again, merges it and loads the result with Transformers.
 
 A run that is finished is not repeated, so the same command continues after an interruption, and more GPUs can be added
-to it. An interrupted --crash starts from the beginning. Settings of run.sh in the environment apply to all runs, except
-those that the benchmark varies or counts (see ``variables``). The figures are medians from the third step on. Prints a
-table, and writes JSON in the form of docs/results.
+to it. After a change of settings or code, use another --exp-dir. An interrupted --crash starts from the beginning.
+Settings of run.sh in the environment apply to all runs, except those that the benchmark varies or counts
+(``variables``). The figures are medians from the third step on. Prints a table, and writes JSON in the form of
+docs/results.
 """
 
 import argparse
@@ -141,12 +142,12 @@ def finish(process: subprocess.Popen, log: Path) -> None:
 
 
 def measure(args, run: Run) -> dict:
-    """Train, unless it is done, and return the figures of a run."""
+    """Train and return the figures of a run. If it is finished, run.sh only checks that its settings are the same."""
     exp_dir = args.exp_dir.resolve() / f"{args.model}-{run.name}{'-separate' if args.separate_servers else ''}"
     done, log = exp_dir / "finished.json", args.exp_dir / "log" / f"{exp_dir.name}.log"
+    began = time.monotonic()
+    finish(start(args, variables(args, run, exp_dir, STEPS), 2, log), log)
     if not done.exists():
-        began = time.monotonic()
-        finish(start(args, variables(args, run, exp_dir, STEPS), 2, log), log)
         write_json(done, {"run_s": round(time.monotonic() - began)})
     return figures(run, exp_dir / "log/train.log") | json.loads(done.read_text(encoding="utf-8"))
 
