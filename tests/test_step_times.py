@@ -75,6 +75,7 @@ def test_settings_of_a_run(tmp_path, monkeypatch):
     args = training_args(tmp_path, "--gpus", "2", "--separate-servers")
     found = bench_training.variables(args, bench_training.planned(args)[0], tmp_path / "run", 8)
     assert found["server_devices"] == "cuda:2 cuda:3" and found["num_gpus"] == "2" and found["train_batch_size"] == "32"
+    assert args.output != training_args(tmp_path, "--gpus", "2").output
     assert "prompt_text" not in found  # the environment's is used
     assert found["rollout_n"] == "8"  # by which rollouts are counted
     settings = (bench_training.ROOT / "conf/settings.sh").read_text("utf-8")

@@ -63,8 +63,13 @@ def get_args(argv=None):
     parser.add_argument("--output", type=Path, help="JSON file for the figures (default: in --exp-dir)")
     parser.add_argument("overrides", nargs="*", help="after --: arguments of veRL for all runs")
     args = parser.parse_args(argv)
-    args.output = args.output or args.exp_dir / "results.json"
+    args.output = args.output or args.exp_dir / f"{args.model}{separate(args)}.json"
     return args
+
+
+def separate(args) -> str:
+    """End of the names of what belongs to runs whose reward servers have GPUs of their own."""
+    return "-separate" if args.separate_servers else ""
 
 
 @dataclass(frozen=True)
@@ -143,7 +148,7 @@ def finish(process: subprocess.Popen, log: Path) -> None:
 
 def measure(args, run: Run) -> dict:
     """Train and return the figures of a run. If it is finished, run.sh only checks that its settings are the same."""
-    exp_dir = args.exp_dir.resolve() / f"{args.model}-{run.name}{'-separate' if args.separate_servers else ''}"
+    exp_dir = args.exp_dir.resolve() / f"{args.model}-{run.name}{separate(args)}"
     done, log = exp_dir / "finished.json", args.exp_dir / "log" / f"{exp_dir.name}.log"
     began = time.monotonic()
     finish(start(args, variables(args, run, exp_dir, STEPS), 2, log), log)
