@@ -201,7 +201,7 @@ def kill_all(process: subprocess.Popen, exp_dir: Path) -> int:
 
 
 def crash(args, gpus: int) -> dict:
-    """Kill a run after a step, continue it up to its merged model, and load that; once, the figures are kept.
+    """Kill a run after a step, continue it up to its merged model, and load that. A finished one is not repeated.
 
     Raises:
         SystemExit: the run ended before it could be killed, or failed afterwards.
@@ -209,10 +209,11 @@ def crash(args, gpus: int) -> dict:
     from transformers import AutoModelForCausalLM
 
     run = Run(gpus, args.prompts, ())
-    exp_dir = args.exp_dir.resolve() / f"{args.model}-{run.name}-crash"
+    exp_dir = args.exp_dir.resolve() / f"{args.model}-{run.name}{separate(args)}-crash"
     log, environment = args.exp_dir / "log" / f"{exp_dir.name}.log", variables(args, run, exp_dir, SAVED)
     train_log, done = exp_dir / "log/train.log", exp_dir / "finished.json"
     if done.exists():
+        finish(start(args, environment, 3, log), log)  # checks that the settings are the same
         return json.loads(done.read_text(encoding="utf-8"))
     if exp_dir.exists():
         shutil.rmtree(exp_dir)  # of an interrupted call, whose steps must not be taken for those of this one
