@@ -42,11 +42,12 @@ case $all in
   *prepare_data.py*) mkdir -p "$exp_dir/data" && touch "$exp_dir/data/train.parquet" ;;
   *token2wav_asr_server.py\ --*) [[ -z ${SERVER_DIES-} ]] || { printf '%b\n' "$SERVER_DIES" >&2; exit 1; }
     echo $$ >"$READY"
-    stopped() { # not before the program STOPS_AFTER was called
+    stopped() { # not before two seconds after the program STOPS_AFTER was called
       for ((i = 0; i < 50; i++)); do
         [[ -n ${STOPS_AFTER-} ]] && ! grep -qF "$STOPS_AFTER" "$CALLS" || break
         sleep 0.1
       done
+      [[ -z ${STOPS_AFTER-} ]] || sleep 2
       rm -f "$READY"; echo stopped >>"$CALLS"; exit 0
     }
     trap stopped TERM INT
