@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from tiny_stack import check
 from tiny_stack import texts as texts_module
 from tiny_stack.augment import Augmentation
 from tiny_stack.data import Corpus, syllable_units
@@ -267,6 +268,28 @@ def test_long_sentences_have_several_clauses_and_are_not_too_long_for_the_traini
     clauses += ["我们明天在学校门口等老师和同学"]  # of 41 candidates, one can be picked
     with pytest.raises(ValueError, match="made only 0 of 1 long sentences"):
         texts_module.long_sentences(clauses, 1, texts_module.collections.Counter(), [], texts_module.random.Random(0))
+
+
+def test_effect_of_noise_is_measured_with_the_same_noise_for_both_recognisers(assets, monkeypatch):
+    heard = []
+
+    class Recogniser:
+        def __init__(self, folder):
+            self.texts = texts if folder.name == "asr_eval" else ["好"] * len(texts)
+
+        def transcribe(self, recordings):
+            heard.append(recordings)
+            return self.texts
+
+    monkeypatch.setattr(check, "SenseVoice", Recogniser)
+    texts, recordings = check.recorded(assets, "test", None)
+    metrics = check.noise_effect(assets, "test", None, [-20.0])
+    names = [f"{asr}_{level}_per" for asr in ("asr_eval", "asr_reward") for level in ("clean", "-20_db")]
+    assert list(metrics) == names
+    assert metrics["asr_eval_clean_per"] == 0 < metrics["asr_reward_clean_per"]
+    for original, clean, noisy, clean_again, noisy_again in zip(recordings, *heard, strict=True):
+        assert np.array_equal(original, clean) and np.array_equal(clean, clean_again)
+        assert np.array_equal(noisy, noisy_again) and np.std(noisy - clean) == pytest.approx(0.1, rel=0.05)
 
 
 def test_clauses():
