@@ -155,6 +155,21 @@ def test_a_part_that_fails_gives_no_reward_unless_it_is_not_required(token2wav, 
     assert all("no part of the reward has a score" in score.error for score in scorer.score(*known))
 
 
+def test_a_full_gpu_does_not_take_an_optional_part_from_a_whole_batch(token2wav, asr, known):
+    def reward(batch):
+        if len(batch) > 1 or batch.lens[0] == longest:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return [0.25]
+
+    longest = 0
+    good = load_parts(parse_rewards("intelligibility"), Context())[0]
+    scorer = RewardScorer(token2wav, asr, False, parts=[good, part_of(reward, required=False)])
+    assert {score.parts["broken"] for score in scorer.score(known[0][:2], known[1][:2])} == {0.25}
+    longest = max(token2wav(known[0][:2])[1].tolist())
+    alone = [score.parts["broken"] for score in scorer.score(known[0][:2], known[1][:2])]
+    assert sorted(alone) == [-1, 0.25]
+
+
 @pytest.mark.parametrize("scores", [[1.2], [-0.1], [float("nan")], [None], [], [0.5, 0.5, 0.5]])
 def test_scores_of_another_form_are_no_reward(token2wav, asr, known, scores):
     scorer = RewardScorer(token2wav, asr, False, parts=[part_of(lambda batch: scores)])

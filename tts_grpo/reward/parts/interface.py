@@ -162,13 +162,14 @@ class Part:
         """Return the scores of a batch; those of a part that is not required are -1 where it failed.
 
         Raises:
-            Exception: the part failed and is required.
+            Exception: the part failed and is required, or the GPU had too little memory for several rollouts at once:
+                alone, each of them may have a score.
             ValueError: a score is not in [0, 1], or there is not one for each rollout.
         """
         try:
             return self._checked(self.reward(batch), batch)
-        except Exception:
-            if self.spec.required:
+        except Exception as error:
+            if self.spec.required or (isinstance(error, torch.cuda.OutOfMemoryError) and len(batch) > 1):
                 raise
             logger.exception("the reward part %s failed on %d rollouts", self.spec.name, len(batch))
             return Scores([-1.0] * len(batch))
