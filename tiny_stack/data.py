@@ -109,7 +109,7 @@ class Corpus:
         """Endless batches of recordings of similar length, as row numbers; at most ``batch_s`` padded seconds each."""
         while True:
             order = rng.permutation(rows)
-            for batch in batches_of_similar_length(self.samples[order], batch_s, rng):
+            for batch in shuffled_batches(self.samples[order], batch_s, rng):
                 yield order[batch]
 
     def joined_batches(self, rows: np.ndarray, batch_s: float, shares: Sequence[float], rng: np.random.Generator):
@@ -133,7 +133,7 @@ class Corpus:
                 group.append(row)
             groups.append(np.array(group))
             lens = np.array([self.samples[group].sum() for group in groups])
-            for batch in batches_of_similar_length(lens, batch_s, rng):
+            for batch in shuffled_batches(lens, batch_s, rng):
                 yield [groups[i] for i in batch]
 
     def joined_speech(
@@ -162,7 +162,7 @@ def concatenated(sequences: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torc
     return torch.tensor([label for s in sequences for label in s]), torch.tensor([len(s) for s in sequences])
 
 
-def batches_of_similar_length(lens: np.ndarray, batch_s: float, rng: np.random.Generator) -> Iterator[np.ndarray]:
+def shuffled_batches(lens: np.ndarray, batch_s: float, rng: np.random.Generator) -> Iterator[np.ndarray]:
     """Batches of one epoch in random order, as indices of ``lens`` (in samples); see :meth:`Corpus.batches`."""
     # Sort by length with random jitter, so that batches differ from epoch to epoch.
     order = np.argsort(lens * rng.uniform(0.9, 1.1, len(lens)), kind="stable")

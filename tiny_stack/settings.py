@@ -1,7 +1,6 @@
 """All training settings of the tiny stack, for the full run and for the smoke run in CI."""
 
 import dataclasses
-import math
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
@@ -36,7 +35,6 @@ class Settings:
     asr_decoded: tuple = ("reward",)  # recognisers of which half of the training speech is decoded
     asr_batch_s: dict = dataclasses.field(default_factory=lambda: {"reward": 360.0, "eval": 400.0})
     asr_steps: dict = dataclasses.field(default_factory=lambda: {"reward": 2800, "eval": 6000})
-    asr_seconds: float = math.inf  # a training that would take longer ends then, its schedule shortened
     asr_lr: dict = dataclasses.field(default_factory=lambda: {"reward": 2e-3, "eval": 1.5e-3})
     asr_frontend: dict = dataclasses.field(
         default_factory=lambda: {

@@ -10,7 +10,6 @@ import argparse
 import collections
 import io
 import json
-import time
 from pathlib import Path
 
 import numpy as np
@@ -254,7 +253,7 @@ class RecogniserTrainer:
         }
 
     def train(self, writer) -> None:
-        steps, start = self.settings.asr_steps[self.name], time.monotonic()
+        steps = self.settings.asr_steps[self.name]
         own = {id(self.model.output.own)}
         groups = [
             {"params": [p for p in self.model.parameters() if id(p) not in own], "weight_decay": 0.02},
@@ -265,18 +264,15 @@ class RecogniserTrainer:
             self.train_rows, self.settings.asr_batch_s[self.name], self.augmentation.joined, self.rng
         )
         log = TrainingLog(writer, f"asr-{self.name}", steps, every_s=60.0)  # not more often: it transcribes dev
-        progress = step = 0
-        while progress < steps:
-            step += 1
-            progress = max(step, steps * (time.monotonic() - start) / self.settings.asr_seconds)
+        for step in range(1, steps + 1):
             losses = self.loss(next(batches), step)
             (losses["ctc"] + 0.5 * losses["units"] + 0.1 * losses["tags"]).backward()
             nn.utils.clip_grad_norm_(self.model.parameters(), 2.0)
-            set_lr(optimiser, self.settings.asr_lr[self.name] * min(1, step / WARMUP) * cosine(progress, steps, 1))
+            set_lr(optimiser, self.settings.asr_lr[self.name] * cosine(step, steps, warmup=WARMUP))
             optimiser.step()
             optimiser.zero_grad()
             self.average.update()
-            if log.due(step) or progress >= steps:
+            if log.due(step):
                 with self.average.applied():
                     log.write(step, losses | {"dev_error": torch.tensor(self.dev_error())})
 
