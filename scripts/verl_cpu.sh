@@ -14,7 +14,7 @@ configure_cpu_training() {
     actor_rollout_ref.model.use_remove_padding=True
     actor_rollout_ref.model.use_fused_kernels=True
     actor_rollout_ref.model.enable_gradient_checkpointing=False
-    +actor_rollout_ref.model.override_config.attn_implementation=sdpa
+    +actor_rollout_ref.model.override_config.attn_implementation=varlen
     actor_rollout_ref.actor.strategy=fsdp2
     actor_rollout_ref.actor.use_torch_compile=False
     actor_rollout_ref.actor.fsdp_config.use_torch_compile=False
