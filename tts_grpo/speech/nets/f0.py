@@ -23,6 +23,7 @@ HOP = 256  # samples from frame to frame
 SPECTROGRAMS = (("v41", "v123", "v124"), ("v161", "v241", "v242"), ("v262", "v342", "v343"))
 CANDIDATES_HZ, LOG_CANDIDATES = "v438", "v455"
 BANDS = 128
+ROUNDED = 32  # frames; lengths of batches are multiples of it, because cuDNN plans each convolution anew for each shape
 FLOOR = 1e-8  # added to the spectrograms before the logarithm
 SILENCE_PEAK = 1e-3  # the package calls frames whose samples are all lower unvoiced
 
@@ -94,14 +95,13 @@ class SwiftF0Network:
 
     def _network(self, speech: torch.Tensor, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """F0 and confidence (B, frames) of speech (B, T), zeros after the end; ``frames`` (B,) are the valid ones."""
-        count = int(frames.max())
-        valid = None
-        if len(frames) > 1:
-            valid = (torch.arange(count, device=self.device) < frames[:, None])[:, None].float()
+        count = -(-int(frames.max()) // ROUNDED) * ROUNDED
+        speech = functional.pad(speech, (0, max(0, HOP * count - speech.shape[1])))
+        valid = (torch.arange(count, device=self.device) < frames[:, None])[:, None].float()
 
         def convolve(number: int, x: torch.Tensor) -> torch.Tensor:
             weight, bias, dilation = self.layers[number]
-            if valid is not None and weight.shape[-1] > 1:  # a recording alone has zeros after its last frame
+            if weight.shape[-1] > 1:  # a recording alone has zeros after its last frame
                 x = x * (valid[:, None] if x.ndim == 4 else valid)
             padding = [d * (n - 1) // 2 for d, n in zip(dilation, weight.shape[2:], strict=True)]
             function = functional.conv2d if x.ndim == 4 else functional.conv1d

@@ -121,6 +121,9 @@ class CamPlusNetwork:
     normalisation is part of the convolution before it where there is one. The input of each convolution over time is
     set to zero after the end of each recording, and means over time are those of the recording.
 
+    cuDNN plans each convolution anew for each shape, which takes longer than the convolution. Most of them are therefore
+    matrix products here, and lengths are rounded up.
+
     Raises:
         ValueError: the graph has other convolutions.
     """
@@ -128,6 +131,7 @@ class CamPlusNetwork:
     BLOCKS = (12, 24, 16)  # layers
     CONVOLUTIONS, NORMALISATIONS = 225, 56
     SEGMENT = 100  # frames
+    ROUNDED = 64  # frames; the length of a batch is a multiple of it
 
     def __init__(self, path: Path, device: str = "cpu"):
         import onnx
@@ -160,7 +164,8 @@ class CamPlusNetwork:
     def __call__(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
         """Embeddings (B, 192) of features, each (frames, 80)."""
         relu = torch.relu
-        x = torch.nn.utils.rnn.pad_sequence(list(features), batch_first=True).to(self.device).transpose(1, 2)[:, None]
+        x = torch.nn.utils.rnn.pad_sequence(list(features), batch_first=True).to(self.device)
+        x = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[1] % self.ROUNDED)).transpose(1, 2)[:, None]
         lens = torch.tensor(list(map(len, features)), device=self.device)
         convolutions, normalisations = iter(self.convolutions), iter(self.normalisations)
 
@@ -171,9 +176,20 @@ class CamPlusNetwork:
             weight, bias, stride, dilation = next(convolutions)
             if weight.shape[-1] > 1:
                 x = x * mask(x)
+            if x.ndim == 3 and stride == [1]:
+                return product(x, weight, bias, dilation[0])
             padding = [d * (n - 1) // 2 for d, n in zip(dilation, weight.shape[2:], strict=True)]
             function = torch.nn.functional.conv2d if x.ndim == 4 else torch.nn.functional.conv1d
             return function(x, weight, bias, stride=stride, padding=padding, dilation=dilation)
+
+        def product(x, weight, bias, dilation):
+            """The convolution over time as one matrix product."""
+            size, frames = weight.shape[-1], x.shape[-1]
+            if size > 1:
+                x = torch.nn.functional.pad(x, [dilation * (size - 1) // 2] * 2)
+                x = torch.cat([x[..., dilation * i : dilation * i + frames] for i in range(size)], dim=1)
+            y = weight.transpose(1, 2).flatten(1) @ x
+            return y if bias is None else y + bias[:, None]
 
         def normalise(x):
             scale, shift = (one[:, None] for one in next(normalisations))
