@@ -1235,7 +1235,7 @@ def test_comments_other_stages_and_free_settings_do_not_count(recipe):
     edit(recipe.root / "run.sh", "stage_2() {\n", "stage_2() {\n  # a comment\n")
     edit(recipe.root / "run.sh", '--output "$exp_dir/tongue_twister.wav"', '--output "$exp_dir/one.wav"')
     edit(recipe.root / "conf/tiny.sh", "# models\n", "# the models\n")
-    free = {"test_freq": "7", "train_threads": "1", "http_port": "81", "micro_batch_size": "16", "infer_procs": "3"}
+    free = {"test_freq": "7", "train_threads": "1", "http_port": "81", "micro_batch_size": "8", "infer_procs": "3"}
     done = recipe.run("0", "4", **free, CUDA_VISIBLE_DEVICES="3", PYTHONPATH="/x")
     assert done.returncode == 0 and recipe.calls() == [], done.stderr
     program.write_text('"""The reward."""\n\n\ndef f():\n    return "#2"\n')
