@@ -29,7 +29,7 @@ rewards=${rewards:-intelligibility:1 pace:0.4,units_per_s=3.8 pitch:0.6,semitone
 train_device=${train_device:-cpu}
 total_steps=${total_steps:-30}
 train_batch_size=${train_batch_size:-16}
-micro_batch_size=${micro_batch_size:-16} # larger ones are faster, because FSDP copies all weights for each
+micro_batch_size=${micro_batch_size:-16} # FSDP gathers all weights for each backward pass, so few are faster
 max_response_length=${max_response_length:-160}
 learning_rate=${learning_rate:-4.5e-4}
 adam_eps=${adam_eps:-1e-5} # about as large as a typical gradient: weights with almost none (rare tokens) hardly move

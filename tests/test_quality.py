@@ -89,6 +89,17 @@ def test_campplus_of_a_batch_equals_onnxruntime_and_falls_back_to_it(recordings,
     for found, one in zip(encoder.embed_all(recordings)[:-1], expected[:-1], strict=True):
         np.testing.assert_allclose(found, one, atol=1e-5)
 
+    shapes = set()  # of the inputs of convolutions, each of which cuDNN must plan
+    for name in ("conv1d", "conv2d"):
+        function = getattr(torch.nn.functional, name)
+        watched = lambda x, *rest, f=function, **options: (shapes.add(x.shape), f(x, *rest, **options))[1]  # noqa: E731
+        monkeypatch.setattr(torch.nn.functional, name, watched)
+    network = speaker.CamPlusNetwork(tmp_path / "campplus.onnx")
+    network([torch.zeros(100, 80)])
+    few = set(shapes)
+    network([torch.zeros(128, 80)])
+    assert shapes == few and 0 < len(few) < 12, "lengths are rounded up, and most convolutions are matrix products"
+
     save_campplus(tmp_path / "other.onnx")
     other = speaker.CamPlus(tmp_path / "other.onnx")
     assert other._batched(tmp_path / "other.onnx") == other._run_onnx
@@ -122,6 +133,11 @@ def test_f0_of_a_batch_equals_the_package_and_needs_its_network(recordings, monk
             voiced = expected.confidence >= 0.5
             np.testing.assert_allclose(confidence, expected.confidence, atol=1e-4)
             np.testing.assert_allclose(hz[voiced], expected.pitch_hz[voiced], rtol=1e-4)
+    lengths = []
+    monkeypatch.setattr(network, "_f0", lambda logits, f=network._f0: (lengths.append(logits.shape[1]), f(logits))[1])
+    for seconds in (0.6, 1.0):
+        network(torch.zeros(1, int(seconds * ASR_HZ)), [int(seconds * ASR_HZ)])
+    assert lengths == [64, 64], "lengths are rounded up, so that cuDNN plans few shapes"
     with pytest.raises(ValueError, match="empty or not finite"):
         network(torch.full((1, 800), torch.nan), [800])
     with pytest.raises(ValueError, match="empty or not finite"):

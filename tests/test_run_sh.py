@@ -132,6 +132,14 @@ def recipe(tmp_path):
     return Recipe(tmp_path)
 
 
+def test_idle_openmp_threads_spin_briefly_unless_the_user_decides(recipe):
+    (recipe.root / "scripts/compute_wer.sh").write_text('echo "$OMP_WAIT_POLICY, $GOMP_SPINCOUNT" >>"$CALLS"\n')
+    assert recipe.run("0", "4", OMP_WAIT_POLICY="", GOMP_SPINCOUNT="").returncode == 0
+    assert "active, 1000" in recipe.calls_path.read_text()
+    assert recipe.run("4", "4", force="1", OMP_WAIT_POLICY="passive", GOMP_SPINCOUNT="7").returncode == 0
+    assert "passive, 7" in recipe.calls_path.read_text()
+
+
 def test_all_stages_in_order_then_skipped_then_forced(recipe):
     done = recipe.run(STOPS_AFTER="merge.py")
     assert done.returncode == 0, done.stderr

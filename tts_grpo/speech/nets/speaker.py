@@ -121,8 +121,8 @@ class CamPlusNetwork:
     normalisation is part of the convolution before it where there is one. The input of each convolution over time is
     set to zero after the end of each recording, and means over time are those of the recording.
 
-    cuDNN plans each convolution anew for each shape, which takes longer than the convolution. Most of them are therefore
-    matrix products here, and lengths are rounded up.
+    cuDNN plans each convolution anew for each shape, which takes longer than the convolution. Most of them are matrix
+    products here, therefore, and lengths are rounded up.
 
     Raises:
         ValueError: the graph has other convolutions.
