@@ -108,6 +108,44 @@ def test_emotions_and_events_are_probabilities_of_the_recogniser(token2wav, asr,
         make_scorer(token2wav, asr, voices, "emotion:1,tag=HAPPYY")
 
 
+class ScriptedScore(torch.nn.Module):
+    """TorchScript with the interface of utmos_scripted.pt; the score falls with the number of changes of sign."""
+
+    @torch.jit.export
+    def score(self, wav: torch.Tensor) -> torch.Tensor:
+        changes = (wav[..., 1:] * wav[..., :-1] < 0).float()
+        return 5.0 - 8.0 * changes.mean(dim=(1, 2)) + 0.0 * wav.sum()
+
+    def forward(self, wav: torch.Tensor) -> torch.Tensor:
+        return self.score(wav)
+
+
+def test_naturalness_by_utmos(token2wav, asr, voices, known, tmp_path):
+    torch.jit.save(torch.jit.script(ScriptedScore()), tmp_path / "utmos_scripted.pt")
+    scorer = make_scorer(token2wav, asr, voices, f"naturalness:1,metric=utmos,model={tmp_path}/utmos_scripted.pt")
+    (part,) = scorer.parts
+    batch, _ = scorer._batch(*known, ["zh"] * len(known[0]))
+    assert part.check(batch) == "" and part.reward.best == 4.5
+    expected = [5 - 8 * np.mean(one[1:] * one[:-1] < 0) for one in batch.recordings]  # each alone, without padding
+    np.testing.assert_allclose(part(batch).scores, (np.array(expected) - 1) / 3.5, atol=1e-5)
+    broken = dataclasses.replace(batch, waveforms=batch.waveforms * float("nan"))
+    with pytest.raises(RuntimeError, match="UTMOS gave nan for a recording of"):
+        part(broken)
+
+
+def test_naturalness_names_what_is_wrong_with_its_model(tmp_path):
+    (tmp_path / "other.pt").write_bytes(b"x")
+    torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), tmp_path / "linear.pt")
+    for options, message in (
+        ("metric=utmos", "metric=utmos needs model"), (f"model={tmp_path}/other.pt", "no other metric has a model"),
+        ("metric=mos", "expected one of dnsmos_ovrl"), (f"metric=utmos,model={tmp_path}/no.pt", "no such file"),
+        (f"metric=utmos,model={tmp_path}/other.pt", "is no TorchScript file"),
+        (f"metric=utmos,model={tmp_path}/linear.pt", "has no method score"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            load_parts(parse_rewards(f"naturalness:1,{options}"), Context())
+
+
 def test_a_part_that_needs_a_voice_is_refused_without_one(token2wav, asr):
     with pytest.raises(ValueError, match="similarity needs a prompt voice: set prompt_audio"):
         make_scorer(token2wav, asr, [], "similarity:1")
