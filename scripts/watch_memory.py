@@ -7,7 +7,7 @@ from pathlib import Path
 from tts_grpo.evaluation.processes import used_gib
 from tts_grpo.text.jsonl import write_text
 
-INTERVAL_S = 10.0  # one measurement takes about 0.2 s of CPU time, which the training lacks
+INTERVAL_S = 10.0  # one measurement takes about 0.2 s of CPU time, which slows the training down
 
 
 def get_args(argv=None):

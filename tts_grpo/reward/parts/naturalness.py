@@ -24,13 +24,14 @@ class Reward:
     """
 
     def __init__(
-        self, context: Context, metric: str = "dnsmos_ovrl", model: str = "", worst: float = 1.0, best: float = 0.0
-    ):
+        self, context: Context, metric: str = "dnsmos_ovrl", model: str = "", worst: float = 1.0,
+        best: float | None = None,
+    ):  # fmt: skip
         if metric not in BEST:
             raise ValueError(f"metric={metric}: expected one of {', '.join(BEST)}")
         if bool(model) != (metric == "utmos"):
             raise ValueError("metric=utmos needs model, the file utmos_scripted.pt; no other metric has a model")
-        self.metric, self.worst, self.best = metric, worst, best or BEST[metric]
+        self.metric, self.worst, self.best = metric, worst, BEST[metric] if best is None else best
         if metric == "utmos":
             self.utmos = Utmos(Path(model), context.device)
         else:
