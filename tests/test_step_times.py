@@ -73,7 +73,7 @@ def test_settings_of_a_run(tmp_path, monkeypatch):
     monkeypatch.setenv("prompt_text", "早")
     monkeypatch.setenv("rollout_n", "4")
     args = training_args(tmp_path, "--gpus", "2", "--separate-servers")
-    found = bench_training.variables(args, bench_training.planned(args)[0], tmp_path / "run", 8)
+    found = bench_training.variables(args, bench_training.planned(args)[0], tmp_path / "run")
     assert found["server_devices"] == "cuda:2 cuda:3" and found["num_gpus"] == "2" and found["train_batch_size"] == "32"
     assert args.output != training_args(tmp_path, "--gpus", "2").output
     assert "prompt_text" not in found  # the environment's is used
@@ -133,19 +133,21 @@ def test_kill_all_ends_processes_of_other_groups(tmp_path):
     assert daemon.wait() == -signal.SIGKILL
 
 
-def test_the_figures_of_a_crash_are_those_of_its_own_steps_and_are_kept(tmp_path, monkeypatch):
-    args = training_args(tmp_path, "--crash")
-    log = args.exp_dir / "cosyvoice2-2x32-crash/log/train.log"
+def test_a_crash_is_the_last_run_and_its_figures_are_kept(tmp_path, monkeypatch):
+    args = training_args(tmp_path, "--crash", "--gpus", "1", "2")
+    *others, run = bench_training.planned(args)
+    assert run.name == "2x64-crash" and not any(other.crash for other in others)
+    log = args.exp_dir / "cosyvoice2-2x64-crash/log/train.log"
     log.parent.mkdir(parents=True)
-    log.write_text("step:6 - a:1\n")  # of an interrupted call
+    log.write_text("step:8 - a:1\n")  # of an interrupted call
     started = []
 
     def start(args, environment, stop, output):
-        started.append(stop)
+        started.append((stop, environment["save_freq"]))
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("a") as file:
-            file.writelines(f"step:{n} - a:1\n" for n in (range(1, 7) if stop == 2 else (5, 7, 8)))
-
+        with log.open("a") as file:  # the first two steps of each start are slower
+            for n in range(1, 9) if stop == 2 else range(7, 13):
+                file.write(f"step:{n} - timing_s/step:{90 if n in (1, 2) or (stop == 3 and n in (7, 8)) else n}\n")
         return types.SimpleNamespace(poll=lambda: None)
 
     monkeypatch.setattr(bench_training, "start", start)
@@ -154,6 +156,8 @@ def test_the_figures_of_a_crash_are_those_of_its_own_steps_and_are_kept(tmp_path
     model = types.SimpleNamespace(num_parameters=lambda: 3)
     fake = types.SimpleNamespace(AutoModelForCausalLM=types.SimpleNamespace(from_pretrained=lambda path: model))
     monkeypatch.setitem(sys.modules, "transformers", fake)
-    found = bench_training.crash(args, 2)
-    assert found["processes_killed"] == 6 and found["steps_after_resuming"] == [5, 7, 8]
-    assert bench_training.crash(args, 2) == found and started == [2, 3, 3]
+    found = bench_training.measure(args, run)
+    assert found["crash"] == {"saved_after": 6, "killed_after": 8, "processes_killed": 8,
+                              "steps_after_resuming": [*range(7, 13)], "merged_parameters": 3}  # fmt: skip
+    assert found["step_s"] == 7.5 == (6 + 9) / 2  # steps 3 to 6 and 9 to 12
+    assert bench_training.measure(args, run) == found and started == [(2, "6"), (3, "6"), (3, "6")]

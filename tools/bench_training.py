@@ -12,14 +12,18 @@ GPUs of their own. Runs for a number of GPUs:
 * weak scaling: --prompts for each GPU.
 
 The efficiency of strong scaling is (time of a step with the fewest GPUs x their number) / (time x number of GPUs), that
-of weak scaling the time with the fewest GPUs / time. --crash kills all processes of one more run with the most GPUs
-after 6 of its 8 steps (``kill -9``), starts it again, merges it and loads the result with Transformers.
+of weak scaling the time with the fewest GPUs / time. With --crash, all processes of the last run, which has the most
+GPUs, are killed after 8 of its 12 steps (``kill -9``). It is started again, resumes after step 6, and is merged and
+loaded with Transformers.
+
+The learning rate is so small that the weights, and thus the lengths of the rollouts, stay as they are: about the
+--mean-tokens of random_llm.py, and at most 256 tokens (10 s).
 
 A run that is finished is not repeated, so the same command continues after an interruption, and more GPUs can be added
-to it. After a change of settings or code, use another --exp-dir. An interrupted --crash starts from the beginning.
-Settings of run.sh in the environment apply to all runs, except those that the benchmark varies or counts
-(``variables``). The figures are medians from the third step on. Prints a table, and writes JSON in the form of
-docs/results.
+to it. After a change of settings or code, use another --exp-dir. An interrupted run with --crash starts from the
+beginning. Settings of run.sh in the environment apply to all runs, except those that the benchmark varies or counts
+(``variables``). The figures are medians without the first two steps after each start. Prints a table, and writes JSON
+in the form of docs/results.
 """
 
 import argparse
@@ -32,7 +36,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tts_grpo.evaluation.processes import processes_with
@@ -40,8 +44,8 @@ from tts_grpo.evaluation.provenance import ROOT, provenance
 from tts_grpo.text.jsonl import write_json
 from tts_grpo.training.verl_log import median, parse_step, read_steps, step_seconds
 
-STEPS, SKIPPED = 8, 2  # steps of a run, and those at its start that are not measured
-SAVED, KILLED = 4, 6  # of the run with --crash: steps after which it is saved and killed
+STEPS, SKIPPED = 12, 2  # steps of a run, and those after each start that are not measured
+SAVED, KILLED = 6, 8  # of the run with --crash: steps after which it is saved and killed
 ROLLOUTS = 8  # per prompt
 MEMORY = ("actor/perf/max_memory_allocated_gb", "perf/max_memory_allocated_gb")
 DATA = ROOT / "assets/tiny/data"
@@ -58,7 +62,7 @@ def get_args(argv=None):
         "--scaling", nargs="+", choices=("strong", "weak"), default=["strong", "weak"], help="what to run"
     )
     parser.add_argument("--separate-servers", action="store_true", help="give the reward servers GPUs of their own")
-    parser.add_argument("--crash", action="store_true", help="also kill a run, and continue and merge it")
+    parser.add_argument("--crash", action="store_true", help="kill the last run, continue and merge it")
     parser.add_argument("--exp-dir", type=Path, default=ROOT / "exp/bench-training", help="folder of all runs")
     parser.add_argument("--output", type=Path, help="JSON file for the figures (default: in --exp-dir)")
     parser.add_argument("overrides", nargs="*", help="after --: arguments of veRL for all runs")
@@ -79,10 +83,11 @@ class Run:
     gpus: int
     prompts: int
     kinds: tuple[str, ...]
+    crash: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.gpus}x{self.prompts}"
+        return f"{self.gpus}x{self.prompts}{'-crash' if self.crash else ''}"
 
 
 def planned(args) -> list[Run]:
@@ -92,10 +97,11 @@ def planned(args) -> list[Run]:
         for kind in args.scaling:
             prompts = args.prompts if kind == "strong" else args.prompts * gpus // min(args.gpus)
             runs.setdefault((gpus, prompts), []).append(kind)
-    return [Run(*key, tuple(kinds)) for key, kinds in runs.items()]
+    planned = [Run(*key, tuple(kinds)) for key, kinds in runs.items()]
+    return [*planned[:-1], replace(planned[-1], crash=args.crash)]
 
 
-def variables(args, run: Run, exp_dir: Path, save_freq: int) -> dict[str, str]:
+def variables(args, run: Run, exp_dir: Path) -> dict[str, str]:
     """Settings of run.sh for a run; those in the environment take precedence over ``wanted``, not over ``fixed``."""
     models = args.models.resolve()
     servers = range(run.gpus, 2 * run.gpus) if args.separate_servers else range(run.gpus)
@@ -104,13 +110,14 @@ def variables(args, run: Run, exp_dir: Path, save_freq: int) -> dict[str, str]:
         "reward_asr_dir": models / "sensevoice", "eval_asr_dir": models / "sensevoice", "prompt_text": "你好",
         "train_jsonl": DATA / "grpo.jsonl", "test_jsonl": DATA / "dev.jsonl", "eval_jsonl": DATA / "test.jsonl",
         "known_answer_jsonl": DATA / "dev.jsonl", "check_reward": 0, "check_reward_freq": 0, "test_freq": 1000,
-        # random weights say nothing: the number of tokens is what can be learnt, and rewards of a group must differ
+        # random weights say nothing, so only the pace distinguishes the rollouts of a group
         "rewards": "intelligibility:1 pace:0.5,units_per_s=4",
+        "learning_rate": 1e-12, "max_response_length": 256,
     }  # fmt: skip
     fixed = {
         "profile": args.model, "exp_dir": exp_dir, "exp_name": exp_dir.name, "num_gpus": run.gpus,
         "train_batch_size": run.prompts, "mini_batch_size": run.prompts, "rollout_n": ROLLOUTS, "total_steps": STEPS,
-        "save_freq": save_freq, "server_devices": " ".join(f"cuda:{i}" for i in servers),
+        "save_freq": SAVED if run.crash else STEPS, "server_devices": " ".join(f"cuda:{i}" for i in servers),
     }  # fmt: skip
     chosen = {name: value for name, value in wanted.items() if name not in os.environ} | fixed
     return {name: str(value) for name, value in chosen.items()}
@@ -147,14 +154,27 @@ def finish(process: subprocess.Popen, log: Path) -> None:
 
 
 def measure(args, run: Run) -> dict:
-    """Train and return the figures of a run. If it is finished, run.sh only checks that its settings are the same."""
+    """Train and return the figures of a run. If it is finished, run.sh only checks that its settings are the same.
+
+    Raises:
+        SystemExit: the run failed, or ended before it could be killed.
+    """
     exp_dir = args.exp_dir.resolve() / f"{args.model}-{run.name}{separate(args)}"
-    done, log = exp_dir / "finished.json", args.exp_dir / "log" / f"{exp_dir.name}.log"
-    began = time.monotonic()
-    finish(start(args, variables(args, run, exp_dir, STEPS), 2, log), log)
-    if not done.exists():
-        write_json(done, {"run_s": round(time.monotonic() - began)})
-    return figures(run, exp_dir / "log/train.log") | json.loads(done.read_text(encoding="utf-8"))
+    log, train_log = args.exp_dir / "log" / f"{exp_dir.name}.log", exp_dir / "log/train.log"
+    done = exp_dir / "finished.json"
+    environment, stop, about = variables(args, run, exp_dir), 3 if run.crash else 2, {}
+    finished, began = done.exists(), time.monotonic()
+    if run.crash and not finished:
+        if exp_dir.exists():
+            shutil.rmtree(exp_dir)  # of an interrupted call, whose steps must not be taken for those of this one
+        about = killed_run(start(args, environment, 2, log), exp_dir, log)
+        size = train_log.stat().st_size
+    finish(start(args, environment, stop, log), log)
+    if run.crash and not finished:
+        about |= {"steps_after_resuming": sorted(steps_in(train_log, size)), "merged_parameters": parameters(exp_dir)}
+    if not finished:
+        write_json(done, {"run_s": round(time.monotonic() - began)} | ({"crash": about} if run.crash else {}))
+    return figures(run, train_log) | json.loads(done.read_text(encoding="utf-8"))
 
 
 def figures(run: Run, log: Path) -> dict:
@@ -163,15 +183,17 @@ def figures(run: Run, log: Path) -> dict:
     Raises:
         SystemExit: the log has no step to measure.
     """
-    steps = list(read_steps(log, SKIPPED).values())
+    resumed = range(SAVED + 1, SAVED + 1 + SKIPPED) if run.crash else ()
+    steps = [values for number, values in read_steps(log, SKIPPED).items() if number not in resumed]
     if not steps:
-        raise SystemExit(f"bench_training.py: {log} has no step after step {SKIPPED}")
+        raise SystemExit(f"bench_training.py: {log} has no step to measure")
     phases = {name: round(seconds, 2) for name, seconds, _ in step_seconds(steps)}
     step_s, rollouts = phases["step, without saving"], run.prompts * ROLLOUTS
     memory = [step[name] for step in steps for name in MEMORY if name in step]
     return {
         "gpus": run.gpus, "prompts": run.prompts, "scaling": list(run.kinds), "step_s": step_s, "seconds": phases,
         "rollouts_per_s": round(rollouts / step_s, 1), "tokens_per_rollout": median(steps, "response_length/mean"),
+        "longest_rollout": median(steps, "response_length/max"),
         "peak_trainer_gib": round(max(memory), 1) if memory else None,
     }  # fmt: skip
 
@@ -200,39 +222,26 @@ def kill_all(process: subprocess.Popen, exp_dir: Path) -> int:
     return len(killed)
 
 
-def crash(args, gpus: int) -> dict:
-    """Kill a run after a step, continue it up to its merged model, and load that. A finished one is not repeated.
+def killed_run(process: subprocess.Popen, exp_dir: Path, log: Path) -> dict:
+    """Kill a run after a step; returns what was done.
 
     Raises:
-        SystemExit: the run ended before it could be killed, or failed afterwards.
+        SystemExit: the run ended before.
     """
-    from transformers import AutoModelForCausalLM
-
-    run = Run(gpus, args.prompts, ())
-    exp_dir = args.exp_dir.resolve() / f"{args.model}-{run.name}{separate(args)}-crash"
-    log, environment = args.exp_dir / "log" / f"{exp_dir.name}.log", variables(args, run, exp_dir, SAVED)
-    train_log, done = exp_dir / "log/train.log", exp_dir / "finished.json"
-    if done.exists():
-        finish(start(args, environment, 3, log), log)  # checks that the settings are the same
-        return json.loads(done.read_text(encoding="utf-8"))
-    if exp_dir.exists():
-        shutil.rmtree(exp_dir)  # of an interrupted call, whose steps must not be taken for those of this one
-    process = start(args, environment, 2, log)
     with stopped_on_error(process):
-        while KILLED not in steps_in(train_log):
+        while KILLED not in steps_in(exp_dir / "log/train.log"):
             if process.poll() is not None:
                 finish(process, log)
                 raise SystemExit(f"bench_training.py: the run ended before it was killed, see {log}")
             time.sleep(0.5)
-    killed = kill_all(process, exp_dir)
-    size = train_log.stat().st_size
-    finish(start(args, environment, 3, log), log)
-    model = AutoModelForCausalLM.from_pretrained(exp_dir / "merged_hf_model")
-    result = {"gpus": gpus, "saved_after": SAVED, "killed_after": KILLED, "processes_killed": killed,
-              "steps_after_resuming": sorted(steps_in(train_log, size)),
-              "merged_parameters": model.num_parameters()}  # fmt: skip
-    write_json(done, result)
-    return result
+    return {"saved_after": SAVED, "killed_after": KILLED, "processes_killed": kill_all(process, exp_dir)}
+
+
+def parameters(exp_dir: Path) -> int:
+    """Number of parameters of a run's merged model, as Transformers loads it."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(exp_dir / "merged_hf_model").num_parameters()
 
 
 def steps_in(log: Path, start: int = 0) -> set[int]:
@@ -262,12 +271,11 @@ def main(argv=None):
         rows.append(measure(args, run))
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     result = {"runs": with_efficiency(rows)}
-    if args.crash:
-        result["crash"] = crash(args, max(args.gpus))
     about = provenance("Training at full size by number of GPUs", ["tools/bench_training.py", *(argv or sys.argv[1:])])
+    where = "GPUs of their own" if args.separate_servers else "the same GPUs"
     conditions = (
-        f"profile={args.model}, {STEPS} steps with one update each, {ROLLOUTS} rollouts per prompt, reward servers "
-        f"{'on GPUs of their own' if args.separate_servers else 'on the same GPUs'}; medians from step {SKIPPED + 1} on"
+        f"profile={args.model}, {STEPS} steps with one update each, {ROLLOUTS} rollouts per prompt, reward servers on "
+        f"{where}; medians without the first {SKIPPED} steps after each start"
     )
     write_json(args.output, about | {"conditions": conditions, "figures": result})
     print(table(rows))
