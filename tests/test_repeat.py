@@ -25,6 +25,11 @@ if [[ $1 == --dry-run ]]; then
   exit
 fi
 echo "train $(basename "$exp_dir") ${credit-} $seed" >>calls
+if [[ -f pairs ]]; then # of two runs at a time, each waits for the other
+  echo "$(basename "$exp_dir") $http_port $grpc_port $metrics_port $server_urls $(nproc)" >>pairs
+  line=$(grep -n "^$(basename "$exp_dir") " pairs | cut -d : -f 1)
+  until (($(wc -l <pairs) >= (line + 1) / 2 * 2)); do sleep 0.05; done
+fi
 [[ ! -f kill || $(<kill) != "$(basename "$exp_dir")" ]] || { rm kill && kill -9 "$PPID" && sleep 300; }
 [[ ! -f fail ]] || { echo "no reward server" && exit 1; }
 mkdir -p "$exp_dir/sft_model" "$exp_dir/merged_hf_model" "$exp_dir/.done"
@@ -113,6 +118,34 @@ def test_runs_are_trained_once_and_compared(root, capsys, monkeypatch):
     (root / "calls").unlink()
     repeat.main(arguments(root))
     assert not (root / "calls").exists(), "something was trained or evaluated again"
+
+
+def test_jobs_run_at_a_time_with_cores_and_ports_of_their_own(root, capsys, monkeypatch):
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        pytest.skip("needs two cores")
+    (root / "pairs").write_text("")
+    monkeypatch.setenv("http_port", "9000")
+    repeat.main(arguments(root, "--jobs", "2"))
+    each, found = len(cores) // 2, [line.split(" ", 1)[1] for line in (root / "pairs").read_text().splitlines()]
+    jobs = [f"{port} {port + 1} {port + 2} http://127.0.0.1:{port} {each}" for port in (9000, 9010)]
+    assert len(found) == 6 and all(sorted(found[i : i + 2]) == jobs for i in (0, 2, 4))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "training 41 s" in line]
+    assert len(lines) == 6 and sum("SFT " in line for line in lines) == 1
+    assert sorted(os.sched_getaffinity(0)) == cores
+    together = json.loads((root / "exp/repeat/results.json").read_text("utf-8"))["figures"]
+    (root / "pairs").unlink()
+    repeat.main(arguments(root, "--name", "alone"))
+    assert json.loads((root / "exp/alone/results.json").read_text("utf-8"))["figures"] == together
+
+
+def test_no_run_begins_after_a_failed_one(root):
+    (root / "fail").write_text("")
+    with pytest.raises(SystemExit, match="no reward server"):
+        repeat.main(arguments(root, "--jobs", "2"))
+    assert len((root / "calls").read_text().splitlines()) in (2, 3)  # a third can begin while the first one fails
+    with pytest.raises(SystemExit, match="--jobs 9999: at least 1, and at most"):
+        repeat.main(arguments(root, "--jobs", "9999"))
 
 
 def test_english_sets_and_failed_audio(root):

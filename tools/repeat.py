@@ -5,10 +5,11 @@
 Each line of SETTINGS_FILE is a name with shell variables of run.sh: ``utterance credit=utterance learning_rate=2e-4``.
 A line with a name only has the default settings; ``#`` begins a comment.
 
-The runs are trained one after the other (bash run.sh 0 3), in exp/NAME/SETTING-SEED. Each is evaluated on every set
-with every sampling; the SFT model is evaluated once. The commands are those of stage 4, and get settings of the
+The runs are trained (bash run.sh 0 3) in exp/NAME/SETTING-SEED, --jobs of them at a time. Each is evaluated on every
+set with every sampling; the SFT model is evaluated once. The commands are those of stage 4, and get settings of the
 environment such as ``seeds``, ``judge_asr_dir`` and ``http_port``. After a crash, the same command continues: what is
-finished is not repeated. Logs are in exp/NAME/log.
+finished is not repeated. Logs are in exp/NAME/log. With several jobs, each has an equal part of the processor's cores,
+and ports for its reward server that are 10 above those of the job before.
 
 The primary comparison is that of the first setting with the SFT model, on the first set with the first sampling, by the
 toneless pinyin error rate of the evaluation recogniser (of an English set: the word error rate of the spoken form). The
@@ -25,14 +26,17 @@ import hashlib
 import itertools
 import json
 import os
+import queue
 import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -63,6 +67,8 @@ def get_args(argv=None):
                         "name of a set is that of its file")  # fmt: skip
     parser.add_argument("--samplings", nargs="+", default=["temperature=1.0"], metavar="SAMPLING", help="variables of "
                         "run.sh for each sampling of the evaluation: 'temperature=0.6 top_p=0.9'")  # fmt: skip
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; the tiny profile needs 2 cores and 7 GiB "
+                        "for each")  # fmt: skip
     parser.add_argument("--name", default="repeat", help="folder of all results below exp/")
     parser.add_argument("--keep-audio", action="store_true", help="keep the speech of the evaluations")
     parser.add_argument("--output", type=Path, help="JSON file for the figures (default: exp/NAME/results.json)")
@@ -244,8 +250,8 @@ def from_environment(*stages: str) -> dict[str, str]:
     return {name: os.environ[name] for name in sorted(names - own) if name in os.environ}
 
 
-def train(args, run: Run) -> None:
-    """Stages 0 to 3 of a run, unless they are recorded as done.
+def train(args, run: Run, variables: dict[str, str]) -> None:
+    """Stages 0 to 3 of a run, unless they are recorded as done; ``variables`` are those of its job.
 
     Raises:
         RuntimeError: a stage failed, or the run was trained with other variables.
@@ -264,7 +270,7 @@ def train(args, run: Run) -> None:
     if record.exists():
         return
     write_json(started, wanted)
-    environment = run.variables | {
+    environment = run.variables | variables | {
         "exp_dir": str(exp_dir), "exp_name": f"{args.name}-{run.name}", "seed": str(run.seed)
     }  # fmt: skip
     log = args.folder / "log" / f"{run.name}.log"
@@ -336,25 +342,67 @@ def eval_seconds(args, name: str) -> int:
     return sum(int(path.read_text()) for path in (args.folder / "eval").glob(f"*/{name}/seconds"))
 
 
+def jobs_of(number: int) -> list[tuple[set[int], dict[str, str]]]:
+    """Cores and variables of run.sh for each job; a single one has those of this program.
+
+    Raises:
+        ValueError: there are not as many cores.
+    """
+    cores, first = sorted(os.sched_getaffinity(0)), int(os.environ.get("http_port", 8000))  # noqa: SIM112
+    if not 1 <= number <= len(cores):
+        raise ValueError(f"--jobs {number}: at least 1, and at most as many as there are cores ({len(cores)})")
+    if number == 1:
+        return [(set(cores), {})]
+    each = len(cores) // number
+    return [
+        (set(cores[each * job : each * (job + 1)]), {"http_port": str(port), "grpc_port": str(port + 1),
+         "metrics_port": str(port + 2), "server_urls": f"http://127.0.0.1:{port}"})
+        for job, port in zip(range(number), itertools.count(first, 10), strict=False)
+    ]  # fmt: skip
+
+
+def run_one(args, run: Run, evaluations: list[Evaluation], with_sft: bool, variables: dict[str, str]) -> str:
+    """Train and evaluate a run, as far as that is not done, and return a line about it."""
+    train(args, run, variables)
+    models = {run.name: args.folder / run.name / "merged_hf_model"}
+    if with_sft:
+        models = {"sft": args.folder / run.name / "sft_model"} | models
+    for name, model in models.items():
+        for one in evaluations:
+            evaluate(args, one, model, name)
+    first = args.folder / "eval" / evaluations[0].name
+    rates = {name: bootstrap.ratio(fractions(first / name, ERRORS)) for name in models}
+    shown = ", ".join(f"{'SFT' if name == 'sft' else 'GRPO'} {rate:.2%}" for name, rate in rates.items())
+    return (
+        f"{run.setting}, seed {run.seed}: {shown} on {evaluations[0].name}; training "
+        f"{train_seconds(args.folder / run.name)} s, evaluation {eval_seconds(args, run.name)} s"
+    )
+
+
 def run_all(args, runs: list[Run], evaluations: list[Evaluation]) -> None:
-    """Train and evaluate everything that is not done, with one line of output per run."""
-    sft = args.folder / runs[0].name / "sft_model"
-    for number, run in enumerate(runs, 1):
-        train(args, run)
-        models = {run.name: args.folder / run.name / "merged_hf_model"}
-        if number == 1:
-            models = {"sft": sft} | models
-        for name, model in models.items():
-            for one in evaluations:
-                evaluate(args, one, model, name)
-        first = args.folder / "eval" / evaluations[0].name
-        rates = {name: bootstrap.ratio(fractions(first / name, ERRORS)) for name in ("sft", run.name)}
-        print(
-            f"{time.strftime('%F %T')} {number}/{len(runs)} {run.setting}, seed {run.seed}: SFT {rates['sft']:.2%}, "
-            f"GRPO {rates[run.name]:.2%} on {evaluations[0].name}; training {train_seconds(args.folder / run.name)} s, "
-            f"evaluation {eval_seconds(args, run.name)} s",
-            flush=True,
-        )
+    """Train and evaluate everything that is not done, with one line of output per run.
+
+    After an error, no further run begins, and those that have begun are finished.
+    """
+    free, thread = queue.SimpleQueue(), threading.local()
+    for job in jobs_of(args.jobs):
+        free.put(job)
+
+    def occupy():
+        cores, thread.variables = free.get()
+        os.sched_setaffinity(0, cores)  # of this thread, from which its processes inherit them
+
+    def work(run: Run) -> str:
+        return run_one(args, run, evaluations, run == runs[0], thread.variables)
+
+    with ThreadPoolExecutor(args.jobs, initializer=occupy) as pool:
+        futures = [pool.submit(work, run) for run in runs]
+        try:
+            for number, future in enumerate(as_completed(futures), 1):
+                print(f"{time.strftime('%F %T')} {number}/{len(runs)} {future.result()}", flush=True)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def fractions(output_dir: Path, key: str) -> np.ndarray:
