@@ -12,20 +12,30 @@ are sufficient. These measurements run in this order, each after a few utterance
   repetitions, of responses of equal length;
 * independence: the share of responses that are the same, to the token, among other prompts in reverse order.
 
-Prints one JSON object to stdout, and each measurement to stderr as soon as it is done. With --set PATH, writes the
-utterances as an evaluation set for infer_dist.py instead, which then measures complete runs and several GPUs.
+With --processes 1 2 4, only complete runs of infer_dist.py are measured instead, with audio written to disk, on so many
+GPUs each: the seconds of the slowest process without loading, and whether each utterance was synthesised once, with the
+same tokens as in the first run.
+
+Prints one JSON object to stdout, and each measurement to stderr as soon as it is done.
 """
 
 import argparse
 import copy
 import json
 import logging
+import os
+import re
+import shutil
+import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
+from tts_grpo.evaluation.provenance import ROOT
 from tts_grpo.speech import synthesis
 from tts_grpo.speech.continuous_batching import ContinuousBatching
 from tts_grpo.speech.generation import Sampling
@@ -33,6 +43,7 @@ from tts_grpo.text.jsonl import read_jsonl, write_jsonl
 
 DEFAULT_SAMPLING = {"temperature": 0.8, "top_p": 0.95, "top_k": 50, "repetition_penalty": 1.1}
 WARM_UP = 16  # utterances
+SAME = ("num_speech_tokens", "finish_reason", "duration_s")  # of an utterance with any number of processes
 
 
 def get_args(argv=None):
@@ -49,7 +60,7 @@ def get_args(argv=None):
         metavar="ENGINE-PRECISION:UTTERANCES", help="what to measure, each with the first UTTERANCES",
     )  # fmt: skip
     parser.add_argument("--sampling-tokens", type=int, default=93, help="length of the responses of sampling; 0: skip")
-    parser.add_argument("--set", type=Path, default=None, help="write the utterances to this set and exit")
+    parser.add_argument("--processes", type=int, nargs="+", default=[], help="numbers of processes of infer_dist.py")
     return parser.parse_args(argv)
 
 
@@ -142,18 +153,65 @@ def measure_independence(args, synthesiser, prompts: list[list[int]]) -> dict:
     return {"responses": len(some), "same_tokens": same, "same_log_probs": same_log_probs}
 
 
+def complete_run(args, processes: int, rows: list[dict], folder: Path) -> tuple[float, dict[str, dict]]:
+    """Run infer_dist.py; returns the seconds of its slowest process, and the lines of the manifest by id.
+
+    Raises:
+        SystemExit: it failed, or an utterance is missing or there twice.
+    """
+    parser = argparse.ArgumentParser()
+    synthesis.add_arguments(parser)
+    flags = vars(parser.parse_args(["--llm-path", "", "--token2wav-dir", ""]))
+    given = {name: getattr(args, name) for name in flags} | {"device": args.device.partition(":")[0]}
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None]
+    test_set, output_dir = folder / "set.jsonl", folder / str(processes)
+    write_jsonl(test_set, rows)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
+               str(ROOT / "infer_dist.py"), "--eval-set", str(test_set), "--output-dir", str(output_dir),
+               "--batch-size", str(args.batch_size), *words]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(command, env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    seconds = [float(found) for found in re.findall(r"utterances in ([\d.]+) s", done.stderr)]
+    if done.returncode or len(seconds) != processes:
+        raise SystemExit(f"bench_inference.py: infer_dist.py failed ({done.returncode}):\n{done.stderr[-3000:]}")
+    lines = list(read_jsonl(output_dir / "seed_0/manifest.jsonl"))
+    if sorted(line["id"] for line in lines) != sorted(row["id"] for row in rows):
+        raise SystemExit(f"bench_inference.py: {processes} processes lost utterances or synthesised some twice")
+    return max(seconds), {line["id"]: line for line in lines}
+
+
+def measure_processes(args, rows: list[dict]) -> Iterator[dict]:
+    """Complete runs with each number of processes, after a short one that warms up."""
+    first = None
+    with tempfile.TemporaryDirectory() as folder:
+        warm_up = rows[:: max(1, len(rows) // WARM_UP)]
+        complete_run(args, max(args.processes), warm_up, Path(folder, "warm-up"))
+        for processes in args.processes:
+            seconds, lines = complete_run(args, processes, rows, Path(folder))
+            first = first or (seconds, lines)
+            same = sum(all(first[1][key][name] == line[name] for name in SAME) for key, line in lines.items())
+            yield {"processes": processes, "utterances": len(lines), "seconds": seconds, "same_as_first": same,
+                   "utterances_per_s": round(len(lines) / seconds, 1),
+                   "speed_up": round(first[0] / seconds, 2)}  # fmt: skip
+            shutil.rmtree(Path(folder, str(processes)))
+
+
 def main(argv=None):
     args = get_args(argv)
     logging.disable(logging.INFO)
     rows = make_utterances(args)
-    if args.set:
-        write_jsonl(args.set, rows)
+    result = {"num_utterances": len(rows), "batch_size": args.batch_size}
+    if args.processes:
+        result["infer_dist"] = []
+        for run in measure_processes(args, rows):
+            result["infer_dist"].append(run)
+            print(json.dumps(run), file=sys.stderr, flush=True)
+        print(json.dumps(result))
         return
     if args.device == "cpu":
         torch.set_num_threads(1)
     else:
         torch.cuda.set_device(args.device)  # kernels and graphs run on the current device
-    result = {"num_utterances": len(rows), "batch_size": args.batch_size}
 
     def measured(name: str, value) -> None:
         result[name] = value
