@@ -42,6 +42,7 @@ CODE = {  # programs that make each stage's result; "4" is the evaluation's spee
           "requirements-verl-gpu.txt",
           # veRL imports these modules by name
           "tts_grpo/training/trainer.py", "tts_grpo/training/engine.py", "tts_grpo/training/verl_vllm.py",
+          "tts_grpo/training/vllm_server.py",
           "tts_grpo/training/verl_cpu/platform.py", "tts_grpo/training/verl_cpu/rollout.py"),
     "3": ("scripts/merge.py", "scripts/convert_llm.py"),
     "4": ("infer_dist.py", "requirements-cosyvoice.txt"),

@@ -203,3 +203,9 @@ def test_another_version_of_verl_is_refused():
 def test_supported_version_is_in_the_requirements():
     for name in ("requirements-verl.txt", "requirements-verl-gpu.txt"):
         assert f"verl=={SUPPORTED}" in (ROOT / name).read_text()
+
+
+def test_vllm_answers_once_per_rollout(found):
+    replica, rank, server, request = found["vllm_requests"]
+    assert [replica, rank] == ["FinalOutputReplica", 3] and "FinalOutputServer" in server
+    assert request == [[1], {"top_p": 0.9, "output_kind": "final", "detokenize": False}, "id", {"priority": 2}]

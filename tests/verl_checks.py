@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import types
+import unittest.mock
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from verl.trainer.ppo.v1 import PPOTrainer, PPOTrainerSync, get_trainer_cls, rep
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.experimental.torch_functional import FusedLinearForPPO
+from verl.workers.rollout.replica import get_rollout_replica_class
 
 ROOT = Path(__file__).resolve().parent.parent
 LLM = ROOT / "assets/tiny/llm"
@@ -287,6 +289,31 @@ def checked_servers(folder):
     return [asked, ""]
 
 
+def vllm_requests(folder):
+    """Replica class of vLLM, and what a request of its servers asks for; with fakes of vLLM and of veRL's server."""
+
+    class Server:
+        async def generate(self, prompt_ids, sampling_params, request_id, **kwargs):
+            return [prompt_ids, sampling_params, request_id, kwargs]
+
+    class Replica:
+        def __init__(self, rank):
+            self.rank = rank
+
+    async_server = types.ModuleType("vllm_async_server")
+    async_server.vLLMHttpServer, async_server.vLLMReplica = Server, Replica
+    sampling = types.ModuleType("sampling_params")
+    sampling.RequestOutputKind = types.SimpleNamespace(FINAL_ONLY="final")
+    fakes = {"verl.workers.rollout.vllm_rollout.vllm_async_server": async_server, "vllm.sampling_params": sampling,
+             "vllm": types.ModuleType("vllm")}  # fmt: skip
+    with unittest.mock.patch.dict(sys.modules, fakes):
+        replica = get_rollout_replica_class("vllm")(3)
+        server = sys.modules[type(replica).__module__].FinalOutputServer()
+        asked = asyncio.run(server.generate([1], {"top_p": 0.9}, "id", priority=2))
+    created = replica.server_class.__ray_metadata__.modified_class.__name__
+    return [type(replica).__name__, replica.rank, created, asked]
+
+
 def identities(folder):
     """Rewards of two steps and of a validation, and of a server with other models after a restart of the training."""
     ppo_trainer = make_trainer()
@@ -492,5 +519,5 @@ if __name__ == "__main__":
               algorithms, gdpo,
               wait_for_rewards, shares, checked_servers, identities, failed_rollout, failed_validation, dump, engines,
               head_without_a_bias, unfused_head_with_a_bias, other_kernel_with_a_bias, head_with_a_bias, lora_merge,
-              rollout_order, rollout_seeds, gathered_requests)  # fmt: skip
+              rollout_order, rollout_seeds, gathered_requests, vllm_requests)  # fmt: skip
     sys.stdout.write(json.dumps({check.__name__: result(check, sys.argv[1]) for check in checks}) + "\n")

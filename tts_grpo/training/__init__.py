@@ -4,6 +4,7 @@
   for rewards as a metric, and no training on a step with a failed rollout. ``VERL_USE_EXTERNAL_MODULES`` imports it.
 - ``credit``: advantages of tokens from the errors of each syllable; numpy only.
 - ``engine`` and ``verl_vllm``: the actor's FSDP engine, and vLLM's workers, for a model whose head has a bias.
+- ``vllm_server``: vLLM's servers, which answer once per rollout.
 - ``varlen`` and ``gpu_log_probs``: attention over packs of sequences, and the LM head, on GPUs.
 - ``verl_cpu``: platform, engine and rollouts for a machine without a GPU.
 - ``verl_log``: metrics in veRL's console log, for display only.

@@ -28,6 +28,7 @@ each veRL process import this module before the registry lookup. The subclass ad
 - On a CPU, equal settings and seed give equal weights, in whichever order rollouts and rewards are finished: the
   rollouts of a step are sorted; generation waits for all requests of a step (tts_grpo/training/verl_cpu/rollout.py);
   with ``algorithm.filter_groups``, groups are replaced only when no other group is being generated.
+- vLLM servers that answer once per rollout (tts_grpo/training/vllm_server.py).
 - A shorter polling interval for the rollouts of a step. veRL polls every 2 s, which adds 1 s per step on average.
 - Validation dumps in ``trainer.validation_data_dir`` are written atomically.
 """
@@ -58,10 +59,20 @@ require_verl(verl.__version__)
 from verl.trainer.ppo.core_algos import compute_gdpo_outcome_advantage  # noqa: E402  # after the version check
 from verl.trainer.ppo.v1 import PPOTrainerSync, register_trainer  # noqa: E402
 from verl.utils import tensordict_utils as tu  # noqa: E402
+from verl.workers.rollout.replica import RolloutReplicaRegistry  # noqa: E402
 
 NAME = "tts_grpo"
 POLL_S = 0.1
 KNOWN_ANSWERS = 64  # entries of the file that a check takes, of each language
+
+
+def _vllm_replica() -> type:
+    from tts_grpo.training.vllm_server import FinalOutputReplica  # needs vLLM, which is not installed without a GPU
+
+    return FinalOutputReplica
+
+
+RolloutReplicaRegistry.register("vllm", _vllm_replica)  # in the place of veRL's own
 
 
 def credits_syllables(config: DictConfig) -> bool:
