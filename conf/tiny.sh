@@ -23,7 +23,7 @@ token2wav_precision=${token2wav_precision:-fp32}
 reward_curve=${reward_curve:-tanh}
 # Pace and pitch are held near those of the SFT model (3.9 syllables per second and 3.1 semitones on the training texts;
 # the references lie beyond them, because intelligibility alone makes speech faster and flatter).
-rewards=${rewards:-intelligibility:1 pace:0.4,units_per_s=3.8 pitch:0.6,semitones=3.5,width=0.5}
+rewards=${rewards:-intelligibility:1 pace:0.4,units_per_s=3.8 pitch:0.6,semitones=3.3,width=0.5}
 
 # GRPO (stage 2)
 train_device=${train_device:-cpu}
