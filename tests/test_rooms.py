@@ -64,6 +64,8 @@ def test_modules_import_only_packages_of_their_environment(trainer_python):
     training = {name for name in MODULES if name.startswith("tts_grpo.training.")}
     missing = not_installed(trainer_python, training | TRAINER_PROGRAMS)
     assert missing <= {"triton", "vllm"}  # which are not installed for CPUs; gpu_log_probs and vllm_server need them
+    users = {name for name, path in MODULES.items() if any(used.split(".")[0] == "vllm" for used in imports(path))}
+    assert users == {"tts_grpo.training.vllm_server"}
     assert not_installed(sys.executable, MODULES.keys() - training) == set()
     assert {"funasr"} <= not_installed(trainer_python, ["tts_grpo.reward.scorer"])
     assert "verl" in not_installed(sys.executable, training)

@@ -78,6 +78,11 @@ def make_utterances(args) -> list[dict]:
     return sorted(rows, key=lambda row: (-len(row["target_text"]), row["id"]))
 
 
+def spread(rows: list[dict], count: int) -> list[dict]:
+    """``count`` of the utterances, with texts of all lengths; all of them if there are fewer."""
+    return rows[:: max(1, len(rows) // count)][:count]
+
+
 def synchronise(args) -> None:
     if args.device != "cpu":
         torch.cuda.synchronize()
@@ -100,12 +105,12 @@ def measure(args, run: str, rows: list[dict]) -> dict:
     args.precision = precision
     start = time.perf_counter()
     synthesiser = synthesis.Synthesiser(args, args.device, Path())
-    for _ in synthesise(args, synthesiser, engine, rows[:: max(1, len(rows) // WARM_UP)]):
+    for _ in synthesise(args, synthesiser, engine, spread(rows, WARM_UP)):
         pass
     synchronise(args)
     load_s, start = time.perf_counter() - start, time.perf_counter()
     synthesiser.seconds = dict.fromkeys(synthesiser.seconds, 0.0)
-    chosen = rows[:: max(1, len(rows) // count)][:count]  # of all lengths
+    chosen = spread(rows, count)
     speech = [one for batch in synthesise(args, synthesiser, engine, chosen) for one in batch]
     wall_s = time.perf_counter() - start
     tokens = sum(one.num_speech_tokens for one in speech)
@@ -184,8 +189,7 @@ def measure_processes(args, rows: list[dict]) -> Iterator[dict]:
     """Complete runs with each number of processes, after a short one that warms up."""
     first = None
     with tempfile.TemporaryDirectory() as folder:
-        warm_up = rows[:: max(1, len(rows) // WARM_UP)]
-        complete_run(args, max(args.processes), warm_up, Path(folder, "warm-up"))
+        complete_run(args, max(args.processes), spread(rows, WARM_UP), Path(folder, "warm-up"))
         for processes in args.processes:
             seconds, lines = complete_run(args, processes, rows, Path(folder))
             first = first or (seconds, lines)

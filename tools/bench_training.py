@@ -97,8 +97,8 @@ def planned(args) -> list[Run]:
         for kind in args.scaling:
             prompts = args.prompts if kind == "strong" else args.prompts * gpus // min(args.gpus)
             runs.setdefault((gpus, prompts), []).append(kind)
-    planned = [Run(*key, tuple(kinds)) for key, kinds in runs.items()]
-    return [*planned[:-1], replace(planned[-1], crash=args.crash)]
+    *others, last = (Run(*key, tuple(kinds)) for key, kinds in runs.items())
+    return [*others, replace(last, crash=args.crash)]
 
 
 def variables(args, run: Run, exp_dir: Path) -> dict[str, str]:
@@ -160,21 +160,15 @@ def measure(args, run: Run) -> dict:
         SystemExit: the run failed, or ended before it could be killed.
     """
     exp_dir = args.exp_dir.resolve() / f"{args.model}-{run.name}{separate(args)}"
-    log, train_log = args.exp_dir / "log" / f"{exp_dir.name}.log", exp_dir / "log/train.log"
-    done = exp_dir / "finished.json"
-    environment, stop, about = variables(args, run, exp_dir), 3 if run.crash else 2, {}
-    finished, began = done.exists(), time.monotonic()
-    if run.crash and not finished:
-        if exp_dir.exists():
-            shutil.rmtree(exp_dir)  # of an interrupted call, whose steps must not be taken for those of this one
-        about = killed_run(start(args, environment, 2, log), exp_dir, log)
-        size = train_log.stat().st_size
-    finish(start(args, environment, stop, log), log)
-    if run.crash and not finished:
-        about |= {"steps_after_resuming": sorted(steps_in(train_log, size)), "merged_parameters": parameters(exp_dir)}
-    if not finished:
-        write_json(done, {"run_s": round(time.monotonic() - began)} | ({"crash": about} if run.crash else {}))
-    return figures(run, train_log) | json.loads(done.read_text(encoding="utf-8"))
+    log, done = args.exp_dir / "log" / f"{exp_dir.name}.log", exp_dir / "finished.json"
+    environment, about, began = variables(args, run, exp_dir), {}, time.monotonic()
+    if run.crash and not done.exists():
+        about = {"crash": kill_and_continue(args, environment, exp_dir, log)}
+    else:
+        finish(start(args, environment, 3 if run.crash else 2, log), log)
+    if not done.exists():
+        write_json(done, {"run_s": round(time.monotonic() - began)} | about)
+    return figures(run, exp_dir / "log/train.log") | json.loads(done.read_text(encoding="utf-8"))
 
 
 def figures(run: Run, log: Path) -> dict:
@@ -222,26 +216,30 @@ def kill_all(process: subprocess.Popen, exp_dir: Path) -> int:
     return len(killed)
 
 
-def killed_run(process: subprocess.Popen, exp_dir: Path, log: Path) -> dict:
-    """Kill a run after a step; returns what was done.
+def kill_and_continue(args, environment: dict[str, str], exp_dir: Path, log: Path) -> dict:
+    """Kill a run after a step, continue it up to its merged model, and load that; returns what was done.
 
     Raises:
-        SystemExit: the run ended before.
+        SystemExit: the run ended before it could be killed, or failed afterwards.
     """
+    from transformers import AutoModelForCausalLM
+
+    if exp_dir.exists():
+        shutil.rmtree(exp_dir)  # of an interrupted call, whose steps must not be taken for those of this one
+    process, train_log = start(args, environment, 2, log), exp_dir / "log/train.log"
     with stopped_on_error(process):
-        while KILLED not in steps_in(exp_dir / "log/train.log"):
+        while KILLED not in steps_in(train_log):
             if process.poll() is not None:
                 finish(process, log)
                 raise SystemExit(f"bench_training.py: the run ended before it was killed, see {log}")
             time.sleep(0.5)
-    return {"saved_after": SAVED, "killed_after": KILLED, "processes_killed": kill_all(process, exp_dir)}
-
-
-def parameters(exp_dir: Path) -> int:
-    """Number of parameters of a run's merged model, as Transformers loads it."""
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(exp_dir / "merged_hf_model").num_parameters()
+    killed = kill_all(process, exp_dir)
+    size = train_log.stat().st_size
+    finish(start(args, environment, 3, log), log)
+    model = AutoModelForCausalLM.from_pretrained(exp_dir / "merged_hf_model")
+    return {"saved_after": SAVED, "killed_after": KILLED, "processes_killed": killed,
+            "steps_after_resuming": sorted(steps_in(train_log, size)),
+            "merged_parameters": model.num_parameters()}  # fmt: skip
 
 
 def steps_in(log: Path, start: int = 0) -> set[int]:

@@ -357,7 +357,7 @@ def jobs_of(number: int) -> list[tuple[set[int], dict[str, str]]]:
     return [
         (set(cores[each * job : each * (job + 1)]), {"http_port": str(port), "grpc_port": str(port + 1),
          "metrics_port": str(port + 2), "server_urls": f"http://127.0.0.1:{port}"})
-        for job, port in zip(range(number), itertools.count(first, 10), strict=False)
+        for job, port in enumerate(range(first, first + 10 * number, 10))
     ]  # fmt: skip
 
 
