@@ -171,6 +171,12 @@ def test_only_a_head_with_a_bias_changes_the_log_probabilities(found):
         assert "has a bias, which training would ignore" in found[name] and "impl_backend=torch" in found[name]
 
 
+def test_weights_of_two_processes_reach_the_rollouts_without_a_transfer_for_each(found):
+    """The sharded state dict, which checkpoints need, is in use again afterwards."""
+    names = ["0.weight", "0.bias", "1.weight", "1.bias"]
+    assert found["weights_of_fsdp1"] == [[dict.fromkeys(names, True), 4, True]] * 2
+
+
 def test_a_lora_adapter_is_added_to_the_weights_when_merging(found):
     relative, change, others, dtype, unknown_scale = found["lora_merge"]
     assert relative < 2**-7 and change > 0.01 and others == [] and dtype == "torch.bfloat16"

@@ -28,6 +28,7 @@ from verl.trainer.ppo.v1 import PPOTrainer, PPOTrainerSync, get_trainer_cls, rep
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.experimental.torch_functional import FusedLinearForPPO
+from verl.workers.engine.fsdp import transformer_impl
 from verl.workers.rollout.replica import get_rollout_replica_class
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -429,6 +430,39 @@ def head_with_a_bias(folder):
     return [head_bias_engine._build_module(), FusedLinearForPPO.forward is not before]
 
 
+def gather_from_two_processes(rank: int, folder: str) -> None:
+    """Shard a model by FSDP1, as veRL does on GPUs, and write what the engine returns for the rollouts."""
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.FileStore(f"{folder}/store", 2), rank=rank, world_size=2
+    )
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.Linear(3, 7))
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
+    sharded = transformer_impl.FSDP(model, device_id=torch.device("cpu"), device_mesh=mesh)
+    kind = transformer_impl.StateDictType.SHARDED_STATE_DICT
+    transformer_impl.FSDP.set_state_dict_type(sharded, kind, transformer_impl.ShardedStateDictConfig())
+    found = object.__new__(engine.HeadBiasEngine)
+    found.module, found._is_offload_param = sharded, False
+    found._uses_fsdp2_cpu_offload_policy = found._qat_enabled = False
+    found.model_config = types.SimpleNamespace(lora={}, hf_config=types.SimpleNamespace(model_type="qwen2"))
+    with (
+        unittest.mock.patch.object(transformer_impl, "load_fsdp_model_to_gpu"),
+        unittest.mock.patch.object(transformer_impl.DTensor, "full_tensor", side_effect=AssertionError),
+    ):
+        weights = dict(found.get_per_tensor_param()[0])
+    equal = {name: torch.equal(weights[name], value) for name, value in expected.items()}
+    after = transformer_impl.FSDP.get_state_dict_type(sharded).state_dict_type
+    Path(folder, f"{rank}.json").write_text(json.dumps([equal, len(weights), after == kind]))
+
+
+def weights_of_fsdp1(folder):
+    folder = Path(folder) / "fsdp1"
+    folder.mkdir()
+    torch.multiprocessing.start_processes(gather_from_two_processes, (str(folder),), nprocs=2, start_method="fork")
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
 def lora_merge(folder):
     """Deviation of a merged weight from W + alpha / rank * B @ A, its change, and other weights that changed."""
     from peft import LoraConfig, get_peft_model
@@ -519,5 +553,5 @@ if __name__ == "__main__":
               algorithms, gdpo,
               wait_for_rewards, shares, checked_servers, identities, failed_rollout, failed_validation, dump, engines,
               head_without_a_bias, unfused_head_with_a_bias, other_kernel_with_a_bias, head_with_a_bias, lora_merge,
-              rollout_order, rollout_seeds, gathered_requests, vllm_requests)  # fmt: skip
+              weights_of_fsdp1, rollout_order, rollout_seeds, gathered_requests, vllm_requests)  # fmt: skip
     sys.stdout.write(json.dumps({check.__name__: result(check, sys.argv[1]) for check in checks}) + "\n")

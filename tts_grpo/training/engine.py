@@ -1,4 +1,4 @@
-"""FSDP engine of veRL 0.9.1 with a faster LM head on GPUs, and for a model whose LM head has a bias.
+"""FSDP engine of veRL 0.9.1, faster on GPUs, and for a model whose LM head has a bias.
 
 ``actor_rollout_ref.model.external_lib`` imports this module in the actor's process. The engine is registered for the
 vendor of this machine's device, which veRL prefers to its own entry for the device type.
@@ -12,6 +12,7 @@ forward instantiates this class for each micro-batch and has no setting or regis
 import inspect
 
 import torch
+from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
 from transformers import AutoTokenizer
 from verl.utils.device import get_device_name, get_vendor
 from verl.utils.experimental.torch_functional import FusedLinearForPPO
@@ -52,7 +53,10 @@ def use_head_bias(folder: str, use_fused_kernels: bool, backend: str | None) -> 
 
 @EngineRegistry.register("language_model", ["fsdp", "fsdp2"], get_device_name(), get_vendor())
 class HeadBiasEngine(FSDPEngineWithLMHead):
-    """veRL's FSDP engine, with this recipe's LM head on GPUs and the bias of the LM head in the model's folder."""
+    """veRL's FSDP engine, with this recipe's LM head on GPUs and the bias of the LM head in the model's folder.
+
+    Its weights for the rollouts are gathered layer by layer.
+    """
 
     def _build_module(self):
         torch.manual_seed(self.engine_config.seed)  # veRL initialises LoRA adapters after this method
@@ -64,3 +68,16 @@ class HeadBiasEngine(FSDPEngineWithLMHead):
             FusedLinearForPPO.forward = fused_linear
         use_head_bias(self.model_config.local_path, self.model_config.use_fused_kernels, options.get("impl_backend"))
         return module
+
+    def get_per_tensor_param(self, **kwargs):
+        """Return the names and full tensors of the weights, as veRL does.
+
+        FSDP1's sharded state dict, which veRL reads here, gathers each layer, shards its tensors again, and gathers
+        them one by one: hundreds of small transfers. Its full state dict holds all weights in float32 at a time.
+        """
+        if not isinstance(self.module, FullyShardedDataParallel) or hasattr(self.module, "peft_config"):
+            return super().get_per_tensor_param(**kwargs)
+        with FullyShardedDataParallel.state_dict_type(
+            self.module, StateDictType.FULL_STATE_DICT, FullStateDictConfig()
+        ):
+            return super().get_per_tensor_param(**kwargs)
