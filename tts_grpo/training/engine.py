@@ -53,10 +53,7 @@ def use_head_bias(folder: str, use_fused_kernels: bool, backend: str | None) -> 
 
 @EngineRegistry.register("language_model", ["fsdp", "fsdp2"], get_device_name(), get_vendor())
 class HeadBiasEngine(FSDPEngineWithLMHead):
-    """veRL's FSDP engine, with this recipe's LM head on GPUs and the bias of the LM head in the model's folder.
-
-    Its weights for the rollouts are gathered layer by layer.
-    """
+    """veRL's FSDP engine, with this recipe's LM head on GPUs and the bias of the LM head in the model's folder."""
 
     def _build_module(self):
         torch.manual_seed(self.engine_config.seed)  # veRL initialises LoRA adapters after this method
@@ -73,7 +70,9 @@ class HeadBiasEngine(FSDPEngineWithLMHead):
         """Return the names and full tensors of the weights, as veRL does.
 
         FSDP1's sharded state dict, which veRL reads here, gathers each layer, shards its tensors again, and gathers
-        them one by one: hundreds of small transfers. Its full state dict holds all weights in float32 at a time.
+        them one by one: hundreds of small transfers. With the full state dict, each layer is gathered once; it holds
+        all weights in float32 at a time. A model with LoRA adapters is left to veRL, which reads its state dict only
+        after this call, while the adapters are merged.
         """
         if not isinstance(self.module, FullyShardedDataParallel) or hasattr(self.module, "peft_config"):
             return super().get_per_tensor_param(**kwargs)
