@@ -3,7 +3,7 @@
 #
 #   pip install uv==0.13.9 && bash requirements/lock.sh [NAME...]
 #
-#   NAME  cosyvoice, asr, verl, verl-gpu or tests; all without one
+#   NAME  cosyvoice, asr, corpus, verl, verl-gpu or tests; all without one
 #
 # Versions that a requirements file has already are kept where they still fit; --upgrade in UV_ARGS renews them.
 # torch is left out of the environments for a CPU and written without a hash: its builds for CPU and for CUDA are
@@ -32,11 +32,12 @@ lock() {
 
 lock_cosyvoice() { lock cosyvoice ../requirements-cosyvoice.txt "${without_torch[@]}"; }
 lock_asr() { lock asr ../requirements-asr.txt -c ../requirements-cosyvoice.txt "${without_torch[@]}"; }
+lock_corpus() { lock corpus ../tiny_stack/requirements-corpus.txt --no-deps -c ../requirements-cosyvoice.txt; }
 lock_tests() { lock tests ../tests/requirements.txt --no-deps; }
 lock_verl() { lock verl ../requirements-verl.txt "${without_torch[@]}"; }
 lock_verl-gpu() { lock verl-gpu ../requirements-verl-gpu.txt; }
 
 without_torch=(--no-emit-package torch)
 for package in "${cuda[@]}"; do without_torch+=(--no-emit-package "$package"); done
-(($#)) || set -- cosyvoice asr tests verl verl-gpu
+(($#)) || set -- cosyvoice asr corpus tests verl verl-gpu
 for name; do "lock_$name"; done

@@ -137,3 +137,19 @@ def test_another_python_version_is_refused(make_env):
 def test_usage():
     done = subprocess.run(["bash", "scripts/make_env.sh"], capture_output=True, text=True)
     assert done.returncode == 2 and "NAME" in done.stderr
+
+
+def requirements_of_scripts() -> set[str]:
+    """Requirements files that the repository's scripts pass to make_env.sh, relative to the repository."""
+    scripts = [*ROOT.glob("*.sh"), *ROOT.glob("*/*.sh")]
+    commands = "".join(" ".join(re.findall(r"make_env\.sh.*", path.read_text(encoding="utf-8"))) for path in scripts)
+    return set(re.findall(r"(?:\w+/)?requirements[\w-]*\.txt", commands.replace("$root/", "")))
+
+
+def test_every_package_of_an_environment_has_hashes_because_pip_refuses_it_otherwise():
+    names = requirements_of_scripts()
+    assert {"requirements-cosyvoice.txt", "tests/requirements.txt", "tiny_stack/requirements-corpus.txt"} <= names
+    for name in names:
+        text = (ROOT / name).read_text(encoding="utf-8").replace("\\\n", " ")
+        lines = [line for line in text.splitlines() if not line.startswith("#")]
+        assert lines and all("--hash=sha256:" in line or "# no-hash" in line for line in lines), name
