@@ -257,6 +257,15 @@ def test_wrong_lines_are_named(tmp_path, line, message):
         repeat.read_settings(tmp_path / "settings")
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "conf/repeats").glob("*.txt")), ids=lambda path: path.stem)
+def test_the_settings_in_conf_are_accepted_by_run_sh(path):
+    for name, variables in repeat.read_settings(path).items():
+        done = subprocess.run(
+            ["bash", "run.sh", "--settings"], cwd=ROOT, env=os.environ | variables, capture_output=True, text=True
+        )
+        assert done.returncode == 0, (name, done.stderr)
+
+
 def test_the_commands_are_those_of_stage_4():
     infer, score = repeat.stage_4_commands(
         ROOT, {"eval_jsonl": str(ROOT / "assets/tiny/data/hard.jsonl"), "seeds": "7"}
